@@ -1,0 +1,2099 @@
+#!/usr/bin/env python3
+"""longtasks: long jobs over HTTP, from one file and nothing but Python.
+
+Copy this file to a host and start it:
+
+    python3 longtasks.py
+
+Submit a task, get its id at once, follow it, collect its result:
+
+    curl -X POST http://localhost:8080/api/v1/tasks \\
+         -H "Content-Type: application/json" \\
+         -d '{"type": "long_computation", "params": {"duration": 120}}'
+    curl http://localhost:8080/api/v1/tasks/ID
+    curl http://localhost:8080/api/v1/tasks/ID/result
+
+A task goes one way:
+
+    pending -> processing -> completed | failed | cancelled
+
+Add your own task types in a file and name it with --handlers:
+
+    from longtasks import Context, handler
+
+    @handler("greet")
+    def greet(name: str, times: int = 1, *, ctx: Context):
+        return {"greeting": ", ".join(["hello " + name] * times)}
+
+The rooms of this house, each using only those above it: settings, tasks and
+their states, handlers, ledger, workers, HTTP, command line and main.
+"""
+
+import contextlib
+import errno
+import importlib.machinery
+import importlib.util
+import inspect
+import json
+import logging
+import math
+import os
+import queue
+import re
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+import traceback
+import typing
+from collections import OrderedDict, deque
+from email.utils import formatdate
+from http import HTTPStatus
+from http.server import ThreadingHTTPServer
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    FrozenSet,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
+from urllib.parse import parse_qsl
+
+__version__ = "1.0.0"
+__all__ = ["Cancelled", "Context", "HandlerError", "handler", "main"]
+
+log = logging.getLogger("longtasks")
+
+
+# ======================================================================
+# 1. Settings
+#
+# One table. The flag, the environment variable, the default, the check,
+# --help and the README's table all come from it. A flag wins over the
+# environment, which wins over the default; all three are read as text by
+# the same check.
+# ======================================================================
+
+
+class SettingsError(Exception):
+    """A setting that can't be used; the text names it and what would be right."""
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """Make a check for a whole number from `low` to `high`."""
+
+    def check(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text) or not low <= int(text) <= high:
+            raise ValueError("a whole number from %d to %d" % (low, high))
+        return int(text)
+
+    return check
+
+
+def seconds(text: str) -> float:
+    """Check a time in seconds: zero or more, fractions count."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise ValueError("a time in seconds, such as 30 or 0.5")
+    return float(text)
+
+
+def size(text: str) -> int:
+    """Check a size in bytes: 4096, 64KiB, 64MiB or 1GiB."""
+    match = re.fullmatch("([1-9][0-9]{0,14})(|KiB|MiB|GiB)", text)
+    if not match:
+        raise ValueError("a size in bytes, such as 65536, 64KiB, 64MiB or 1GiB")
+    return int(match.group(1)) << {"": 0, "KiB": 10, "MiB": 20, "GiB": 30}[match.group(2)]
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """Make a check for one of `words`, in upper or lower case."""
+
+    def check(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError("one of " + ", ".join(words))
+        return text.lower()
+
+    return check
+
+
+class Setting(NamedTuple):
+    """One row of SETTINGS: NAME in the environment, --name on the command line."""
+
+    name: str
+    default: str
+    check: Callable[[str], Any]  # raises ValueError(what would be right)
+    help: str
+    metavar: str = "N"
+    many: bool = False  # a flag that repeats; separated as PATH is in the environment
+
+    @property
+    def flag(self) -> str:
+        """The command line's name for it: WORKER_COUNT is --worker-count."""
+        return "--" + self.name.lower().replace("_", "-")
+
+    def read(self, text: str) -> Any:
+        """Return the value that `text` stands for, or raise SettingsError."""
+        try:
+            return self.check(text)
+        except ValueError as right:
+            raise SettingsError(
+                "%s (%s) must be %s, not %s" % (self.name, self.flag, right, shown(text))
+            ) from None
+
+
+SETTINGS = (
+    Setting("PORT", "8080", whole(0, 65535), "port to listen on; 0 picks a free one"),
+    Setting("HOST", "127.0.0.1", str, "address to listen on", "ADDRESS"),
+    Setting("WORKER_COUNT", "10", whole(1, 100_000), "tasks that may run at once"),
+    Setting(
+        "LOG_LEVEL",
+        "info",
+        one_of("debug", "info", "warning", "error"),
+        "debug, info, warning or error",
+        "LEVEL",
+    ),
+    Setting("HANDLERS", "", str, "Python file that registers task types", "FILE", True),
+    Setting(
+        "DRAIN_TIMEOUT",
+        "300",
+        seconds,
+        "seconds that a shutdown waits for tasks to finish",
+        "SECONDS",
+    ),
+    Setting("QUEUE_LIMIT", "10000", whole(1, 10**9), "tasks that may wait"),
+    Setting("RESULT_LIMIT", "10000", whole(1, 10**9), "finished tasks that are kept"),
+    Setting("RESULT_BYTES", "64MiB", size, "bytes of finished tasks that are kept", "SIZE"),
+    Setting(
+        "RESULT_TTL", "86400", seconds, "seconds that a finished task is kept", "SECONDS"
+    ),
+    Setting("MAX_BODY", "1MiB", size, "largest request body", "SIZE"),
+    Setting("MAX_CONNECTIONS", "1000", whole(1, 100_000), "clients connected at once"),
+)
+
+
+class Settings(Dict[str, Any]):
+    """The settings in force, by name: settings["PORT"] is an int, and so on."""
+
+
+def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """Return the settings from flags, environment and defaults.
+
+    Raises SettingsError for a value or flag that can't be used, and SystemExit(0)
+    after --help or --version. An empty environment variable counts as unset.
+    """
+    given = vars(_argument_parser().parse_args(list(argv)))
+    settings = Settings()
+    for setting in SETTINGS:
+        flag, variable = given[setting.name], environ.get(setting.name)
+        if setting.many:
+            texts = flag or (variable or setting.default).split(os.pathsep)
+            settings[setting.name] = [setting.read(text) for text in texts if text]
+        else:
+            text = flag if flag is not None else variable or setting.default
+            settings[setting.name] = setting.read(text)
+    return settings
+
+
+def _argument_parser() -> Any:
+    import argparse  # costs start-up time, so only where it is needed
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> typing.NoReturn:
+            raise SettingsError(message + "; --help lists the flags")
+
+    parser = Parser(
+        prog="longtasks.py",
+        description="Long tasks over HTTP: submit, follow, collect the result.",
+        epilog="Each setting can also stand in the environment, by the name in brackets.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version="longtasks " + __version__)
+    for setting in SETTINGS:
+        parser.add_argument(
+            setting.flag,
+            dest=setting.name,
+            metavar=setting.metavar,
+            action="append" if setting.many else "store",
+            help="%s [%s%s]"
+            % (setting.help, setting.name, setting.default and "=" + setting.default),
+        )
+    return parser
+
+
+def shown(value: Any) -> str:
+    """Show a value in a message: as JSON, safe in a line, and not too long."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = json.dumps(repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ======================================================================
+# 2. Tasks and their states
+#
+# A task is an immutable value, and the table of moves says which status
+# may follow which. Params and results are kept as the JSON that came in
+# or goes out. Errors here speak of tasks; none of them knows HTTP.
+# ======================================================================
+
+PENDING = "pending"  # waits in the queue
+PROCESSING = "processing"  # a worker runs it
+COMPLETED = "completed"  # has a result
+FAILED = "failed"  # has an error
+CANCELLED = "cancelled"  # was told to stop before it was done
+
+EXITS: Dict[str, FrozenSet[str]] = {
+    PENDING: frozenset({PROCESSING, CANCELLED}),
+    PROCESSING: frozenset({COMPLETED, FAILED, CANCELLED, PENDING}),
+    COMPLETED: frozenset(),
+    FAILED: frozenset(),
+    CANCELLED: frozenset(),
+}
+FINISHED = frozenset(status for status, exits in EXITS.items() if not exits)
+
+MAX_DEPTH = 100  # of nested JSON; far below where the parser's recursion could fail
+MAX_DIGITS = 1000  # of a number in JSON; reading one takes time with the square of it
+MAX_ERROR = 4000  # characters of a failed task's error that are kept
+
+
+class TaskError(Exception):
+    """A call that is refused and has changed nothing; the text is for the caller."""
+
+
+class Malformed(TaskError):
+    """What came is not JSON that can be read."""
+
+
+class Invalid(TaskError):
+    """What came is JSON, but not a task that can be run.
+
+    `problems` is a list of (path, message): where in the document, and what is
+    wrong there and would be right.
+    """
+
+    def __init__(self, problems: Sequence["Problem"]) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(dotted(path) + message for path, message in problems))
+
+
+class UnknownTask(TaskError):
+    """There never was a task with this id, or it is no longer remembered."""
+
+
+class ForgottenTask(TaskError):
+    """There was a task with this id; it was deleted or its time is over."""
+
+
+class Unfinished(TaskError):
+    """The call makes sense only for a task that has finished."""
+
+
+class QueueFull(TaskError):
+    """As many tasks wait as may."""
+
+
+class Draining(TaskError):
+    """The service is shutting down."""
+
+
+class IllegalMove(Exception):
+    """A move that the table does not allow: the task's fate was decided before."""
+
+
+class Task(NamedTuple):
+    """A task as it is at one moment. Times are seconds since 1970, UTC."""
+
+    seq: int  # counts up in the order of submission
+    id: str
+    type: str
+    params: bytes  # JSON object
+    status: str
+    created_at: float
+    started_at: Optional[float] = None
+    ended_at: Optional[float] = None
+    attempt: int = 0  # how many times it was started
+    result: Optional[bytes] = None  # JSON, of a completed task
+    error: Optional[str] = None  # of a failed or cancelled one
+
+    @property
+    def finished(self) -> bool:
+        """Whether the task has come to its end."""
+        return self.status in FINISHED
+
+    @property
+    def weight(self) -> int:
+        """Bytes of what the task carries: params, result and error."""
+        return len(self.params) + len(self.result or b"") + len(self.error or "")
+
+    def moved_to(self, status: str, **changes: Any) -> "Task":
+        """Return the task after a move; raises IllegalMove if there is no such move."""
+        if status not in EXITS[self.status]:
+            raise IllegalMove("task %s is %s, not %s" % (self.id, self.status, status))
+        return self._replace(status=status, **changes)
+
+
+class Outcome(NamedTuple):
+    """How a run ended: the finished status, and the result or the error."""
+
+    status: str
+    result: Optional[bytes] = None
+    error: Optional[str] = None
+
+
+def new_id() -> str:
+    """Return a random UUID, version 4 (RFC 9562)."""
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return "-".join(
+        (digits[:8], digits[8:12], "4" + digits[13:16], variant + digits[17:20], digits[20:])
+    )
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+def to_json(value: Any) -> bytes:
+    """Return `value` as JSON in UTF-8.
+
+    Raises TypeError, ValueError or RecursionError for what JSON can't hold. A lone
+    surrogate, which UTF-8 can't hold, goes out as its escape.
+    """
+    return _ENCODER.encode(value).encode("utf-8", "backslashreplace")
+
+
+def from_json(data: bytes) -> Any:
+    """Read JSON (RFC 8259) strictly; raises Malformed.
+
+    Refused are other encodings than UTF-8, NaN and infinities, a key that occurs
+    twice in an object, and what is nested or has numbers beyond reason.
+    """
+    try:
+        text = data.decode("utf-8")
+        if _depth(text) > MAX_DEPTH:
+            raise ValueError("nested more than %d levels deep" % MAX_DEPTH)
+        return _DECODER.decode(text)
+    except UnicodeDecodeError as error:
+        raise Malformed("not UTF-8: byte %d is wrong" % error.start) from None
+    except ValueError as error:
+        raise Malformed("not JSON: %s" % error) from None
+
+
+# A string, closed or not, or a bracket. No branch of it can fail late, so that
+# the time it takes grows only with the length of the text.
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|([\[{])|[\]}]', re.DOTALL)
+
+
+def _depth(text: str) -> int:
+    """How deep the JSON is nested. Looked at before the parser recurses into it."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return 0
+    depth = deepest = 0
+    for match in _STRING_OR_BRACKET.finditer(text):
+        if match.group(1):
+            depth += 1
+            deepest = max(deepest, depth)
+        elif match.group() in "]}":
+            depth -= 1
+    return deepest
+
+
+def _read_int(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError("a number of more than %d digits" % MAX_DIGITS)
+    return int(text)
+
+
+def _read_float(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError("a number that is too large")
+    return number
+
+
+def _read_constant(text: str) -> Any:
+    raise ValueError("%s is not a number in JSON" % text)
+
+
+def _read_object(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError("the key %s occurs twice in one object" % shown(twice))
+    return found
+
+
+_DECODER = json.JSONDecoder(
+    parse_int=_read_int,
+    parse_float=_read_float,
+    parse_constant=_read_constant,
+    object_pairs_hook=_read_object,
+)
+
+
+# ======================================================================
+# 3. Handlers
+#
+# The registry: a dict from a task type's name to its handler. A handler's
+# signature becomes a JSON Schema once, when it is registered; params are
+# checked against that schema when a task is submitted, and the same schema
+# is what /api/v1/types shows.
+# ======================================================================
+
+
+class HandlerError(Exception):
+    """A handler that can't be registered or a file of handlers that can't be loaded."""
+
+
+class Cancelled(BaseException):
+    """Raised in a handler whose task is to stop.
+
+    A BaseException, so that a handler's `except Exception` does not swallow it.
+    """
+
+
+class Context:
+    """What a handler knows of its task, and its line to those who watch it."""
+
+    __slots__ = ("task_id", "attempt", "_progress", "_stop")
+
+    def __init__(self, task_id: str, attempt: int = 1) -> None:
+        self.task_id = task_id
+        self.attempt = attempt  # 1 the first time the task is run
+        self._progress: Optional[Tuple[float, str]] = None
+        self._stop = threading.Event()
+
+    def progress(self, fraction: float, message: str = "") -> None:
+        """Tell how far the task is: `fraction` from 0 to 1, and a word about it.
+
+        Raises Cancelled when the task is to stop.
+        """
+        self.check()
+        # One tuple, stored in one step: a reader sees the old pair or the new one.
+        self._progress = (min(1.0, max(0.0, float(fraction))), str(message)[:1000])
+
+    def log(self, text: str) -> None:
+        """Write a line to the service's log, under this task's id."""
+        log.info("task %s: %s", self.task_id, text)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait so many seconds; raises Cancelled at once when the task is to stop."""
+        self._stop.wait(min(seconds, threading.TIMEOUT_MAX))
+        self.check()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the task is to stop."""
+        return self._stop.is_set()
+
+    def check(self) -> None:
+        """Raise Cancelled when the task is to stop."""
+        if self._stop.is_set():
+            raise Cancelled()
+
+    def cancel(self) -> None:
+        """Ask the handler to stop: wake it from sleep and have it raise Cancelled."""
+        self._stop.set()
+
+    def progress_document(self) -> Optional[Dict[str, Any]]:
+        """The latest progress, as the status document shows it; None before the first."""
+        if self._progress is None:
+            return None
+        fraction, message = self._progress
+        return {"percent": round(fraction * 100, 1), "message": message}
+
+
+Schema = Union[bool, Dict[str, Any]]  # False allows nothing, {} allows all
+Path = Tuple[Union[str, int], ...]  # the way from a document's top to a place in it
+Problem = Tuple[Path, str]  # a place, and what is wrong there
+
+
+class Handler(NamedTuple):
+    """A registered task type."""
+
+    name: str
+    function: Callable[..., Any]
+    schema: Dict[str, Any]  # JSON Schema of its params, an object
+    whole: bool  # takes all params as one dict
+    context: Optional[str]  # the parameter that is handed the Context
+
+    @property
+    def description(self) -> str:
+        """The first paragraph of the function's docstring, in one line."""
+        text = inspect.getdoc(self.function) or ""
+        return " ".join(text.split("\n\n")[0].split())
+
+    def run(self, params: Dict[str, Any], context: Context) -> Any:
+        """Call the function; whatever it raises comes through."""
+        extra = {self.context: context} if self.context else {}
+        if self.whole:
+            return self.function(params, **extra)
+        return self.function(**params, **extra)
+
+
+HANDLERS: Dict[str, Handler] = {}
+
+
+def handler(
+    name: str, *, limits: Optional[Mapping[str, Mapping[str, float]]] = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the function below as the task type `name`.
+
+    Its signature says which params the type takes. Parameters may be annotated with
+    int, float, str, bool, list, dict, None, Any, List[...], Dict[str, ...], Optional,
+    Union and Literal; without an annotation anything goes. The parameter annotated
+    with Context is handed the task's Context. A single `params: dict`, or `**params`,
+    takes whatever comes. `limits` narrows numbers with JSON Schema's words:
+    {"duration": {"minimum": 0, "maximum": 60}}.
+
+    What the function returns must fit into JSON and becomes the task's result; what
+    it raises becomes its error. Raises HandlerError for a name that is taken and for
+    a signature that can't be served.
+    """
+    if not isinstance(name, str) or not 0 < len(name) <= 100 or not name.isprintable():
+        raise HandlerError("a task type's name is 1 to 100 printable characters")
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        if name in HANDLERS:
+            raise HandlerError("the task type %s is registered twice" % shown(name))
+        try:
+            HANDLERS[name] = _inspected(name, function, limits or {})
+        except HandlerError as error:
+            raise HandlerError("task type %s: %s" % (shown(name), error)) from None
+        return function
+
+    return register
+
+
+def _inspected(
+    name: str, function: Callable[..., Any], limits: Mapping[str, Mapping[str, float]]
+) -> Handler:
+    """Read a function's signature into a Handler."""
+    if not callable(function) or inspect.isclass(function):
+        raise HandlerError("a handler is a function")
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise HandlerError("a handler is a plain function, neither async nor a generator")
+    context, params, rest = _sorted_parameters(function)
+    if len(params) == 1 and not rest and _takes_all(params[0]):
+        return Handler(name, function, {"type": "object"}, True, context)
+    schema: Dict[str, Any] = {
+        "type": "object",
+        "properties": {param.name: _param_schema(param) for param in params},
+        "required": [param.name for param in params if param.default is param.empty],
+        "additionalProperties": rest,
+    }
+    if rest and context:
+        schema["properties"][context] = False  # its place is taken
+    for param, limit in limits.items():
+        _narrow(schema["properties"], param, limit)
+    return Handler(name, function, schema, False, context)
+
+
+def _sorted_parameters(
+    function: Callable[..., Any],
+) -> Tuple[Optional[str], List[inspect.Parameter], bool]:
+    """Return the context parameter's name, the task's parameters, and whether **rest."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+        hints = typing.get_type_hints(function) if inspect.isroutine(function) else {}
+    except Exception as error:
+        raise HandlerError("its signature can't be read: %s" % error) from None
+    contexts, params, rest = [], [], False
+    for parameter in parameters:
+        hint = hints.get(parameter.name, parameter.annotation)
+        if parameter.kind is parameter.VAR_KEYWORD:
+            rest = True
+        elif hint is Context:
+            contexts.append(parameter.name)
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+            raise HandlerError("%s can't be given by name" % parameter)
+        elif parameter.name == "ctx" and hint is parameter.empty:
+            raise HandlerError("annotate ctx, as in ctx: Context")
+        else:
+            params.append(parameter.replace(annotation=hint))
+    if len(contexts) > 1:
+        raise HandlerError("two parameters are annotated with Context")
+    return (contexts or [None])[0], params, rest
+
+
+def _takes_all(param: inspect.Parameter) -> bool:
+    origin = typing.get_origin(param.annotation) or param.annotation
+    return param.name == "params" and origin is dict and param.default is param.empty
+
+
+def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
+    """The JSON Schema of one parameter: its annotation and its default."""
+    try:
+        schema = schema_of(param.annotation)
+    except HandlerError as error:
+        raise HandlerError("parameter %s: %s" % (param.name, error)) from None
+    if param.default is param.empty:
+        return schema
+    # `x: int = None` means Optional[int]; typing said so itself before Python 3.11.
+    if param.default is None and schema and list(problems(None, schema)):
+        schema = {"anyOf": [schema, {"type": "null"}]}
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        schema = dict(schema, default=json.loads(to_json(param.default)))
+    return schema
+
+
+_SCHEMAS: Dict[Any, Dict[str, Any]] = {
+    inspect.Parameter.empty: {},
+    Any: {},
+    bool: {"type": "boolean"},
+    int: {"type": "integer"},
+    float: {"type": "number"},
+    str: {"type": "string"},
+    list: {"type": "array"},
+    dict: {"type": "object"},
+    None: {"type": "null"},
+    type(None): {"type": "null"},
+}
+
+
+def schema_of(annotation: Any) -> Dict[str, Any]:
+    """Return the JSON Schema for an annotation, or raise HandlerError."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    # A TypeVar stands where 3.8's bare List and Dict have no argument.
+    args = tuple(Any if isinstance(arg, typing.TypeVar) else arg for arg in args)
+    try:
+        if annotation in _SCHEMAS:
+            return dict(_SCHEMAS[annotation])
+        if origin in (list, dict) and not args:
+            return dict(_SCHEMAS[origin])
+    except TypeError:  # not hashable, so no annotation that is known here
+        pass
+    if origin is Union or type(annotation).__name__ == "UnionType":  # int | None: 3.10
+        return {"anyOf": [schema_of(arg) for arg in args]}
+    if origin is typing.Literal and all(type(a) in (str, int, bool) for a in args):
+        return {"enum": list(args)}
+    if origin is list:
+        return {"type": "array", "items": schema_of(args[0])}
+    if origin is dict and args[0] in (str, Any):
+        return {"type": "object", "additionalProperties": schema_of(args[1])}
+    raise HandlerError("the annotation %s has no counterpart in JSON" % (annotation,))
+
+
+def _narrow(properties: Dict[str, Any], param: str, limit: Mapping[str, float]) -> None:
+    unknown = sorted(set(limit) - {"minimum", "maximum"})
+    if param not in properties or unknown:
+        raise HandlerError("limits: no such thing as %s" % (", ".join(unknown) or param))
+    properties[param] = dict(properties[param], **limit)
+
+
+_JSON_TYPES = {  # each with the exact types that the JSON reader makes: a bool is no int
+    "boolean": ((bool,), "true or false"),
+    "integer": ((int,), "a whole number"),
+    "number": ((int, float), "a number"),
+    "string": ((str,), "a string"),
+    "array": ((list,), "a list"),
+    "object": ((dict,), "an object"),
+    "null": ((type(None),), "null"),
+}
+
+
+def problems(value: Any, schema: Schema, path: Path = ()) -> Iterator[Problem]:
+    """Yield what is wrong with a value from JSON: the one reader of schemas here.
+
+    It knows the words of JSON Schema (draft 2020-12) that this file writes: type,
+    enum, anyOf, minimum, maximum, properties, required, additionalProperties, items.
+    """
+    if not isinstance(schema, dict):
+        if not schema:
+            yield path, " is not allowed"
+    elif not _fits(value, schema):
+        yield path, " must be %s, not %s" % (_in_words(schema), shown(value))
+    elif isinstance(value, dict) and schema.get("type") == "object":
+        yield from _object_problems(value, schema, path)
+    elif isinstance(value, list):
+        for index, item in enumerate(value if "items" in schema else ()):
+            yield from problems(item, schema["items"], path + (index,))
+
+
+def _object_problems(
+    value: Dict[str, Any], schema: Dict[str, Any], path: Path
+) -> Iterator[Problem]:
+    known = schema.get("properties", {})
+    others = schema.get("additionalProperties", True)
+    for name in schema.get("required", ()):
+        if name not in value:
+            yield path + (name,), " is missing"
+    for name, item in value.items():
+        if name not in known and others is False:
+            names = ", ".join(known) or "none"
+            yield path + (name,), " is unknown; known here: " + names
+        else:
+            yield from problems(item, known.get(name, others), path + (name,))
+
+
+def _fits(value: Any, schema: Dict[str, Any]) -> bool:
+    """Whether the value itself, not yet what is in it, is as the schema says."""
+    if "anyOf" in schema and not any(not any(problems(value, s)) for s in schema["anyOf"]):
+        return False
+    if "enum" in schema and (type(value), value) not in [(type(e), e) for e in schema["enum"]]:
+        return False
+    if "type" in schema and type(value) not in _JSON_TYPES[schema["type"]][0]:
+        return False
+    if type(value) in (int, float):
+        low, high = schema.get("minimum", value), schema.get("maximum", value)
+        return bool(low <= value <= high)
+    return True
+
+
+def _in_words(schema: Dict[str, Any]) -> str:
+    if "enum" in schema:
+        return "one of " + ", ".join(map(shown, schema["enum"]))
+    if "anyOf" in schema:
+        words = " or ".join(_in_words(s) for s in schema["anyOf"])
+    else:
+        words = _JSON_TYPES[schema["type"]][1] if "type" in schema else "a value"
+    if "minimum" in schema:
+        words += " from %s" % shown(schema["minimum"])
+    if "maximum" in schema:
+        words += (" to %s" if "minimum" in schema else " up to %s") % shown(schema["maximum"])
+    return words
+
+
+def dotted(path: Path) -> str:
+    """Write a path for people: ("params", "urls", 0) is params.urls[0]."""
+    steps = ["[%d]" % s if isinstance(s, int) else "." + s for s in path]
+    return "".join(steps).lstrip(".") or "the document"
+
+
+SUBMISSION: Dict[str, Any] = {
+    "type": "object",
+    "properties": {"type": {"type": "string"}, "params": {"type": "object"}},
+    "required": ["type", "params"],
+    "additionalProperties": False,
+}
+
+
+def check_submission(document: Any, handlers: Mapping[str, Handler]) -> Handler:
+    """Return the handler that a submitted document asks for; raises Invalid."""
+    found = list(problems(document, SUBMISSION))
+    if not found and document["type"] not in handlers:
+        known = {"enum": sorted(handlers)}
+        found = list(problems(document["type"], known, ("type",)))
+    if not found:
+        schema = handlers[document["type"]].schema
+        found = list(problems(document["params"], schema, ("params",)))
+    if found:
+        raise Invalid(found)
+    return handlers[document["type"]]
+
+
+def load_handlers(file: str) -> None:
+    """Run a Python file that registers task types; raises HandlerError.
+
+    `import longtasks` in it yields this very module, also when it runs as __main__.
+    Modules that lie beside the file can be imported from it.
+    """
+    sys.modules["longtasks"] = sys.modules[__name__]
+    folder = os.path.dirname(os.path.abspath(file))
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that it can't hide the standard library
+    name = "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
+    try:
+        with open(file, "rb"):
+            pass  # so that a missing file is told in the system's words
+        loader = importlib.machinery.SourceFileLoader(name, file)
+        module = importlib.util.module_from_spec(
+            importlib.util.spec_from_file_location(name, file, loader=loader)
+        )
+        sys.modules[name] = module
+        loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise HandlerError("--handlers %s: %s" % (file, _why(error, file))) from None
+
+
+def _why(error: BaseException, file: str) -> str:
+    """Say in one line what stopped a file from loading, and where in it."""
+    if isinstance(error, OSError) and error.filename == file:
+        return str(error.strerror)
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    at = " (line %s)" % lines[-1] if lines else ""
+    text = str(error) if isinstance(error, HandlerError) else describe(error)
+    return text.replace("\n", " ") + at
+
+
+def describe(error: BaseException) -> str:
+    """Return "ValueError: text" for an exception, whatever its __str__ does."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its text can't be read)"
+    line = type(error).__name__ + (": " + text if text else "")
+    return line if len(line) <= MAX_ERROR else line[: MAX_ERROR - 3] + "..."
+
+
+@handler("long_computation", limits={"duration": {"minimum": 0, "maximum": 604800}})
+def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
+    """Wait so many seconds (at most a week): a stand-in for a slow service."""
+    begin = time.monotonic()
+    steps = min(100, 1 + int(duration * 4))
+    for step in range(1, steps + 1):
+        ctx.sleep(begin + duration * step / steps - time.monotonic())
+        ctx.progress(step / steps, "%g of %g s" % (round(duration * step / steps, 1), duration))
+    return {"message": "Long computation completed successfully", "duration": duration}
+
+
+# ======================================================================
+# 5. Ledger
+#
+# The map of all tasks, and the only lock that guards their state. Every
+# move is decided here, once; who asks gets immutable tasks. The ledger
+# never runs a handler and never waits while it holds its lock.
+# ======================================================================
+
+
+class Limits(NamedTuple):
+    """How much the ledger may hold."""
+
+    queue: int = 10_000  # tasks that wait
+    results: int = 10_000  # finished tasks
+    result_bytes: int = 64 << 20  # what finished tasks carry, in bytes
+    result_ttl: float = 86_400  # age of a finished task, in seconds
+    forgotten: int = 10_000  # ids of tasks that are gone
+
+
+class Counts(NamedTuple):
+    """How many tasks there are, by status."""
+
+    pending: int
+    processing: int
+    finished: int
+
+
+class Ledger:
+    """All tasks, from submission until they are forgotten.
+
+    `clock` gives the time in seconds since 1970.
+    """
+
+    def __init__(
+        self, limits: Limits = Limits(), clock: Callable[[], float] = time.time
+    ) -> None:
+        self.limits = limits
+        self._clock = clock
+        self._ready: "queue.Queue[Optional[str]]" = queue.Queue()  # None: no more work
+        # The lock guards everything below. It must hold that: _tasks has every task
+        # that is known, in the order of submission; _running those and only those
+        # that are processing; _ended every finished one, in the order of ending, and
+        # perhaps ids of deleted ones; _pending and _held count the rest.
+        self._lock = threading.Lock()
+        self._tasks: Dict[str, Task] = {}
+        self._running: Dict[str, Context] = {}
+        self._ended: Deque[str] = deque()
+        self._forgotten: "OrderedDict[str, None]" = OrderedDict()
+        self._last_seq = 0
+        self._pending = 0
+        self._held = 0  # bytes of finished tasks
+        self._when_done: Optional[Callable[[], None]] = None  # set: draining
+        self._halted = False
+
+    # -- the life of a task ------------------------------------------------
+
+    def submit(self, type: str, params: bytes) -> Task:
+        """Take in a task as pending; raises QueueFull or Draining."""
+        with self._lock:
+            self._check_open()
+            self._last_seq += 1
+            task = Task(self._last_seq, new_id(), type, params, PENDING, self._clock())
+            self._tasks[task.id] = task
+            self._pending += 1
+        self._ready.put(task.id)
+        return task
+
+    def claim(self) -> Optional[Tuple[Task, Context]]:
+        """Wait for the next task and start it; None when there will be no more."""
+        while True:
+            task_id = self._ready.get()
+            if task_id is None:
+                self._ready.put(None)  # for the next worker
+                return None
+            with self._lock:
+                task = self._tasks.get(task_id)
+                if task is None or task.status != PENDING or self._halted:
+                    continue
+                task = self._move(
+                    task, PROCESSING, started_at=self._clock(), attempt=task.attempt + 1
+                )
+                context = self._running[task.id] = Context(task.id, task.attempt)
+                self._pending -= 1
+                return task, context
+
+    def finish(self, task_id: str, outcome: Outcome) -> Task:
+        """Record how a run ended; raises IllegalMove if the task is not processing."""
+        with self._lock:
+            now = self._clock()
+            task = self._move(
+                self._tasks[task_id],
+                outcome.status,
+                ended_at=now,
+                result=outcome.result,
+                error=outcome.error,
+            )
+            del self._running[task_id]
+            self._ended.append(task_id)
+            self._held += task.weight
+            self._drop_old(now)
+            tell = self._when_done if self._done() else None
+        if tell:
+            tell()
+        return task
+
+    def delete(self, task_id: str) -> None:
+        """Forget a finished task; raises Unfinished, UnknownTask or ForgottenTask."""
+        with self._lock:
+            self._drop_old(self._clock())
+            task = self._find(task_id)
+            if not task.finished:
+                raise Unfinished("task %s is %s, not finished" % (task.id, task.status))
+            self._forget(task)
+            if len(self._ended) > 2 * (len(self._tasks) + 100):  # mostly deleted ids
+                self._ended = deque(i for i in self._ended if i in self._tasks)
+
+    def _move(self, task: Task, status: str, **changes: Any) -> Task:
+        """Make one move of the table. Assumes the lock."""
+        moved = self._tasks[task.id] = task.moved_to(status, **changes)
+        return moved
+
+    # -- looking -----------------------------------------------------------
+
+    def get(self, task_id: str) -> Task:
+        """Return the task as it is now; raises UnknownTask or ForgottenTask."""
+        # Read without the lock: a dict's get is one step, with the GIL and without
+        # it, and what it returns never changes. Only a task whose time may be over
+        # needs the lock, to be let go.
+        task = self._tasks.get(task_id)
+        if task is not None and not self._too_old(task, self._clock()):
+            return task
+        with self._lock:
+            self._drop_old(self._clock())
+            return self._find(task_id)
+
+    def finished(self, task_id: str) -> Task:
+        """Return a finished task; raises Unfinished as well as what get() raises."""
+        task = self.get(task_id)
+        if not task.finished:
+            raise Unfinished("task %s is %s; it has no result yet" % (task.id, task.status))
+        return task
+
+    def context(self, task_id: str) -> Optional[Context]:
+        """Return the context of a running task, None of any other."""
+        return self._running.get(task_id)  # one step, as in get()
+
+    def list(
+        self, limit: int, after: int = 0, status: str = "", type: str = ""
+    ) -> Tuple[List[Task], Optional[int]]:
+        """Return up to `limit` tasks in the order of submission, and where to go on.
+
+        `after` is the seq behind which to start; what comes back second is the
+        `after` of the next page, None when this was the last. Empty filters let
+        everything through.
+        """
+        with self._lock:
+            self._drop_old(self._clock())
+            tasks = list(self._tasks.values())
+        found: List[Task] = []
+        for task in tasks[_first_behind(tasks, after) :]:
+            if status in ("", task.status) and type in ("", task.type):
+                if len(found) == limit:
+                    return found, found[-1].seq
+                found.append(task)
+        return found, None
+
+    def counts(self) -> Counts:
+        """How many tasks wait, run and have finished."""
+        with self._lock:
+            running = len(self._running)
+            finished = len(self._tasks) - self._pending - running
+            return Counts(self._pending, running, finished)
+
+    def check_open(self) -> None:
+        """Raise what submit() would raise now: QueueFull, Draining or nothing."""
+        with self._lock:
+            self._check_open()
+
+    def _check_open(self) -> None:
+        if self._when_done:
+            raise Draining("the service is shutting down")
+        if self._pending >= self.limits.queue:
+            raise QueueFull("the queue is full: %d tasks wait" % self._pending)
+
+    def _find(self, task_id: str) -> Task:
+        """Return the task or say truly why there is none. Assumes the lock."""
+        if task_id in self._tasks:
+            return self._tasks[task_id]
+        if task_id in self._forgotten:
+            raise ForgottenTask("task %s was deleted or has expired" % task_id)
+        raise UnknownTask("there is no task %s" % shown(task_id))
+
+    # -- forgetting --------------------------------------------------------
+
+    def expire(self) -> None:
+        """Let go of finished tasks past the limits; without it, the next call does."""
+        with self._lock:
+            self._drop_old(self._clock())
+
+    def _too_old(self, task: Task, now: float) -> bool:
+        return task.ended_at is not None and now - task.ended_at > self.limits.result_ttl
+
+    def _drop_old(self, now: float) -> None:
+        """Drop finished tasks past age, count or bytes, oldest first. Assumes the lock."""
+        while self._ended:
+            task = self._tasks.get(self._ended[0])
+            if task is not None:
+                if not self._too_old(task, now) and not self._too_many():
+                    return
+                self._forget(task)
+            self._ended.popleft()
+
+    def _too_many(self) -> bool:
+        finished = len(self._tasks) - self._pending - len(self._running)
+        if finished == 1:  # the last one may be larger than all should be
+            return False
+        return finished > self.limits.results or self._held > self.limits.result_bytes
+
+    def _forget(self, task: Task) -> None:
+        del self._tasks[task.id]
+        self._held -= task.weight
+        self._forgotten[task.id] = None
+        if len(self._forgotten) > self.limits.forgotten:
+            self._forgotten.popitem(last=False)
+
+    # -- the end -----------------------------------------------------------
+
+    def drain(self, when_done: Callable[[], None]) -> Counts:
+        """Take in no more; call `when_done`, perhaps twice, once all are finished."""
+        with self._lock:
+            self._when_done = when_done
+            done = self._done()
+        if done:
+            when_done()
+        return self.counts()
+
+    def halt(self) -> List[Task]:
+        """Start no more, tell what runs to stop; return all that is not finished."""
+        with self._lock:
+            self._halted = True
+            left = [task for task in self._tasks.values() if not task.finished]
+            running = list(self._running.values())
+            tell = self._when_done if self._done() else None
+        self._ready.put(None)
+        for context in running:
+            context.cancel()
+        if tell:
+            tell()
+        return left
+
+    def _done(self) -> bool:
+        waiting = self._pending and not self._halted
+        return bool(self._when_done) and not waiting and not self._running
+
+
+def _first_behind(tasks: Sequence[Task], seq: int) -> int:
+    """The index of the first task with a higher seq (bisect has no key before 3.10)."""
+    low, high = 0, len(tasks)
+    while low < high:
+        middle = (low + high) // 2
+        if tasks[middle].seq <= seq:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+# ======================================================================
+# 6. Workers
+#
+# run_one() runs a handler and always comes back with an outcome; the pool
+# calls it for ever in its threads. Threads are started when there is work
+# for them, never more than the setting says.
+# ======================================================================
+
+
+def run_one(
+    task: Task, context: Context, handlers: Mapping[str, Handler], max_result: int
+) -> Outcome:
+    """Run a task's handler and return how it ended, whatever it does."""
+    try:
+        value = handlers[task.type].run(json.loads(task.params), context)
+    except Cancelled:
+        return Outcome(CANCELLED, error="cancelled while it ran")
+    except BaseException as error:  # SystemExit too: it must not end the worker
+        log.warning("task %s (%s) raised", task.id, task.type, exc_info=True)
+        return Outcome(FAILED, error=describe(error))
+    try:
+        result = to_json(value)
+    except Exception as error:
+        return Outcome(FAILED, error="the result does not fit into JSON: " + describe(error))
+    if len(result) > max_result:
+        size = "the result has %d bytes, more than the %d that are kept"
+        return Outcome(FAILED, error=size % (len(result), max_result))
+    return Outcome(COMPLETED, result)
+
+
+class Pool:
+    """Up to `count` threads that run the ledger's tasks."""
+
+    def __init__(self, ledger: Ledger, handlers: Mapping[str, Handler], count: int) -> None:
+        self._ledger = ledger
+        self._handlers = handlers
+        self._count = count
+        # The lock guards both numbers. While a thread more may be started, one is
+        # always idle, waiting for the next task: whoever takes one sees to that.
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._idle = 0
+
+    def start(self) -> None:
+        """Start the first worker."""
+        with self._lock:
+            self._start_thread()
+
+    def _start_thread(self) -> None:
+        """Start one worker. Assumes the lock."""
+        name = "worker-%d" % (self._threads + 1)
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no thread left; try again later
+            log.error("only %d workers: %s", self._threads, error)
+        else:
+            self._threads += 1
+            self._idle += 1
+
+    def _work(self) -> None:
+        while True:
+            claimed = self._ledger.claim()
+            with self._lock:
+                self._idle -= 1
+                if claimed and not self._idle and self._threads < self._count:
+                    self._start_thread()
+            if not claimed:
+                return
+            try:
+                self._run(*claimed)
+            except Exception:
+                log.exception("a worker failed; it goes on")
+            with self._lock:
+                self._idle += 1
+
+    def _run(self, task: Task, context: Context) -> None:
+        log.debug("task %s (%s) started, attempt %d", task.id, task.type, task.attempt)
+        max_result = self._ledger.limits.result_bytes
+        outcome = run_one(task, context, self._handlers, max_result)
+        task = self._ledger.finish(task.id, outcome)
+        took = (task.ended_at or 0) - (task.started_at or 0)
+        log.info("task %s (%s) %s in %.3f s", task.id, task.type, task.status, took)
+
+
+# ======================================================================
+# 7. HTTP
+#
+# A request is read and checked by this room itself, strictly (RFC 9112),
+# on a thread per connection. Endpoints are small functions from a request
+# to a reply; ROUTES is the whole API, and ERRORS says how a refusal is
+# told. The server knows how to stop without cutting off an answer.
+# ======================================================================
+
+MAX_TARGET = 8 << 10  # bytes of a request's target
+MAX_HEAD = 32 << 10  # bytes of a request's head
+MAX_HEADERS = 100
+
+JSON = "application/json"
+PROBLEM = "application/problem+json"  # RFC 9457
+TEXT = "text/plain; charset=utf-8"
+
+METHODS = frozenset("GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT".split())
+
+
+class HTTPError(Exception):
+    """A request that is refused for what it is in HTTP."""
+
+    def __init__(self, status: int, detail: str, **headers: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.headers = {name.replace("_", "-"): text for name, text in headers.items()}
+
+
+class Request:
+    """A request that has been read. Header names are in lower case."""
+
+    __slots__ = ("method", "path", "query", "version", "headers", "body", "task_id")
+
+    def __init__(
+        self, method: str, target: str, version: str, headers: Mapping[str, str]
+    ) -> None:
+        self.method = method
+        self.path, _, self.query = target.partition("?")
+        self.version = version  # "1.1" or "1.0"
+        self.headers = headers
+        self.body = b""
+        self.task_id = ""  # where the path has one
+
+    @property
+    def keeps_alive(self) -> bool:
+        """Whether the client means to go on using the connection (RFC 9112, 9.3)."""
+        options = self.headers.get("connection", "").lower().replace(" ", "").split(",")
+        if self.version == "1.0":
+            return "keep-alive" in options
+        return "close" not in options
+
+    def length(self) -> int:
+        """The body's length in bytes, 0 without one; raises HTTPError."""
+        length = self.headers.get("content-length", "0")
+        if "transfer-encoding" in self.headers:
+            if "content-length" in self.headers:
+                raise HTTPError(400, "both Content-Length and Transfer-Encoding")
+            raise HTTPError(411, "send the body with Content-Length, not in chunks")
+        if not re.fullmatch("[0-9]{1,18}", length, re.ASCII):
+            raise HTTPError(400, "Content-Length must be a number of bytes")
+        return int(length)
+
+    def json(self) -> Any:
+        """The body, read as JSON; raises HTTPError or Malformed."""
+        if "content-length" not in self.headers:
+            raise HTTPError(411, "send a JSON body with its Content-Length")
+        # Checked so that a web page elsewhere can't post here without asking first.
+        media, _, rest = self.headers.get("content-type", "").lower().partition(";")
+        if media.strip() != JSON or rest.strip().replace('"', "") not in ("", "charset=utf-8"):
+            raise HTTPError(415, "send JSON, with the header Content-Type: " + JSON)
+        if not self.body:
+            raise Malformed('the body is empty; send {"type": ..., "params": {...}}')
+        return from_json(self.body)
+
+    def accepts(self, *offers: str) -> str:
+        """Return the media type of `offers` that the client likes best (RFC 9110, 12.5.1).
+
+        The first one wins where it likes several as much. Raises HTTPError 406.
+        """
+        accept = self.headers.get("accept", "*/*")
+        if accept in ("*/*", ""):
+            return offers[0]
+        best = max(offers, key=lambda offer: _quality(accept, offer))
+        if not _quality(accept, best):
+            raise HTTPError(406, "to be had as " + " or ".join(offers))
+        return best
+
+
+def _quality(accept: str, offer: str) -> float:
+    """The q of a media type in an Accept header: that of the most specific range."""
+    media = offer.partition(";")[0]
+    ranges = {"*/*": 1, media.partition("/")[0] + "/*": 2, media: 3}
+    best, quality = 0, 0.0
+    for part in accept.lower().split(","):
+        name, *options = part.replace(" ", "").split(";")
+        if ranges.get(name, 0) > best:
+            best, quality = ranges[name], 1.0
+            for option in options:
+                if re.fullmatch(r"q=(0(\.[0-9]{0,3})?|1(\.0{0,3})?)", option, re.ASCII):
+                    quality = float(option[2:])
+    return quality
+
+
+class Reply(NamedTuple):
+    """What an endpoint answers."""
+
+    status: int
+    body: bytes = b""
+    media: str = JSON
+    headers: Mapping[str, str] = {}
+
+
+def json_reply(document: Any, status: int = 200, **headers: str) -> Reply:
+    """Answer with a document as JSON."""
+    return Reply(status, to_json(document) + b"\n", JSON, headers)
+
+
+def text_reply(text: str, status: int = 200, **headers: str) -> Reply:
+    """Answer with a line of text, or more than one."""
+    return Reply(status, text.encode("utf-8", "backslashreplace") + b"\n", TEXT, headers)
+
+
+def problem(
+    status: int, detail: str, headers: Mapping[str, str] = {}, **extra: Any
+) -> Reply:
+    """Answer with what went wrong, as RFC 9457 has it."""
+    title = HTTPStatus(status).phrase
+    document = dict(type="about:blank", title=title, status=status, detail=detail, **extra)
+    return Reply(status, to_json(document) + b"\n", PROBLEM, headers)
+
+
+# How a refusal is told: its status, and seconds after which to try again.
+ERRORS: Dict[type, Tuple[int, Optional[int]]] = {
+    Malformed: (400, None),
+    Invalid: (422, None),
+    UnknownTask: (404, None),
+    ForgottenTask: (410, None),
+    Unfinished: (409, 1),
+    QueueFull: (503, 5),
+    Draining: (503, 30),
+}
+
+
+def refusal(error: Union[TaskError, HTTPError]) -> Reply:
+    """Translate an error that the client can do something about."""
+    if isinstance(error, HTTPError):
+        return problem(error.status, str(error), error.headers)
+    status, after = ERRORS[type(error)]
+    headers = {} if after is None else {"Retry-After": str(after)}
+    if not isinstance(error, Invalid):
+        return problem(status, str(error), headers)
+    found = [
+        {"pointer": _pointer(path), "detail": dotted(path) + message}
+        for path, message in error.problems[:20]
+    ]
+    return problem(status, "; ".join(each["detail"] for each in found), errors=found)
+
+
+def _pointer(path: Path) -> str:
+    """Write a path as a URI fragment's JSON Pointer (RFC 6901)."""
+    steps = [str(step).replace("~", "~0").replace("/", "~1") for step in path]
+    return "#" + "".join("/" + step for step in steps)
+
+
+# -- documents -------------------------------------------------------------
+
+
+def timestamp(when: Optional[float]) -> Optional[str]:
+    """Write a time as RFC 3339 in UTC with milliseconds; None stays None."""
+    if when is None:
+        return None
+    whole_seconds, millis = divmod(int(when * 1000), 1000)
+    date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole_seconds))
+    return "%s.%03dZ" % (date, millis)
+
+
+def status_document(task: Task, context: Optional[Context] = None) -> Dict[str, Any]:
+    """What a client is told of a task's state; what doesn't apply is left out."""
+    document: Dict[str, Any] = {
+        "id": task.id,
+        "status": task.status,
+        "type": task.type,
+        "created_at": timestamp(task.created_at),
+        "started_at": timestamp(task.started_at),
+        "ended_at": timestamp(task.ended_at),
+        "attempt": task.attempt or None,
+    }
+    if context and not task.finished:
+        document["progress"] = context.progress_document()
+        document["cancel_requested"] = context.cancelled or None
+    return {name: value for name, value in document.items() if value is not None}
+
+
+def result_document(task: Task) -> bytes:
+    """The JSON of how a finished task ended."""
+    head = to_json({"task_id": task.id, "status": task.status})
+    if task.status == COMPLETED:
+        outcome = b'"result": %s' % (task.result or b"null")
+    else:
+        outcome = b'"error": %s' % to_json(task.error)
+    times = {name: timestamp(getattr(task, name)) for name in _TIMES}
+    return b"%s, %s, %s\n" % (head[:-1], outcome, to_json(times)[1:])
+
+
+_TIMES = ("created_at", "started_at", "ended_at")
+
+
+# -- endpoints -------------------------------------------------------------
+
+
+class App(NamedTuple):
+    """What endpoints work with."""
+
+    ledger: Ledger
+    handlers: Mapping[str, Handler]
+
+
+def submit_task(app: App, request: Request) -> Reply:
+    """Submit a task."""
+    media = request.accepts(JSON, TEXT)
+    document = request.json()
+    if not isinstance(document, dict):
+        raise Malformed("the body must be an object, not " + shown(document))
+    check_submission(document, app.handlers)
+    task = app.ledger.submit(document["type"], to_json(document["params"]))
+    headers = {"Location": "/api/v1/tasks/" + task.id}
+    if media == TEXT:
+        return text_reply(task.id, 202, **headers)
+    return json_reply({"id": task.id, "status": task.status}, 202, **headers)
+
+
+def list_tasks(app: App, request: Request) -> Reply:
+    """List tasks in the order of their submission, a page at a time."""
+    query = read_query(request)
+    status = query.get("status", "")
+    if status and status not in EXITS:
+        raise HTTPError(400, "status must be one of " + ", ".join(EXITS))
+    limit = _number_in(query, "limit", 1, 1000, 100)
+    after = _number_in(query, "after", 0, 10**15, 0)
+    tasks, behind = app.ledger.list(limit, after, status, query.get("type", ""))
+    documents = [status_document(task, app.ledger.context(task.id)) for task in tasks]
+    return json_reply({"tasks": documents, "next": behind})
+
+
+def show_task(app: App, request: Request) -> Reply:
+    """Tell a task's status."""
+    task = app.ledger.get(request.task_id)
+    if request.accepts(JSON, TEXT) == TEXT:
+        return text_reply(task.status)
+    return json_reply(status_document(task, app.ledger.context(task.id)))
+
+
+def show_result(app: App, request: Request) -> Reply:
+    """Give a finished task's result or error."""
+    task = app.ledger.finished(request.task_id)
+    # As text there is the bare result. Of a task that has none there is no text,
+    # so that a script with `curl -f` doesn't take an error for a result.
+    offers = (JSON, TEXT) if task.status == COMPLETED else (JSON,)
+    if request.accepts(*offers) == TEXT:
+        return Reply(200, (task.result or b"null") + b"\n", TEXT)
+    return Reply(200, result_document(task))
+
+
+def delete_task(app: App, request: Request) -> Reply:
+    """Forget a finished task."""
+    app.ledger.delete(request.task_id)
+    return Reply(204)
+
+
+def list_types(app: App, request: Request) -> Reply:
+    """List the task types, with the JSON Schema of their params."""
+    types = [
+        {"type": name, "description": known.description, "params": known.schema}
+        for name, known in sorted(app.handlers.items())
+    ]
+    return json_reply({"types": types})
+
+
+def show_index(app: App, request: Request) -> Reply:
+    """Say how to use this service, in lines of curl to copy."""
+    request.accepts(TEXT)
+    host = request.headers.get("host", "localhost")
+    url = "http://%s" % (host if re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII) else "localhost")
+    types = ["  %-20s %s" % (n, h.description) for n, h in sorted(app.handlers.items())]
+    routes = ["  %-6s %-28s %s" % (r.method, r.path, r.help) for r in ROUTES]
+    return text_reply(INDEX.format(url=url, types="\n".join(types), routes="\n".join(routes)))
+
+
+INDEX = """\
+longtasks: long jobs over HTTP
+
+Submit a task and keep its id:
+
+  id=$(curl -s {url}/api/v1/tasks -H "Accept: text/plain" \\
+       -H "Content-Type: application/json" \\
+       -d '{{"type": "long_computation", "params": {{"duration": 5}}}}')
+
+Follow it, and collect its result once it is completed:
+
+  curl {url}/api/v1/tasks/$id
+  curl {url}/api/v1/tasks/$id/result
+
+Task types, with their params at {url}/api/v1/types:
+
+{types}
+
+Routes:
+
+{routes}"""
+
+
+def show_health(app: App, request: Request) -> Reply:
+    """Tell that the process lives."""
+    return json_reply({"status": "ok"})
+
+
+def show_readiness(app: App, request: Request) -> Reply:
+    """Tell whether a task would be taken in now."""
+    app.ledger.check_open()
+    return json_reply({"status": "ready"})
+
+
+# -- routes ----------------------------------------------------------------
+
+
+class Route(NamedTuple):
+    """One row of ROUTES; {id} stands for a task's id."""
+
+    method: str
+    path: str
+    endpoint: Callable[[App, Request], Reply]
+    query: Tuple[str, ...] = ()  # the parameters that it knows
+
+    @property
+    def help(self) -> str:
+        """What the route does, in a line."""
+        return inspect.getdoc(self.endpoint) or ""
+
+
+ROUTES = (
+    Route("GET", "/", show_index),
+    Route("POST", "/api/v1/tasks", submit_task),
+    Route("GET", "/api/v1/tasks", list_tasks, ("status", "type", "limit", "after")),
+    Route("GET", "/api/v1/tasks/{id}", show_task),
+    Route("GET", "/api/v1/tasks/{id}/result", show_result),
+    Route("DELETE", "/api/v1/tasks/{id}", delete_task),
+    Route("GET", "/api/v1/types", list_types),
+    Route("GET", "/healthz", show_health),
+    Route("GET", "/readyz", show_readiness),
+)
+
+# path -> method -> route, with HEAD wherever there is GET
+_ROUTES: Dict[str, Dict[str, Route]] = {}
+for _route in ROUTES:
+    _ROUTES.setdefault(_route.path, {})[_route.method] = _route
+    if _route.method == "GET":
+        _ROUTES[_route.path]["HEAD"] = _route
+
+
+def find_route(request: Request) -> Route:
+    """Return the request's route and note its task id; raises HTTPError."""
+    if request.method not in METHODS:
+        raise HTTPError(501, "there is no method " + shown(request.method))
+    steps = request.path.split("/", 5)
+    if len(steps) > 4:  # "", "api", "v1", "tasks", ID, perhaps more
+        request.task_id, steps[4] = steps[4].lower(), "{id}"
+    methods = _ROUTES.get("/".join(steps))
+    if methods is None:
+        raise HTTPError(404, "there is nothing at %s; GET / lists what is" % request.path)
+    if request.method not in methods:
+        allowed = ", ".join(sorted(methods))
+        raise HTTPError(405, "%s takes %s" % (request.path, allowed), Allow=allowed)
+    route = methods[request.method]
+    if request.query:
+        _check_query(request, route)
+    return route
+
+
+def _check_query(request: Request, route: Route) -> None:
+    for name in read_query(request):
+        if name not in route.query:
+            known = ", ".join(route.query) or "none"
+            raise HTTPError(400, "no query parameter %s here; known: %s" % (shown(name), known))
+
+
+def read_query(request: Request) -> Dict[str, str]:
+    """Return the query's parameters; raises HTTPError."""
+    try:
+        pairs = parse_qsl(
+            request.query, keep_blank_values=True, max_num_fields=20, errors="strict"
+        )
+    except ValueError:
+        raise HTTPError(400, "the query can't be read") from None
+    if len(dict(pairs)) < len(pairs):
+        raise HTTPError(400, "a query parameter occurs twice")
+    return dict(pairs)
+
+
+def _number_in(query: Mapping[str, str], name: str, low: int, high: int, default: int) -> int:
+    try:
+        return whole(low, high)(query[name]) if name in query else default
+    except ValueError as right:
+        raise HTTPError(400, "%s must be %s" % (name, right)) from None
+
+
+def respond(app: App, request: Request) -> Reply:
+    """Answer a request. Whatever happens, it comes back with a reply."""
+    try:
+        return find_route(request).endpoint(app, request)
+    except (TaskError, HTTPError) as error:
+        return refusal(error)
+    except Exception:
+        request_id = new_id()
+        log.exception("request %s (%s %s) failed", request_id, request.method, request.path)
+        return problem(500, "an error of the service; its log tells more of %s" % request_id)
+
+
+# -- the wire --------------------------------------------------------------
+
+_REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (\S+) HTTP/([0-9])\.([0-9])")
+_TARGET = re.compile(r'/[^\x00-\x20"#<>\\^`{|}\x7f-\xff]*')
+# One whole line each: a token, the colon right behind it, no control characters.
+_HEADER = re.compile(
+    r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)(?:\r\n|\Z)", re.MULTILINE
+)
+# Two of these are a contradiction; two of another header are a list.
+_ONCE = ("host", "content-length", "content-type", "transfer-encoding", "expect", "accept")
+
+
+def parse_head(head: bytes) -> Request:
+    """Read a request's head, without its closing empty line; raises HTTPError.
+
+    As strict as RFC 9112 lets a server be, since what two readers understand
+    differently can be used to smuggle a request past one of them.
+    """
+    line, _, block = head.decode("latin-1").partition("\r\n")
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise HTTPError(400, "the first line is not that of an HTTP/1.1 request")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise HTTPError(505, "this is HTTP/1.1")
+    if len(target) > MAX_TARGET:
+        raise HTTPError(414, "the target is longer than %d bytes" % MAX_TARGET)
+    if not _TARGET.fullmatch(target):
+        raise HTTPError(400, "the target must be a path, with what is special in it as %XX")
+    request = Request(method, target, "1.0" if minor == "0" else "1.1", _headers(block))
+    if "host" not in request.headers and request.version != "1.0":
+        raise HTTPError(400, "the header Host is missing")
+    return request
+
+
+def _headers(block: str) -> Dict[str, str]:
+    fields = _HEADER.findall(block)
+    if len(fields) > MAX_HEADERS:
+        raise HTTPError(431, "more than %d headers" % MAX_HEADERS)
+    if block and len(fields) != block.count("\n") + 1:
+        raise HTTPError(400, "a header line is malformed")
+    headers: Dict[str, str] = {}
+    for name, value in fields:
+        name, value = name.lower(), value.strip(" \t")
+        if name not in headers:
+            headers[name] = value
+        elif name in _ONCE[:-1]:
+            raise HTTPError(400, "the header %s occurs twice" % name.title())
+        else:
+            headers[name] += ", " + value
+    return headers
+
+
+class Connection(socketserver.BaseRequestHandler):
+    """A client's connection: reads requests and answers them, one after the other."""
+
+    server: "Server"
+
+    def setup(self) -> None:
+        """Prepare to read; called by socketserver."""
+        self.buffer = b""
+        self.idle = False  # waits for a request of which nothing has come yet
+        self.deadline = 0.0  # of the request that is being read
+        self.crowded = not self.server.admit(self.request, self)
+        with contextlib.suppress(OSError):
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def handle(self) -> None:
+        """Serve until one side is done; called by socketserver."""
+        try:
+            while self._serve_one():
+                pass
+        except socket.timeout:
+            log.debug("%s was too slow", self.client_address)
+        except OSError as error:
+            log.debug("%s is gone: %s", self.client_address, error)
+
+    def _serve_one(self) -> bool:
+        """Read one request and answer it; False when it was the last."""
+        try:
+            request = self._read_request()
+        except HTTPError as error:
+            self._send(refusal(error), "1.1", False)
+            self._linger()
+            return False
+        if request is None:
+            return False
+        reply = self._reply_to(request)
+        log.debug("%s %s: %d", request.method, request.path, reply.status)
+        keep = request.keeps_alive and not self.crowded and not self.server.closing
+        self._send(reply, request.version, keep, request.method == "HEAD")
+        return keep
+
+    def _reply_to(self, request: Request) -> Reply:
+        if self.crowded and request.path not in ("/healthz", "/readyz"):
+            most = self.server.max_connections
+            return problem(503, "%d clients are connected" % most, {"Retry-After": "1"})
+        return respond(self.server.app, request)
+
+    # -- reading
+
+    def _read_request(self) -> Optional[Request]:
+        """Read a request; None when the client is done. Raises HTTPError."""
+        head = self._read_head()
+        if head is None:
+            return None
+        request = parse_head(head)
+        length = request.length()
+        if length > self.server.max_body:
+            raise HTTPError(413, "the body is larger than %d bytes" % self.server.max_body)
+        if request.headers.get("expect", "").lower() == "100-continue":
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif "expect" in request.headers:
+            raise HTTPError(417, "only 100-continue can be expected")
+        if length:
+            request.body = self._read_body(length)
+        return request
+
+    def _read_head(self) -> Optional[bytes]:
+        """Read up to the empty line that ends a head; None when nothing comes."""
+        if not self.buffer and not self._await_request():
+            return None
+        self.deadline = time.monotonic() + self.server.request_timeout
+        while True:
+            head, end, rest = self.buffer.partition(b"\r\n\r\n")
+            if len(head) > MAX_HEAD:
+                raise self._too_long(head)
+            if head.count(b"\n") != head.count(b"\r\n"):
+                raise HTTPError(400, "lines must end in CR LF")
+            if end:
+                self.buffer = rest
+                return head
+            self.buffer += self._receive()
+
+    def _await_request(self) -> bool:
+        """Wait for a request's first bytes; False when none come."""
+        self.request.settimeout(self.server.idle_timeout)
+        self.idle = True
+        if self.server.closing:  # looked at after idle was set: see Server.close
+            self.request.shutdown(socket.SHUT_RD)
+        self.buffer = self.request.recv(65536)
+        self.idle = False
+        return bool(self.buffer)
+
+    def _read_body(self, length: int) -> bytes:
+        self.deadline += length / self.server.slowest
+        parts, missing = [self.buffer[:length]], length - len(self.buffer)
+        self.buffer = self.buffer[length:]
+        while missing > 0:
+            parts.append(self._receive(min(missing, 65536)))
+            missing -= len(parts[-1])
+        return b"".join(parts)
+
+    def _receive(self, most: int = 65536) -> bytes:
+        """Read more of a request that has begun; raises HTTPError 408 when it is late."""
+        try:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise socket.timeout
+            self.request.settimeout(left)
+            data = bytes(self.request.recv(most))
+        except socket.timeout:
+            raise HTTPError(408, "the request took too long to arrive") from None
+        if not data:
+            raise HTTPError(400, "the request ended before it was complete")
+        return data
+
+    @staticmethod
+    def _too_long(head: bytes) -> HTTPError:
+        if b"\r\n" in head[:MAX_HEAD]:
+            return HTTPError(431, "the headers have more than %d bytes" % MAX_HEAD)
+        return HTTPError(414, "the target is longer than %d bytes" % MAX_TARGET)
+
+    # -- writing
+
+    def _send(self, reply: Reply, version: str, keep: bool, bare: bool = False) -> None:
+        """Send a reply, its head and body in one piece; `bare` leaves out the body."""
+        lines = [
+            "HTTP/1.1 %d %s" % (reply.status, HTTPStatus(reply.status).phrase),
+            "Server: longtasks",
+            "Date: " + self.server.date(),
+        ]
+        if reply.status != 204:
+            lines.append("Content-Type: " + reply.media)
+            lines.append("Content-Length: %d" % len(reply.body))
+            lines.append("Cache-Control: no-store")
+            lines.append("X-Content-Type-Options: nosniff")
+        lines += ["%s: %s" % header for header in reply.headers.items()]
+        if not keep:
+            lines.append("Connection: close")
+        elif version == "1.0":
+            lines.append("Connection: keep-alive")
+        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        self.request.settimeout(self.server.send_timeout)
+        self.request.sendall(head if bare else head + reply.body)
+
+    def _linger(self) -> None:
+        """Drop what is still being sent: closing now would destroy our answer on its way."""
+        self.request.shutdown(socket.SHUT_WR)
+        end = time.monotonic() + self.server.linger_timeout
+        while time.monotonic() < end:
+            self.request.settimeout(self.server.linger_timeout)
+            if not self.request.recv(65536):
+                return
+
+
+class Server(ThreadingHTTPServer):
+    """Listens, and gives each client a thread."""
+
+    daemon_threads = True
+    block_on_close = False  # close() waits for them itself, and not for ever
+    request_queue_size = 1024  # the default, 5, costs clients seconds under load
+    allow_reuse_address = os.name != "nt"  # there it would let two listen on one port
+
+    idle_timeout = 60.0  # seconds until the first byte of a request
+    request_timeout = 20.0  # seconds until a request's last byte, and more for its body:
+    slowest = 16_384  # bytes a second
+    send_timeout = 60.0  # seconds to take a whole answer
+    linger_timeout = 2.0  # seconds
+    reserve = 32  # connections past the limit, to be told so, and for probes
+
+    def __init__(
+        self, host: str, port: int, app: App, max_body: int, max_connections: int
+    ) -> None:
+        self.app = app
+        self.max_body = max_body
+        self.max_connections = max_connections
+        self.closing = False
+        # The lock guards the map of open connections; it notifies when one has ended.
+        self._changed = threading.Condition()
+        self._connections: Dict[socket.socket, Optional[Connection]] = {}
+        self._date = (0, "")
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Connection)
+
+    def server_bind(self) -> None:
+        """Bind, without the look-up of the host's name that could take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore
+
+    @property
+    def url(self) -> str:
+        """Where this server is to be reached."""
+        host = str(self.server_address[0])
+        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.server_port)
+
+    def date(self) -> str:
+        """The time for the header Date, made once a second."""
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = (now, formatdate(now, usegmt=True))
+        return self._date[1]
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """Accept a connection; called by socketserver."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                log.warning("can't accept: %s", error)
+                time.sleep(0.1)  # or the loop would spin until something is freed
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a connection's thread; called by socketserver."""
+        with self._changed:
+            full = len(self._connections) >= self.max_connections + self.reserve
+            self._connections[request] = None
+        if full:
+            self.shutdown_request(request)
+        else:
+            super().process_request(request, client_address)
+
+    def admit(self, request: socket.socket, connection: Connection) -> bool:
+        """Note a connection that begins; False when there are too many."""
+        with self._changed:
+            self._connections[request] = connection
+            return len(self._connections) <= self.max_connections
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection that has ended; called by socketserver."""
+        super().shutdown_request(request)
+        with self._changed:
+            self._connections.pop(request, None)
+            self._changed.notify_all()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what a connection did not expect; called by socketserver."""
+        log.error("connection of %s failed", client_address, exc_info=True)
+
+    def close(self, patience: float = 5.0) -> None:
+        """Stop listening, answer what has come in, and wait so many seconds for that."""
+        self.closing = True
+        self.shutdown()
+        self._accept_rest()
+        self.server_close()
+        with self._changed:
+            for request, connection in self._connections.items():
+                # An idle one wakes with the request that has just come, or with none.
+                if connection and connection.idle:
+                    with contextlib.suppress(OSError):
+                        request.shutdown(socket.SHUT_RD)
+            self._changed.wait_for(lambda: not self._connections, patience)
+
+    def _accept_rest(self) -> None:
+        """Take in those who were connected before the end but not yet accepted."""
+        self.socket.setblocking(False)
+        with contextlib.suppress(OSError):
+            while True:
+                request, client_address = self.socket.accept()
+                request.setblocking(True)
+                self.process_request(request, client_address)
+
+
+# ======================================================================
+# 8. Command line and main
+#
+# Puts the rooms together, starts them, waits for a signal, drains, and
+# leaves with a code that tells the truth: 0 when every task was finished,
+# 1 when some were given up, 2 when it could not start.
+# ======================================================================
+
+GRACE = 3.0  # seconds that handlers have to stop once they are told to
+
+_DONE = "done"  # what the ledger records where a signal handler records its number
+
+Events = typing.Any  # queue.SimpleQueue, of signal numbers and _DONE
+
+
+class Service:
+    """The whole service: what main runs, and tests too."""
+
+    def __init__(
+        self, settings: Settings, handlers: Mapping[str, Handler] = HANDLERS
+    ) -> None:
+        self.settings = settings
+        self.ledger = Ledger(
+            Limits(
+                settings["QUEUE_LIMIT"],
+                settings["RESULT_LIMIT"],
+                settings["RESULT_BYTES"],
+                settings["RESULT_TTL"],
+            )
+        )
+        self.pool = Pool(self.ledger, handlers, settings["WORKER_COUNT"])
+        self.server = self._listen(App(self.ledger, handlers))
+
+    def _listen(self, app: App) -> Server:
+        host, port = self.settings["HOST"], self.settings["PORT"]
+        most = self.settings["MAX_BODY"], self.settings["MAX_CONNECTIONS"]
+        try:
+            return Server(host, port, app, *most)
+        except OSError as error:
+            where = "HOST %s, PORT %d" % (host, port)
+            raise SettingsError("%s: can't listen: %s" % (where, error.strerror)) from None
+
+    def start(self) -> None:
+        """Begin to work and to listen."""
+        self.pool.start()
+        # In a thread of its own, so that shutdown() may wait for it.
+        threading.Thread(
+            target=self.server.serve_forever, args=(0.1,), name="server", daemon=True
+        ).start()
+        workers = self.settings["WORKER_COUNT"]
+        log.info("listening on %s, %d workers, pid %d", self.server.url, workers, os.getpid())
+
+    def run(self, events: Events) -> int:
+        """Serve until a signal is recorded in `events`; return the exit code."""
+        while True:
+            try:
+                name = signal.Signals(events.get(timeout=60)).name
+                break
+            except queue.Empty:
+                self.ledger.expire()  # of an idle service, too, memory is freed
+        lost = self._drain(name, events)
+        self.server.close()
+        for task in lost:
+            line = {"id": task.id, "type": task.type, "params": json.loads(task.params)}
+            log.error("given up: %s", to_json(line).decode())
+        log.info("stopped: %d tasks given up", len(lost))
+        return 1 if lost else 0
+
+    def _drain(self, name: str, events: Events) -> List[Task]:
+        """Let the tasks finish, or stop them; return those that were given up."""
+        patience = self.settings["DRAIN_TIMEOUT"]
+        counts = self.ledger.drain(lambda: events.put(_DONE))
+        message = "%s: draining, %d running and %d waiting, for %g s at most"
+        log.info(message, name, counts.processing, counts.pending, patience)
+        event = _next_event(events, patience)
+        if event == _DONE:
+            return []
+        log.warning("%s: handlers are told to stop", "second signal" if event else "time is up")
+        left = self.ledger.halt()
+        if event is None:
+            _next_event(events, GRACE)
+        return [task for task in left if not self._was_done(task)]
+
+    def _was_done(self, task: Task) -> bool:
+        try:
+            return self.ledger.get(task.id).status in (COMPLETED, FAILED)
+        except ForgottenTask:  # it ended, and left at once because of the limits
+            return True
+
+    def close(self) -> None:
+        """Stop at once: handlers are told to stop, requests in flight are answered."""
+        self.ledger.halt()
+        self.server.close()
+
+
+def _next_event(events: Events, patience: float) -> Any:
+    """Wait for a signal's number or _DONE; None when it takes longer."""
+    try:
+        return events.get(timeout=patience)
+    except queue.Empty:
+        return None
+
+
+class LogFormatter(logging.Formatter):
+    """A line an event: time in UTC, level, message. No character a terminal obeys."""
+
+    def __init__(self) -> None:
+        super().__init__("%(levelname)-7s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's lines; only a traceback has more than one."""
+        first = self.formatMessage(self._with_message(record))
+        text = timestamp(record.created) + " " + _escaped(first)  # type: ignore
+        if record.exc_info:
+            lines = self.formatException(record.exc_info).splitlines()
+            text += "".join("\n  " + _escaped(line) for line in lines)
+        return text
+
+    @staticmethod
+    def _with_message(record: logging.LogRecord) -> logging.LogRecord:
+        record.message = record.getMessage()
+        return record
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"[^\t -~\xa0-\ud7ff\ue000-\U0010ffff]", lambda m: ascii(m.group())[1:-1], text)
+
+
+def start_logging(level: str) -> None:
+    """Log to stderr from this level on."""
+    output = logging.StreamHandler()
+    output.setFormatter(LogFormatter())
+    log.handlers[:] = [output]
+    log.propagate = False
+    log.setLevel(level.upper())
+    logging.raiseExceptions = False  # a log that can't be written is no reason to fail
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the service until it is told to stop; return the exit code."""
+    try:
+        settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
+        start_logging(settings["LOG_LEVEL"])
+        for file in settings["HANDLERS"]:
+            load_handlers(file)
+        service = Service(settings)
+    except (SettingsError, HandlerError) as error:
+        print("longtasks: %s" % _escaped(str(error)), file=sys.stderr)
+        return 2
+    # A signal handler only records: it may run in the midst of anything, and put()
+    # of a SimpleQueue is one of the few things that are safe there.
+    events: Events = queue.SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: events.put(number))
+    service.start()
+    return service.run(events)
+
+
+if __name__ == "__main__":
+    code = main()
+    if code == 1:  # a handler that does not stop must not hold up the exit
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -52,22 +52,8 @@ from collections import OrderedDict, deque
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import (
-    Any,
-    Callable,
-    Deque,
-    Dict,
-    FrozenSet,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    Union,
-)
+from typing import Any, Callable, Deque, Dict, FrozenSet, Iterator, List, Mapping
+from typing import NamedTuple, Optional, Sequence, Tuple, Union
 from urllib.parse import parse_qsl
 
 __version__ = "1.0.0"
@@ -113,7 +99,9 @@ def size(text: str) -> int:
     match = re.fullmatch("([1-9][0-9]{0,14})(|KiB|MiB|GiB)", text)
     if not match:
         raise ValueError("a size in bytes, such as 65536, 64KiB, 64MiB or 1GiB")
-    return int(match.group(1)) << {"": 0, "KiB": 10, "MiB": 20, "GiB": 30}[match.group(2)]
+    return (
+        int(match.group(1)) << {"": 0, "KiB": 10, "MiB": 20, "GiB": 30}[match.group(2)]
+    )
 
 
 def one_of(*words: str) -> Callable[[str], str]:
@@ -148,7 +136,8 @@ class Setting(NamedTuple):
             return self.check(text)
         except ValueError as right:
             raise SettingsError(
-                "%s (%s) must be %s, not %s" % (self.name, self.flag, right, shown(text))
+                "%s (%s) must be %s, not %s"
+                % (self.name, self.flag, right, shown(text))
             ) from None
 
 
@@ -173,9 +162,15 @@ SETTINGS = (
     ),
     Setting("QUEUE_LIMIT", "10000", whole(1, 10**9), "tasks that may wait"),
     Setting("RESULT_LIMIT", "10000", whole(1, 10**9), "finished tasks that are kept"),
-    Setting("RESULT_BYTES", "64MiB", size, "bytes of finished tasks that are kept", "SIZE"),
     Setting(
-        "RESULT_TTL", "86400", seconds, "seconds that a finished task is kept", "SECONDS"
+        "RESULT_BYTES", "64MiB", size, "bytes of finished tasks that are kept", "SIZE"
+    ),
+    Setting(
+        "RESULT_TTL",
+        "86400",
+        seconds,
+        "seconds that a finished task is kept",
+        "SECONDS",
     ),
     Setting("MAX_BODY", "1MiB", size, "largest request body", "SIZE"),
     Setting("MAX_CONNECTIONS", "1000", whole(1, 100_000), "clients connected at once"),
@@ -215,10 +210,12 @@ def _argument_parser() -> Any:
     parser = Parser(
         prog="longtasks.py",
         description="Long tasks over HTTP: submit, follow, collect the result.",
-        epilog="Each setting can also stand in the environment, by the name in brackets.",
+        epilog="Each setting may stand in the environment, by the name in brackets.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version="longtasks " + __version__)
+    parser.add_argument(
+        "--version", action="version", version="longtasks " + __version__
+    )
     for setting in SETTINGS:
         parser.add_argument(
             setting.flag,
@@ -285,7 +282,9 @@ class Invalid(TaskError):
 
     def __init__(self, problems: Sequence["Problem"]) -> None:
         self.problems = list(problems)
-        super().__init__("; ".join(dotted(path) + message for path, message in problems))
+        super().__init__(
+            "; ".join(dotted(path) + message for path, message in problems)
+        )
 
 
 class UnknownTask(TaskError):
@@ -357,7 +356,13 @@ def new_id() -> str:
     digits = os.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]
     return "-".join(
-        (digits[:8], digits[8:12], "4" + digits[13:16], variant + digits[17:20], digits[20:])
+        (
+            digits[:8],
+            digits[8:12],
+            "4" + digits[13:16],
+            variant + digits[17:20],
+            digits[20:],
+        )
     )
 
 
@@ -508,7 +513,7 @@ class Context:
         self._stop.set()
 
     def progress_document(self) -> Optional[Dict[str, Any]]:
-        """The latest progress, as the status document shows it; None before the first."""
+        """The latest progress, as a status document shows it; None at first."""
         if self._progress is None:
             return None
         fraction, message = self._progress
@@ -584,7 +589,9 @@ def _inspected(
     if not callable(function) or inspect.isclass(function):
         raise HandlerError("a handler is a function")
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-        raise HandlerError("a handler is a plain function, neither async nor a generator")
+        raise HandlerError(
+            "a handler is a plain function, neither async nor a generator"
+        )
     context, params, rest = _sorted_parameters(function)
     if len(params) == 1 and not rest and _takes_all(params[0]):
         return Handler(name, function, {"type": "object"}, True, context)
@@ -604,13 +611,14 @@ def _inspected(
 def _sorted_parameters(
     function: Callable[..., Any],
 ) -> Tuple[Optional[str], List[inspect.Parameter], bool]:
-    """Return the context parameter's name, the task's parameters, and whether **rest."""
+    """Return the context's parameter, the task's parameters, and whether **rest."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
         hints = typing.get_type_hints(function) if inspect.isroutine(function) else {}
     except Exception as error:
         raise HandlerError("its signature can't be read: %s" % error) from None
-    contexts, params, rest = [], [], False
+    contexts: List[str] = []
+    params, rest = [], False
     for parameter in parameters:
         hint = hints.get(parameter.name, parameter.annotation)
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -625,7 +633,7 @@ def _sorted_parameters(
             params.append(parameter.replace(annotation=hint))
     if len(contexts) > 1:
         raise HandlerError("two parameters are annotated with Context")
-    return (contexts or [None])[0], params, rest
+    return (contexts[0] if contexts else None), params, rest
 
 
 def _takes_all(param: inspect.Parameter) -> bool:
@@ -689,11 +697,14 @@ def schema_of(annotation: Any) -> Dict[str, Any]:
 def _narrow(properties: Dict[str, Any], param: str, limit: Mapping[str, float]) -> None:
     unknown = sorted(set(limit) - {"minimum", "maximum"})
     if param not in properties or unknown:
-        raise HandlerError("limits: no such thing as %s" % (", ".join(unknown) or param))
+        raise HandlerError(
+            "limits: no such thing as %s" % (", ".join(unknown) or param)
+        )
     properties[param] = dict(properties[param], **limit)
 
 
-_JSON_TYPES = {  # each with the exact types that the JSON reader makes: a bool is no int
+# The exact types that the JSON reader makes: a bool is no int.
+_JSON_TYPES = {
     "boolean": ((bool,), "true or false"),
     "integer": ((int,), "a whole number"),
     "number": ((int, float), "a number"),
@@ -719,7 +730,7 @@ def problems(value: Any, schema: Schema, path: Path = ()) -> Iterator[Problem]:
         yield from _object_problems(value, schema, path)
     elif isinstance(value, list):
         for index, item in enumerate(value if "items" in schema else ()):
-            yield from problems(item, schema["items"], path + (index,))
+            yield from problems(item, schema["items"], (*path, index))
 
 
 def _object_problems(
@@ -729,20 +740,24 @@ def _object_problems(
     others = schema.get("additionalProperties", True)
     for name in schema.get("required", ()):
         if name not in value:
-            yield path + (name,), " is missing"
+            yield (*path, name), " is missing"
     for name, item in value.items():
         if name not in known and others is False:
             names = ", ".join(known) or "none"
-            yield path + (name,), " is unknown; known here: " + names
+            yield (*path, name), " is unknown; known here: " + names
         else:
-            yield from problems(item, known.get(name, others), path + (name,))
+            yield from problems(item, known.get(name, others), (*path, name))
 
 
 def _fits(value: Any, schema: Dict[str, Any]) -> bool:
     """Whether the value itself, not yet what is in it, is as the schema says."""
-    if "anyOf" in schema and not any(not any(problems(value, s)) for s in schema["anyOf"]):
+    if "anyOf" in schema and not any(
+        not any(problems(value, s)) for s in schema["anyOf"]
+    ):
         return False
-    if "enum" in schema and (type(value), value) not in [(type(e), e) for e in schema["enum"]]:
+    if "enum" in schema and (type(value), value) not in [
+        (type(e), e) for e in schema["enum"]
+    ]:
         return False
     if "type" in schema and type(value) not in _JSON_TYPES[schema["type"]][0]:
         return False
@@ -762,7 +777,9 @@ def _in_words(schema: Dict[str, Any]) -> str:
     if "minimum" in schema:
         words += " from %s" % shown(schema["minimum"])
     if "maximum" in schema:
-        words += (" to %s" if "minimum" in schema else " up to %s") % shown(schema["maximum"])
+        words += (" to %s" if "minimum" in schema else " up to %s") % shown(
+            schema["maximum"]
+        )
     return words
 
 
@@ -809,10 +826,9 @@ def load_handlers(file: str) -> None:
         with open(file, "rb"):
             pass  # so that a missing file is told in the system's words
         loader = importlib.machinery.SourceFileLoader(name, file)
-        module = importlib.util.module_from_spec(
-            importlib.util.spec_from_file_location(name, file, loader=loader)
-        )
-        sys.modules[name] = module
+        spec = importlib.machinery.ModuleSpec(name, loader, origin=file)
+        spec.has_location = True
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise HandlerError("--handlers %s: %s" % (file, _why(error, file))) from None
@@ -822,7 +838,11 @@ def _why(error: BaseException, file: str) -> str:
     """Say in one line what stopped a file from loading, and where in it."""
     if isinstance(error, OSError) and error.filename == file:
         return str(error.strerror)
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    lines = [
+        f.lineno
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename == file
+    ]
     at = " (line %s)" % lines[-1] if lines else ""
     text = str(error) if isinstance(error, HandlerError) else describe(error)
     return text.replace("\n", " ") + at
@@ -845,7 +865,9 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
     steps = min(100, 1 + int(duration * 4))
     for step in range(1, steps + 1):
         ctx.sleep(begin + duration * step / steps - time.monotonic())
-        ctx.progress(step / steps, "%g of %g s" % (round(duration * step / steps, 1), duration))
+        ctx.progress(
+            step / steps, "%g of %g s" % (round(duration * step / steps, 1), duration)
+        )
     return {"message": "Long computation completed successfully", "duration": duration}
 
 
@@ -887,7 +909,7 @@ class Ledger:
     ) -> None:
         self.limits = limits
         self._clock = clock
-        self._ready: "queue.Queue[Optional[str]]" = queue.Queue()  # None: no more work
+        self._ready: queue.Queue[Optional[str]] = queue.Queue()  # None: no more work
         # The lock guards everything below. It must hold that: _tasks has every task
         # that is known, in the order of submission; _running those and only those
         # that are processing; _ended every finished one, in the order of ending, and
@@ -896,7 +918,7 @@ class Ledger:
         self._tasks: Dict[str, Task] = {}
         self._running: Dict[str, Context] = {}
         self._ended: Deque[str] = deque()
-        self._forgotten: "OrderedDict[str, None]" = OrderedDict()
+        self._forgotten: OrderedDict[str, None] = OrderedDict()
         self._last_seq = 0
         self._pending = 0
         self._held = 0  # bytes of finished tasks
@@ -988,7 +1010,9 @@ class Ledger:
         """Return a finished task; raises Unfinished as well as what get() raises."""
         task = self.get(task_id)
         if not task.finished:
-            raise Unfinished("task %s is %s; it has no result yet" % (task.id, task.status))
+            raise Unfinished(
+                "task %s is %s; it has no result yet" % (task.id, task.status)
+            )
         return task
 
     def context(self, task_id: str) -> Optional[Context]:
@@ -1049,10 +1073,12 @@ class Ledger:
             self._drop_old(self._clock())
 
     def _too_old(self, task: Task, now: float) -> bool:
-        return task.ended_at is not None and now - task.ended_at > self.limits.result_ttl
+        return (
+            task.ended_at is not None and now - task.ended_at > self.limits.result_ttl
+        )
 
     def _drop_old(self, now: float) -> None:
-        """Drop finished tasks past age, count or bytes, oldest first. Assumes the lock."""
+        """Drop finished tasks past the limits, oldest first. Assumes the lock."""
         while self._ended:
             task = self._tasks.get(self._ended[0])
             if task is not None:
@@ -1139,7 +1165,9 @@ def run_one(
     try:
         result = to_json(value)
     except Exception as error:
-        return Outcome(FAILED, error="the result does not fit into JSON: " + describe(error))
+        return Outcome(
+            FAILED, error="the result does not fit into JSON: " + describe(error)
+        )
     if len(result) > max_result:
         size = "the result has %d bytes, more than the %d that are kept"
         return Outcome(FAILED, error=size % (len(result), max_result))
@@ -1149,7 +1177,9 @@ def run_one(
 class Pool:
     """Up to `count` threads that run the ledger's tasks."""
 
-    def __init__(self, ledger: Ledger, handlers: Mapping[str, Handler], count: int) -> None:
+    def __init__(
+        self, ledger: Ledger, handlers: Mapping[str, Handler], count: int
+    ) -> None:
         self._ledger = ledger
         self._handlers = handlers
         self._count = count
@@ -1218,7 +1248,9 @@ JSON = "application/json"
 PROBLEM = "application/problem+json"  # RFC 9457
 TEXT = "text/plain; charset=utf-8"
 
-METHODS = frozenset("GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT".split())
+METHODS = frozenset(
+    {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
+)
 
 
 class HTTPError(Exception):
@@ -1270,16 +1302,19 @@ class Request:
             raise HTTPError(411, "send a JSON body with its Content-Length")
         # Checked so that a web page elsewhere can't post here without asking first.
         media, _, rest = self.headers.get("content-type", "").lower().partition(";")
-        if media.strip() != JSON or rest.strip().replace('"', "") not in ("", "charset=utf-8"):
+        if media.strip() != JSON or rest.strip().replace('"', "") not in (
+            "",
+            "charset=utf-8",
+        ):
             raise HTTPError(415, "send JSON, with the header Content-Type: " + JSON)
         if not self.body:
             raise Malformed('the body is empty; send {"type": ..., "params": {...}}')
         return from_json(self.body)
 
     def accepts(self, *offers: str) -> str:
-        """Return the media type of `offers` that the client likes best (RFC 9110, 12.5.1).
+        """Return which of these media types the client likes best (RFC 9110, 12.5.1).
 
-        The first one wins where it likes several as much. Raises HTTPError 406.
+        The first one wins among equals. Raises HTTPError 406.
         """
         accept = self.headers.get("accept", "*/*")
         if accept in ("*/*", ""):
@@ -1321,7 +1356,9 @@ def json_reply(document: Any, status: int = 200, **headers: str) -> Reply:
 
 def text_reply(text: str, status: int = 200, **headers: str) -> Reply:
     """Answer with a line of text, or more than one."""
-    return Reply(status, text.encode("utf-8", "backslashreplace") + b"\n", TEXT, headers)
+    return Reply(
+        status, text.encode("utf-8", "backslashreplace") + b"\n", TEXT, headers
+    )
 
 
 def problem(
@@ -1329,7 +1366,9 @@ def problem(
 ) -> Reply:
     """Answer with what went wrong, as RFC 9457 has it."""
     title = HTTPStatus(status).phrase
-    document = dict(type="about:blank", title=title, status=status, detail=detail, **extra)
+    document = dict(
+        type="about:blank", title=title, status=status, detail=detail, **extra
+    )
     return Reply(status, to_json(document) + b"\n", PROBLEM, headers)
 
 
@@ -1482,12 +1521,14 @@ def list_types(app: App, request: Request) -> Reply:
 
 def show_index(app: App, request: Request) -> Reply:
     """Say how to use this service, in lines of curl to copy."""
-    request.accepts(TEXT)
     host = request.headers.get("host", "localhost")
-    url = "http://%s" % (host if re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII) else "localhost")
+    url = "http://%s" % (
+        host if re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII) else "localhost"
+    )
     types = ["  %-20s %s" % (n, h.description) for n, h in sorted(app.handlers.items())]
     routes = ["  %-6s %-28s %s" % (r.method, r.path, r.help) for r in ROUTES]
-    return text_reply(INDEX.format(url=url, types="\n".join(types), routes="\n".join(routes)))
+    parts = {"url": url, "types": "\n".join(types), "routes": "\n".join(routes)}
+    return text_reply(INDEX % parts)
 
 
 INDEX = """\
@@ -1495,22 +1536,22 @@ longtasks: long jobs over HTTP
 
 Submit a task and keep its id:
 
-  id=$(curl -s {url}/api/v1/tasks -H "Accept: text/plain" \\
+  id=$(curl -s %(url)s/api/v1/tasks -H "Accept: text/plain" \\
        -H "Content-Type: application/json" \\
-       -d '{{"type": "long_computation", "params": {{"duration": 5}}}}')
+       -d '{"type": "long_computation", "params": {"duration": 5}}')
 
 Follow it, and collect its result once it is completed:
 
-  curl {url}/api/v1/tasks/$id
-  curl {url}/api/v1/tasks/$id/result
+  curl %(url)s/api/v1/tasks/$id
+  curl %(url)s/api/v1/tasks/$id/result
 
-Task types, with their params at {url}/api/v1/types:
+Task types, with their params at %(url)s/api/v1/types:
 
-{types}
+%(types)s
 
 Routes:
 
-{routes}"""
+%(routes)s"""
 
 
 def show_health(app: App, request: Request) -> Reply:
@@ -1570,7 +1611,9 @@ def find_route(request: Request) -> Route:
         request.task_id, steps[4] = steps[4].lower(), "{id}"
     methods = _ROUTES.get("/".join(steps))
     if methods is None:
-        raise HTTPError(404, "there is nothing at %s; GET / lists what is" % request.path)
+        raise HTTPError(
+            404, "there is nothing at %s; GET / lists what is" % request.path
+        )
     if request.method not in methods:
         allowed = ", ".join(sorted(methods))
         raise HTTPError(405, "%s takes %s" % (request.path, allowed), Allow=allowed)
@@ -1584,7 +1627,9 @@ def _check_query(request: Request, route: Route) -> None:
     for name in read_query(request):
         if name not in route.query:
             known = ", ".join(route.query) or "none"
-            raise HTTPError(400, "no query parameter %s here; known: %s" % (shown(name), known))
+            raise HTTPError(
+                400, "no query parameter %s here; known: %s" % (shown(name), known)
+            )
 
 
 def read_query(request: Request) -> Dict[str, str]:
@@ -1600,7 +1645,9 @@ def read_query(request: Request) -> Dict[str, str]:
     return dict(pairs)
 
 
-def _number_in(query: Mapping[str, str], name: str, low: int, high: int, default: int) -> int:
+def _number_in(
+    query: Mapping[str, str], name: str, low: int, high: int, default: int
+) -> int:
     try:
         return whole(low, high)(query[name]) if name in query else default
     except ValueError as right:
@@ -1615,8 +1662,12 @@ def respond(app: App, request: Request) -> Reply:
         return refusal(error)
     except Exception:
         request_id = new_id()
-        log.exception("request %s (%s %s) failed", request_id, request.method, request.path)
-        return problem(500, "an error of the service; its log tells more of %s" % request_id)
+        log.exception(
+            "request %s (%s %s) failed", request_id, request.method, request.path
+        )
+        return problem(
+            500, "an error of the service; its log tells more of %s" % request_id
+        )
 
 
 # -- the wire --------------------------------------------------------------
@@ -1625,10 +1676,18 @@ _REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (\S+) HTTP/([0-9])\.(
 _TARGET = re.compile(r'/[^\x00-\x20"#<>\\^`{|}\x7f-\xff]*')
 # One whole line each: a token, the colon right behind it, no control characters.
 _HEADER = re.compile(
-    r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)(?:\r\n|\Z)", re.MULTILINE
+    r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)(?:\r\n|\Z)",
+    re.MULTILINE,
 )
 # Two of these are a contradiction; two of another header are a list.
-_ONCE = ("host", "content-length", "content-type", "transfer-encoding", "expect", "accept")
+_ONCE = (
+    "host",
+    "content-length",
+    "content-type",
+    "transfer-encoding",
+    "expect",
+    "accept",
+)
 
 
 def parse_head(head: bytes) -> Request:
@@ -1647,7 +1706,9 @@ def parse_head(head: bytes) -> Request:
     if len(target) > MAX_TARGET:
         raise HTTPError(414, "the target is longer than %d bytes" % MAX_TARGET)
     if not _TARGET.fullmatch(target):
-        raise HTTPError(400, "the target must be a path, with what is special in it as %XX")
+        raise HTTPError(
+            400, "the target must be a path, with what is special in it as %XX"
+        )
     request = Request(method, target, "1.0" if minor == "0" else "1.1", _headers(block))
     if "host" not in request.headers and request.version != "1.0":
         raise HTTPError(400, "the header Host is missing")
@@ -1661,8 +1722,8 @@ def _headers(block: str) -> Dict[str, str]:
     if block and len(fields) != block.count("\n") + 1:
         raise HTTPError(400, "a header line is malformed")
     headers: Dict[str, str] = {}
-    for name, value in fields:
-        name, value = name.lower(), value.strip(" \t")
+    for spelled, padded in fields:
+        name, value = spelled.lower(), padded.strip(" \t")
         if name not in headers:
             headers[name] = value
         elif name in _ONCE[:-1]:
@@ -1670,6 +1731,26 @@ def _headers(block: str) -> Dict[str, str]:
         else:
             headers[name] += ", " + value
     return headers
+
+
+def encode_head(reply: Reply, date: str, version: str, keep: bool) -> bytes:
+    """Return a reply's head as it goes out, to a client that spoke this version."""
+    lines = [
+        "HTTP/1.1 %d %s" % (reply.status, HTTPStatus(reply.status).phrase),
+        "Server: longtasks",
+        "Date: " + date,
+    ]
+    if reply.status != 204:
+        lines.append("Content-Type: " + reply.media)
+        lines.append("Content-Length: %d" % len(reply.body))
+        lines.append("Cache-Control: no-store")
+        lines.append("X-Content-Type-Options: nosniff")
+    lines += ["%s: %s" % header for header in reply.headers.items()]
+    if not keep:
+        lines.append("Connection: close")
+    elif version == "1.0":
+        lines.append("Connection: keep-alive")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 class Connection(socketserver.BaseRequestHandler):
@@ -1714,8 +1795,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _reply_to(self, request: Request) -> Reply:
         if self.crowded and request.path not in ("/healthz", "/readyz"):
-            most = self.server.max_connections
-            return problem(503, "%d clients are connected" % most, {"Retry-After": "1"})
+            return self.server.crowded_reply()
         return respond(self.server.app, request)
 
     # -- reading
@@ -1728,11 +1808,14 @@ class Connection(socketserver.BaseRequestHandler):
         request = parse_head(head)
         length = request.length()
         if length > self.server.max_body:
-            raise HTTPError(413, "the body is larger than %d bytes" % self.server.max_body)
-        if request.headers.get("expect", "").lower() == "100-continue":
-            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        elif "expect" in request.headers:
+            raise HTTPError(
+                413, "the body is larger than %d bytes" % self.server.max_body
+            )
+        expected = request.headers.get("expect", "").lower()
+        if expected not in ("", "100-continue"):
             raise HTTPError(417, "only 100-continue can be expected")
+        if expected and length > len(self.buffer) and request.version != "1.0":
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length:
             request.body = self._read_body(length)
         return request
@@ -1755,7 +1838,8 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _await_request(self) -> bool:
         """Wait for a request's first bytes; False when none come."""
-        self.request.settimeout(self.server.idle_timeout)
+        patience = self.server.idle_timeout
+        self.request.settimeout(min(patience, 1.0) if self.crowded else patience)
         self.idle = True
         if self.server.closing:  # looked at after idle was set: see Server.close
             self.request.shutdown(socket.SHUT_RD)
@@ -1773,7 +1857,7 @@ class Connection(socketserver.BaseRequestHandler):
         return b"".join(parts)
 
     def _receive(self, most: int = 65536) -> bytes:
-        """Read more of a request that has begun; raises HTTPError 408 when it is late."""
+        """Read more of a request that has begun; raises HTTPError when it is late."""
         try:
             left = self.deadline - time.monotonic()
             if left <= 0:
@@ -1796,27 +1880,12 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _send(self, reply: Reply, version: str, keep: bool, bare: bool = False) -> None:
         """Send a reply, its head and body in one piece; `bare` leaves out the body."""
-        lines = [
-            "HTTP/1.1 %d %s" % (reply.status, HTTPStatus(reply.status).phrase),
-            "Server: longtasks",
-            "Date: " + self.server.date(),
-        ]
-        if reply.status != 204:
-            lines.append("Content-Type: " + reply.media)
-            lines.append("Content-Length: %d" % len(reply.body))
-            lines.append("Cache-Control: no-store")
-            lines.append("X-Content-Type-Options: nosniff")
-        lines += ["%s: %s" % header for header in reply.headers.items()]
-        if not keep:
-            lines.append("Connection: close")
-        elif version == "1.0":
-            lines.append("Connection: keep-alive")
-        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        data = encode_head(reply, self.server.date(), version, keep)
         self.request.settimeout(self.server.send_timeout)
-        self.request.sendall(head if bare else head + reply.body)
+        self.request.sendall(data if bare else data + reply.body)
 
     def _linger(self) -> None:
-        """Drop what is still being sent: closing now would destroy our answer on its way."""
+        """Drop what still comes: closing now would destroy our answer on its way."""
         self.request.shutdown(socket.SHUT_WR)
         end = time.monotonic() + self.server.linger_timeout
         while time.monotonic() < end:
@@ -1834,7 +1903,9 @@ class Server(ThreadingHTTPServer):
     allow_reuse_address = os.name != "nt"  # there it would let two listen on one port
 
     idle_timeout = 60.0  # seconds until the first byte of a request
-    request_timeout = 20.0  # seconds until a request's last byte, and more for its body:
+    request_timeout = (
+        20.0  # seconds until a request's last byte, and more for its body:
+    )
     slowest = 16_384  # bytes a second
     send_timeout = 60.0  # seconds to take a whole answer
     linger_timeout = 2.0  # seconds
@@ -1863,7 +1934,10 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         """Where this server is to be reached."""
         host = str(self.server_address[0])
-        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.server_port)
+        return "http://%s:%d" % (
+            "[%s]" % host if ":" in host else host,
+            self.server_port,
+        )
 
     def date(self) -> str:
         """The time for the header Date, made once a second."""
@@ -1887,10 +1961,19 @@ class Server(ThreadingHTTPServer):
         with self._changed:
             full = len(self._connections) >= self.max_connections + self.reserve
             self._connections[request] = None
-        if full:
-            self.shutdown_request(request)
-        else:
+        if not full:
             super().process_request(request, client_address)
+            return
+        reply = self.crowded_reply()
+        request.setblocking(False)  # this is the thread that accepts: it must not wait
+        with contextlib.suppress(OSError):
+            request.send(encode_head(reply, self.date(), "1.1", False) + reply.body)
+        self.shutdown_request(request)
+
+    def crowded_reply(self) -> Reply:
+        """What a client is told for whom there is no place."""
+        detail = "%d clients are connected, as many as may" % self.max_connections
+        return problem(503, detail, {"Retry-After": "1"})
 
     def admit(self, request: socket.socket, connection: Connection) -> bool:
         """Note a connection that begins; False when there are too many."""
@@ -1910,7 +1993,7 @@ class Server(ThreadingHTTPServer):
         log.error("connection of %s failed", client_address, exc_info=True)
 
     def close(self, patience: float = 5.0) -> None:
-        """Stop listening, answer what has come in, and wait so many seconds for that."""
+        """Stop listening; wait so many seconds until what came in is answered."""
         self.closing = True
         self.shutdown()
         self._accept_rest()
@@ -1943,9 +2026,11 @@ class Server(ThreadingHTTPServer):
 
 GRACE = 3.0  # seconds that handlers have to stop once they are told to
 
-_DONE = "done"  # what the ledger records where a signal handler records its number
+# What is recorded in the place where signal handlers record their number.
+_DONE = "all tasks are done"
+_CLOSED = "the server is closed"
 
-Events = typing.Any  # queue.SimpleQueue, of signal numbers and _DONE
+Events = Any  # a queue.SimpleQueue of signal numbers and these
 
 
 class Service:
@@ -1973,7 +2058,9 @@ class Service:
             return Server(host, port, app, *most)
         except OSError as error:
             where = "HOST %s, PORT %d" % (host, port)
-            raise SettingsError("%s: can't listen: %s" % (where, error.strerror)) from None
+            raise SettingsError(
+                "%s: can't listen: %s" % (where, error.strerror)
+            ) from None
 
     def start(self) -> None:
         """Begin to work and to listen."""
@@ -1983,22 +2070,22 @@ class Service:
             target=self.server.serve_forever, args=(0.1,), name="server", daemon=True
         ).start()
         workers = self.settings["WORKER_COUNT"]
-        log.info("listening on %s, %d workers, pid %d", self.server.url, workers, os.getpid())
+        log.info(
+            "listening on %s, %d workers, pid %d", self.server.url, workers, os.getpid()
+        )
 
     def run(self, events: Events) -> int:
         """Serve until a signal is recorded in `events`; return the exit code."""
         while True:
-            try:
-                name = signal.Signals(events.get(timeout=60)).name
+            number = _next_event(events, 60)
+            if number is not None:
                 break
-            except queue.Empty:
-                self.ledger.expire()  # of an idle service, too, memory is freed
-        lost = self._drain(name, events)
-        self.server.close()
+            self.ledger.expire()  # of an idle service, too, memory is freed
+        lost = self._drain(signal.Signals(number).name, events)
         for task in lost:
             line = {"id": task.id, "type": task.type, "params": json.loads(task.params)}
             log.error("given up: %s", to_json(line).decode())
-        log.info("stopped: %d tasks given up", len(lost))
+        log.info("stopped, %d tasks given up", len(lost))
         return 1 if lost else 0
 
     def _drain(self, name: str, events: Events) -> List[Task]:
@@ -2007,14 +2094,29 @@ class Service:
         counts = self.ledger.drain(lambda: events.put(_DONE))
         message = "%s: draining, %d running and %d waiting, for %g s at most"
         log.info(message, name, counts.processing, counts.pending, patience)
-        event = _next_event(events, patience)
-        if event == _DONE:
-            return []
-        log.warning("%s: handlers are told to stop", "second signal" if event else "time is up")
-        left = self.ledger.halt()
+        event, left = _next_event(events, patience), []
+        if event != _DONE:
+            log.warning(
+                "%s: handlers are told to stop",
+                "second signal" if event else "time is up",
+            )
+            left = self.ledger.halt()
         if event is None:
-            _next_event(events, GRACE)
+            event = _next_event(events, GRACE)
+        if event in (None, _DONE):  # else a second signal: no time for courtesy
+            self._hang_up(events)
         return [task for task in left if not self._was_done(task)]
+
+    def _hang_up(self, events: Events) -> None:
+        """Stop listening once what came in is answered, or a signal comes."""
+
+        def close() -> None:
+            self.server.close()
+            events.put(_CLOSED)
+
+        threading.Thread(target=close, name="closer", daemon=True).start()
+        while _next_event(events, None) == _DONE:  # it may have been told twice
+            pass
 
     def _was_done(self, task: Task) -> bool:
         try:
@@ -2028,8 +2130,8 @@ class Service:
         self.server.close()
 
 
-def _next_event(events: Events, patience: float) -> Any:
-    """Wait for a signal's number or _DONE; None when it takes longer."""
+def _next_event(events: Events, patience: Optional[float]) -> Any:
+    """Wait for what is recorded next; None when that takes longer than `patience`."""
     try:
         return events.get(timeout=patience)
     except queue.Empty:
@@ -2058,7 +2160,9 @@ class LogFormatter(logging.Formatter):
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"[^\t -~\xa0-\ud7ff\ue000-\U0010ffff]", lambda m: ascii(m.group())[1:-1], text)
+    return re.sub(
+        r"[^\t -~\xa0-\ud7ff\ue000-\U0010ffff]", lambda m: ascii(m.group())[1:-1], text
+    )
 
 
 def start_logging(level: str) -> None:

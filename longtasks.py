@@ -386,7 +386,7 @@ def from_json(data: bytes) -> Any:
     """
     try:
         text = data.decode("utf-8")
-        if _depth(text) > MAX_DEPTH:
+        if _too_deep(text):
             raise ValueError("nested more than %d levels deep" % MAX_DEPTH)
         return _DECODER.decode(text)
     except UnicodeDecodeError as error:
@@ -400,18 +400,19 @@ def from_json(data: bytes) -> Any:
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|([\[{])|[\]}]', re.DOTALL)
 
 
-def _depth(text: str) -> int:
-    """How deep the JSON is nested. Looked at before the parser recurses into it."""
+def _too_deep(text: str) -> bool:
+    """Whether JSON is nested beyond MAX_DEPTH, before the parser recurses into it."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return 0
-    depth = deepest = 0
+        return False
+    depth = 0
     for match in _STRING_OR_BRACKET.finditer(text):
         if match.group(1):
             depth += 1
-            deepest = max(deepest, depth)
+            if depth > MAX_DEPTH:
+                return True
         elif match.group() in "]}":
             depth -= 1
-    return deepest
+    return False
 
 
 def _read_int(text: str) -> int:
@@ -1902,6 +1903,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 1024  # the default, 5, costs clients seconds under load
     allow_reuse_address = os.name != "nt"  # there it would let two listen on one port
 
+    poll_interval = 0.1  # seconds that stopping may take
     idle_timeout = 60.0  # seconds until the first byte of a request
     request_timeout = (
         20.0  # seconds until a request's last byte, and more for its body:
@@ -2008,8 +2010,8 @@ class Server(ThreadingHTTPServer):
 
     def _accept_rest(self) -> None:
         """Take in those who were connected before the end but not yet accepted."""
-        self.socket.setblocking(False)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # there is nobody (left) to accept
+            self.socket.setblocking(False)
             while True:
                 request, client_address = self.socket.accept()
                 request.setblocking(True)
@@ -2067,7 +2069,10 @@ class Service:
         self.pool.start()
         # In a thread of its own, so that shutdown() may wait for it.
         threading.Thread(
-            target=self.server.serve_forever, args=(0.1,), name="server", daemon=True
+            target=self.server.serve_forever,
+            args=(self.server.poll_interval,),
+            name="server",
+            daemon=True,
         ).start()
         workers = self.settings["WORKER_COUNT"]
         log.info(

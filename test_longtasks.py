@@ -1,0 +1,2146 @@
+"""Tests of longtasks.py, in the order of its rooms.
+
+They need pytest and nothing else. No test waits by sleeping: tasks are held and let go
+by gates, clocks are handed in, and real processes are followed by what they say.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Dict, List, Literal, NamedTuple, Optional, Union
+
+import pytest
+
+import longtasks
+from longtasks import Cancelled, Context, HandlerError, handler
+
+longtasks.Server.poll_interval = 0.01  # so that stopping many takes little time
+
+HERE = Path(__file__).parent
+SCRIPT = str(HERE / "longtasks.py")
+README = HERE / "README.md"
+LONG = 20.0  # seconds after which a wait in a test has failed
+
+
+# ======================================================================
+# Tools
+# ======================================================================
+
+
+class Gate:
+    """A handler that says when it has begun and goes on when it is let."""
+
+    def __init__(self):
+        self.started = threading.Semaphore(0)
+        self.release = threading.Event()
+        self.runs = []
+
+    def __call__(self):
+        self.runs.append(threading.current_thread().name)
+        self.started.release()
+        assert self.release.wait(LONG)
+        return len(self.runs)
+
+    def wait_started(self, count=1):
+        for _ in range(count):
+            assert self.started.acquire(timeout=LONG)
+
+
+class Clock:
+    """A clock that goes when it is told to."""
+
+    def __init__(self, now=1_700_000_000.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: Any
+    body: bytes
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def media(self):
+        return self.headers["Content-Type"]
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry of the test's own, with the built-in types in it."""
+    handlers = dict(longtasks.HANDLERS)
+    monkeypatch.setattr(longtasks, "HANDLERS", handlers)
+    return handlers
+
+
+@pytest.fixture
+def gate(registry):
+    """A gate that is registered as the type "gate"."""
+    gate = Gate()
+
+    @handler("gate")
+    def wait_at_gate():
+        return gate()
+
+    yield gate
+    gate.release.set()
+
+
+@contextlib.contextmanager
+def serving(**changes):
+    """A real service on a free port, stopped whatever happens."""
+    settings = longtasks.read_settings([], {})
+    settings.update(PORT=0, **changes)
+    service = longtasks.Service(settings, longtasks.HANDLERS)
+    service.start()
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+@pytest.fixture
+def service(registry):
+    with serving() as service:
+        yield service
+
+
+JSON_BODY = {"Content-Type": "application/json"}
+
+
+def call(service, method, path, body=None, **headers):
+    """One request on a connection of its own. A body that isn't bytes goes as JSON."""
+    port = service if isinstance(service, int) else service.server.server_port
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    if body is not None and not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    if body is not None and method in ("POST", "PUT"):
+        headers = {**JSON_BODY, **headers}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return Answer(response.status, response.headers, response.read())
+    finally:
+        connection.close()
+
+
+def submit(service, type, params=None, **headers):
+    document = {"type": type, "params": params or {}}
+    return call(service, "POST", "/api/v1/tasks", document, **headers)
+
+
+def submitted(service, type, params=None):
+    """The id of a task that was taken in."""
+    answer = submit(service, type, params)
+    assert answer.status == 202, answer
+    return answer.json["id"]
+
+
+def until(condition, what="it"):
+    """Ask until it holds: for what only another process or thread can tell."""
+    end = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < end, what + " did not come about"
+        time.sleep(0.002)
+
+
+def result_of(service, task_id):
+    """The result document, once the task is finished."""
+    path = "/api/v1/tasks/%s/result" % task_id
+    until(lambda: call(service, "GET", path).status == 200, "the end of " + task_id)
+    return call(service, "GET", path).json
+
+
+def raw(service, data, port=None):
+    """Send bytes as they are; return all that comes back until the server closes."""
+    address = ("127.0.0.1", port or service.server.server_port)
+    with socket.create_connection(address, timeout=LONG) as client:
+        client.sendall(data)
+        parts = []
+        with contextlib.suppress(ConnectionResetError):
+            while True:
+                parts.append(client.recv(65536))
+                if not parts[-1]:
+                    break
+        return b"".join(parts)
+
+
+def together(count, work):
+    """Run work(0), work(1), … in threads that begin at the same moment."""
+    barrier, results = threading.Barrier(count), [None] * count
+
+    def one(index):
+        barrier.wait(LONG)
+        results[index] = work(index)
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+        assert not thread.is_alive()
+    return results
+
+
+# ======================================================================
+# 1. Settings
+# ======================================================================
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_default():
+    assert longtasks.read_settings([], {})["PORT"] == 8080
+    assert longtasks.read_settings([], {"PORT": "81"})["PORT"] == 81
+    assert longtasks.read_settings(["--port", "82"], {"PORT": "81"})["PORT"] == 82
+
+
+def test_an_empty_variable_counts_as_unset():
+    assert longtasks.read_settings([], {"PORT": "", "HANDLERS": ""})["PORT"] == 8080
+
+
+def test_defaults_are_those_that_were_promised():
+    assert longtasks.read_settings([], {}) == {
+        "PORT": 8080,
+        "HOST": "127.0.0.1",
+        "WORKER_COUNT": 10,
+        "LOG_LEVEL": "info",
+        "HANDLERS": [],
+        "DRAIN_TIMEOUT": 300,
+        "QUEUE_LIMIT": 10_000,
+        "RESULT_LIMIT": 10_000,
+        "RESULT_BYTES": 64 * 1024 * 1024,
+        "RESULT_TTL": 86_400,
+        "MAX_BODY": 1024 * 1024,
+        "MAX_CONNECTIONS": 1000,
+    }
+
+
+def test_handlers_files_come_from_repeated_flags_or_a_path_list():
+    variable = os.pathsep.join(["a.py", "b.py"])
+    assert longtasks.read_settings([], {"HANDLERS": variable})["HANDLERS"] == [
+        "a.py",
+        "b.py",
+    ]
+    flags = ["--handlers", "c.py", "--handlers", "d.py"]
+    assert longtasks.read_settings(flags, {"HANDLERS": variable})["HANDLERS"] == [
+        "c.py",
+        "d.py",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("PORT", "x"),
+        ("PORT", "-1"),
+        ("PORT", "65536"),
+        ("PORT", "8080.0"),
+        ("PORT", "٣"),
+        ("WORKER_COUNT", "0"),
+        ("WORKER_COUNT", "1e3"),
+        ("LOG_LEVEL", "loud"),
+        ("DRAIN_TIMEOUT", "-1"),
+        ("DRAIN_TIMEOUT", "inf"),
+        ("QUEUE_LIMIT", "0"),
+        ("RESULT_LIMIT", "many"),
+        ("RESULT_BYTES", "64MB"),
+        ("RESULT_TTL", "1d"),
+        ("MAX_BODY", "0"),
+        ("MAX_CONNECTIONS", ""),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_the_setting(name, text, capsys):
+    flag = "--" + name.lower().replace("_", "-")
+    assert longtasks.main(["%s=%s" % (flag, text)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("longtasks: %s (%s) must be " % (name, flag))
+
+
+def test_an_unknown_flag_is_one_line_and_code_2(capsys):
+    assert longtasks.main(["--prot", "80"]) == 2
+    assert capsys.readouterr().err == (
+        "longtasks: unrecognized arguments: --prot 80; --help lists the flags\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "text, value", [("1", 1), ("2KiB", 2048), ("3MiB", 3 << 20), ("1GiB", 1 << 30)]
+)
+def test_sizes_may_have_a_unit(text, value):
+    assert longtasks.read_settings(["--max-body", text], {})["MAX_BODY"] == value
+
+
+def test_help_tells_every_setting(capsys):
+    with pytest.raises(SystemExit) as left:
+        longtasks.main(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    for setting in longtasks.SETTINGS:
+        assert setting.flag + " " in text
+        assert "[" + setting.name in text
+
+
+# ======================================================================
+# 2. Tasks and their states
+# ======================================================================
+
+STATUSES = ["pending", "processing", "completed", "failed", "cancelled"]
+MOVES = {  # written out here, not taken from the code
+    ("pending", "processing"),
+    ("pending", "cancelled"),
+    ("processing", "completed"),
+    ("processing", "failed"),
+    ("processing", "cancelled"),
+    ("processing", "pending"),
+}
+
+
+@pytest.mark.parametrize("old", STATUSES)
+@pytest.mark.parametrize("new", STATUSES)
+def test_only_the_moves_of_the_table_are_possible(old, new):
+    task = longtasks.Task(1, "id", "type", b"{}", old, 0.0)
+    if (old, new) in MOVES:
+        assert task.moved_to(new).status == new
+        assert task.status == old, "the task itself must not change"
+    else:
+        with pytest.raises(longtasks.IllegalMove):
+            task.moved_to(new)
+
+
+def test_a_task_is_finished_when_no_move_leads_on():
+    finished = [s for s in STATUSES if longtasks.Task(1, "", "", b"", s, 0.0).finished]
+    assert finished == ["completed", "failed", "cancelled"]
+
+
+def test_ids_are_random_uuids_of_version_4():
+    ids = {longtasks.new_id() for _ in range(1000)}
+    assert len(ids) == 1000
+    for text in ids:
+        parsed = uuid.UUID(text)
+        assert str(parsed) == text
+        assert parsed.version == 4
+        assert parsed.variant == uuid.RFC_4122
+
+
+@pytest.mark.parametrize(
+    "data, why",
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"nul", "not JSON"),
+        (b"[1] x", "not JSON"),
+        (b'"\xff"', "not UTF-8: byte 1"),
+        ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
+        (b"[NaN]", "NaN is not a number"),
+        (b"[-Infinity]", "-Infinity is not a number"),
+        (b"[1e999]", "too large"),
+        (b"1" * 1001, "more than 1000 digits"),
+        (b'{"a": 1, "b": 2, "a": 3}', 'the key "a" occurs twice'),
+        (b"[" * 101 + b"]" * 101, "100 levels"),
+        (b"[" * 1_000_000, "100 levels"),
+        (b'{"a":' * 1_000_000, "100 levels"),
+        (b'"\n"', "not JSON"),
+    ],
+)
+def test_json_that_is_not_strictly_json_is_refused(data, why):
+    with pytest.raises(longtasks.Malformed, match=why):
+        longtasks.from_json(data)
+
+
+@pytest.mark.parametrize(
+    "data, value",
+    [
+        (
+            b' {"a": [1, 2.5, true, null, "\xc3\xa9"]} ',
+            {"a": [1, 2.5, True, None, "é"]},
+        ),
+        (b"[" * 100 + b"]" * 100, None),
+        (b"[" + b"[]," * 200 + b"1]", None),
+        (b'["' + b"[{" * 200 + b'\\"' + b"[" * 200 + b'"]', None),
+        (b"1" * 1000, int("1" * 1000)),
+    ],
+)
+def test_json_within_bounds_is_read(data, value):
+    assert longtasks.from_json(data) == (json.loads(data) if value is None else value)
+
+
+def test_text_survives_the_way_through_json():
+    value = {"é": '\u2028 ☃ \U0001f600 \\ " \n \x00', "alone": "\ud800"}
+    data = longtasks.to_json(value)
+    assert longtasks.from_json(data) == value
+    assert "☃".encode() in data
+
+
+# ======================================================================
+# 3. Handlers
+# ======================================================================
+
+
+def checked(function, params, registry, **options):
+    """What is wrong with params for a handler with this function, as text."""
+    registry.pop("t", None)
+    handler("t", **options)(function)
+    try:
+        longtasks.check_submission({"type": "t", "params": params}, registry)
+    except longtasks.Invalid as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    "annotation, good, bad",
+    [
+        (int, [0, -5, 10**30], [1.0, True, "1", None]),
+        (float, [0, 1.5, -2], [True, "1.5", None]),
+        (str, ["", "é"], [1, None, ["a"]]),
+        (bool, [True, False], [0, 1, "true", None]),
+        (list, [[], [1, "a"]], [{}, "ab", None]),
+        (dict, [{}, {"a": 1}], [[], None]),
+        (None, [None], [0, False, ""]),
+        (Any, [None, 1, "a", [], {}], []),
+        (List[int], [[], [1, 2]], [[1, "a"], [True], {}]),
+        (Dict[str, float], [{}, {"a": 1}], [{"a": "b"}, []]),
+        (List[Dict[str, int]], [[{"a": 1}]], [[{"a": "1"}], [1]]),
+        (Optional[int], [1, None], ["1", 1.5, False]),
+        (Union[int, str], [1, "a"], [None, 1.5, []]),
+        (Literal["a", "b"], ["a", "b"], ["c", None, 1]),
+        (Literal[1, True], [1, True], [0, False, "1"]),
+        (List, [[], [1]], ["a"]),
+        (Dict, [{}], [[]]),
+    ],
+)
+def test_params_are_checked_against_annotations(annotation, good, bad, registry):
+    def function(value):
+        return value
+
+    function.__annotations__["value"] = annotation
+    for value in good:
+        assert checked(function, {"value": value}, registry) is None, value
+    for value in bad:
+        assert "params.value" in checked(function, {"value": value}, registry), value
+
+
+def test_newer_spellings_of_annotations_work_where_python_has_them(registry):
+    if sys.version_info >= (3, 9):
+        test_params_are_checked_against_annotations(list[int], [[1]], [["a"]], registry)
+        test_params_are_checked_against_annotations(
+            dict[str, int], [{}], [{"a": ""}], registry
+        )
+    if sys.version_info >= (3, 10):
+        test_params_are_checked_against_annotations(
+            int | None, [1, None], ["a"], registry
+        )
+
+
+def test_missing_and_extra_params_are_told(registry):
+    def function(a: int, b: int = 2):
+        return a
+
+    assert checked(function, {"a": 1}, registry) is None
+    assert checked(function, {}, registry) == "params.a is missing"
+    told = checked(function, {"a": 1, "c": 1}, registry)
+    assert told == "params.c is unknown; known here: a, b"
+    told = checked(function, {"b": "x"}, registry)
+    assert told == 'params.a is missing; params.b must be a whole number, not "x"'
+
+
+def test_the_place_of_a_wrong_value_is_told(registry):
+    def function(rows: List[Dict[str, int]]):
+        return rows
+
+    told = checked(function, {"rows": [{"a": 1}, {"b": "x"}]}, registry)
+    assert told == 'params.rows[1].b must be a whole number, not "x"'
+
+
+def test_limits_are_checked_and_told(registry):
+    def function(n: float, m: Optional[int] = None):
+        return n
+
+    limits = {"n": {"minimum": 0, "maximum": 9}, "m": {"minimum": 1}}
+    assert checked(function, {"n": 9, "m": None}, registry, limits=limits) is None
+    told = checked(function, {"n": 9.5}, registry, limits=limits)
+    assert told == "params.n must be a number from 0 to 9, not 9.5"
+    assert "from 1, not 0" in checked(
+        function, {"n": 1, "m": 0}, registry, limits=limits
+    )
+
+
+def test_a_default_of_none_lets_null_in(registry):
+    def function(n: int = None):
+        return n
+
+    assert checked(function, {"n": None}, registry) is None
+    assert checked(function, {"n": "x"}, registry)
+
+
+def test_params_as_one_dict_take_whatever_comes(registry):
+    @handler("all")
+    def whole(params: dict, ctx: Context):
+        return [params, ctx.task_id]
+
+    assert longtasks.check_submission({"type": "all", "params": {"x": [1]}}, registry)
+    assert run(registry, "all", {"x": [1]}) == [{"x": [1]}, "id"]
+
+
+def test_keyword_params_take_whatever_comes_but_the_context(registry):
+    @handler("rest")
+    def rest(n: int, *, ctx: Context, **others):
+        return [n, others]
+
+    assert run(registry, "rest", {"n": 1, "x": 2}) == [1, {"x": 2}]
+    document = {"type": "rest", "params": {"n": 1, "ctx": 2}}
+    with pytest.raises(longtasks.Invalid, match=r"params\.ctx is not allowed"):
+        longtasks.check_submission(document, registry)
+
+
+def test_the_registry_is_a_dict_and_the_function_stays_itself(registry):
+    def function():
+        """Do it.
+
+        And more.
+        """
+
+    assert handler("mine")(function) is function
+    assert isinstance(longtasks.HANDLERS, dict)
+    assert registry["mine"].description == "Do it."
+
+
+def positional_only():
+    return eval("lambda a, /: a")
+
+
+async def coroutine():
+    pass
+
+
+def generator():
+    yield 1
+
+
+@pytest.mark.parametrize(
+    "function, why",
+    [
+        (lambda *args: 1, "can't be given by name"),
+        (positional_only(), "can't be given by name"),
+        (lambda ctx: 1, "annotate ctx"),
+        (coroutine, "neither async"),
+        (generator, "neither async"),
+        (dict, "a handler is a function"),
+        (3, "a handler is a function"),
+    ],
+)
+def test_an_unusable_signature_is_refused(function, why, registry):
+    with pytest.raises(HandlerError, match=why):
+        handler("bad")(function)
+    assert "bad" not in registry
+
+
+@pytest.mark.parametrize(
+    "annotation", [object, set, "Nowhere", List[set], Dict[int, str]]
+)
+def test_an_annotation_without_counterpart_in_json_is_refused(annotation, registry):
+    def function(value):
+        return value
+
+    function.__annotations__["value"] = annotation
+    with pytest.raises(HandlerError, match="t"):
+        handler("bad")(function)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 101, "a\nb", 5])
+def test_a_bad_name_for_a_type_is_refused(name, registry):
+    with pytest.raises(HandlerError, match="1 to 100 printable"):
+        handler(name)
+
+
+def test_limits_on_what_is_not_there_are_refused(registry):
+    with pytest.raises(HandlerError, match="no such thing as m"):
+        handler("bad", limits={"m": {"minimum": 1}})(lambda n: n)
+    with pytest.raises(HandlerError, match="no such thing as least"):
+        handler("bad", limits={"n": {"least": 1}})(lambda n: n)
+
+
+def test_a_name_is_registered_once(registry):
+    handler("twice")(lambda: 1)
+    with pytest.raises(HandlerError, match='"twice" is registered twice'):
+        handler("twice")(lambda: 2)
+
+
+def test_progress_is_kept_within_bounds():
+    context = Context("id")
+    assert context.progress_document() is None
+    for fraction, percent in [(0, 0), (0.1234, 12.3), (1, 100), (7, 100), (-1, 0)]:
+        context.progress(fraction, "word")
+        assert context.progress_document() == {"percent": percent, "message": "word"}
+
+
+def test_a_cancelled_context_raises_wherever_it_is_asked():
+    context = Context("id")
+    context.sleep(0)
+    context.check()
+    assert not context.cancelled
+    context.cancel()
+    assert context.cancelled
+    for ask in (
+        context.check,
+        lambda: context.progress(0.5),
+        lambda: context.sleep(99),
+    ):
+        with pytest.raises(Cancelled):
+            ask()
+
+
+def test_a_sleeping_handler_wakes_when_it_is_cancelled():
+    context, begun = Context("id"), threading.Event()
+
+    def sleeper(_):
+        begun.set()
+        with pytest.raises(Cancelled):
+            context.sleep(LONG * 10)
+        return True
+
+    def canceller(_):
+        assert begun.wait(LONG)
+        context.cancel()
+        return True
+
+    assert together(2, lambda i: (sleeper, canceller)[i](i)) == [True, True]
+
+
+def test_except_exception_does_not_swallow_a_cancel():
+    assert not issubclass(Cancelled, Exception)
+
+
+def write(folder, text, name="mine.py"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_handlers_file_adds_types_and_may_import_its_neighbours(tmp_path, registry):
+    write(tmp_path, "ANSWER = 42\n", "neighbour_of_mine.py")
+    file = write(
+        tmp_path,
+        "import longtasks\n"
+        "from neighbour_of_mine import ANSWER\n"
+        "@longtasks.handler('answer')\n"
+        "def answer():\n"
+        "    return ANSWER\n",
+    )
+    longtasks.load_handlers(file)
+    assert run(registry, "answer") == 42
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("def f(:\n", r"SyntaxError: .* \(mine.py, line 1\)"),
+        ("\n\n1/0\n", r"ZeroDivisionError: division by zero \(line 3\)"),
+        ("import no_such_module_anywhere\n", r"ModuleNotFoundError: .* \(line 1\)"),
+        ("raise SystemExit(3)\n", r"SystemExit: 3 \(line 1\)"),
+        (
+            "import longtasks\n@longtasks.handler('long_computation')\ndef f(): 1\n",
+            r'type "long_computation" is registered twice \(line',
+        ),
+        (
+            "from longtasks import handler\n@handler('x')\ndef f(*a): pass\n",
+            r'task type "x": \*a can\'t be given by name \(line',
+        ),
+    ],
+)
+def test_a_handlers_file_that_does_not_load_is_one_line_and_code_2(
+    text, why, tmp_path, registry, capsys
+):
+    file = write(tmp_path, text)
+    assert longtasks.main(["--port=0", "--handlers", file]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith("longtasks: --handlers %s: " % file)
+    assert re.search(why, err), err
+
+
+def test_a_handlers_file_that_is_not_there_is_told_so(capsys):
+    assert longtasks.main(["--port=0", "--handlers", "/no/such.py"]) == 2
+    assert (
+        "--handlers /no/such.py: No such file or directory\n" in capsys.readouterr().err
+    )
+
+
+def test_long_computation_keeps_an_integer_an_integer(registry):
+    document = run(registry, "long_computation", {"duration": 0})
+    assert json.dumps(document) == (
+        '{"message": "Long computation completed successfully", "duration": 0}'
+    )
+    assert run(registry, "long_computation", {"duration": 0.01})["duration"] == 0.01
+
+
+def test_long_computation_tells_its_progress(registry):
+    seen = []
+
+    class Watched(Context):
+        def sleep(self, seconds):
+            seen.append(self.progress_document())
+
+    registry["long_computation"].run({"duration": 1000}, Watched("id"))
+    assert len(seen) == 100
+    assert seen[0] is None
+    assert seen[50] == {"percent": 50.0, "message": "500 of 1000 s"}
+
+
+@pytest.mark.parametrize("duration", [-1, 604801, 1e300, 10**400, "2", True, None])
+def test_long_computation_refuses_absurd_durations(duration):
+    document = {"type": "long_computation", "params": {"duration": duration}}
+    with pytest.raises(longtasks.Invalid, match="a number from 0 to 604800"):
+        longtasks.check_submission(document, longtasks.HANDLERS)
+
+
+# ======================================================================
+# 5. Ledger
+# ======================================================================
+
+DONE = longtasks.Outcome("completed", b"1")
+
+
+def new_ledger(clock=None, **limits):
+    return longtasks.Ledger(longtasks.Limits(**limits), clock or Clock())
+
+
+def finished_task(ledger, outcome=DONE, params=b"{}"):
+    task = ledger.submit("t", params)
+    assert ledger.claim()[0].id == task.id
+    return ledger.finish(task.id, outcome)
+
+
+def test_a_task_goes_its_way_and_every_look_is_a_value():
+    clock = Clock()
+    ledger = new_ledger(clock)
+    pending = ledger.submit("t", b'{"a": 1}')
+    assert ledger.get(pending.id) == pending
+    assert (pending.status, pending.attempt, pending.created_at) == (
+        "pending",
+        0,
+        clock.now,
+    )
+    clock.now += 1
+    processing, context = ledger.claim()
+    assert processing == ledger.get(pending.id)
+    assert (processing.status, processing.attempt) == ("processing", 1)
+    assert processing.started_at == clock.now
+    assert (context.task_id, context.attempt) == (pending.id, 1)
+    assert ledger.context(pending.id) is context
+    clock.now += 2
+    ended = ledger.finish(pending.id, DONE)
+    assert ended == ledger.get(pending.id)
+    assert (ended.status, ended.result, ended.ended_at) == (
+        "completed",
+        b"1",
+        clock.now,
+    )
+    assert ledger.context(pending.id) is None
+    assert pending.status == "pending"
+
+
+def test_tasks_are_claimed_in_the_order_of_submission():
+    ledger = new_ledger()
+    ids = [ledger.submit("t", b"{}").id for _ in range(5)]
+    assert [ledger.claim()[0].id for _ in range(5)] == ids
+
+
+def test_a_task_is_finished_once():
+    ledger = new_ledger()
+    task = finished_task(ledger)
+    with pytest.raises(longtasks.IllegalMove):
+        ledger.finish(task.id, longtasks.Outcome("failed", error="late"))
+    assert ledger.get(task.id).status == "completed"
+
+
+@pytest.mark.parametrize("attempt", range(20))
+def test_of_many_who_finish_a_task_at_once_one_wins(attempt):
+    ledger = new_ledger()
+    task = ledger.submit("t", b"{}")
+    ledger.claim()
+
+    def finish(index):
+        with contextlib.suppress(longtasks.IllegalMove):
+            return ledger.finish(task.id, longtasks.Outcome("failed", error=str(index)))
+
+    winners = [ended for ended in together(8, finish) if ended]
+    assert len(winners) == 1
+    assert ledger.get(task.id) == winners[0]
+    assert ledger.counts() == (0, 0, 1)
+
+
+@pytest.mark.parametrize("attempt", range(10))
+def test_many_workers_claim_each_task_once(attempt):
+    ledger = new_ledger()
+    ids = {ledger.submit("t", b"{}").id for _ in range(200)}
+    claimed = together(8, lambda _: [ledger.claim()[0].id for _ in range(25)])
+    assert sorted(id for some in claimed for id in some) == sorted(ids)
+
+
+def test_a_full_queue_takes_nothing_and_records_nothing():
+    ledger = new_ledger(queue=2)
+    ledger.submit("t", b"{}")
+    ledger.submit("t", b"{}")
+    with pytest.raises(longtasks.QueueFull, match="2 tasks wait"):
+        ledger.submit("t", b"{}")
+    with pytest.raises(longtasks.QueueFull):
+        ledger.check_open()
+    assert ledger.counts() == (2, 0, 0)
+    ledger.claim()
+    ledger.submit("t", b"{}")
+
+
+@pytest.mark.parametrize("attempt", range(10))
+def test_many_submitters_never_overfill_the_queue(attempt):
+    ledger = new_ledger(queue=50)
+
+    def submit_some(_):
+        taken = 0
+        with contextlib.suppress(longtasks.QueueFull):
+            for _ in range(20):
+                ledger.submit("t", b"{}")
+                taken += 1
+        return taken
+
+    assert sum(together(8, submit_some)) == 50
+    assert ledger.counts().pending == 50
+
+
+def test_finished_tasks_leave_by_age():
+    clock = Clock()
+    ledger = new_ledger(clock, result_ttl=60)
+    old = finished_task(ledger)
+    waiting = ledger.submit("t", b"{}")
+    clock.now += 60
+    assert ledger.get(old.id).finished
+    clock.now += 1
+    with pytest.raises(longtasks.ForgottenTask):
+        ledger.get(old.id)
+    assert ledger.get(waiting.id).status == "pending"
+
+
+def test_an_idle_ledger_can_be_told_to_expire():
+    clock = Clock()
+    ledger = new_ledger(clock, result_ttl=60)
+    finished_task(ledger)
+    clock.now += 61
+    ledger.expire()
+    assert ledger.counts().finished == 0
+
+
+def test_finished_tasks_leave_by_count_oldest_first():
+    ledger = new_ledger(results=3)
+    tasks = [finished_task(ledger) for _ in range(5)]
+    assert [t.id for t in ledger.list(10)[0]] == [t.id for t in tasks[2:]]
+    with pytest.raises(longtasks.ForgottenTask):
+        ledger.get(tasks[1].id)
+
+
+def test_the_order_of_leaving_is_that_of_ending():
+    ledger = new_ledger(results=1)
+    first, second = ledger.submit("t", b"{}"), ledger.submit("t", b"{}")
+    ledger.claim(), ledger.claim()
+    ledger.finish(second.id, DONE)
+    ledger.finish(first.id, DONE)
+    assert [t.id for t in ledger.list(10)[0]] == [first.id]
+
+
+def test_finished_tasks_leave_by_bytes_but_never_the_last():
+    ledger = new_ledger(result_bytes=100)
+    small = [
+        finished_task(ledger, longtasks.Outcome("completed", b"x" * 38)) for _ in "ab"
+    ]
+    assert all(ledger.get(task.id) for task in small)
+    big = finished_task(ledger, longtasks.Outcome("completed", b"x" * 200))
+    assert [t.id for t in ledger.list(10)[0]] == [big.id]
+
+
+def test_unfinished_tasks_never_leave():
+    clock = Clock()
+    ledger = new_ledger(clock, results=1, result_bytes=1, result_ttl=1)
+    running, waiting = ledger.submit("t", b"{}" * 99), ledger.submit("t", b"{}" * 99)
+    ledger.claim()
+    clock.now += 1000
+    ledger.expire()
+    assert ledger.get(running.id).status == "processing"
+    assert ledger.get(waiting.id).status == "pending"
+
+
+def test_memory_of_forgotten_ids_is_bounded():
+    ledger = new_ledger(results=1, forgotten=2)
+    tasks = [finished_task(ledger) for _ in range(4)]
+    with pytest.raises(longtasks.UnknownTask):
+        ledger.get(tasks[0].id)
+    for task in tasks[1:3]:
+        with pytest.raises(longtasks.ForgottenTask):
+            ledger.get(task.id)
+
+
+def test_a_finished_task_can_be_deleted_and_no_other():
+    ledger = new_ledger()
+    task = ledger.submit("t", b"{}")
+    with pytest.raises(longtasks.Unfinished, match="is pending"):
+        ledger.delete(task.id)
+    ledger.claim()
+    with pytest.raises(longtasks.Unfinished, match="is processing"):
+        ledger.delete(task.id)
+    ledger.finish(task.id, DONE)
+    ledger.delete(task.id)
+    for look in (ledger.get, ledger.delete):
+        with pytest.raises(longtasks.ForgottenTask):
+            look(task.id)
+    with pytest.raises(longtasks.UnknownTask):
+        ledger.delete("never")
+
+
+def test_deleting_leaves_nothing_behind():
+    ledger = new_ledger(forgotten=10)
+    oldest = finished_task(ledger)
+    for _ in range(2000):
+        ledger.delete(finished_task(ledger).id)
+    assert len(ledger._ended) < 500
+    assert ledger.counts() == (0, 0, 1)
+    assert ledger._held == oldest.weight
+    ledger.delete(oldest.id)
+    assert ledger._held == 0
+
+
+def test_a_list_is_cut_into_pages_and_filtered():
+    ledger = new_ledger()
+    ids = [ledger.submit("ab"[n % 2], b"{}").id for n in range(10)]
+    ledger.claim()
+    page, behind = ledger.list(4)
+    assert [task.id for task in page] == ids[:4]
+    page, behind = ledger.list(4, behind)
+    assert [task.id for task in page] == ids[4:8]
+    page, behind = ledger.list(4, behind)
+    assert [task.id for task in page] == ids[8:]
+    assert behind is None
+    assert [t.id for t in ledger.list(9, status="processing")[0]] == ids[:1]
+    assert [t.id for t in ledger.list(9, type="b")[0]] == ids[1::2]
+    assert ledger.list(10)[1] is None
+
+
+def test_a_page_goes_on_behind_a_task_that_has_gone():
+    ledger = new_ledger()
+    tasks = [finished_task(ledger) for _ in range(6)]
+    page, behind = ledger.list(3)
+    ledger.delete(page[-1].id)
+    assert [t.id for t in ledger.list(3, behind)[0]] == [t.id for t in tasks[3:]]
+
+
+def test_a_draining_ledger_takes_nothing_and_tells_when_all_is_done():
+    ledger, told = new_ledger(), []
+    first, second = ledger.submit("t", b"{}"), ledger.submit("t", b"{}")
+    assert ledger.drain(lambda: told.append(1)) == (2, 0, 0)
+    with pytest.raises(longtasks.Draining):
+        ledger.submit("t", b"{}")
+    ledger.claim(), ledger.claim()
+    ledger.finish(second.id, DONE)
+    assert not told
+    ledger.finish(first.id, DONE)
+    assert told
+
+
+def test_an_idle_ledger_is_drained_at_once():
+    ledger, told = new_ledger(), []
+    ledger.drain(lambda: told.append(1))
+    assert told
+
+
+def test_a_halted_ledger_starts_nothing_and_tells_what_runs_to_stop():
+    ledger, told = new_ledger(), []
+    running, waiting = ledger.submit("t", b"{}"), ledger.submit("t", b"{}")
+    context = ledger.claim()[1]
+    ledger.drain(lambda: told.append(1))
+    assert [task.id for task in ledger.halt()] == [running.id, waiting.id]
+    assert context.cancelled
+    assert ledger.claim() is None
+    assert not told
+    ledger.finish(running.id, longtasks.Outcome("cancelled", error="x"))
+    assert told
+
+
+# ======================================================================
+# 6. Workers
+# ======================================================================
+
+
+def outcome_of(registry, type="t", params=None, context=None, max_result=1000):
+    data = json.dumps(params or {}).encode()
+    task = longtasks.Task(1, "id", type, data, "processing", 0.0)
+    return longtasks.run_one(task, context or Context("id"), registry, max_result)
+
+
+def run(registry, type, params=None):
+    outcome = outcome_of(registry, type, params)
+    assert outcome.status == "completed", outcome
+    return json.loads(outcome.result)
+
+
+class Unreadable(Exception):
+    def __str__(self):
+        raise RuntimeError("no")
+
+
+def raising(error):
+    def function():
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "function, error",
+    [
+        (raising(ValueError("bad")), "ValueError: bad"),
+        (raising(KeyError("k")), "KeyError: 'k'"),
+        (raising(SystemExit(3)), "SystemExit: 3"),
+        (raising(KeyboardInterrupt()), "KeyboardInterrupt"),
+        (raising(Unreadable()), "Unreadable: (its text can't be read)"),
+        (raising(ValueError("x" * 10_000)), "ValueError: " + "x" * 3985 + "..."),
+        (lambda: {1, 2}, "the result does not fit into JSON: TypeError: "),
+        (lambda: float("nan"), "the result does not fit into JSON: ValueError: "),
+        (lambda: "x" * 1000, "the result has 1002 bytes, more than the 1000 "),
+    ],
+)
+def test_what_goes_wrong_in_a_handler_fails_its_task(function, error, registry):
+    handler("t")(function)
+    outcome = outcome_of(registry)
+    assert outcome.status == "failed"
+    assert outcome.error.startswith(error)
+    assert outcome.result is None
+
+
+def test_a_result_that_holds_itself_fails_its_task(registry):
+    def endless():
+        value: List[Any] = []
+        value.append(value)
+        return value
+
+    handler("t")(endless)
+    assert "does not fit into JSON" in outcome_of(registry).error
+
+
+def test_a_cancelled_handler_ends_as_cancelled(registry):
+    context = Context("id")
+    context.cancel()
+    outcome = outcome_of(registry, "long_computation", {"duration": 99}, context)
+    assert outcome == ("cancelled", None, "cancelled while it ran")
+
+
+@pytest.mark.parametrize("value", [None, True, 1, "é", [], {"a": [1]}])
+def test_what_a_handler_returns_is_the_result(value, registry):
+    handler("t")(lambda: value)
+    assert run(registry, "t") == value
+
+
+def workers():
+    return [t for t in threading.enumerate() if t.name.startswith("worker-")]
+
+
+def test_threads_are_started_for_work_and_never_too_many(gate):
+    before = len(workers())
+    with serving(WORKER_COUNT=3) as service:
+        until(lambda: len(workers()) == before + 1)
+        for _ in range(5):
+            submitted(service, "gate")
+        gate.wait_started(3)
+        assert len(workers()) == before + 3
+        assert service.ledger.counts() == (2, 3, 0)
+        gate.release.set()
+        gate.wait_started(2)
+    until(lambda: len(workers()) == before)
+
+
+def test_a_worker_count_of_5000_costs_nothing_until_used(registry):
+    before = len(workers())
+    with serving(WORKER_COUNT=5000) as service:
+        assert result_of(
+            service, submitted(service, "long_computation", {"duration": 0})
+        )
+        assert len(workers()) <= before + 3
+
+
+def test_no_handler_costs_the_pool_its_worker(registry):
+    for number, error in enumerate([SystemExit(1), KeyboardInterrupt(), Cancelled()]):
+        handler("raise %d" % number)(raising(error))
+    handler("fine")(lambda: "fine")
+    with serving(WORKER_COUNT=1) as service:
+        for number in range(3):
+            submitted(service, "raise %d" % number)
+        assert result_of(service, submitted(service, "fine"))["result"] == "fine"
+
+
+def test_a_thread_that_cannot_be_started_is_tried_again(gate, monkeypatch):
+    start = threading.Thread.start
+    denied = []
+
+    def start_unless_worker_2(thread):
+        if thread.name == "worker-2" and not denied:
+            denied.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with serving(WORKER_COUNT=2) as service:
+        monkeypatch.setattr(threading.Thread, "start", start_unless_worker_2)
+        gate.release.set()
+        for _ in range(5):
+            result_of(service, submitted(service, "gate"))
+        assert denied
+
+
+# ======================================================================
+# 7. HTTP: the routes
+# ======================================================================
+
+
+def assert_problem(answer, status, *words):
+    assert answer.status == status, answer
+    assert answer.media == "application/problem+json"
+    document = answer.json
+    assert document["status"] == status
+    assert document["title"] == http.HTTPStatus(status).phrase
+    for word in words:
+        assert word in document["detail"], document
+    return document
+
+
+def test_a_task_is_visible_as_pending_once_it_is_taken_in(gate):
+    with serving(WORKER_COUNT=1) as service:
+        submitted(service, "gate")
+        gate.wait_started()
+        answer = submit(service, "gate")
+        document = answer.json
+        assert answer.status == 202
+        assert document == {"id": document["id"], "status": "pending"}
+        assert answer.headers["Location"] == "/api/v1/tasks/" + document["id"]
+        found = call(service, "GET", answer.headers["Location"]).json
+        assert found.pop("created_at")
+        assert found == {"id": document["id"], "status": "pending", "type": "gate"}
+
+
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+
+
+def test_a_task_is_followed_to_its_result(registry):
+    begun, end = threading.Event(), threading.Event()
+
+    @handler("slow")
+    def slow(word: str, ctx: Context):
+        ctx.progress(0.25, "begun")
+        begun.set()
+        assert end.wait(LONG)
+        return {"word": word}
+
+    with serving() as service:
+        task_id = submitted(service, "slow", {"word": "é"})
+        assert begun.wait(LONG)
+        path = "/api/v1/tasks/" + task_id
+        document = call(service, "GET", path).json
+        assert re.fullmatch(TIME, document["started_at"])
+        assert document["status"] == "processing"
+        assert document["attempt"] == 1
+        assert document["progress"] == {"percent": 25.0, "message": "begun"}
+        early = call(service, "GET", path + "/result")
+        assert_problem(early, 409, task_id, "processing")
+        assert early.headers["Retry-After"] == "1"
+        end.set()
+        result = result_of(service, task_id)
+        assert list(result) == [
+            "task_id",
+            "status",
+            "result",
+            "created_at",
+            "started_at",
+            "ended_at",
+        ]
+        assert result["result"] == {"word": "é"}
+        assert result["status"] == "completed"
+        assert all(re.fullmatch(TIME, result[n]) for n in list(result)[3:])
+        assert "progress" not in call(service, "GET", path).json
+
+
+def test_the_error_of_a_failed_task_can_be_read(registry):
+    handler("t")(raising(ValueError("bad")))
+    with serving() as service:
+        task_id = submitted(service, "t")
+        result = result_of(service, task_id)
+        assert (result["status"], result["error"]) == ("failed", "ValueError: bad")
+        assert "result" not in result
+        answer = call(
+            service, "GET", "/api/v1/tasks/%s/result" % task_id, Accept="text/plain"
+        )
+        assert_problem(answer, 406)
+
+
+def test_text_is_given_to_those_who_ask_for_it(gate):
+    with serving() as service:
+        answer = submit(service, "gate", Accept="text/plain")
+        assert answer.media == "text/plain; charset=utf-8"
+        task_id = answer.body.decode()[:-1]
+        assert str(uuid.UUID(task_id)) == task_id
+        assert answer.body.endswith(b"\n")
+        gate.wait_started()
+        path = "/api/v1/tasks/" + task_id
+        assert call(service, "GET", path, Accept="text/plain").body == b"processing\n"
+        gate.release.set()
+        result_of(service, task_id)
+        assert (
+            call(service, "GET", path + "/result", Accept="text/plain").body == b"1\n"
+        )
+
+
+@pytest.mark.parametrize(
+    "accept, media",
+    [
+        ("*/*", "application/json"),
+        ("", "application/json"),
+        ("application/*", "application/json"),
+        ("text/*", "text/plain; charset=utf-8"),
+        ("text/plain;q=0.5, application/json", "application/json"),
+        ("TEXT/PLAIN, application/json;q=0.9", "text/plain; charset=utf-8"),
+        ("text/plain;q=0, */*", "application/json"),
+        ("image/png", None),
+        ("application/json;q=0", None),
+    ],
+)
+def test_the_media_type_is_what_the_client_likes_best(accept, media, service):
+    task_id = submitted(service, "long_computation", {"duration": 0})
+    answer = call(service, "GET", "/api/v1/tasks/" + task_id, Accept=accept)
+    if media:
+        assert (answer.status, answer.media) == (200, media)
+    else:
+        assert_problem(answer, 406, "application/json or text/plain")
+
+
+@pytest.mark.parametrize(
+    "document, pointers, words",
+    [
+        ({}, ["#/type", "#/params"], ["type is missing", "params is missing"]),
+        ({"type": "long_computation"}, ["#/params"], ["params is missing"]),
+        ({"params": {}}, ["#/type"], ["type is missing"]),
+        ({"type": 1, "params": []}, ["#/type", "#/params"], ["type must be a string"]),
+        (
+            {"type": "x", "params": {}},
+            ["#/type"],
+            ['one of "long_computation", not "x"'],
+        ),
+        (
+            {"type": "long_computation", "params": {}, "prams": 1},
+            ["#/prams"],
+            ["prams is unknown; known here: type, params"],
+        ),
+        (
+            {"type": "long_computation", "params": {"duration": "2", "a/b": 1}},
+            ["#/params/duration", "#/params/a~1b"],
+            ['params.duration must be a number from 0 to 604800, not "2"', "duration"],
+        ),
+        (
+            {"type": "long_computation", "params": None},
+            ["#/params"],
+            ["an object, not null"],
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_refused_at_once(
+    document, pointers, words, service
+):
+    answer = call(service, "POST", "/api/v1/tasks", document)
+    problem = assert_problem(answer, 422, *words)
+    assert [each["pointer"] for each in problem["errors"]] == pointers
+    assert service.ledger.counts() == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"null",
+        b"\xff\xfe",
+        b'{"type": "long_computation", "params": {"duration": NaN}}',
+        b'{"type": "long_computation", "params": {"duration": Infinity}}',
+        b'{"type": "long_computation", "params": {"duration": 1e999}}',
+        b'{"type": "a", "type": "b", "params": {}}',
+        b"[" * 1_000_000,
+        b'{"a":' * 200_000,
+        b'{"type": "t", "params": ' + b"[" * 500_000 + b"]" * 500_000 + b"}",
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused_and_the_process_lives(body, service):
+    assert_problem(call(service, "POST", "/api/v1/tasks", body), 400)
+    assert service.ledger.counts() == (0, 0, 0)
+    assert call(service, "GET", "/healthz").status == 200
+
+
+def test_text_with_a_lone_surrogate_goes_through(registry):
+    handler("echo")(lambda word: word)
+    with serving() as service:
+        body = b'{"type": "echo", "params": {"word": "\\ud800"}}'
+        task_id = call(service, "POST", "/api/v1/tasks", body).json["id"]
+        assert result_of(service, task_id)["result"] == "\ud800"
+        assert_problem(
+            call(service, "POST", "/api/v1/tasks", body.replace(b"echo", b"\\udfff")),
+            422,
+        )
+
+
+@pytest.mark.parametrize(
+    "media, status",
+    [
+        ("application/json", 202),
+        ("Application/JSON; charset=UTF-8", 202),
+        ('application/json;charset="utf-8"', 202),
+        ("application/json; charset=latin-1", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("text/plain", 415),
+        ("", 415),
+    ],
+)
+def test_only_json_is_taken(media, status, service):
+    answer = submit(service, "long_computation", {"duration": 0}, Content_Type=media)
+    assert answer.status == status
+    if status == 415:
+        assert_problem(answer, 415, "Content-Type: application/json")
+
+
+def test_a_full_queue_is_503_and_not_ready(gate):
+    with serving(WORKER_COUNT=1, QUEUE_LIMIT=1) as service:
+        assert call(service, "GET", "/readyz").status == 200
+        submitted(service, "gate")
+        gate.wait_started()
+        submitted(service, "gate")
+        for answer in (submit(service, "gate"), call(service, "GET", "/readyz")):
+            assert_problem(answer, 503, "the queue is full")
+            assert int(answer.headers["Retry-After"]) > 0
+        assert call(service, "GET", "/healthz").status == 200
+        assert service.ledger.counts() == (1, 1, 0)
+
+
+def test_deleting_is_for_finished_tasks(gate):
+    with serving() as service:
+        task_id = submitted(service, "gate")
+        path = "/api/v1/tasks/" + task_id
+        gate.wait_started()
+        assert_problem(call(service, "DELETE", path), 409, "is processing")
+        gate.release.set()
+        result_of(service, task_id)
+        answer = call(service, "DELETE", path)
+        assert (answer.status, answer.body) == (204, b"")
+        for method, place in [
+            ("GET", path),
+            ("GET", path + "/result"),
+            ("DELETE", path),
+        ]:
+            assert_problem(call(service, method, place), 410, "deleted or has expired")
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize(
+    "task_id", [str(uuid.uuid4()), "nonsense", "%2e%2e", "..", "a%00"]
+)
+def test_an_id_that_never_was_is_404(method, task_id, service):
+    assert_problem(call(service, method, "/api/v1/tasks/" + task_id), 404)
+
+
+def test_ids_may_be_written_in_upper_case(service):
+    task_id = submitted(service, "long_computation", {"duration": 0})
+    assert (
+        call(service, "GET", "/api/v1/tasks/" + task_id.upper()).json["id"] == task_id
+    )
+
+
+def test_the_list_pages_and_filters(registry):
+    handler("a")(lambda: 1)
+    handler("b")(raising(ValueError("x")))
+    with serving() as service:
+        ids = [submitted(service, "ab"[n % 2]) for n in range(6)]
+        for task_id in ids:
+            result_of(service, task_id)
+        seen, path = [], "/api/v1/tasks?limit=4"
+        while True:
+            page = call(service, "GET", path).json
+            seen += [task["id"] for task in page["tasks"]]
+            if page["next"] is None:
+                break
+            path = "/api/v1/tasks?limit=4&after=%d" % page["next"]
+        assert seen == ids
+        failed = call(service, "GET", "/api/v1/tasks?status=failed").json["tasks"]
+        assert [task["id"] for task in failed] == ids[1::2]
+        typed = call(service, "GET", "/api/v1/tasks?type=a&status=completed").json[
+            "tasks"
+        ]
+        assert [task["id"] for task in typed] == ids[::2]
+
+
+@pytest.mark.parametrize(
+    "query, word",
+    [
+        ("limit=0", "limit must be a whole number from 1 to 1000"),
+        ("limit=1001", "limit"),
+        ("limit=x", "limit"),
+        ("limit=", "limit"),
+        ("after=-1", "after"),
+        ("status=done", "pending, processing, completed, failed, cancelled"),
+        ("state=failed", "known: status, type, limit, after"),
+        ("limit=1&limit=2", "twice"),
+        ("type=%ff", "can't be read"),
+        ("&".join("a%d=1" % n for n in range(30)), "can't be read"),
+    ],
+)
+def test_a_query_that_makes_no_sense_is_refused(query, word, service):
+    assert_problem(call(service, "GET", "/api/v1/tasks?" + query), 400, word)
+
+
+def test_types_are_listed_with_their_schema(service):
+    assert call(service, "GET", "/api/v1/types").json == {
+        "types": [
+            {
+                "type": "long_computation",
+                "description": "Wait so many seconds (at most a week):"
+                " a stand-in for a slow service.",
+                "params": {
+                    "type": "object",
+                    "properties": {
+                        "duration": {
+                            "type": "number",
+                            "default": 180,
+                            "minimum": 0,
+                            "maximum": 604800,
+                        }
+                    },
+                    "required": [],
+                    "additionalProperties": False,
+                },
+            }
+        ]
+    }
+
+
+def test_the_index_has_lines_for_this_host_and_all_types_and_routes(service):
+    answer = call(service, "GET", "/", Host="tasks.example:99")
+    assert answer.media == "text/plain; charset=utf-8"
+    text = answer.body.decode()
+    assert "curl http://tasks.example:99/api/v1/tasks/$id/result" in text
+    assert "long_computation" in text
+    for route in longtasks.ROUTES:
+        assert "  %-6s %s " % (route.method, route.path) in text
+    assert "evil" not in call(service, "GET", "/", Host="x/$(evil)").body.decode()
+
+
+def expected_methods():
+    methods = {}
+    for route in longtasks.ROUTES:
+        path = route.path.replace("{id}", str(uuid.UUID(int=1)))
+        methods.setdefault(path, set()).add(route.method)
+        if route.method == "GET":
+            methods[path].add("HEAD")
+    return sorted(methods.items())
+
+
+@pytest.mark.parametrize("path, methods", expected_methods())
+def test_methods_that_a_path_does_not_take_are_405(path, methods, service):
+    for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} - methods:
+        answer = call(service, method, path)
+        assert_problem(answer, 405)
+        assert set(answer.headers["Allow"].split(", ")) == methods
+
+
+def test_head_is_get_without_a_body(gate):
+    with serving() as service:
+        task_id = submitted(service, "gate")
+        gate.wait_started()
+        for path in [
+            "/",
+            "/healthz",
+            "/readyz",
+            "/api/v1/types",
+            "/api/v1/tasks",
+            "/api/v1/tasks/" + task_id,
+            "/api/v1/tasks/%s/result" % task_id,
+            "/nowhere",
+        ]:
+            get, head = (call(service, method, path) for method in ("GET", "HEAD"))
+            assert head.body == b""
+            assert head.status == get.status
+            for name in ("Content-Type", "Content-Length"):
+                assert head.headers[name] == get.headers[name]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/x",
+        "/api/v1",
+        "/api/v1/tasks/",
+        "/api/v1/tasks//",
+        "/healthz/",
+        "/api/v1/tasks/x/y",
+        "/api/v1/tasks/x/result/",
+        "//",
+        "/api/v1/../v1/tasks",
+        "/api%2fv1/tasks",
+        "/api/v1/types/x/y/z",
+    ],
+)
+def test_a_path_that_is_not_there_is_404(path, service):
+    assert_problem(call(service, "GET", path), 404)
+
+
+def test_an_error_of_the_service_is_told_without_a_traceback(
+    service, monkeypatch, caplog
+):
+    monkeypatch.setattr(service.ledger, "get", raising(RuntimeError("secret")))
+    longtasks.log.propagate = True
+    answer = call(service, "GET", "/api/v1/tasks/x")
+    document = assert_problem(answer, 500)
+    assert "secret" not in answer.body.decode()
+    assert "Traceback" not in answer.body.decode()
+    request_id = document["detail"].split()[-1]
+    assert any(request_id in record.getMessage() for record in caplog.records)
+
+
+# ======================================================================
+# 7. HTTP: the wire
+# ======================================================================
+
+GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+
+
+def refused(service, data, status):
+    """The answer to raw bytes must be this problem, and the connection closed."""
+    answer = raw(service, data)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status), answer
+    assert b"Content-Type: application/problem+json" in head
+    assert b"Connection: close" in head
+    assert json.loads(body)["status"] == status
+    return body
+
+
+@pytest.mark.parametrize(
+    "data, status",
+    [
+        (b"\r\n\r\n", 400),
+        (b"hello\r\n\r\n", 400),
+        (b"GET /\r\n\r\n", 400),
+        (b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET / HTTP/1.1 \r\nHost: x\r\n\r\n", 400),
+        (b"GET / http/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"G\x00T / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET http://x/healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET /a#b HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET /\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"PRI * HTTP/2.0\r\n\r\n", 505),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (GET + b"Host: y\r\n\r\n", 400),
+        (GET + b"A : b\r\n\r\n", 400),
+        (GET + b" folded: b\r\n\r\n", 400),
+        (GET + b"A: b\r\n folded\r\n\r\n", 400),
+        (GET + b"A: b\x00c\r\n\r\n", 400),
+        (GET + b"A: b\rc\r\n\r\n", 400),
+        (GET + b"nocolon\r\n\r\n", 400),
+        (GET + b": b\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\nHost: x\n\n", 400),
+        (GET + b"A: b\nC: d\r\n\r\n", 400),
+        (GET + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\nx", 400),
+        (GET + b"Content-Length: 1, 1\r\n\r\nx", 400),
+        (GET + b"Content-Length: +1\r\n\r\nx", 400),
+        (GET + b"Content-Length: -1\r\n\r\nx", 400),
+        (GET + b"Content-Length: 1_0\r\n\r\nx", 400),
+        (GET + b"Content-Length: 0x1\r\n\r\nx", 400),
+        (GET + b"Content-Length: \xb2\r\n\r\nx", 400),
+        (GET + b"Content-Length:\r\n\r\n", 400),
+        (GET + b"Content-Length: 9" + b"9" * 20 + b"\r\n\r\n", 400),
+        (
+            GET + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            400,
+        ),
+        (GET + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+        (GET + b"Transfer-Encoding: xchunked\r\n\r\n", 411),
+        (GET + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n", 400),
+        (GET + b"Content-Length: 1048577\r\n\r\n", 413),
+        (GET + b"Expect: 200-ok\r\n\r\n", 417),
+        (b"GET /" + b"a" * 8192 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+        (b"GET /" + b"a" * 1_000_000, 414),
+        (GET + b"A: " + b"b" * 40_000 + b"\r\n\r\n", 431),
+        (GET + b"A: b\r\n" * 200_000, 431),
+        (GET + b"A: b\r\n" * 101 + b"\r\n", 431),
+    ],
+)
+def test_a_request_that_is_no_clear_http_is_refused(data, status, service):
+    refused(service, data, status)
+    assert call(service, "GET", "/healthz").status == 200
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost:\r\nConnection: CLOSE\r\n\r\n",
+        b"GET /healthz HTTP/1.0\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nhOsT:x\r\nConnection: keep-alive , close\r\n\r\n",
+        GET + b"A: b\tc \xe9\r\nA: d\r\nConnection: close\r\n\r\n",
+        GET + b"A: " + b"b" * 30_000 + b"\r\nConnection: close\r\n\r\n",
+        GET + b"A: b\r\n" * 98 + b"Connection: close\r\n\r\n",
+        GET + b"Content-Length: 3\r\nConnection: close\r\n\r\nabc",
+        b"GET /healthz? HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    ],
+)
+def test_a_request_that_is_http_is_answered(data, service):
+    assert raw(service, data).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_a_method_that_nobody_knows_is_501(service):
+    for method in ("BREW", "get", "G-E.T"):
+        assert_problem(call(service, method, "/"), 501)
+
+
+def test_a_submit_without_length_is_411(service):
+    data = (
+        b"POST /api/v1/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\n\r\n"
+    )
+    refused(service, data, 411)
+
+
+def test_the_body_may_have_as_many_bytes_as_are_allowed(registry):
+    with serving(MAX_BODY=100) as service:
+        body = b'{"type": "long_computation", "params": {"duration": 0}}'
+        at_limit = body + b" " * (100 - len(body))
+        assert call(service, "POST", "/api/v1/tasks", at_limit).status == 202
+        assert_problem(call(service, "POST", "/api/v1/tasks", at_limit + b" "), 413)
+
+
+def test_a_refused_upload_still_gets_its_answer(service):
+    data = b"POST /api/v1/tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n\r\n"
+    refused(service, data + b"x" * 5_000_000, 413)
+
+
+def test_a_connection_serves_many_requests_and_pipelined_ones(service):
+    answers = raw(service, (GET + b"\r\n") * 9 + GET + b"Connection: close\r\n\r\n")
+    assert answers.count(b"HTTP/1.1 200 OK\r\n") == 10
+    assert answers.count(b"Connection: close") == 1
+
+
+def test_requests_may_arrive_byte_by_byte(service):
+    body = b'{"type": "long_computation", "params": {"duration": 0}}'
+    data = (
+        b"POST /api/v1/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    ) + body
+    with socket.create_connection(("127.0.0.1", service.server.server_port)) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in data:
+            client.sendall(bytes([byte]))
+        assert client.recv(65536).startswith(b"HTTP/1.1 202 ")
+
+
+def test_http_1_0_keeps_alive_when_it_asks_to(service):
+    data = b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
+    answers = raw(service, data + b"GET /healthz HTTP/1.0\r\n\r\n")
+    assert answers.count(b"Connection: keep-alive\r\n") == 1
+    assert answers.count(b"Connection: close\r\n") == 1
+
+
+def test_an_expectation_to_continue_is_met(service):
+    head = (
+        b"POST /api/v1/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Expect: 100-continue\r\nConnection: close\r\nContent-Length: 2\r\n\r\n"
+    )
+    with socket.create_connection(
+        ("127.0.0.1", service.server.server_port), LONG
+    ) as client:
+        client.sendall(head)
+        assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(b"{}")
+        assert client.recv(65536).startswith(b"HTTP/1.1 422 ")
+    assert raw(service, head + b"{}").startswith(b"HTTP/1.1 422 ")
+
+
+def test_answers_carry_the_headers_that_are_due(service):
+    answer = call(service, "GET", "/healthz")
+    assert answer.headers["Date"].endswith(" GMT")
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert "Connection" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "sent, answer",
+    [
+        (b"", b""),
+        (b"G", b"HTTP/1.1 408 "),
+        (GET, b"HTTP/1.1 408 "),
+        (GET + b"Content-Length: 5\r\n\r\nabc", b"HTTP/1.1 408 "),
+        (GET + b"\r\n", b"HTTP/1.1 200 "),
+    ],
+)
+def test_a_silent_client_is_dropped_after_a_while(sent, answer, service, monkeypatch):
+    monkeypatch.setattr(service.server, "idle_timeout", 0.1)
+    monkeypatch.setattr(service.server, "request_timeout", 0.1)
+    assert raw(service, sent).startswith(answer)
+    until(lambda: not service.server._connections)
+
+
+def test_a_client_that_sends_a_byte_now_and_then_is_dropped(service, monkeypatch):
+    monkeypatch.setattr(service.server, "request_timeout", 0.2)
+    received = b""
+    with socket.create_connection(
+        ("127.0.0.1", service.server.server_port), 0.02
+    ) as client:
+        client.sendall(GET + b"A: ")
+        for _ in range(1000):
+            with contextlib.suppress(OSError):
+                client.sendall(b"b")
+            with contextlib.suppress(socket.timeout):
+                received = client.recv(65536)
+                break
+    assert received.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_does_not_read_is_dropped(registry, monkeypatch):
+    handler("big")(lambda: "x" * 50_000_000)
+    with serving() as service:
+        monkeypatch.setattr(service.server, "send_timeout", 0.1)
+        task_id = submitted(service, "big")
+        path = "/api/v1/tasks/%s/result" % task_id
+        until(lambda: service.ledger.counts().finished)
+        with socket.create_connection(
+            ("127.0.0.1", service.server.server_port)
+        ) as client:
+            client.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode())
+            until(lambda: len(service.server._connections) == 1)
+            until(lambda: not service.server._connections)
+
+
+def test_past_the_limit_a_newcomer_is_told_so_and_probes_get_through(registry):
+    with serving(MAX_CONNECTIONS=2) as service:
+        address = ("127.0.0.1", service.server.server_port)
+        holders = [socket.create_connection(address) for _ in range(2)]
+        until(lambda: len(service.server._connections) == 2)
+        answer = call(service, "GET", "/api/v1/types")
+        assert_problem(answer, 503, "2 clients are connected")
+        assert answer.headers["Retry-After"] == "1"
+        assert answer.headers["Connection"] == "close"
+        assert call(service, "GET", "/healthz").status == 200
+        assert call(service, "GET", "/readyz").status == 200
+        for holder in holders:
+            holder.close()
+        until(lambda: not service.server._connections)
+        assert call(service, "GET", "/api/v1/types").status == 200
+
+
+def test_past_the_reserve_too_a_newcomer_is_told_so(registry, monkeypatch):
+    monkeypatch.setattr(longtasks.Server, "reserve", 0)
+    with serving(MAX_CONNECTIONS=1) as service:
+        address = ("127.0.0.1", service.server.server_port)
+        with socket.create_connection(address):
+            until(lambda: len(service.server._connections) == 1)
+            assert raw(service, b"").startswith(b"HTTP/1.1 503 ")
+        until(lambda: not service.server._connections)
+
+
+def test_running_out_of_descriptors_pauses_accepting(service, monkeypatch):
+    accept, denied = socket.socket.accept, []
+
+    def deny_once(listener):
+        if not denied:
+            denied.append(1)
+            raise OSError(24, "Too many open files")
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", deny_once)
+    assert call(service, "GET", "/healthz").status == 200
+    assert denied
+
+
+def test_the_listen_backlog_is_not_the_default(service):
+    assert service.server.request_queue_size >= 1024
+
+
+def test_a_connection_ends_without_leaving_a_thread(service):
+    before = threading.active_count()
+    for _ in range(20):
+        call(service, "GET", "/healthz")
+    until(lambda: threading.active_count() <= before)
+
+
+# ======================================================================
+# 8. Command line and main
+# ======================================================================
+
+
+class Process:
+    """A real `python longtasks.py` on a free port."""
+
+    def __init__(self, *flags, env=None):
+        environ = {k: v for k, v in os.environ.items() if k not in NAMES}
+        self.lines: List[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, SCRIPT, *flags],
+            stderr=subprocess.PIPE,
+            env={**environ, "PORT": "0", **(env or {})},
+            universal_newlines=True,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+        until(lambda: self.lines or self.process.poll() is not None, "a first line")
+        found = re.search(r"listening on http://\S+:(\d+)", self.lines[0])
+        assert found, self.lines
+        self.port = int(found.group(1))
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append(line)
+
+    def logged(self, word):
+        until(
+            lambda: any(word in line for line in list(self.lines)), "the line " + word
+        )
+        return next(line for line in self.lines if word in line)
+
+    def signal(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+
+    def wait(self):
+        return self.process.wait(LONG)
+
+
+NAMES = {setting.name for setting in longtasks.SETTINGS}
+
+
+@contextlib.contextmanager
+def process(*flags, env=None):
+    running = Process(*flags, env=env)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.wait()
+        running.process.stderr.close()
+
+
+HELD = """
+import os, threading, time
+from longtasks import Context, handler
+folder = os.environ["FOLDER"]
+
+def held(name, ctx=None):
+    open(os.path.join(folder, name + ".began"), "w").close()
+    while not os.path.exists(os.path.join(folder, name)):
+        time.sleep(0.005)
+        if ctx:
+            ctx.check()
+
+@handler("polite")
+def polite(name: str, ctx: Context):
+    held(name, ctx)
+
+@handler("deaf")
+def deaf(name: str):
+    held(name)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """Flags and environment for handlers that end when a file appears."""
+    return {
+        "flags": ["--handlers", write(tmp_path, HELD)],
+        "env": {"FOLDER": str(tmp_path)},
+    }
+
+
+def began(tmp_path, name):
+    until((tmp_path / (name + ".began")).exists, "the begin of " + name)
+
+
+def test_main_started_as_a_script_is_the_module_that_handlers_import(tmp_path):
+    file = write(
+        tmp_path,
+        "import longtasks, sys\n"
+        "assert longtasks is sys.modules['__main__']\n"
+        "@longtasks.handler('same')\n"
+        "def same(ctx: longtasks.Context):\n"
+        "    return isinstance(ctx, longtasks.Context)\n",
+    )
+    with process(env={"HANDLERS": file}) as running:
+        assert (
+            result_of(running.port, submitted(running.port, "same"))["result"] is True
+        )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_service_exits_at_once_with_0(number):
+    with process() as running:
+        begin = time.monotonic()
+        running.signal(number)
+        assert running.wait() == 0
+        assert time.monotonic() - begin < 5  # a second on a quiet machine
+        assert number.name in running.logged("draining, 0 running and 0 waiting")
+
+
+def test_a_drain_finishes_running_and_queued_tasks_and_refuses_new_ones(tmp_path, held):
+    with process(*held["flags"], env={**held["env"], "WORKER_COUNT": "1"}) as running:
+        submitted(running.port, "deaf", {"name": "a"})
+        began(tmp_path, "a")
+        queued = submitted(running.port, "deaf", {"name": "b"})
+        running.signal()
+        running.logged("SIGTERM: draining, 1 running and 1 waiting, for 300 s at most")
+        refused = submit(running.port, "deaf", {"name": "c"})
+        assert_problem(refused, 503, "shutting down")
+        assert "Retry-After" in refused.headers
+        assert call(running.port, "GET", "/readyz").status == 503
+        assert call(running.port, "GET", "/healthz").status == 200
+        assert (
+            call(running.port, "GET", "/api/v1/tasks/" + queued).json["status"]
+            == "pending"
+        )
+        (tmp_path / "a").touch()
+        began(tmp_path, "b")
+        (tmp_path / "b").touch()
+        assert running.wait() == 0
+        assert "(deaf) completed" in running.logged(queued)
+        assert not (tmp_path / "c.began").exists()
+
+
+def test_past_the_drain_timeout_tasks_are_given_up_and_told(tmp_path, held):
+    env = {**held["env"], "WORKER_COUNT": "2", "DRAIN_TIMEOUT": "0.2"}
+    with process(*held["flags"], env=env) as running:
+        for type, name in [("polite", "a"), ("deaf", "b"), ("deaf", "é")]:
+            submitted(running.port, type, {"name": name})
+        began(tmp_path, "a")
+        began(tmp_path, "b")
+        begin = time.monotonic()
+        running.signal()
+        assert running.wait() == 1
+        assert time.monotonic() - begin < longtasks.GRACE + 10
+        running.logged("3 tasks given up")
+        lines = [line for line in running.lines if "given up: " in line]
+        given_up = [json.loads(line[line.index("{") :]) for line in lines]
+        assert [task["params"]["name"] for task in given_up] == ["a", "b", "é"]
+        assert [task["type"] for task in given_up] == ["polite", "deaf", "deaf"]
+        for task in given_up:
+            assert uuid.UUID(task.pop("id"))
+            longtasks.check_submission(
+                dict(task, type="long_computation", params={}), longtasks.HANDLERS
+            )
+
+
+def test_a_handler_that_stops_when_it_is_told_ends_the_drain(tmp_path, held):
+    env = {**held["env"], "DRAIN_TIMEOUT": "0"}
+    with process(*held["flags"], env=env) as running:
+        task_id = submitted(running.port, "polite", {"name": "a"})
+        began(tmp_path, "a")
+        running.signal()
+        assert running.wait() == 1
+        assert "(polite) cancelled" in running.logged(task_id)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path, held):
+    with process(*held["flags"], env=held["env"]) as running:
+        submitted(running.port, "deaf", {"name": "a"})
+        began(tmp_path, "a")
+        running.signal()
+        running.logged("draining")
+        running.signal(signal.SIGINT)
+        assert running.wait() == 1
+        assert '"name": "a"' in running.logged("given up")
+
+
+def test_a_clean_exit_answers_what_is_in_flight(registry, monkeypatch):
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow_endpoint(app, request):
+        asked.set()
+        assert answer.wait(LONG)
+        return longtasks.json_reply({"status": "late"})
+
+    route = longtasks._ROUTES["/healthz"]["GET"]._replace(endpoint=slow_endpoint)
+    monkeypatch.setitem(longtasks._ROUTES["/healthz"], "GET", route)
+    with serving() as service:
+
+        def ask(_):
+            return call(service, "GET", "/healthz")
+
+        def stop(_):
+            assert asked.wait(LONG)
+            threading.Thread(target=service.server.close, daemon=True).start()
+            until(lambda: service.server.closing)
+            answer.set()
+
+        reply = together(2, lambda i: (ask, stop)[i](i))[0]
+        assert reply.json == {"status": "late"}
+        assert reply.headers["Connection"] == "close"
+
+
+def test_an_idle_connection_does_not_hold_up_the_exit(service):
+    with socket.create_connection(
+        ("127.0.0.1", service.server.server_port), LONG
+    ) as client:
+        client.sendall(GET + b"\r\n")
+        assert client.recv(65536)
+        begin = time.monotonic()
+        service.server.close(patience=LONG)
+        assert time.monotonic() - begin < LONG / 2
+        assert client.recv(65536) == b""
+
+
+def test_a_connection_in_the_backlog_is_still_answered(registry):
+    service = longtasks.Service(
+        longtasks.read_settings(["--port=0"], {}), longtasks.HANDLERS
+    )
+    address = ("127.0.0.1", service.server.server_port)
+    with socket.create_connection(address, LONG) as client:  # nobody accepts yet
+        client.sendall(GET + b"\r\n")
+        service.start()
+        service.close()
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_a_port_in_use_is_one_line_and_code_2(service, capsys):
+    port = str(service.server.server_port)
+    assert longtasks.main(["--port", port]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("longtasks: HOST 127.0.0.1, PORT %s: can't listen: " % port)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["256.1.1.1", "no.such.host.invalid", "a\x1bb"])
+def test_a_host_that_cannot_be_listened_on_is_one_line_and_code_2(host, capsys):
+    assert longtasks.main(["--port=0", "--host", host]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("longtasks: HOST ")
+    assert err.count("\n") == 1
+    assert "\x1b" not in err
+
+
+def test_it_listens_on_ipv6_too(registry):
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    try:
+        with serving(HOST="::1") as service:
+            assert service.server.url.startswith("http://[::1]:")
+    except longtasks.SettingsError as error:
+        pytest.skip(str(error))
+
+
+def test_a_log_line_has_no_character_that_a_terminal_obeys():
+    record = longtasks.log.makeRecord(
+        "x", 20, "f", 1, "a%s", ("\x1b[31m\r\nb é ☃",), None
+    )
+    line = longtasks.LogFormatter().format(record)
+    assert re.fullmatch(TIME + r" INFO    a\\x1b\[31m\\r\\nb é ☃", line)
+
+
+def test_a_traceback_goes_to_the_log(registry):
+    try:
+        raise ValueError("bad\x1b")
+    except ValueError:
+        info = sys.exc_info()
+    record = longtasks.log.makeRecord("x", 30, "f", 1, "it failed", (), info)
+    lines = longtasks.LogFormatter().format(record).splitlines()
+    assert lines[0].endswith("WARNING it failed")
+    assert lines[-1] == "  ValueError: bad\\x1b"
+
+
+# ======================================================================
+# README
+# ======================================================================
+
+
+def readme():
+    return README.read_text(encoding="utf-8")
+
+
+def rows(heading):
+    """The first column of the table under a heading of the README."""
+    section = readme().split("\n## " + heading + "\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `([^`]*)`", section, re.MULTILINE)
+
+
+def test_the_readme_has_every_route():
+    assert rows("Routes") == ["%s %s" % (r.method, r.path) for r in longtasks.ROUTES]
+
+
+def test_the_readme_has_every_setting_with_its_default():
+    text = readme()
+    assert rows("Settings") == [setting.name for setting in longtasks.SETTINGS]
+    for setting in longtasks.SETTINGS:
+        default = "`%s`" % setting.default if setting.default else ""
+        row = "| `%s` | `%s` | %s |" % (setting.name, setting.flag, default)
+        assert row.replace("|  |", "| |") in text
+
+
+def test_the_readme_has_every_status():
+    assert rows("Statuses") == STATUSES
+
+
+def test_the_readme_has_every_built_in_type():
+    assert rows("Task types") == sorted(longtasks.HANDLERS)
+
+
+def test_the_readme_shows_the_first_block_within_ten_lines():
+    assert "```" in "\n".join(readme().splitlines()[:10])
+
+
+def shell_blocks(heading):
+    section = readme().split("\n## " + heading + "\n")[1].split("\n## ")[0]
+    return re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+def test_the_lines_of_the_readme_do_what_it_says(registry):
+    """Runs the README's own curl lines, with another port and a shorter wait."""
+    lines = "\n".join(shell_blocks("Try it"))
+    assert lines.count("curl") >= 4
+    with serving() as service:
+        lines = lines.replace(
+            "localhost:8080", "127.0.0.1:%d" % service.server.server_port
+        )
+        lines = lines.replace('"duration": 120', '"duration": 0.2')
+        script = "set -e\n" + lines
+        done = subprocess.run(
+            ["sh", "-c", script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=LONG,
+        )
+        assert done.returncode == 0
+        text = done.stdout.decode()
+        assert '"status": "pending"' in text
+        assert '"message": "Long computation completed successfully"' in text
+        assert text.rstrip().endswith("}")
+
+
+def test_the_handler_of_the_readme_works(tmp_path, registry):
+    section = readme().split("\n## Your own task types\n")[1].split("\n## ")[0]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    longtasks.load_handlers(write(tmp_path, code))
+    new = set(registry) - {"long_computation"}
+    assert new == {"count_lines"}
+    file = write(tmp_path, "a\nb\nc\n", "text.txt")
+    assert run(registry, "count_lines", {"path": file}) == {"lines": 3}

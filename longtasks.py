@@ -25,8 +25,10 @@ Add your own task types in a file and name it with --handlers:
     def greet(name: str, times: int = 1, *, ctx: Context):
         return {"greeting": ", ".join(["hello " + name] * times)}
 
+With --db tasks.db every task survives the process; without, they live in memory.
+
 The rooms of this house, each using only those above it: settings, tasks and
-their states, handlers, ledger, workers, HTTP, command line and main.
+their states, handlers, journal, ledger, workers, HTTP, command line and main.
 """
 
 import contextlib
@@ -48,13 +50,14 @@ import threading
 import time
 import traceback
 import typing
-from collections import OrderedDict, deque
+from bisect import bisect_left
+from collections import Counter, OrderedDict, deque
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Deque, Dict, FrozenSet, Iterator, List, Mapping
-from typing import NamedTuple, Optional, Sequence, Tuple, Union
-from urllib.parse import parse_qsl
+from typing import NamedTuple, Optional, Sequence, Set, Tuple, Union
+from urllib.parse import parse_qsl, quote
 
 __version__ = "1.0.0"
 __all__ = ["Cancelled", "Context", "HandlerError", "handler", "main"]
@@ -115,6 +118,13 @@ def one_of(*words: str) -> Callable[[str], str]:
     return check
 
 
+def address(text: str) -> str:
+    """Check a host's name or address; empty text would mean every address there is."""
+    if not re.fullmatch("[!-~]{1,253}", text):
+        raise ValueError("a host's name or address, such as 127.0.0.1 or 0.0.0.0")
+    return text
+
+
 class Setting(NamedTuple):
     """One row of SETTINGS: NAME in the environment, --name on the command line."""
 
@@ -143,7 +153,7 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     Setting("PORT", "8080", whole(0, 65535), "port to listen on; 0 picks a free one"),
-    Setting("HOST", "127.0.0.1", str, "address to listen on", "ADDRESS"),
+    Setting("HOST", "127.0.0.1", address, "address to listen on", "ADDRESS"),
     Setting("WORKER_COUNT", "10", whole(1, 100_000), "tasks that may run at once"),
     Setting(
         "LOG_LEVEL",
@@ -153,6 +163,7 @@ SETTINGS = (
         "LEVEL",
     ),
     Setting("HANDLERS", "", str, "Python file that registers task types", "FILE", True),
+    Setting("DB", "", str, "SQLite file that keeps the tasks, made if need be", "FILE"),
     Setting(
         "DRAIN_TIMEOUT",
         "300",
@@ -161,6 +172,7 @@ SETTINGS = (
         "SECONDS",
     ),
     Setting("QUEUE_LIMIT", "10000", whole(1, 10**9), "tasks that may wait"),
+    Setting("QUEUE_BYTES", "64MiB", size, "bytes of params that may wait", "SIZE"),
     Setting("RESULT_LIMIT", "10000", whole(1, 10**9), "finished tasks that are kept"),
     Setting(
         "RESULT_BYTES", "64MiB", size, "bytes of finished tasks that are kept", "SIZE"
@@ -263,6 +275,17 @@ FINISHED = frozenset(status for status, exits in EXITS.items() if not exits)
 MAX_DEPTH = 100  # of nested JSON; far below where the parser's recursion could fail
 MAX_DIGITS = 1000  # of a number in JSON; reading one takes time with the square of it
 MAX_ERROR = 4000  # characters of a failed task's error that are kept
+MAX_INTERRUPTIONS = 3  # runs that the process did not survive, until the task is failed
+
+
+Path = Tuple[Union[str, int], ...]  # the way from a document's top to a place in it
+Problem = Tuple[Path, str]  # a place, and what is wrong there
+
+
+def dotted(path: Path) -> str:
+    """Write a path for people: ("params", "urls", 0) is params.urls[0]."""
+    steps = ["[%d]" % s if isinstance(s, int) else "." + s for s in path]
+    return "".join(steps).lstrip(".") or "the document"
 
 
 class TaskError(Exception):
@@ -280,7 +303,7 @@ class Invalid(TaskError):
     wrong there and would be right.
     """
 
-    def __init__(self, problems: Sequence["Problem"]) -> None:
+    def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
         super().__init__(
             "; ".join(dotted(path) + message for path, message in problems)
@@ -299,8 +322,16 @@ class Unfinished(TaskError):
     """The call makes sense only for a task that has finished."""
 
 
+class DifferentRequest(TaskError):
+    """What was submitted under this id or key before was something else."""
+
+
 class QueueFull(TaskError):
     """As many tasks wait as may."""
+
+
+class Unavailable(TaskError):
+    """The journal can't be written, so that nothing can be promised."""
 
 
 class Draining(TaskError):
@@ -325,6 +356,7 @@ class Task(NamedTuple):
     attempt: int = 0  # how many times it was started
     result: Optional[bytes] = None  # JSON, of a completed task
     error: Optional[str] = None  # of a failed or cancelled one
+    interruptions: int = 0  # how many runs the process did not survive
 
     @property
     def finished(self) -> bool:
@@ -333,7 +365,7 @@ class Task(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Bytes of what the task carries: params, result and error."""
+        """Bytes of params and result, and characters of the error."""
         return len(self.params) + len(self.result or b"") + len(self.error or "")
 
     def moved_to(self, status: str, **changes: Any) -> "Task":
@@ -341,6 +373,20 @@ class Task(NamedTuple):
         if status not in EXITS[self.status]:
             raise IllegalMove("task %s is %s, not %s" % (self.id, self.status, status))
         return self._replace(status=status, **changes)
+
+    def put_back(self) -> "Task":
+        """Return the task as it waits for another run."""
+        return self.moved_to(PENDING, started_at=None)
+
+    def after_crash(self, now: float) -> "Task":
+        """Return the task as it goes on after a process that ended without a word."""
+        if self.status != PROCESSING:
+            return self
+        task = self._replace(interruptions=self.interruptions + 1)
+        if task.interruptions < MAX_INTERRUPTIONS:
+            return task.put_back()
+        error = "interrupted %d times: the process died while it ran"
+        return task.moved_to(FAILED, ended_at=now, error=error % MAX_INTERRUPTIONS)
 
 
 class Outcome(NamedTuple):
@@ -353,6 +399,7 @@ class Outcome(NamedTuple):
 
 def new_id() -> str:
     """Return a random UUID, version 4 (RFC 9562)."""
+    # As uuid.uuid4() does, in half the time and without its import.
     digits = os.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]
     return "-".join(
@@ -435,8 +482,7 @@ def _read_constant(text: str) -> Any:
 def _read_object(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError("the key %s occurs twice in one object" % shown(twice))
     return found
 
@@ -477,7 +523,9 @@ class Context:
 
     def __init__(self, task_id: str, attempt: int = 1) -> None:
         self.task_id = task_id
-        self.attempt = attempt  # 1 the first time the task is run
+        # 1 in the first run. A task is run again when the process died while it ran:
+        # at least once, that is, so that a handler should bear to be run twice.
+        self.attempt = attempt
         self._progress: Optional[Tuple[float, str]] = None
         self._stop = threading.Event()
 
@@ -522,8 +570,6 @@ class Context:
 
 
 Schema = Union[bool, Dict[str, Any]]  # False allows nothing, {} allows all
-Path = Tuple[Union[str, int], ...]  # the way from a document's top to a place in it
-Problem = Tuple[Path, str]  # a place, and what is wrong there
 
 
 class Handler(NamedTuple):
@@ -583,13 +629,21 @@ def handler(
     return register
 
 
+_NOT_PLAIN = (
+    inspect.iscoroutinefunction,
+    inspect.isasyncgenfunction,
+    inspect.isgeneratorfunction,
+)
+
+
 def _inspected(
     name: str, function: Callable[..., Any], limits: Mapping[str, Mapping[str, float]]
 ) -> Handler:
     """Read a function's signature into a Handler."""
     if not callable(function) or inspect.isclass(function):
         raise HandlerError("a handler is a function")
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+    code = function if inspect.isroutine(function) else type(function).__call__
+    if any(unlike(code) for unlike in _NOT_PLAIN):
         raise HandlerError(
             "a handler is a plain function, neither async nor a generator"
         )
@@ -697,10 +751,13 @@ def schema_of(annotation: Any) -> Dict[str, Any]:
 
 def _narrow(properties: Dict[str, Any], param: str, limit: Mapping[str, float]) -> None:
     unknown = sorted(set(limit) - {"minimum", "maximum"})
-    if param not in properties or unknown:
+    if not isinstance(properties.get(param), dict) or unknown:
         raise HandlerError(
             "limits: no such thing as %s" % (", ".join(unknown) or param)
         )
+    kinds = properties[param].get("anyOf", [properties[param]])
+    if not any(kind.get("type") in ("integer", "number") for kind in kinds):
+        raise HandlerError("limits: %s is neither int nor float" % param)
     properties[param] = dict(properties[param], **limit)
 
 
@@ -752,9 +809,7 @@ def _object_problems(
 
 def _fits(value: Any, schema: Dict[str, Any]) -> bool:
     """Whether the value itself, not yet what is in it, is as the schema says."""
-    if "anyOf" in schema and not any(
-        not any(problems(value, s)) for s in schema["anyOf"]
-    ):
+    if "anyOf" in schema and all(any(problems(value, s)) for s in schema["anyOf"]):
         return False
     if "enum" in schema and (type(value), value) not in [
         (type(e), e) for e in schema["enum"]
@@ -784,12 +839,6 @@ def _in_words(schema: Dict[str, Any]) -> str:
     return words
 
 
-def dotted(path: Path) -> str:
-    """Write a path for people: ("params", "urls", 0) is params.urls[0]."""
-    steps = ["[%d]" % s if isinstance(s, int) else "." + s for s in path]
-    return "".join(steps).lstrip(".") or "the document"
-
-
 SUBMISSION: Dict[str, Any] = {
     "type": "object",
     "properties": {"type": {"type": "string"}, "params": {"type": "object"}},
@@ -798,8 +847,8 @@ SUBMISSION: Dict[str, Any] = {
 }
 
 
-def check_submission(document: Any, handlers: Mapping[str, Handler]) -> Handler:
-    """Return the handler that a submitted document asks for; raises Invalid."""
+def check_submission(document: Any, handlers: Mapping[str, Handler]) -> None:
+    """See that a submitted document asks for what can be run; raises Invalid."""
     found = list(problems(document, SUBMISSION))
     if not found and document["type"] not in handlers:
         known = {"enum": sorted(handlers)}
@@ -809,7 +858,6 @@ def check_submission(document: Any, handlers: Mapping[str, Handler]) -> Handler:
         found = list(problems(document["params"], schema, ("params",)))
     if found:
         raise Invalid(found)
-    return handlers[document["type"]]
 
 
 def load_handlers(file: str) -> None:
@@ -856,6 +904,7 @@ def describe(error: BaseException) -> str:
     except Exception:
         text = "(its text can't be read)"
     line = type(error).__name__ + (": " + text if text else "")
+    line = line.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
     return line if len(line) <= MAX_ERROR else line[: MAX_ERROR - 3] + "..."
 
 
@@ -873,11 +922,320 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
 
 
 # ======================================================================
+# 4. Journal
+#
+# The file that tasks survive in: SQLite in WAL mode, one row a task. One
+# thread writes; whatever has gathered while it wrote goes into the next
+# transaction. It keeps what it is told and decides nothing.
+# ======================================================================
+
+APPLICATION_ID = 0x6C6F6E67  # "long", in the file's header (sqlite.org/fileformat.html)
+SCHEMA_VERSION = 1
+
+_TYPES = {str: "TEXT", bytes: "TEXT", int: "INTEGER", float: "REAL"}
+
+
+def _columns() -> Iterator[Tuple[str, type, bool]]:
+    """Yield name, type and whether it may be missing, of each field of a task."""
+    for name, hint in typing.get_type_hints(Task).items():
+        args = typing.get_args(hint)
+        yield name, args[0] if args else hint, bool(args)
+
+
+COLUMNS = tuple(_columns())
+_MARKS = ", ".join("?" * len(COLUMNS))
+_REPLACE = "REPLACE INTO tasks VALUES (%s)" % _MARKS  # noqa: S608 (question marks)
+
+
+class JournalError(Exception):
+    """A file that can't be used as a journal; the text says which and why."""
+
+
+class Gone(NamedTuple):
+    """The record of a task that was let go."""
+
+    seq: int
+    id: str
+
+
+Record = Union[Task, Gone]  # the row as it is to be, or that it is to leave
+
+
+class Batch:
+    """Records that reach the disk together, and the event that they did.
+
+    `keep` says what follows an error: another try, for what has happened already, or
+    else to give up, for what was only asked.
+    """
+
+    __slots__ = ("keep", "records", "error", "_settled")
+
+    def __init__(self, keep: bool) -> None:
+        self.keep = keep
+        self.records: List[Record] = []
+        self.error = ""
+        self._settled = threading.Event()
+
+    def settle(self, error: str = "") -> None:
+        """Let those go on who wait: the records are on disk, or will never be."""
+        self.error = error
+        self._settled.set()
+
+    def wait(self) -> None:
+        """Wait until the records are on disk; raises Unavailable if they can't be."""
+        self._settled.wait()
+        if self.error:
+            raise Unavailable("nothing can be written: " + self.error)
+
+
+class Journal:
+    """A journal file, in the hands of this process only. Raises JournalError."""
+
+    pause = 1.0  # seconds from an error to the next try
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        self.error = ""  # why nothing can be written now
+        # The lock guards the batches that are open for more records, of one kind
+        # each, and is notified when there is something to do for the writer.
+        self._changed = threading.Condition()
+        self._open = (Batch(False), Batch(True))
+        self._closing = False
+        self._held: List[Batch] = []  # what could not be written yet
+        self._thread: Optional[threading.Thread] = None
+        try:
+            import sqlite3  # a small host may lack it
+        except ImportError:
+            raise JournalError("DB needs Python's sqlite3, which is missing") from None
+        self._sqlite = sqlite3
+        try:
+            self._exists()  # if it is not ours, no lock is left beside it
+            self._lock = lock_file(self.path)
+            if self._exists():
+                self._check()
+            else:
+                self._create()
+            self._db = self._connect()
+        except (OSError, sqlite3.Error) as error:
+            text = error.strerror if isinstance(error, OSError) else error
+            raise JournalError("DB %s: %s" % (self.path, text)) from None
+
+    # -- the file
+
+    def _exists(self) -> bool:
+        """Whether there is a journal; raises JournalError if it is something else."""
+        try:
+            with open(self.path, "rb") as file:
+                head = file.read(100)
+        except FileNotFoundError:
+            return False
+        ours = int.from_bytes(head[68:72], "big") == APPLICATION_ID
+        if head and not (ours and head.startswith(b"SQLite format 3\0")):
+            raise JournalError("DB %s is not a file of longtasks" % self.path)
+        return bool(head)
+
+    def _check(self) -> None:
+        """See that the file can be read by this version and is sound; only look."""
+        with contextlib.closing(self._open_file("ro")) as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version != SCHEMA_VERSION:
+                text = "DB %s has version %d; this longtasks knows version %d"
+                raise JournalError(text % (self.path, version, SCHEMA_VERSION))
+            (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":
+                raise JournalError("DB %s is corrupt: %s" % (self.path, found))
+
+    def _create(self) -> None:
+        """Make an empty journal beside the path, and move it there when it is whole."""
+        new = self.path + ".new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
+        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        with contextlib.closing(self._sqlite.connect(new)) as db:
+            columns = [
+                name + " " + _TYPES[kind] + ("" if optional else " NOT NULL")
+                for name, kind, optional in COLUMNS
+            ]
+            columns[0] += " PRIMARY KEY"
+            db.execute("CREATE TABLE tasks (%s)" % ", ".join(columns))
+            db.execute("PRAGMA application_id = %d" % APPLICATION_ID)
+            db.execute("PRAGMA user_version = %d" % SCHEMA_VERSION)
+            db.execute("PRAGMA journal_mode = WAL")
+        os.replace(new, self.path)
+        with contextlib.suppress(OSError):  # not every system can open a folder
+            folder = os.open(os.path.dirname(self.path), os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+
+    def _connect(self) -> Any:
+        db = self._open_file("rw")
+        (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise JournalError("DB %s: this disk can't do SQLite's WAL" % self.path)
+        db.execute("PRAGMA synchronous = FULL")  # a commit waits until it is on disk
+        db.execute("PRAGMA fullfsync = ON")  # really on disk, on macOS
+        db.execute("PRAGMA journal_size_limit = %d" % (16 << 20))
+        self._touch(db)  # so that a read-only file is told now
+        return db
+
+    def _open_file(self, mode: str) -> Any:
+        uri = "file:%s?mode=%s" % (quote(self.path), mode)
+        return self._sqlite.connect(
+            uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
+        )
+
+    @staticmethod
+    def _touch(db: Any) -> None:
+        db.execute("PRAGMA user_version = %d" % SCHEMA_VERSION)
+
+    # -- reading
+
+    def load(self) -> Iterator[Task]:
+        """Yield finished tasks by their end, then the others by their submission."""
+        query = "SELECT * FROM tasks ORDER BY ended_at IS NULL, ended_at, seq"
+        try:
+            for row in self._db.execute(query):
+                yield self._task(row)
+        except self._sqlite.Error as error:
+            raise JournalError("DB %s: %s" % (self.path, error)) from None
+
+    def _task(self, row: Sequence[Any]) -> Task:
+        """Read a row, which someone else may have written into the file."""
+        values = list(row)
+        for index, (name, kind, optional) in enumerate(COLUMNS):
+            stored = str if kind is bytes else kind
+            if type(row[index]) is stored:
+                values[index] = row[index].encode() if kind is bytes else row[index]
+            elif row[index] is not None or not optional:
+                raise JournalError("DB %s: a task's %s is amiss" % (self.path, name))
+        task = Task(*values)
+        if task.status not in EXITS or task.finished == (task.ended_at is None):
+            raise JournalError("DB %s: a task's status is amiss" % self.path)
+        return task
+
+    # -- writing
+
+    def start(self, written: Callable[[Sequence[Record]], None]) -> None:
+        """Begin to write; `written` is called with the records that are on disk."""
+        self._written = written
+        self._thread = threading.Thread(
+            target=self._write_on, name="journal", daemon=True
+        )
+        self._thread.start()
+
+    def append(self, record: Record, keep: bool) -> Batch:
+        """Have a record written, in the order of the calls; does not wait for that."""
+        with self._changed:
+            batch = self._open[keep]
+            batch.records.append(record)
+            self._changed.notify()
+            return batch
+
+    def close(self, patience: float) -> bool:
+        """Write the rest, within so many seconds; return whether all is on disk."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread:
+            self._thread.join(patience)
+            if self._thread.is_alive():
+                return False
+        self._db.close()
+        self._lock.close()
+        return not self._held
+
+    def _write_on(self) -> None:
+        while not self._closing or any(batch.records for batch in self._open):
+            self._held = self._write(self._held + self._next_batches())
+            if self._held and self._closing:
+                return
+
+    def _next_batches(self) -> List[Batch]:
+        """Wait for something to write, or after an error for the next try."""
+        with self._changed:
+            if self.error:
+                self._changed.wait_for(lambda: self._closing, self.pause)
+            else:
+                self._changed.wait_for(
+                    lambda: self._closing or any(b.records for b in self._open)
+                )
+            batches, self._open = self._open, (Batch(False), Batch(True))
+        return list(batches)
+
+    def _write(self, batches: Sequence[Batch]) -> List[Batch]:
+        """Write all in one transaction; return those that are to be tried again."""
+        try:
+            self._commit([record for batch in batches for record in batch.records])
+        except Exception as error:  # whatever it is, this thread must live
+            text = str(error) or type(error).__name__
+            if text != self.error:
+                log.error("journal %s: %s; new tasks are refused", self.path, text)
+            self.error = text
+            for batch in batches:
+                if not batch.keep:
+                    batch.settle(text)
+            return [batch for batch in batches if batch.keep]
+        if self.error:
+            log.warning("journal %s: it can be written again", self.path)
+        self.error = ""
+        for batch in batches:
+            self._written(batch.records)
+            batch.settle()
+        return []
+
+    def _commit(self, records: Sequence[Record]) -> None:
+        rows = [self._row(record) for record in records if isinstance(record, Task)]
+        gone = [(record.seq,) for record in records if isinstance(record, Gone)]
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.executemany(_REPLACE, rows)
+            # Last, since no task comes back that has gone.
+            self._db.executemany("DELETE FROM tasks WHERE seq = ?", gone)
+            if self.error:
+                self._touch(self._db)  # a try, even if there is nothing to write
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    @staticmethod
+    def _row(task: Task) -> Sequence[Any]:
+        return [value.decode() if type(value) is bytes else value for value in task]
+
+
+def lock_file(path: str) -> Any:
+    """Lock a file beside this one for as long as what is returned stays open.
+
+    Raises OSError, or JournalError that tells the pid of the process that has it. The
+    system frees the lock when the process ends, however it ends; so the lock file may
+    stay. Where there is no flock(), nothing is locked.
+    """
+    file = os.fdopen(os.open(path + ".lock", os.O_RDWR | os.O_CREAT, 0o600), "r+")
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            text = "DB %s is in use by process %s"
+            raise JournalError(text % (path, file.read() or "unknown")) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+# ======================================================================
 # 5. Ledger
 #
 # The map of all tasks, and the only lock that guards their state. Every
 # move is decided here, once; who asks gets immutable tasks. The ledger
 # never runs a handler and never waits while it holds its lock.
+#
+# With a journal, a move is decided first, then written, then shown: what
+# decides the next move is the latest decision, and what anybody can see is
+# what is on disk. Without one, all three are the same moment.
 # ======================================================================
 
 
@@ -885,6 +1243,7 @@ class Limits(NamedTuple):
     """How much the ledger may hold."""
 
     queue: int = 10_000  # tasks that wait
+    queue_bytes: int = 64 << 20  # what they carry, in bytes
     results: int = 10_000  # finished tasks
     result_bytes: int = 64 << 20  # what finished tasks carry, in bytes
     result_ttl: float = 86_400  # age of a finished task, in seconds
@@ -902,41 +1261,119 @@ class Counts(NamedTuple):
 class Ledger:
     """All tasks, from submission until they are forgotten.
 
-    `clock` gives the time in seconds since 1970.
+    `clock` gives the time in seconds since 1970. What is in the journal is taken up,
+    and from then on everything goes into it.
     """
 
     def __init__(
-        self, limits: Limits = Limits(), clock: Callable[[], float] = time.time
+        self,
+        limits: Limits = Limits(),
+        clock: Callable[[], float] = time.time,
+        journal: Optional[Journal] = None,
     ) -> None:
         self.limits = limits
         self._clock = clock
+        self._journal = journal
         self._ready: queue.Queue[Optional[str]] = queue.Queue()  # None: no more work
         # The lock guards everything below. It must hold that: _tasks has every task
-        # that is known, in the order of submission; _running those and only those
-        # that are processing; _ended every finished one, in the order of ending, and
-        # perhaps ids of deleted ones; _pending and _held count the rest.
+        # that is known, as it is on disk and in the order of submission; _submitting
+        # and _deciding what is not on disk yet, new tasks and later moves; _running
+        # those and only those that are processing by the latest decision; _ended
+        # every finished task, in the order of ending, and perhaps ids of deleted ones;
+        # _counts, _queued and _held count what is in _tasks.
         self._lock = threading.Lock()
         self._tasks: Dict[str, Task] = {}
+        self._submitting: Dict[str, Tuple[Task, Batch]] = {}
+        self._deciding: Dict[str, Task] = {}
         self._running: Dict[str, Context] = {}
         self._ended: Deque[str] = deque()
         self._forgotten: OrderedDict[str, None] = OrderedDict()
-        self._last_seq = 0
-        self._pending = 0
+        self._counts = dict.fromkeys(EXITS, 0)
+        self._queued = 0  # bytes of pending tasks
         self._held = 0  # bytes of finished tasks
+        # Counts on from the time, so that a list's `after` still holds after a restart.
+        self._last_seq = int(clock() * 1e6)
         self._when_done: Optional[Callable[[], None]] = None  # set: draining
-        self._halted = False
+        self._halted = False  # what runs was told to stop
+        self.interrupted = 0  # tasks that were processing when the last process died
+        if journal:
+            self._take_up(journal)
+
+    def _take_up(self, journal: Journal) -> None:
+        """Go on where the process before left off."""
+        with self._lock:
+            for task in journal.load():
+                now = task.after_crash(self._clock())
+                self._publish(now)
+                if now is not task:
+                    journal.append(now, keep=True)
+                    self.interrupted += 1
+                self._drop_old(self._clock())
+            in_order = sorted(self._tasks.values(), key=lambda task: task.seq)
+            self._tasks = {task.id: task for task in in_order}
+            self._last_seq = max([self._last_seq] + [t.seq for t in in_order[-1:]])
+            for task in in_order:
+                if task.status == PENDING:
+                    self._ready.put(task.id)
+        journal.start(self._written)
 
     # -- the life of a task ------------------------------------------------
 
     def submit(self, type: str, params: bytes) -> Task:
-        """Take in a task as pending; raises QueueFull or Draining."""
+        """Take in a task as pending; raises QueueFull, Draining or Unavailable."""
         with self._lock:
-            self._check_open()
-            self._last_seq += 1
-            task = Task(self._last_seq, new_id(), type, params, PENDING, self._clock())
-            self._tasks[task.id] = task
-            self._pending += 1
-        self._ready.put(task.id)
+            task, batch = self._take_in(new_id(), type, params)
+        return self._once_written(task, batch)
+
+    def submit_once(self, task_id: str, type: str, params: bytes) -> Tuple[Task, bool]:
+        """Take in a task under an id of the caller's, unless it is there already.
+
+        Returns the task, and whether it is new. Raises DifferentRequest when it is
+        there with another type or params, ForgottenTask, and what submit() raises.
+        """
+        while True:
+            with self._lock:
+                self._drop_old(self._clock())
+                if task_id in self._submitting:
+                    known, batch = self._submitting[task_id]
+                elif task_id in self._tasks or task_id in self._forgotten:
+                    known, batch = self._find(task_id), None
+                else:
+                    task, batch = self._take_in(task_id, type, params)
+                    break
+            if not same_request(known, type, params):
+                raise DifferentRequest("%s was submitted with other content" % task_id)
+            if batch is None:
+                return known, False
+            with contextlib.suppress(Unavailable):  # then it is this caller's turn
+                batch.wait()
+        return self._once_written(task, batch), True
+
+    def _take_in(
+        self, task_id: str, type: str, params: bytes
+    ) -> Tuple[Task, Optional[Batch]]:
+        """Decide that there is a new task. Assumes the lock."""
+        self._check_open()
+        self._last_seq += 1
+        task = Task(self._last_seq, task_id, type, params, PENDING, self._clock())
+        if self._journal is None:
+            self._publish(task)
+            return task, None
+        batch = self._journal.append(task, keep=False)
+        self._submitting[task_id] = task, batch
+        return task, batch
+
+    def _once_written(self, task: Task, batch: Optional[Batch]) -> Task:
+        """Return a new task once it is there to stay; raises Unavailable."""
+        if batch is None:
+            self._ready.put(task.id)
+            return task
+        try:
+            batch.wait()
+        except Unavailable:
+            with self._lock:
+                del self._submitting[task.id]
+            raise
         return task
 
     def claim(self) -> Optional[Tuple[Task, Context]]:
@@ -947,51 +1384,123 @@ class Ledger:
                 self._ready.put(None)  # for the next worker
                 return None
             with self._lock:
-                task = self._tasks.get(task_id)
-                if task is None or task.status != PENDING or self._halted:
+                if task_id not in self._tasks or not self._may_start():
                     continue
-                task = self._move(
-                    task, PROCESSING, started_at=self._clock(), attempt=task.attempt + 1
+                task = self._current(task_id)
+                if task.status != PENDING:
+                    continue
+                task = task.moved_to(
+                    PROCESSING, started_at=self._clock(), attempt=task.attempt + 1
                 )
                 context = self._running[task.id] = Context(task.id, task.attempt)
-                self._pending -= 1
-                return task, context
+                batch = self._decide(task)
+            if batch:
+                batch.wait()  # or a task that kills the process would do so for ever
+                if self._running.get(task_id) is not context:  # put back meanwhile
+                    continue
+            return task, context
 
     def finish(self, task_id: str, outcome: Outcome) -> Task:
         """Record how a run ended; raises IllegalMove if the task is not processing."""
         with self._lock:
-            now = self._clock()
-            task = self._move(
-                self._tasks[task_id],
-                outcome.status,
-                ended_at=now,
-                result=outcome.result,
-                error=outcome.error,
-            )
-            del self._running[task_id]
-            self._ended.append(task_id)
-            self._held += task.weight
-            self._drop_old(now)
+            if task_id not in self._running:
+                raise IllegalMove("task %s does not run (any more)" % task_id)
+            if outcome.status == CANCELLED and self._halted:
+                task = self._put_back(task_id)  # it made way for the end of the process
+            else:
+                task = self._end(task_id, outcome)
             tell = self._when_done if self._done() else None
         if tell:
             tell()
         return task
 
+    def _end(self, task_id: str, outcome: Outcome) -> Task:
+        """Take a running task to its end. Assumes the lock."""
+        task = self._current(task_id).moved_to(
+            outcome.status,
+            ended_at=self._clock(),
+            result=outcome.result,
+            error=outcome.error,
+        )
+        del self._running[task_id]
+        self._decide(task)
+        return task
+
+    def _put_back(self, task_id: str) -> Task:
+        """Have a running task wait for another run. Assumes the lock."""
+        task = self._current(task_id).put_back()
+        del self._running[task_id]
+        self._decide(task)
+        return task
+
     def delete(self, task_id: str) -> None:
-        """Forget a finished task; raises Unfinished, UnknownTask or ForgottenTask."""
+        """Forget a finished task.
+
+        Raises Unfinished, UnknownTask, ForgottenTask or Unavailable.
+        """
         with self._lock:
             self._drop_old(self._clock())
             task = self._find(task_id)
             if not task.finished:
                 raise Unfinished("task %s is %s, not finished" % (task.id, task.status))
-            self._forget(task)
-            if len(self._ended) > 2 * (len(self._tasks) + 100):  # mostly deleted ids
-                self._ended = deque(i for i in self._ended if i in self._tasks)
+            self._check_journal()
+            if self._journal:
+                batch = self._journal.append(Gone(task.seq, task.id), keep=False)
+            else:
+                self._forget(task)
+        if self._journal:
+            batch.wait()
 
-    def _move(self, task: Task, status: str, **changes: Any) -> Task:
-        """Make one move of the table. Assumes the lock."""
-        moved = self._tasks[task.id] = task.moved_to(status, **changes)
-        return moved
+    # -- deciding, writing, showing; all of these assume the lock ----------
+
+    def _current(self, task_id: str) -> Task:
+        """The task by the latest decision, be it on disk or not."""
+        return self._deciding.get(task_id) or self._tasks[task_id]
+
+    def _decide(self, task: Task) -> Optional[Batch]:
+        """Settle on a task's next state; what is returned tells when it is on disk."""
+        if self._journal is None:
+            self._publish(task)
+            self._drop_old(self._clock())
+            return None
+        self._deciding[task.id] = task
+        return self._journal.append(task, keep=True)
+
+    def _publish(self, task: Task) -> None:
+        """Show a task as it now is."""
+        before = self._tasks.get(task.id)
+        if before:
+            self._add(before, -1)
+        self._tasks[task.id] = task
+        self._add(task, 1)
+        if task.finished:
+            self._ended.append(task.id)
+
+    def _add(self, task: Task, one: int) -> None:
+        """Count a task in, or out where `one` is -1."""
+        self._counts[task.status] += one
+        if task.finished:
+            self._held += one * task.weight
+        elif task.status == PENDING:
+            self._queued += one * task.weight
+
+    def _written(self, records: Sequence[Record]) -> None:
+        """Show what has reached the disk; called by the journal, without the lock."""
+        with self._lock:
+            for record in records:
+                if isinstance(record, Gone):
+                    if record.id in self._tasks:
+                        self._forget(self._tasks[record.id])
+                    continue
+                if self._deciding.get(record.id) is record:
+                    del self._deciding[record.id]
+                self._publish(record)
+                if self._submitting.pop(record.id, None):
+                    self._ready.put(record.id)
+            self._drop_old(self._clock())
+            tell = self._when_done if self._done() else None
+        if tell:
+            tell()
 
     # -- looking -----------------------------------------------------------
 
@@ -1020,7 +1529,7 @@ class Ledger:
         """Return the context of a running task, None of any other."""
         return self._running.get(task_id)  # one step, as in get()
 
-    def list(
+    def page(
         self, limit: int, after: int = 0, status: str = "", type: str = ""
     ) -> Tuple[List[Task], Optional[int]]:
         """Return up to `limit` tasks in the order of submission, and where to go on.
@@ -1033,7 +1542,7 @@ class Ledger:
             self._drop_old(self._clock())
             tasks = list(self._tasks.values())
         found: List[Task] = []
-        for task in tasks[_first_behind(tasks, after) :]:
+        for task in tasks[bisect_left(tasks, (after + 1,)) :]:  # it begins with seq
             if status in ("", task.status) and type in ("", task.type):
                 if len(found) == limit:
                     return found, found[-1].seq
@@ -1043,20 +1552,30 @@ class Ledger:
     def counts(self) -> Counts:
         """How many tasks wait, run and have finished."""
         with self._lock:
-            running = len(self._running)
-            finished = len(self._tasks) - self._pending - running
-            return Counts(self._pending, running, finished)
+            return self._count()
+
+    def _count(self) -> Counts:
+        pending, processing = self._counts[PENDING], self._counts[PROCESSING]
+        return Counts(pending, processing, len(self._tasks) - pending - processing)
 
     def check_open(self) -> None:
-        """Raise what submit() would raise now: QueueFull, Draining or nothing."""
+        """Raise what submit() would raise now: a TaskError or nothing."""
         with self._lock:
             self._check_open()
 
     def _check_open(self) -> None:
-        if self._when_done:
+        if self._when_done or self._halted:
             raise Draining("the service is shutting down")
-        if self._pending >= self.limits.queue:
-            raise QueueFull("the queue is full: %d tasks wait" % self._pending)
+        self._check_journal()
+        waiting = self._counts[PENDING] + len(self._submitting)
+        if waiting >= self.limits.queue:
+            raise QueueFull("the queue is full: %d tasks wait" % waiting)
+        if self._queued >= self.limits.queue_bytes:
+            raise QueueFull("the queue is full: %d bytes wait" % self._queued)
+
+    def _check_journal(self) -> None:
+        if self._journal and self._journal.error:
+            raise Unavailable("nothing can be written: " + self._journal.error)
 
     def _find(self, task_id: str) -> Task:
         """Return the task or say truly why there is none. Assumes the lock."""
@@ -1080,43 +1599,51 @@ class Ledger:
 
     def _drop_old(self, now: float) -> None:
         """Drop finished tasks past the limits, oldest first. Assumes the lock."""
+        if len(self._ended) > 2 * (len(self._tasks) + 100):  # mostly deleted ids
+            self._ended = deque(i for i in self._ended if i in self._tasks)
         while self._ended:
             task = self._tasks.get(self._ended[0])
-            if task is not None:
+            if task is not None and task.finished:
                 if not self._too_old(task, now) and not self._too_many():
                     return
                 self._forget(task)
+                if self._journal:
+                    self._journal.append(Gone(task.seq, task.id), keep=True)
             self._ended.popleft()
 
     def _too_many(self) -> bool:
-        finished = len(self._tasks) - self._pending - len(self._running)
+        finished = self._count().finished
         if finished == 1:  # the last one may be larger than all should be
             return False
         return finished > self.limits.results or self._held > self.limits.result_bytes
 
     def _forget(self, task: Task) -> None:
-        del self._tasks[task.id]
-        self._held -= task.weight
+        self._add(self._tasks.pop(task.id), -1)
         self._forgotten[task.id] = None
         if len(self._forgotten) > self.limits.forgotten:
             self._forgotten.popitem(last=False)
 
     # -- the end -----------------------------------------------------------
 
-    def drain(self, when_done: Callable[[], None]) -> Counts:
-        """Take in no more; call `when_done`, perhaps twice, once all are finished."""
+    def drain(self, when_done: Callable[[], None]) -> List[str]:
+        """Take in no more; call `when_done`, perhaps twice, once all is done.
+
+        All is done when nothing runs, and nothing waits either, unless it is kept in
+        a journal. Returns the ids of what runs now.
+        """
         with self._lock:
             self._when_done = when_done
-            done = self._done()
+            running, done = list(self._running), self._done()
+            if not self._may_start():
+                self._ready.put(None)
         if done:
             when_done()
-        return self.counts()
+        return running
 
-    def halt(self) -> List[Task]:
-        """Start no more, tell what runs to stop; return all that is not finished."""
+    def halt(self) -> None:
+        """Start no more, and tell what runs to stop."""
         with self._lock:
             self._halted = True
-            left = [task for task in self._tasks.values() if not task.finished]
             running = list(self._running.values())
             tell = self._when_done if self._done() else None
         self._ready.put(None)
@@ -1124,23 +1651,34 @@ class Ledger:
             context.cancel()
         if tell:
             tell()
-        return left
+
+    def give_up(self) -> List[Task]:
+        """Put back what still runs; return all that is not finished."""
+        with self._lock:
+            for task_id in list(self._running):
+                self._put_back(task_id)
+            latest = map(self._current, self._tasks)
+            return [task for task in latest if not task.finished]
+
+    def _may_start(self) -> bool:
+        keeps = (
+            self._journal is not None
+        )  # then what waits can do so until the next start
+        return not self._halted and not (keeps and self._when_done)
 
     def _done(self) -> bool:
-        waiting = self._pending and not self._halted
-        return bool(self._when_done) and not waiting and not self._running
+        if not self._when_done or self._running or self._deciding or self._submitting:
+            return False
+        return not (self._may_start() and self._counts[PENDING])
 
 
-def _first_behind(tasks: Sequence[Task], seq: int) -> int:
-    """The index of the first task with a higher seq (bisect has no key before 3.10)."""
-    low, high = 0, len(tasks)
-    while low < high:
-        middle = (low + high) // 2
-        if tasks[middle].seq <= seq:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+def same_request(task: Task, type: str, params: bytes) -> bool:
+    """Whether a task was submitted with this type and these params, in any order."""
+
+    def canonical(text: bytes) -> str:
+        return json.dumps(json.loads(text), sort_keys=True)
+
+    return task.type == type and canonical(task.params) == canonical(params)
 
 
 # ======================================================================
@@ -1156,6 +1694,10 @@ def run_one(
     task: Task, context: Context, handlers: Mapping[str, Handler], max_result: int
 ) -> Outcome:
     """Run a task's handler and return how it ended, whatever it does."""
+    if task.type not in handlers:  # it came from a journal
+        error = "no task type %s is registered any more; known: %s"
+        known = ", ".join(sorted(handlers))
+        return Outcome(FAILED, error=error % (shown(task.type), known))
     try:
         value = handlers[task.type].run(json.loads(task.params), context)
     except Cancelled:
@@ -1191,9 +1733,16 @@ class Pool:
         self._idle = 0
 
     def start(self) -> None:
-        """Start the first worker."""
+        """Start the first worker; raises SettingsError if not even that is possible."""
         with self._lock:
             self._start_thread()
+            if not self._threads:
+                raise SettingsError("no thread can be started; tasks would never run")
+
+    def busy(self) -> bool:
+        """Whether a handler runs."""
+        with self._lock:
+            return self._threads > self._idle
 
     def _start_thread(self) -> None:
         """Start one worker. Assumes the lock."""
@@ -1212,12 +1761,15 @@ class Pool:
             claimed = self._ledger.claim()
             with self._lock:
                 self._idle -= 1
-                if claimed and not self._idle and self._threads < self._count:
+                if claimed is None:
+                    self._threads -= 1
+                    return
+                if not self._idle and self._threads < self._count:
                     self._start_thread()
-            if not claimed:
-                return
             try:
                 self._run(*claimed)
+            except IllegalMove as error:
+                log.warning("too late: %s", error)
             except Exception:
                 log.exception("a worker failed; it goes on")
             with self._lock:
@@ -1227,9 +1779,10 @@ class Pool:
         log.debug("task %s (%s) started, attempt %d", task.id, task.type, task.attempt)
         max_result = self._ledger.limits.result_bytes
         outcome = run_one(task, context, self._handlers, max_result)
-        task = self._ledger.finish(task.id, outcome)
-        took = (task.ended_at or 0) - (task.started_at or 0)
-        log.info("task %s (%s) %s in %.3f s", task.id, task.type, task.status, took)
+        ended = self._ledger.finish(task.id, outcome)
+        word = "put back" if ended.status == PENDING else ended.status
+        took = (ended.ended_at or time.time()) - (task.started_at or 0)
+        log.info("task %s (%s) %s after %.3f s", task.id, task.type, word, took)
 
 
 # ======================================================================
@@ -1266,13 +1819,23 @@ class HTTPError(Exception):
 class Request:
     """A request that has been read. Header names are in lower case."""
 
-    __slots__ = ("method", "path", "query", "version", "headers", "body", "task_id")
+    __slots__ = (
+        "method",
+        "path",
+        "query_text",
+        "query",
+        "version",
+        "headers",
+        "body",
+        "task_id",
+    )
 
     def __init__(
         self, method: str, target: str, version: str, headers: Mapping[str, str]
     ) -> None:
         self.method = method
-        self.path, _, self.query = target.partition("?")
+        self.path, _, self.query_text = target.partition("?")
+        self.query: Dict[str, str] = {}
         self.version = version  # "1.1" or "1.0"
         self.headers = headers
         self.body = b""
@@ -1380,7 +1943,9 @@ ERRORS: Dict[type, Tuple[int, Optional[int]]] = {
     UnknownTask: (404, None),
     ForgottenTask: (410, None),
     Unfinished: (409, 1),
+    DifferentRequest: (409, None),
     QueueFull: (503, 5),
+    Unavailable: (503, 5),
     Draining: (503, 30),
 }
 
@@ -1429,7 +1994,7 @@ def status_document(task: Task, context: Optional[Context] = None) -> Dict[str, 
         "ended_at": timestamp(task.ended_at),
         "attempt": task.attempt or None,
     }
-    if context and not task.finished:
+    if context and task.status == PROCESSING:
         document["progress"] = context.progress_document()
         document["cancel_requested"] = context.cancelled or None
     return {name: value for name, value in document.items() if value is not None}
@@ -1442,14 +2007,14 @@ def result_document(task: Task) -> bytes:
         outcome = b'"result": %s' % (task.result or b"null")
     else:
         outcome = b'"error": %s' % to_json(task.error)
-    times = {name: timestamp(getattr(task, name)) for name in _TIMES}
+    names = ("created_at", "started_at", "ended_at")
+    times = {name: timestamp(getattr(task, name)) for name in names}
     return b"%s, %s, %s\n" % (head[:-1], outcome, to_json(times)[1:])
 
 
-_TIMES = ("created_at", "started_at", "ended_at")
-
-
 # -- endpoints -------------------------------------------------------------
+
+_UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 class App(NamedTuple):
@@ -1460,28 +2025,68 @@ class App(NamedTuple):
 
 
 def submit_task(app: App, request: Request) -> Reply:
-    """Submit a task."""
+    """Submit a task; the header Idempotency-Key makes it safe to repeat."""
     media = request.accepts(JSON, TEXT)
+    type, params = read_submission(app, request)
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        task_id = app.ledger.submit(type, params).id
+    else:
+        task_id = id_of_key(key)
+        try:
+            app.ledger.submit_once(task_id, type, params)
+        except DifferentRequest:
+            detail = "this Idempotency-Key came with another type or params before"
+            raise HTTPError(422, detail) from None
+    return submitted_reply(task_id, PENDING, 202, media)
+
+
+def put_task(app: App, request: Request) -> Reply:
+    """Submit a task under an id of your own, a UUID; safe to repeat."""
+    media = request.accepts(JSON, TEXT)
+    if not _UUID.fullmatch(request.task_id):
+        raise HTTPError(400, "the id must be a UUID, such as " + new_id())
+    submission = read_submission(app, request)
+    task, new = app.ledger.submit_once(request.task_id, *submission)
+    return submitted_reply(task.id, task.status, 202 if new else 200, media)
+
+
+def read_submission(app: App, request: Request) -> Tuple[str, bytes]:
+    """Return the type and the params of the task that a request's body asks for."""
     document = request.json()
     if not isinstance(document, dict):
         raise Malformed("the body must be an object, not " + shown(document))
     check_submission(document, app.handlers)
-    task = app.ledger.submit(document["type"], to_json(document["params"]))
-    headers = {"Location": "/api/v1/tasks/" + task.id}
+    return document["type"], to_json(document["params"])
+
+
+def submitted_reply(task_id: str, task_status: str, status: int, media: str) -> Reply:
+    """Answer a submit with the task's id."""
+    location = {"Location": "/api/v1/tasks/" + task_id}
     if media == TEXT:
-        return text_reply(task.id, 202, **headers)
-    return json_reply({"id": task.id, "status": task.status}, 202, **headers)
+        return text_reply(task_id, status, **location)
+    return json_reply({"id": task_id, "status": task_status}, status, **location)
+
+
+def id_of_key(key: str) -> str:
+    """Return the id that an Idempotency-Key stands for, always the same one."""
+    import uuid
+
+    key = re.sub(r'^"(.*)"$', r"\1", key)  # its standard writes it as a quoted string
+    if not re.fullmatch("[!-~]{1,255}", key):
+        raise HTTPError(400, "an Idempotency-Key has 1 to 255 visible ASCII characters")
+    return str(uuid.uuid5(uuid.UUID("6398645a-5117-4cce-8f27-06a00c58b237"), key))
 
 
 def list_tasks(app: App, request: Request) -> Reply:
     """List tasks in the order of their submission, a page at a time."""
-    query = read_query(request)
+    query = request.query
     status = query.get("status", "")
     if status and status not in EXITS:
         raise HTTPError(400, "status must be one of " + ", ".join(EXITS))
     limit = _number_in(query, "limit", 1, 1000, 100)
-    after = _number_in(query, "after", 0, 10**15, 0)
-    tasks, behind = app.ledger.list(limit, after, status, query.get("type", ""))
+    after = _number_in(query, "after", 0, 10**17, 0)
+    tasks, behind = app.ledger.page(limit, after, status, query.get("type", ""))
     documents = [status_document(task, app.ledger.context(task.id)) for task in tasks]
     return json_reply({"tasks": documents, "next": behind})
 
@@ -1497,12 +2102,11 @@ def show_task(app: App, request: Request) -> Reply:
 def show_result(app: App, request: Request) -> Reply:
     """Give a finished task's result or error."""
     task = app.ledger.finished(request.task_id)
-    # As text there is the bare result. Of a task that has none there is no text,
-    # so that a script with `curl -f` doesn't take an error for a result.
-    offers = (JSON, TEXT) if task.status == COMPLETED else (JSON,)
-    if request.accepts(*offers) == TEXT:
-        return Reply(200, (task.result or b"null") + b"\n", TEXT)
-    return Reply(200, result_document(task))
+    if request.accepts(JSON, TEXT) == JSON:
+        return Reply(200, result_document(task))
+    if task.status != COMPLETED:  # a script must not take an error for a result
+        raise HTTPError(406, "the task is %s; as JSON there is more" % task.status)
+    return Reply(200, (task.result or b"null") + b"\n", TEXT)
 
 
 def delete_task(app: App, request: Request) -> Reply:
@@ -1588,6 +2192,7 @@ ROUTES = (
     Route("POST", "/api/v1/tasks", submit_task),
     Route("GET", "/api/v1/tasks", list_tasks, ("status", "type", "limit", "after")),
     Route("GET", "/api/v1/tasks/{id}", show_task),
+    Route("PUT", "/api/v1/tasks/{id}", put_task),
     Route("GET", "/api/v1/tasks/{id}/result", show_result),
     Route("DELETE", "/api/v1/tasks/{id}", delete_task),
     Route("GET", "/api/v1/types", list_types),
@@ -1604,13 +2209,15 @@ for _route in ROUTES:
 
 
 def find_route(request: Request) -> Route:
-    """Return the request's route and note its task id; raises HTTPError."""
+    """Return a request's route, and note its task id and query; raises HTTPError."""
     if request.method not in METHODS:
         raise HTTPError(501, "there is no method " + shown(request.method))
-    steps = request.path.split("/", 5)
-    if len(steps) > 4:  # "", "api", "v1", "tasks", ID, perhaps more
-        request.task_id, steps[4] = steps[4].lower(), "{id}"
-    methods = _ROUTES.get("/".join(steps))
+    path, above = request.path, "/api/v1/tasks/"
+    if path.startswith(above) and path != above:
+        task_id, slash, below = path[len(above) :].partition("/")
+        request.task_id = task_id.lower()
+        path = above + "{id}" + slash + below
+    methods = _ROUTES.get(path)
     if methods is None:
         raise HTTPError(
             404, "there is nothing at %s; GET / lists what is" % request.path
@@ -1619,30 +2226,26 @@ def find_route(request: Request) -> Route:
         allowed = ", ".join(sorted(methods))
         raise HTTPError(405, "%s takes %s" % (request.path, allowed), Allow=allowed)
     route = methods[request.method]
-    if request.query:
-        _check_query(request, route)
+    if request.query_text:
+        request.query = read_query(request.query_text, route.query)
     return route
 
 
-def _check_query(request: Request, route: Route) -> None:
-    for name in read_query(request):
-        if name not in route.query:
-            known = ", ".join(route.query) or "none"
-            raise HTTPError(
-                400, "no query parameter %s here; known: %s" % (shown(name), known)
-            )
-
-
-def read_query(request: Request) -> Dict[str, str]:
-    """Return the query's parameters; raises HTTPError."""
+def read_query(text: str, known: Sequence[str]) -> Dict[str, str]:
+    """Return a query's parameters, all of which must be known; raises HTTPError."""
     try:
         pairs = parse_qsl(
-            request.query, keep_blank_values=True, max_num_fields=20, errors="strict"
+            text, keep_blank_values=True, max_num_fields=20, errors="strict"
         )
     except ValueError:
         raise HTTPError(400, "the query can't be read") from None
     if len(dict(pairs)) < len(pairs):
         raise HTTPError(400, "a query parameter occurs twice")
+    for name, _ in pairs:
+        if name not in known:
+            names = ", ".join(known) or "none"
+            detail = "no query parameter %s here; known: %s" % (shown(name), names)
+            raise HTTPError(400, detail)
     return dict(pairs)
 
 
@@ -1683,19 +2286,19 @@ _HEADER = re.compile(
 # Two of these are a contradiction; two of another header are a list.
 _ONCE = (
     "host",
+    "idempotency-key",
     "content-length",
     "content-type",
     "transfer-encoding",
     "expect",
-    "accept",
 )
 
 
 def parse_head(head: bytes) -> Request:
     """Read a request's head, without its closing empty line; raises HTTPError.
 
-    As strict as RFC 9112 lets a server be, since what two readers understand
-    differently can be used to smuggle a request past one of them.
+    Stricter than RFC 9112 asks for, since what two readers understand differently can
+    be used to smuggle a request past one of them. This is no proxy: a target is a path.
     """
     line, _, block = head.decode("latin-1").partition("\r\n")
     match = _REQUEST_LINE.fullmatch(line)
@@ -1727,7 +2330,7 @@ def _headers(block: str) -> Dict[str, str]:
         name, value = spelled.lower(), padded.strip(" \t")
         if name not in headers:
             headers[name] = value
-        elif name in _ONCE[:-1]:
+        elif name in _ONCE:
             raise HTTPError(400, "the header %s occurs twice" % name.title())
         else:
             headers[name] += ", " + value
@@ -1764,6 +2367,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.buffer = b""
         self.idle = False  # waits for a request of which nothing has come yet
         self.deadline = 0.0  # of the request that is being read
+        self.bare = False  # it is a HEAD, so that its answer has no body
         self.crowded = not self.server.admit(self.request, self)
         with contextlib.suppress(OSError):
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1783,7 +2387,7 @@ class Connection(socketserver.BaseRequestHandler):
         try:
             request = self._read_request()
         except HTTPError as error:
-            self._send(refusal(error), "1.1", False)
+            self._send(refusal(error), "1.1", False, self.bare)
             self._linger()
             return False
         if request is None:
@@ -1791,7 +2395,7 @@ class Connection(socketserver.BaseRequestHandler):
         reply = self._reply_to(request)
         log.debug("%s %s: %d", request.method, request.path, reply.status)
         keep = request.keeps_alive and not self.crowded and not self.server.closing
-        self._send(reply, request.version, keep, request.method == "HEAD")
+        self._send(reply, request.version, keep, self.bare)
         return keep
 
     def _reply_to(self, request: Request) -> Reply:
@@ -1806,6 +2410,7 @@ class Connection(socketserver.BaseRequestHandler):
         head = self._read_head()
         if head is None:
             return None
+        self.bare = head.startswith(b"HEAD ")
         request = parse_head(head)
         length = request.length()
         if length > self.server.max_body:
@@ -1882,8 +2487,10 @@ class Connection(socketserver.BaseRequestHandler):
     def _send(self, reply: Reply, version: str, keep: bool, bare: bool = False) -> None:
         """Send a reply, its head and body in one piece; `bare` leaves out the body."""
         data = encode_head(reply, self.server.date(), version, keep)
-        self.request.settimeout(self.server.send_timeout)
-        self.request.sendall(data if bare else data + reply.body)
+        data = data if bare else data + reply.body
+        patience = self.server.send_timeout + len(data) / self.server.slowest
+        self.request.settimeout(patience)
+        self.request.sendall(data)
 
     def _linger(self) -> None:
         """Drop what still comes: closing now would destroy our answer on its way."""
@@ -1905,11 +2512,9 @@ class Server(ThreadingHTTPServer):
 
     poll_interval = 0.1  # seconds that stopping may take
     idle_timeout = 60.0  # seconds until the first byte of a request
-    request_timeout = (
-        20.0  # seconds until a request's last byte, and more for its body:
-    )
-    slowest = 16_384  # bytes a second
-    send_timeout = 60.0  # seconds to take a whole answer
+    request_timeout = 20.0  # seconds until a request's last byte, more for its body
+    slowest = 16_384  # bytes a second: what more is given for a long body or answer
+    send_timeout = 60.0  # seconds to take a whole answer, and more for a long one
     linger_timeout = 2.0  # seconds
     reserve = 32  # connections past the limit, to be told so, and for probes
 
@@ -1920,9 +2525,10 @@ class Server(ThreadingHTTPServer):
         self.max_body = max_body
         self.max_connections = max_connections
         self.closing = False
-        # The lock guards the map of open connections; it notifies when one has ended.
+        # The lock guards which connections are open; it notifies when one has ended.
         self._changed = threading.Condition()
         self._connections: Dict[socket.socket, Optional[Connection]] = {}
+        self._crowded: Set[socket.socket] = set()  # those that came past the limit
         self._date = (0, "")
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Connection)
@@ -1961,9 +2567,11 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a connection's thread; called by socketserver."""
         with self._changed:
-            full = len(self._connections) >= self.max_connections + self.reserve
+            before = len(self._connections)
             self._connections[request] = None
-        if not full:
+            if before >= self.max_connections:
+                self._crowded.add(request)
+        if before < self.max_connections + self.reserve:
             super().process_request(request, client_address)
             return
         reply = self.crowded_reply()
@@ -1978,16 +2586,17 @@ class Server(ThreadingHTTPServer):
         return problem(503, detail, {"Retry-After": "1"})
 
     def admit(self, request: socket.socket, connection: Connection) -> bool:
-        """Note a connection that begins; False when there are too many."""
+        """Note a connection that begins; False when it came past the limit."""
         with self._changed:
             self._connections[request] = connection
-            return len(self._connections) <= self.max_connections
+            return request not in self._crowded
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection that has ended; called by socketserver."""
         super().shutdown_request(request)
         with self._changed:
             self._connections.pop(request, None)
+            self._crowded.discard(request)
             self._changed.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -2010,7 +2619,7 @@ class Server(ThreadingHTTPServer):
 
     def _accept_rest(self) -> None:
         """Take in those who were connected before the end but not yet accepted."""
-        with contextlib.suppress(OSError):  # there is nobody (left) to accept
+        with contextlib.suppress(OSError, RuntimeError):  # nobody left, or no thread
             self.socket.setblocking(False)
             while True:
                 request, client_address = self.socket.accept()
@@ -2022,11 +2631,12 @@ class Server(ThreadingHTTPServer):
 # 8. Command line and main
 #
 # Puts the rooms together, starts them, waits for a signal, drains, and
-# leaves with a code that tells the truth: 0 when every task was finished,
-# 1 when some were given up, 2 when it could not start.
+# leaves with a code that tells the truth: 0 when nothing was lost, 1 when
+# some task was given up, 2 when it could not start.
 # ======================================================================
 
 GRACE = 3.0  # seconds that handlers have to stop once they are told to
+JOURNAL_PATIENCE = 5.0  # seconds that the last writing may take
 
 # What is recorded in the place where signal handlers record their number.
 _DONE = "all tasks are done"
@@ -2042,14 +2652,15 @@ class Service:
         self, settings: Settings, handlers: Mapping[str, Handler] = HANDLERS
     ) -> None:
         self.settings = settings
-        self.ledger = Ledger(
-            Limits(
-                settings["QUEUE_LIMIT"],
-                settings["RESULT_LIMIT"],
-                settings["RESULT_BYTES"],
-                settings["RESULT_TTL"],
-            )
+        self.journal = Journal(settings["DB"]) if settings["DB"] else None
+        limits = Limits(
+            settings["QUEUE_LIMIT"],
+            settings["QUEUE_BYTES"],
+            settings["RESULT_LIMIT"],
+            settings["RESULT_BYTES"],
+            settings["RESULT_TTL"],
         )
+        self.ledger = Ledger(limits, journal=self.journal)
         self.pool = Pool(self.ledger, handlers, settings["WORKER_COUNT"])
         self.server = self._listen(App(self.ledger, handlers))
 
@@ -2078,6 +2689,12 @@ class Service:
         log.info(
             "listening on %s, %d workers, pid %d", self.server.url, workers, os.getpid()
         )
+        if self.journal:
+            counts, interrupted = self.ledger.counts(), self.ledger.interrupted
+            message = "journal %s: %d tasks wait, %d are finished, %d were interrupted"
+            log.info(
+                message, self.journal.path, counts.pending, counts.finished, interrupted
+            )
 
     def run(self, events: Events) -> int:
         """Serve until a signal is recorded in `events`; return the exit code."""
@@ -2086,53 +2703,61 @@ class Service:
             if number is not None:
                 break
             self.ledger.expire()  # of an idle service, too, memory is freed
-        lost = self._drain(signal.Signals(number).name, events)
-        for task in lost:
+        ran, left = self._drain(signal.Signals(number).name, events)
+        put_back = sum(task.id in ran for task in left)
+        if self.journal:
+            saved = self.journal.close(JOURNAL_PATIENCE)
+            if not saved:
+                log.error("the journal could not be written: what ended is run again")
+            message = "stopped, %d tasks finished, %d put back, %d left waiting"
+            log.info(message, len(ran) - put_back, put_back, len(left) - put_back)
+            return 0 if saved else 1
+        for task in left:
             line = {"id": task.id, "type": task.type, "params": json.loads(task.params)}
             log.error("given up: %s", to_json(line).decode())
-        log.info("stopped, %d tasks given up", len(lost))
-        return 1 if lost else 0
+        log.info("stopped, %d tasks given up", len(left))
+        return 1 if left else 0
 
-    def _drain(self, name: str, events: Events) -> List[Task]:
-        """Let the tasks finish, or stop them; return those that were given up."""
-        patience = self.settings["DRAIN_TIMEOUT"]
-        counts = self.ledger.drain(lambda: events.put(_DONE))
+    def _drain(self, name: str, events: Events) -> Tuple[List[str], List[Task]]:
+        """Let tasks finish, or stop them; return ids of what ran, and what is left."""
+        patience, waiting = self.settings["DRAIN_TIMEOUT"], self.ledger.counts().pending
+        ran = self.ledger.drain(lambda: events.put(_DONE))
         message = "%s: draining, %d running and %d waiting, for %g s at most"
-        log.info(message, name, counts.processing, counts.pending, patience)
-        event, left = _next_event(events, patience), []
+        log.info(message, name, len(ran), waiting, patience)
+        event = _next_event(events, patience)
         if event != _DONE:
             log.warning(
                 "%s: handlers are told to stop",
                 "second signal" if event else "time is up",
             )
-            left = self.ledger.halt()
-        if event is None:
-            event = _next_event(events, GRACE)
+            self.ledger.halt()
+            if event is None:
+                event = _next_event(events, GRACE)
+        left = self.ledger.give_up()
         if event in (None, _DONE):  # else a second signal: no time for courtesy
             self._hang_up(events)
-        return [task for task in left if not self._was_done(task)]
+        return ran, left
 
     def _hang_up(self, events: Events) -> None:
         """Stop listening once what came in is answered, or a signal comes."""
 
         def close() -> None:
-            self.server.close()
-            events.put(_CLOSED)
+            try:
+                self.server.close()
+            finally:
+                events.put(_CLOSED)
 
         threading.Thread(target=close, name="closer", daemon=True).start()
         while _next_event(events, None) == _DONE:  # it may have been told twice
             pass
 
-    def _was_done(self, task: Task) -> bool:
-        try:
-            return self.ledger.get(task.id).status in (COMPLETED, FAILED)
-        except ForgottenTask:  # it ended, and left at once because of the limits
-            return True
-
     def close(self) -> None:
         """Stop at once: handlers are told to stop, requests in flight are answered."""
         self.ledger.halt()
         self.server.close()
+        if self.journal:
+            self.ledger.give_up()
+            self.journal.close(JOURNAL_PATIENCE)
 
 
 def _next_event(events: Events, patience: Optional[float]) -> Any:
@@ -2146,22 +2771,14 @@ def _next_event(events: Events, patience: Optional[float]) -> Any:
 class LogFormatter(logging.Formatter):
     """A line an event: time in UTC, level, message. No character a terminal obeys."""
 
-    def __init__(self) -> None:
-        super().__init__("%(levelname)-7s %(message)s")
-
     def format(self, record: logging.LogRecord) -> str:
         """Return the record's lines; only a traceback has more than one."""
-        first = self.formatMessage(self._with_message(record))
-        text = timestamp(record.created) + " " + _escaped(first)  # type: ignore
+        first = "%-7s %s" % (record.levelname, record.getMessage())
+        text = "%s %s" % (timestamp(record.created), _escaped(first))
         if record.exc_info:
             lines = self.formatException(record.exc_info).splitlines()
             text += "".join("\n  " + _escaped(line) for line in lines)
         return text
-
-    @staticmethod
-    def _with_message(record: logging.LogRecord) -> logging.LogRecord:
-        record.message = record.getMessage()
-        return record
 
 
 def _escaped(text: str) -> str:
@@ -2188,7 +2805,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for file in settings["HANDLERS"]:
             load_handlers(file)
         service = Service(settings)
-    except (SettingsError, HandlerError) as error:
+    except (SettingsError, HandlerError, JournalError) as error:
         print("longtasks: %s" % _escaped(str(error)), file=sys.stderr)
         return 2
     # A signal handler only records: it may run in the midst of anything, and put()
@@ -2197,12 +2814,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: events.put(number))
     service.start()
-    return service.run(events)
+    code = service.run(events)
+    if service.pool.busy():  # a handler that does not stop must not hold up the exit
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":
-    code = main()
-    if code == 1:  # a handler that does not stop must not hold up the exit
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.exit(main())

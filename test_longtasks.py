@@ -4,18 +4,22 @@ They need pytest and nothing else. No test waits by sleeping: tasks are held and
 by gates, clocks are handed in, and real processes are followed by what they say.
 """
 
+import concurrent.futures
 import contextlib
 import http.client
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import uuid
 from pathlib import Path
 from typing import Any, Dict, List, Literal, NamedTuple, Optional, Union
@@ -221,8 +225,10 @@ def test_defaults_are_those_that_were_promised():
         "WORKER_COUNT": 10,
         "LOG_LEVEL": "info",
         "HANDLERS": [],
+        "DB": "",
         "DRAIN_TIMEOUT": 300,
         "QUEUE_LIMIT": 10_000,
+        "QUEUE_BYTES": 64 * 1024 * 1024,
         "RESULT_LIMIT": 10_000,
         "RESULT_BYTES": 64 * 1024 * 1024,
         "RESULT_TTL": 86_400,
@@ -496,7 +502,7 @@ def test_params_as_one_dict_take_whatever_comes(registry):
     def whole(params: dict, ctx: Context):
         return [params, ctx.task_id]
 
-    assert longtasks.check_submission({"type": "all", "params": {"x": [1]}}, registry)
+    longtasks.check_submission({"type": "all", "params": {"x": [1]}}, registry)
     assert run(registry, "all", {"x": [1]}) == [{"x": [1]}, "id"]
 
 
@@ -713,6 +719,335 @@ def test_long_computation_refuses_absurd_durations(duration):
 
 
 # ======================================================================
+# 4. Journal
+# ======================================================================
+
+
+class HeldJournal(longtasks.Journal):
+    """A journal that waits at a gate before each transaction, and may fail there."""
+
+    pause = 0.01
+
+    def __init__(self, path):
+        super().__init__(str(path))
+        self.at_gate = threading.Semaphore(0)
+        self.let = threading.Semaphore(0)
+        self.commits = []
+        self.failure = None
+
+    def _commit(self, records):
+        self.at_gate.release()
+        assert self.let.acquire(timeout=LONG)
+        if self.failure:
+            raise self.failure
+        super()._commit(records)
+        self.commits.append(list(records))
+
+    def wait_held(self):
+        assert self.at_gate.acquire(timeout=LONG)
+
+    def free(self):
+        for _ in range(1000):
+            self.let.release()
+
+
+@contextlib.contextmanager
+def journalled(path, clock=None, kind=longtasks.Journal, **limits):
+    """A ledger with a journal, which is closed as by the end of the process."""
+    journal = kind(str(path))
+    ledger = longtasks.Ledger(longtasks.Limits(**limits), clock or Clock(), journal)
+    ledger.journal = journal
+    try:
+        yield ledger
+    finally:
+        if kind is HeldJournal:
+            journal.failure = None
+            journal.free()
+        assert journal.close(LONG)
+
+
+def rows_of(path, what="id, status"):
+    uri = "file:%s?mode=ro" % path
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+        return db.execute("SELECT %s FROM tasks ORDER BY seq" % what).fetchall()
+
+
+def background(work):
+    """Run it in a thread; return how to wait for what it returned or raised."""
+    one = concurrent.futures.ThreadPoolExecutor(1)
+    future = one.submit(work)
+    one.shutdown(wait=False)
+    return future
+
+
+def test_the_file_is_private_and_says_what_it_is(tmp_path):
+    path = tmp_path / "tasks.db"
+    with journalled(path):
+        names = sorted(os.listdir(str(tmp_path)))
+        assert {(tmp_path / n).stat().st_mode & 0o777 for n in names} == {0o600}
+        assert names == ["tasks.db", "tasks.db-shm", "tasks.db-wal", "tasks.db.lock"]
+        with contextlib.closing(sqlite3.connect(str(path))) as db:
+            found = [
+                db.execute("PRAGMA " + name).fetchone()[0]
+                for name in ("application_id", "user_version", "journal_mode")
+            ]
+    assert found == [0x6C6F6E67, 1, "wal"]
+    # A change here needs another SCHEMA_VERSION.
+    assert rows_of(path, "*") == []
+    assert (
+        ("seq", int, False),
+        ("id", str, False),
+        ("type", str, False),
+        ("params", bytes, False),
+        ("status", str, False),
+        ("created_at", float, False),
+        ("started_at", float, True),
+        ("ended_at", float, True),
+        ("attempt", int, False),
+        ("result", bytes, True),
+        ("error", str, True),
+        ("interruptions", int, False),
+    ) == longtasks.COLUMNS
+
+
+def test_a_commit_waits_for_the_disk(tmp_path):
+    with journalled(tmp_path / "tasks.db") as ledger:
+        db = ledger.journal._db
+        assert db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+
+
+def foreign(path, *statements):
+    with contextlib.closing(sqlite3.connect(str(path))) as db:
+        for statement in statements:
+            db.execute(statement)
+        db.commit()
+
+
+def newer(path):
+    longtasks.Journal(str(path)).close(LONG)
+    foreign(path, "PRAGMA user_version = 99")
+
+
+def corrupt(path):
+    with journalled(path) as ledger:
+        for _ in range(500):
+            ledger.submit("t", b'{"x": "%s"}' % (b"x" * 100))
+    data = bytearray(path.read_bytes())
+    data[8192:16384] = os.urandom(8192)
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (
+            lambda path: path.write_text("dear diary\n" * 50),
+            "is not a file of longtasks",
+        ),
+        (lambda path: path.write_bytes(b"x"), "is not a file of longtasks"),
+        (
+            lambda path: foreign(path, "CREATE TABLE t (x)"),
+            "is not a file of longtasks",
+        ),
+        (
+            lambda path: foreign(
+                path, "PRAGMA application_id = 7", "CREATE TABLE t (x)"
+            ),
+            "is not a file of longtasks",
+        ),
+        (newer, "has version 99; this longtasks knows version 1"),
+        (corrupt, "is corrupt|malformed"),
+    ],
+)
+def test_a_file_that_is_not_a_sound_journal_is_refused_and_stays(
+    make, why, tmp_path, capsys
+):
+    path = tmp_path / "tasks.db"
+    make(path)
+    before = path.read_bytes()
+    assert longtasks.main(["--port", "0", "--db", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert re.search(re.escape(str(path)) + ".*(" + why + ")", err), err
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "path, why",
+    [
+        ("/proc/tasks.db", "No such file|Permission denied"),  # not even for root
+        ("missing/tasks.db", "No such file"),
+        (".", "Is a directory"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_refused(path, why, tmp_path, capsys):
+    assert longtasks.main(["--port", "0", "--db", str(tmp_path / path)]) == 2
+    assert re.fullmatch("longtasks: DB .*(%s).*\n" % why, capsys.readouterr().err)
+    assert os.listdir(str(tmp_path)) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert longtasks.main(["--port", "0", "--db", str(tmp_path / "tasks.db")]) == 2
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_without_sqlite_in_python_one_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sqlite3", None)
+    assert longtasks.main(["--port", "0", "--db", str(tmp_path / "tasks.db")]) == 2
+    assert "sqlite3, which is missing" in capsys.readouterr().err
+
+
+def test_an_empty_file_becomes_a_journal(tmp_path):
+    path = tmp_path / "tasks.db"
+    path.touch()
+    with journalled(path) as ledger:
+        task = ledger.submit("t", b"{}")
+    assert rows_of(path) == [(task.id, "pending")]
+
+
+def test_one_who_died_while_making_the_file_leaves_no_hindrance(tmp_path):
+    path = tmp_path / "tasks.db"
+    (tmp_path / "tasks.db.new").write_text("half a file")
+    with journalled(path) as ledger:
+        ledger.submit("t", b"{}")
+    assert not (tmp_path / "tasks.db.new").exists()
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ("status = 'lost'", "status is amiss"),
+        ("status = 'completed'", "status is amiss"),
+        ("attempt = 'x'", "attempt is amiss"),
+        ("params = x'00'", "params is amiss"),
+        ("created_at = 'now'", "created_at is amiss"),
+    ],
+)
+def test_a_row_that_someone_spoilt_is_told(change, why, tmp_path):
+    path = tmp_path / "tasks.db"
+    with journalled(path) as ledger:
+        ledger.submit("t", b"{}")
+    foreign(path, "UPDATE tasks SET " + change)
+    journal = longtasks.Journal(str(path))
+    with pytest.raises(longtasks.JournalError, match=why):
+        list(journal.load())
+    journal.close(LONG)
+
+
+def test_what_gathers_during_a_commit_goes_into_the_next_one(tmp_path):
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+        journal = ledger.journal
+        first = background(lambda: ledger.submit("t", b"{}"))
+        journal.wait_held()
+        others = [background(lambda: ledger.submit("t", b"{}")) for _ in range(16)]
+        until(lambda: len(ledger._submitting) == 17)
+        journal.free()
+        tasks = [one.result(LONG) for one in [first, *others]]
+        assert [len(records) for records in journal.commits] == [1, 16]
+        assert {t.id for t in ledger.page(100)[0]} == {t.id for t in tasks}
+
+
+def test_nothing_is_acknowledged_or_shown_before_it_is_on_disk(tmp_path):
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+        journal = ledger.journal
+        submitted = background(lambda: ledger.submit("t", b"{}"))
+        journal.wait_held()
+        assert not submitted.done()
+        assert ledger.page(10) == ([], None)
+        journal.let.release()
+        task = submitted.result(LONG)
+
+        claimed = background(ledger.claim)
+        journal.wait_held()
+        assert not claimed.done()
+        assert ledger.get(task.id).status == "pending"
+        journal.let.release()
+        assert claimed.result(LONG)[0].status == "processing"
+
+        ledger.finish(task.id, DONE)
+        journal.wait_held()
+        assert ledger.get(task.id).status == "processing"
+        with pytest.raises(longtasks.Unfinished):
+            ledger.finished(task.id)
+        journal.let.release()
+        until(lambda: ledger.get(task.id).finished)
+
+        deleted = background(lambda: ledger.delete(task.id))
+        journal.wait_held()
+        assert not deleted.done()
+        journal.let.release()
+        assert deleted.result(LONG) is None
+        with pytest.raises(longtasks.ForgottenTask):
+            ledger.get(task.id)
+    assert rows_of(tmp_path / "tasks.db") == []
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_no_trace(tmp_path):
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal, queue=1) as ledger:
+        ledger.journal.failure = sqlite3.OperationalError("disk I/O error")
+        submitted = background(lambda: ledger.submit("t", b"{}"))
+        ledger.journal.wait_held()
+        ledger.journal.let.release()
+        with pytest.raises(longtasks.Unavailable, match="disk I/O error"):
+            submitted.result(LONG)
+        with pytest.raises(longtasks.Unavailable, match="disk I/O error"):
+            ledger.check_open()
+        with pytest.raises(longtasks.Unavailable):
+            ledger.submit("t", b"{}")
+        ledger.journal.failure = None
+        ledger.journal.free()
+        until(lambda: not ledger.journal.error)
+        task = ledger.submit("t", b"{}")  # the one place in the queue is free
+    assert rows_of(tmp_path / "tasks.db") == [(task.id, "pending")]
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("full"), ValueError("odd")])
+def test_what_has_happened_is_written_when_the_disk_is_back(error, tmp_path):
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+        journal = ledger.journal
+        for _ in range(3):
+            journal.let.release()
+        task = ledger.submit("t", b"{}")
+        other = ledger.submit("t", b"{}")
+        ledger.claim()
+        journal.failure = error
+        ledger.finish(task.id, DONE)
+        journal.let.release()
+        until(lambda: journal.error)
+        assert ledger.get(task.id).status == "processing"
+        late = background(lambda: ledger.delete(other.id))
+        with pytest.raises(longtasks.Unfinished):
+            late.result(LONG)
+        journal.failure = None
+        journal.free()
+        until(lambda: ledger.get(task.id).finished)
+        assert not journal.error
+    assert rows_of(tmp_path / "tasks.db") == [
+        (task.id, "completed"),
+        (other.id, "pending"),
+    ]
+
+
+def test_rows_of_deleted_and_expired_tasks_leave_and_their_room_is_used_again(tmp_path):
+    path, clock = tmp_path / "tasks.db", Clock()
+    params = b'{"x": "%s"}' % (b"x" * 10_000)
+    with journalled(path, clock, result_ttl=10) as ledger:
+        for _ in range(20):
+            finished_task(ledger, params=params)
+            until(lambda: ledger.counts().finished == 1)
+            ledger.delete(ledger.page(1)[0][0].id)
+        assert rows_of(path) == []
+        finished_task(ledger, params=params)
+        until(lambda: ledger.counts().finished == 1)
+        clock.now += 11
+        ledger.expire()
+        until(lambda: rows_of(path) == [])
+    assert path.stat().st_size < 10 * len(params)
+
+
+# ======================================================================
 # 5. Ledger
 # ======================================================================
 
@@ -850,7 +1185,7 @@ def test_an_idle_ledger_can_be_told_to_expire():
 def test_finished_tasks_leave_by_count_oldest_first():
     ledger = new_ledger(results=3)
     tasks = [finished_task(ledger) for _ in range(5)]
-    assert [t.id for t in ledger.list(10)[0]] == [t.id for t in tasks[2:]]
+    assert [t.id for t in ledger.page(10)[0]] == [t.id for t in tasks[2:]]
     with pytest.raises(longtasks.ForgottenTask):
         ledger.get(tasks[1].id)
 
@@ -861,7 +1196,7 @@ def test_the_order_of_leaving_is_that_of_ending():
     ledger.claim(), ledger.claim()
     ledger.finish(second.id, DONE)
     ledger.finish(first.id, DONE)
-    assert [t.id for t in ledger.list(10)[0]] == [first.id]
+    assert [t.id for t in ledger.page(10)[0]] == [first.id]
 
 
 def test_finished_tasks_leave_by_bytes_but_never_the_last():
@@ -871,7 +1206,7 @@ def test_finished_tasks_leave_by_bytes_but_never_the_last():
     ]
     assert all(ledger.get(task.id) for task in small)
     big = finished_task(ledger, longtasks.Outcome("completed", b"x" * 200))
-    assert [t.id for t in ledger.list(10)[0]] == [big.id]
+    assert [t.id for t in ledger.page(10)[0]] == [big.id]
 
 
 def test_unfinished_tasks_never_leave():
@@ -928,30 +1263,30 @@ def test_a_list_is_cut_into_pages_and_filtered():
     ledger = new_ledger()
     ids = [ledger.submit("ab"[n % 2], b"{}").id for n in range(10)]
     ledger.claim()
-    page, behind = ledger.list(4)
+    page, behind = ledger.page(4)
     assert [task.id for task in page] == ids[:4]
-    page, behind = ledger.list(4, behind)
+    page, behind = ledger.page(4, behind)
     assert [task.id for task in page] == ids[4:8]
-    page, behind = ledger.list(4, behind)
+    page, behind = ledger.page(4, behind)
     assert [task.id for task in page] == ids[8:]
     assert behind is None
-    assert [t.id for t in ledger.list(9, status="processing")[0]] == ids[:1]
-    assert [t.id for t in ledger.list(9, type="b")[0]] == ids[1::2]
-    assert ledger.list(10)[1] is None
+    assert [t.id for t in ledger.page(9, status="processing")[0]] == ids[:1]
+    assert [t.id for t in ledger.page(9, type="b")[0]] == ids[1::2]
+    assert ledger.page(10)[1] is None
 
 
 def test_a_page_goes_on_behind_a_task_that_has_gone():
     ledger = new_ledger()
     tasks = [finished_task(ledger) for _ in range(6)]
-    page, behind = ledger.list(3)
+    page, behind = ledger.page(3)
     ledger.delete(page[-1].id)
-    assert [t.id for t in ledger.list(3, behind)[0]] == [t.id for t in tasks[3:]]
+    assert [t.id for t in ledger.page(3, behind)[0]] == [t.id for t in tasks[3:]]
 
 
 def test_a_draining_ledger_takes_nothing_and_tells_when_all_is_done():
     ledger, told = new_ledger(), []
     first, second = ledger.submit("t", b"{}"), ledger.submit("t", b"{}")
-    assert ledger.drain(lambda: told.append(1)) == (2, 0, 0)
+    assert ledger.drain(lambda: told.append(1)) == []
     with pytest.raises(longtasks.Draining):
         ledger.submit("t", b"{}")
     ledger.claim(), ledger.claim()
@@ -972,12 +1307,211 @@ def test_a_halted_ledger_starts_nothing_and_tells_what_runs_to_stop():
     running, waiting = ledger.submit("t", b"{}"), ledger.submit("t", b"{}")
     context = ledger.claim()[1]
     ledger.drain(lambda: told.append(1))
-    assert [task.id for task in ledger.halt()] == [running.id, waiting.id]
+    ledger.halt()
     assert context.cancelled
     assert ledger.claim() is None
     assert not told
     ledger.finish(running.id, longtasks.Outcome("cancelled", error="x"))
     assert told
+    assert [task.id for task in ledger.give_up()] == [running.id, waiting.id]
+
+
+def test_what_was_given_up_cannot_finish_any_more():
+    ledger = new_ledger()
+    running = ledger.submit("t", b"{}")
+    ledger.claim()
+    ledger.halt()
+    (task,) = ledger.give_up()
+    assert (task.id, task.status, task.attempt) == (running.id, "pending", 1)
+    for outcome in (DONE, longtasks.Outcome("cancelled", error="late")):
+        with pytest.raises(longtasks.IllegalMove):
+            ledger.finish(running.id, outcome)
+    assert ledger.get(running.id) == task
+
+
+# -- with a journal --------------------------------------------------------
+
+
+def test_a_restart_finds_everything_as_it_was(tmp_path):
+    path, clock = tmp_path / "tasks.db", Clock()
+    with journalled(path, clock, result_ttl=100) as ledger:
+        old = finished_task(
+            ledger,
+            longtasks.Outcome(
+                "failed", error="é\udc80".encode("utf-8", "backslashreplace").decode()
+            ),
+        )
+        done = finished_task(
+            ledger, longtasks.Outcome("completed", b'{"a": "\xc3\xa9"}')
+        )
+        waiting = [ledger.submit("t", b'{"n": %d}' % n) for n in range(3)]
+        running = ledger.claim()[0]
+        assert running.id == waiting[0].id
+    clock.now += 60
+    with journalled(path, clock, result_ttl=100) as ledger:
+        assert ledger.get(old.id) == old
+        assert ledger.get(done.id) == done
+        again = [ledger.claim()[0] for _ in range(3)]
+        assert [t.id for t in again] == [t.id for t in waiting]
+        assert [t.attempt for t in again] == [2, 1, 1]
+        assert [t.interruptions for t in again] == [1, 0, 0]
+        assert again[2].created_at == waiting[2].created_at
+        listed, _ = ledger.page(10)
+        assert [t.id for t in listed] == [old.id, done.id] + [t.id for t in waiting]
+        new = ledger.submit("t", b"{}")
+        assert ledger.page(10, again[2].seq) == ([new], None)
+        clock.now += 50  # 110 s after their end
+        with pytest.raises(longtasks.ForgottenTask):
+            ledger.get(done.id)
+
+
+def test_a_task_that_kills_the_process_is_failed_after_three_times(tmp_path):
+    path = tmp_path / "tasks.db"
+    with journalled(path) as ledger:
+        task = ledger.submit("t", b"{}")
+    for attempt in (1, 2, 3):
+        with journalled(path) as ledger:
+            assert ledger.claim()[0].attempt == attempt
+    with journalled(path) as ledger:
+        task = ledger.get(task.id)
+        assert task.status == "failed"
+        assert task.attempt == 3
+        assert task.error == "interrupted 3 times: the process died while it ran"
+
+
+def test_an_orderly_end_is_no_interruption(tmp_path):
+    path = tmp_path / "tasks.db"
+    with journalled(path) as ledger:
+        task = ledger.submit("t", b"{}")
+    for attempt in (1, 2, 3, 4):
+        with journalled(path) as ledger:
+            assert ledger.claim()[0].attempt == attempt
+            ledger.halt()
+            assert [t.id for t in ledger.give_up()] == [task.id]
+
+
+def test_limits_hold_at_the_restart_too(tmp_path):
+    path, clock = tmp_path / "tasks.db", Clock()
+    with journalled(path, clock) as ledger:
+        tasks = [ledger.submit("t", b"{}") for _ in range(6)]
+        for _ in range(5):
+            ledger.claim()
+        for task in [tasks[n] for n in (3, 0, 1, 4, 2)]:
+            clock.now += 1
+            ledger.finish(task.id, DONE)
+    with journalled(path, clock, results=2) as ledger:
+        kept = [tasks[2], tasks[4], tasks[5]]  # those that ended last, and the waiting
+        assert [t.id for t in ledger.page(10)[0]] == [t.id for t in kept]
+        with pytest.raises(longtasks.ForgottenTask):
+            ledger.get(tasks[3].id)
+    assert [row[0] for row in rows_of(path)] == [t.id for t in kept]
+
+
+def test_a_hundred_thousand_finished_tasks_are_taken_up_within_the_limits(
+    tmp_path, capsys
+):
+    path, count = tmp_path / "tasks.db", 100_000
+    longtasks.Journal(str(path)).close(LONG)
+    task = longtasks.Task(0, "", "t", b'{"n": 1}', "completed", 1.0, 2.0, 3.0, 1, b"1")
+    rows = (
+        longtasks.Journal._row(task._replace(seq=n, id=str(n))) for n in range(count)
+    )
+    with contextlib.closing(sqlite3.connect(str(path))) as db:
+        db.executemany(longtasks._REPLACE, rows)
+        db.commit()
+    tracemalloc.start()
+    begin = time.monotonic()
+    with journalled(path, Clock(4.0), results=1000) as ledger:
+        took, (_, peak) = time.monotonic() - begin, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert ledger.counts().finished == 1000
+        assert ledger.get(str(count - 1)).result == b"1"
+    with capsys.disabled():
+        text = "\n%d tasks taken up in %.1f s (traced), with at most %.1f MB"
+        print(text % (count, took, peak / 1e6))
+    assert len(rows_of(path)) == 1000
+    # What is let go costs its record in the journal's queue, 200 bytes or so.
+    assert peak < 50e6
+    assert took < 30  # under tracemalloc
+
+
+@pytest.fixture(params=["in memory", "with a journal"])
+def either(request, tmp_path):
+    """A ledger of each kind."""
+    if request.param == "in memory":
+        yield new_ledger()
+    else:
+        with journalled(tmp_path / "tasks.db") as ledger:
+            yield ledger
+
+
+def test_a_submit_under_an_id_is_done_once(either):
+    task, new = either.submit_once("id", "t", b'{"a": 1, "b": 2}')
+    assert new
+    assert either.submit_once("id", "t", b'{"b": 2, "a": 1}') == (task, False)
+    for type, params in [("u", b'{"a": 1, "b": 2}'), ("t", b'{"a": 1, "b": 2.0}')]:
+        with pytest.raises(longtasks.DifferentRequest):
+            either.submit_once("id", type, params)
+    assert either.counts().pending == 1
+    either.claim()
+    either.finish("id", DONE)
+    until(lambda: either.get("id").finished)
+    assert either.submit_once("id", "t", b'{"a": 1, "b": 2}') == (
+        either.get("id"),
+        False,
+    )
+    either.delete("id")
+    with pytest.raises(longtasks.ForgottenTask):
+        either.submit_once("id", "t", b"{}")
+
+
+@pytest.mark.parametrize("attempt", range(10))
+def test_of_many_who_submit_under_one_id_at_once_one_is_first(attempt, either):
+    results = together(8, lambda n: either.submit_once("id", "t", b'{"n": 1}'))
+    assert sorted(new for _, new in results) == [False] * 7 + [True]
+    assert {task.id for task, _ in results} == {"id"}
+    assert either.counts().pending == 1
+
+
+def test_a_repeat_takes_its_turn_when_the_first_could_not_be_written(tmp_path):
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+        ledger.journal.failure = sqlite3.OperationalError("full")
+        first = background(lambda: ledger.submit_once("id", "t", b"{}"))
+        ledger.journal.wait_held()
+        second = background(lambda: ledger.submit_once("id", "t", b"{}"))
+        ledger.journal.let.release()
+        for waiting in (first, second):
+            with pytest.raises(longtasks.Unavailable):
+                waiting.result(LONG)
+        ledger.journal.failure = None
+        ledger.journal.free()
+        until(lambda: not ledger.journal.error)
+        assert ledger.submit_once("id", "t", b"{}")[1]
+
+
+def test_a_drain_with_a_journal_starts_nothing_more_and_keeps_what_waits(tmp_path):
+    path, told = tmp_path / "tasks.db", []
+    with journalled(path) as ledger:
+        running, waiting = ledger.submit("t", b"{}"), ledger.submit("t", b"{}")
+        ledger.claim()
+        assert ledger.drain(lambda: told.append(1)) == [running.id]
+        assert ledger.claim() is None
+        assert not told
+        ledger.finish(running.id, DONE)
+        until(lambda: told)
+        assert ledger.get(running.id).finished  # told only once it is on disk
+        assert [task.id for task in ledger.give_up()] == [waiting.id]
+    assert rows_of(path) == [(running.id, "completed"), (waiting.id, "pending")]
+
+
+def test_bytes_that_wait_are_bounded_too():
+    ledger = new_ledger(queue_bytes=100)
+    first = ledger.submit("t", b'"%s"' % (b"x" * 100))
+    with pytest.raises(longtasks.QueueFull, match="102 bytes wait"):
+        ledger.submit("t", b"{}")
+    ledger.claim()
+    ledger.submit("t", b"{}")
+    ledger.finish(first.id, DONE)
 
 
 # ======================================================================
@@ -1339,6 +1873,82 @@ def test_a_full_queue_is_503_and_not_ready(gate):
         assert service.ledger.counts() == (1, 1, 0)
 
 
+def put(service, task_id, params=None, **headers):
+    document = {"type": "long_computation", "params": params or {"duration": 0}}
+    return call(service, "PUT", "/api/v1/tasks/" + task_id, document, **headers)
+
+
+def test_a_task_may_be_put_under_an_id_of_the_clients_own(registry):
+    task_id = str(uuid.uuid4())
+    with serving() as service:
+        answer = put(service, task_id.upper())
+        assert answer.status == 202
+        assert answer.json == {"id": task_id, "status": "pending"}
+        assert answer.headers["Location"] == "/api/v1/tasks/" + task_id
+        result_of(service, task_id)
+        again = put(service, task_id)
+        assert again.status == 200
+        assert again.json == {"id": task_id, "status": "completed"}
+        assert (
+            put(service, task_id, Accept="text/plain").body.decode() == task_id + "\n"
+        )
+        answer = put(service, task_id, {"duration": 0.0})
+        assert_problem(answer, 409, task_id, "other content")
+        assert call(service, "DELETE", "/api/v1/tasks/" + task_id).status == 204
+        assert_problem(put(service, task_id), 410, task_id)
+
+
+@pytest.mark.parametrize("task_id", ["1", "x" * 36, str(uuid.uuid4()) + "0"])
+def test_only_a_uuid_can_be_put(task_id, service):
+    assert_problem(put(service, task_id), 400, "must be a UUID, such as")
+
+
+def test_an_idempotency_key_makes_a_submit_repeatable(registry):
+    with serving() as service:
+        key = {"Idempotency_Key": '"order 4711"'.replace(" ", "-")}
+        first = submit(service, "long_computation", {"duration": 0}, **key)
+        assert first.status == 202
+        result_of(service, first.json["id"])
+        for key_again in ('"order-4711"', "order-4711"):
+            again = submit(
+                service, "long_computation", {"duration": 0}, Idempotency_Key=key_again
+            )
+            assert again.status == 202
+            assert again.body == first.body
+            assert again.headers["Location"] == first.headers["Location"]
+        other = submit(service, "long_computation", {"duration": 1}, **key)
+        assert_problem(other, 422, "Idempotency-Key", "another type or params")
+        assert service.ledger.counts().finished == 1
+
+
+@pytest.mark.parametrize(
+    "key", ["", '""', "a b", "x" * 256, '"é"'.encode().decode("latin-1")]
+)
+def test_an_idempotency_key_that_is_none_is_refused(key, service):
+    answer = submit(service, "long_computation", Idempotency_Key=key)
+    assert_problem(answer, 400, "1 to 255 visible ASCII")
+
+
+def test_while_the_journal_cannot_be_written_it_says_so(registry, tmp_path):
+    with serving(DB=str(tmp_path / "tasks.db")) as service:
+        service.journal.pause = 0.01
+        commit = service.journal._commit
+
+        def fail(records):
+            raise sqlite3.OperationalError("database or disk is full")
+
+        service.journal._commit = fail
+        answer = submit(service, "long_computation", {"duration": 0})
+        assert_problem(answer, 503, "database or disk is full")
+        assert answer.headers["Retry-After"] == "5"
+        assert_problem(call(service, "GET", "/readyz"), 503, "disk is full")
+        assert call(service, "GET", "/healthz").status == 200
+        service.journal._commit = commit
+        until(lambda: call(service, "GET", "/readyz").status == 200)
+        task_id = submitted(service, "long_computation", {"duration": 0})
+        assert result_of(service, task_id)["status"] == "completed"
+
+
 def test_deleting_is_for_finished_tasks(gate):
     with serving() as service:
         task_id = submitted(service, "gate")
@@ -1507,6 +2117,15 @@ def test_head_is_get_without_a_body(gate):
 )
 def test_a_path_that_is_not_there_is_404(path, service):
     assert_problem(call(service, "GET", path), 404)
+
+
+def test_every_refusal_has_its_status():
+    def all_kinds(kind):
+        return {kind}.union(*map(all_kinds, kind.__subclasses__()))
+
+    assert set(longtasks.ERRORS) == all_kinds(longtasks.TaskError) - {
+        longtasks.TaskError
+    }
 
 
 def test_an_error_of_the_service_is_told_without_a_traceback(
@@ -1726,6 +2345,7 @@ def test_a_client_that_does_not_read_is_dropped(registry, monkeypatch):
     handler("big")(lambda: "x" * 50_000_000)
     with serving() as service:
         monkeypatch.setattr(service.server, "send_timeout", 0.1)
+        monkeypatch.setattr(service.server, "slowest", 10**9)
         task_id = submitted(service, "big")
         path = "/api/v1/tasks/%s/result" % task_id
         until(lambda: service.ledger.counts().finished)
@@ -1808,7 +2428,9 @@ class Process:
         )
         threading.Thread(target=self._read, daemon=True).start()
         until(lambda: self.lines or self.process.poll() is not None, "a first line")
-        found = re.search(r"listening on http://\S+:(\d+)", self.lines[0])
+        found = re.search(r"listening on http://\S+:(\d+)", "".join(self.lines[:1]))
+        if not found:
+            self.process.kill()
         assert found, self.lines
         self.port = int(found.group(1))
 
@@ -1957,7 +2579,7 @@ def test_a_handler_that_stops_when_it_is_told_ends_the_drain(tmp_path, held):
         began(tmp_path, "a")
         running.signal()
         assert running.wait() == 1
-        assert "(polite) cancelled" in running.logged(task_id)
+        assert "(polite) put back" in running.logged(task_id)
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path, held):
@@ -2067,6 +2689,287 @@ def test_a_traceback_goes_to_the_log(registry):
     assert lines[-1] == "  ValueError: bad\\x1b"
 
 
+# -- with a journal, for real ----------------------------------------------
+
+CRASHES = int(os.environ.get("LONGTASKS_CRASHES", "30"))
+
+MARKED = """
+import os
+from longtasks import Context, handler
+
+marks = os.open(os.environ["MARKS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+@handler("marked")
+def marked(text: str, wait: float, *, ctx: Context):
+    os.write(marks, ("begin %s %d\\n" % (ctx.task_id, os.getpid())).encode())
+    ctx.sleep(wait)
+    os.write(marks, ("end %s %d\\n" % (ctx.task_id, os.getpid())).encode())
+    return {"text": text, "attempt": ctx.attempt}
+"""
+
+
+class Submitters:
+    """Four clients that submit as fast as they can, and note what was acknowledged."""
+
+    def __init__(self, port, acknowledged):
+        self.acknowledged = acknowledged
+        self.threads = [
+            threading.Thread(target=self._run, args=(port, n)) for n in range(4)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def _run(self, port, number):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
+        count = 0
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while True:
+                text = "%d-%d-%s" % (number, count, "é" * (count % 50))
+                params = {"text": text, "wait": 0.01 * (count % 3)}
+                body = json.dumps({"type": "marked", "params": params})
+                connection.request("POST", "/api/v1/tasks", body, JSON_BODY)
+                response = connection.getresponse()
+                document = json.loads(response.read())
+                assert response.status == 202, document
+                self.acknowledged[document["id"]] = text
+                count += 1
+
+    def join(self):
+        for thread in self.threads:
+            thread.join(LONG)
+            assert not thread.is_alive()
+
+
+def results_of(port, ids):
+    """The result documents of those tasks that are finished, as they were sent."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
+    found = {}
+    for task_id in ids:
+        connection.request("GET", "/api/v1/tasks/%s/result" % task_id)
+        response = connection.getresponse()
+        body = response.read()
+        assert response.status in (200, 409), (task_id, body)  # never unknown
+        if response.status == 200:
+            found[task_id] = body
+    connection.close()
+    return found
+
+
+def runs_at_the_same_time(marks):
+    """Ids of which a process began a run before it had ended the one before."""
+    open_runs, twice = set(), set()
+    for line in marks.read_text().splitlines():
+        word, task_id, pid = line.split()
+        run = task_id, pid
+        if word == "begin" and run in open_runs:
+            twice.add(task_id)
+        (open_runs.add if word == "begin" else open_runs.discard)(run)
+    return twice
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_nothing_acknowledged_is_lost_however_often_the_process_is_killed(
+    tmp_path, capsys
+):
+    flags = ["--handlers", write(tmp_path, MARKED), "--db", str(tmp_path / "tasks.db")]
+    env = {"MARKS": str(tmp_path / "marks")}
+    env.update(QUEUE_LIMIT="1000000", RESULT_LIMIT="1000000", WORKER_COUNT="8")
+    acknowledged, seen, dice = {}, {}, random.Random(CRASHES)
+    for _ in range(CRASHES):
+        with process(*flags, env=env) as running:
+            clients = Submitters(running.port, acknowledged)
+            known = dice.sample(sorted(seen), min(len(seen), 50))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.process.wait(dice.uniform(0.02, 0.2))
+            for task_id, body in results_of(running.port, known).items():
+                assert body == seen[task_id]
+            some = dice.sample(sorted(acknowledged), min(len(acknowledged), 50))
+            seen.update(results_of(running.port, some))
+            running.process.kill()
+            clients.join()
+    with process(*flags, env=env) as running:
+        pending = set(acknowledged)
+        while pending:
+            found = results_of(running.port, pending)
+            for task_id in set(found) & set(seen):
+                assert found[task_id] == seen[task_id], "a result has changed"
+            seen.update(found)
+            pending -= set(found)
+    completed = [
+        i for i in acknowledged if json.loads(seen[i])["status"] == "completed"
+    ]
+    for task_id in completed:
+        assert json.loads(seen[task_id])["result"]["text"] == acknowledged[task_id]
+    again = sum(json.loads(seen[i])["result"]["attempt"] > 1 for i in completed)
+    for task_id in set(acknowledged) - set(completed):
+        assert "interrupted 3 times" in json.loads(seen[task_id])["error"]
+    assert not runs_at_the_same_time(tmp_path / "marks")
+    counts = CRASHES, len(acknowledged), len(completed), again
+    with capsys.disabled():
+        text = (
+            "\n%d kills: %d acknowledged, %d completed (%d of them run again), 0 lost"
+        )
+        print(text % counts)
+
+
+def test_a_torn_journal_lacks_only_what_was_never_acknowledged(tmp_path):
+    path, wal = tmp_path / "tasks.db", Path(str(tmp_path / "tasks.db") + "-wal")
+    with journalled(path) as ledger:
+        sizes = []  # of the log when each task was acknowledged
+        for n in range(60):
+            task = ledger.submit("t", b'{"n": %d, "x": "%s"}' % (n, b"x" * (n * 40)))
+            sizes.append((wal.stat().st_size, task.id))
+        whole, log = path.read_bytes(), wal.read_bytes()
+    dice = random.Random(1)
+    for round in range(40):
+        cut = dice.randrange(len(log) + 1) if round else len(log)
+        folder = tmp_path / str(round)
+        folder.mkdir()
+        (folder / "tasks.db").write_bytes(whole)
+        torn = log[:cut]
+        if round % 2:  # the page that was being written holds anything
+            torn = torn[:-500] + os.urandom(min(500, len(torn)))
+            cut -= 500
+        (folder / "tasks.db-wal").write_bytes(torn)
+        with journalled(folder / "tasks.db") as ledger:
+            found = [task.id for task in ledger.page(1000)[0]]
+        promised = [task_id for size, task_id in sizes if size <= cut]
+        assert found[: len(promised)] == promised
+        assert len(found) <= len(sizes)
+
+
+def test_a_full_disk_refuses_new_tasks_and_loses_nothing(tmp_path, held):
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("only Linux can change another process's limits")
+    path = tmp_path / "tasks.db"
+    with process(*held["flags"], "--db", str(path), env=held["env"]) as running:
+        pid = running.process.pid
+        before = submitted(running.port, "deaf", {"name": "a"})
+        began(tmp_path, "a")
+        wal = Path(str(path) + "-wal")
+        unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        limit = wal.stat().st_size, unlimited[1]
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limit)
+        answer = submit(running.port, "deaf", {"name": "b"})
+        assert_problem(answer, 503, "nothing can be written: ")
+        assert_problem(call(running.port, "GET", "/readyz"), 503, "nothing can be")
+        (tmp_path / "a").touch()  # its handler goes on, and ends
+        running.logged("(deaf) completed")
+        status = call(running.port, "GET", "/api/v1/tasks/" + before)
+        assert status.json["status"] == "processing"  # as far as is on disk
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+        assert result_of(running.port, before)["status"] == "completed"
+        until(lambda: call(running.port, "GET", "/readyz").status == 200)
+        (tmp_path / "b").touch()
+        after = submitted(running.port, "deaf", {"name": "b"})
+        assert result_of(running.port, after)["status"] == "completed"
+    assert rows_of(path) == [(before, "completed"), (after, "completed")]
+
+
+def test_a_drain_leaves_what_waits_in_the_file_and_the_next_start_runs_it(
+    tmp_path, held
+):
+    path = tmp_path / "tasks.db"
+    env = {**held["env"], "WORKER_COUNT": "1"}
+    with process(*held["flags"], "--db", str(path), env=env) as running:
+        ids = [submitted(running.port, "deaf", {"name": name}) for name in "ab"]
+        began(tmp_path, "a")
+        running.signal()
+        running.logged("draining, 1 running and 1 waiting")
+        (tmp_path / "a").touch()
+        assert running.wait() == 0
+        running.logged("stopped, 1 tasks finished, 0 put back, 1 left waiting")
+    assert rows_of(path) == [(ids[0], "completed"), (ids[1], "pending")]
+    (tmp_path / "b").touch()
+    with process(*held["flags"], "--db", str(path), env=env) as running:
+        assert result_of(running.port, ids[1])["status"] == "completed"
+        assert result_of(running.port, ids[0])["status"] == "completed"
+
+
+@pytest.mark.parametrize("type", ["deaf", "polite"])
+def test_past_the_drain_timeout_what_runs_is_put_back(
+    type, tmp_path, held, monkeypatch
+):
+    path = tmp_path / "tasks.db"
+    env = {**held["env"], "DRAIN_TIMEOUT": "0"}
+    with process(*held["flags"], "--db", str(path), env=env) as running:
+        task_id = submitted(running.port, type, {"name": "a"})
+        began(tmp_path, "a")
+        running.signal()
+        assert running.wait() == 0
+        running.logged("stopped, 0 tasks finished, 1 put back, 0 left waiting")
+    assert rows_of(path, "id, status, attempt, interruptions") == [
+        (task_id, "pending", 1, 0)
+    ]
+    (tmp_path / "a").touch()
+    with process(*held["flags"], "--db", str(path), env=env) as running:
+        assert result_of(running.port, task_id)["status"] == "completed"
+        status = call(running.port, "GET", "/api/v1/tasks/" + task_id).json
+        assert status["attempt"] == 2
+
+
+def test_a_type_that_is_gone_fails_its_tasks_and_nothing_else(tmp_path, held):
+    path = tmp_path / "tasks.db"
+    with process(*held["flags"], "--db", str(path), env=held["env"]) as running:
+        task_id = submitted(running.port, "deaf", {"name": "a"})
+        began(tmp_path, "a")
+    with process("--db", str(path)) as running:
+        error = result_of(running.port, task_id)["error"]
+        assert error == (
+            'no task type "deaf" is registered any more; known: long_computation'
+        )
+
+
+def test_a_second_process_on_the_file_is_told_the_pid_of_the_first(tmp_path):
+    path = tmp_path / "tasks.db"
+    with process("--db", str(path)) as running:
+        second = subprocess.run(
+            [sys.executable, SCRIPT, "--db", str(path), "--port", "0"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert second.returncode == 2
+        text = "longtasks: DB %s is in use by process %d\n"
+        assert second.stderr == text % (path, running.process.pid)
+        running.process.kill()
+        running.wait()
+    with process("--db", str(path)):
+        pass  # a lock that the dead left is none
+
+
+def test_submits_are_idempotent_across_a_restart(tmp_path):
+    flags = ["--db", str(tmp_path / "tasks.db")]
+    task_id, key = str(uuid.uuid4()), {"Idempotency_Key": "k"}
+    with process(*flags) as running:
+        assert put(running.port, task_id).status == 202
+        first = submit(running.port, "long_computation", {"duration": 0}, **key)
+        result_of(running.port, first.json["id"])
+        running.process.kill()
+    with process(*flags) as running:
+        assert put(running.port, task_id).status == 200
+        assert put(running.port, task_id, {"duration": 1}).status == 409
+        again = submit(running.port, "long_computation", {"duration": 0}, **key)
+        assert (again.status, again.body) == (202, first.body)
+        other = submit(running.port, "long_computation", {"duration": 1}, **key)
+        assert other.status == 422
+        assert len(call(running.port, "GET", "/api/v1/tasks").json["tasks"]) == 2
+
+
+def test_without_db_nothing_is_written(tmp_path):
+    process_ = subprocess.Popen(
+        [sys.executable, SCRIPT, "--port", "0"],
+        cwd=str(tmp_path),
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+    )
+    with process_:
+        port = int(re.search(r":(\d+),", process_.stderr.readline()).group(1))
+        result_of(port, submitted(port, "long_computation", {"duration": 0}))
+        process_.send_signal(signal.SIGTERM)
+    assert os.listdir(str(tmp_path)) == []
+
+
 # ======================================================================
 # README
 # ======================================================================
@@ -2097,6 +3000,15 @@ def test_the_readme_has_every_setting_with_its_default():
 
 def test_the_readme_has_every_status():
     assert rows("Statuses") == STATUSES
+
+
+def test_the_readme_has_every_refusal():
+    section = readme().split("\n## Errors\n")[1].split("\n## ")[0]
+    told = set(re.findall(r"`([45][0-9][0-9])`", section))
+    assert {str(status) for status, _ in longtasks.ERRORS.values()} < told
+    source = Path(SCRIPT).read_text(encoding="utf-8")
+    used = set(re.findall(r"HTTPError\(\s*([0-9]+)", source)) - {"417", "505"}
+    assert used < told
 
 
 def test_the_readme_has_every_built_in_type():
@@ -2134,6 +3046,39 @@ def test_the_lines_of_the_readme_do_what_it_says(registry):
         assert '"status": "pending"' in text
         assert '"message": "Long computation completed successfully"' in text
         assert text.rstrip().endswith("}")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+@pytest.mark.skipif(not shutil.which("sqlite3"), reason="there is no sqlite3 here")
+def test_the_lines_about_db_in_the_readme_do_what_they_say(tmp_path):
+    start, submits, look = shell_blocks("Keep the tasks: `--db`")
+    assert start == "python3 longtasks.py --db tasks.db\n"
+    path = tmp_path / "tasks.db"
+    with process("--db", str(path)) as running:
+        submits = submits.replace("localhost:8080", "127.0.0.1:%d" % running.port)
+        for script in (submits, submits, look):
+            out = subprocess.check_output(["sh", "-ec", script], cwd=str(tmp_path))
+    rows = out.decode().splitlines()
+    assert len(rows) == 2
+    assert all("|long_computation|" in row for row in rows)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+def test_given_up_tasks_are_submitted_again_by_the_line_of_the_readme(tmp_path, held):
+    env = {**held["env"], "DRAIN_TIMEOUT": "0"}
+    with process(*held["flags"], env=env) as running:
+        submitted(running.port, "polite", {"name": "a"})
+        began(tmp_path, "a")
+        running.signal()
+        assert running.wait() == 1
+        running.logged("stopped")
+        (tmp_path / "service.log").write_text("".join(running.lines))
+    (tmp_path / "a").touch()
+    (line,) = shell_blocks("Shutdown")
+    with process(*held["flags"], env=env) as running:
+        line = line.replace("localhost:8080", "127.0.0.1:%d" % running.port)
+        out = subprocess.check_output(["sh", "-ec", line], cwd=str(tmp_path))
+        assert result_of(running.port, json.loads(out)["id"])["status"] == "completed"
 
 
 def test_the_handler_of_the_readme_works(tmp_path, registry):

@@ -33,15 +33,20 @@ their states, handlers, journal, ledger, workers, HTTP, command line and main.
 
 import contextlib
 import errno
+import functools
+import heapq
 import importlib.machinery
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
 import os
 import queue
+import random
 import re
+import sched
 import signal
 import socket
 import socketserver
@@ -60,7 +65,7 @@ from typing import NamedTuple, Optional, Sequence, Set, Tuple, Union
 from urllib.parse import parse_qsl, quote
 
 __version__ = "1.0.0"
-__all__ = ["Cancelled", "Context", "HandlerError", "handler", "main"]
+__all__ = ["Cancelled", "Context", "HandlerError", "Retry", "handler", "main"]
 
 log = logging.getLogger("longtasks")
 
@@ -165,6 +170,21 @@ SETTINGS = (
     Setting("HANDLERS", "", str, "Python file that registers task types", "FILE", True),
     Setting("DB", "", str, "SQLite file that keeps the tasks, made if need be", "FILE"),
     Setting(
+        "TASK_TIMEOUT",
+        "0",
+        seconds,
+        "seconds that a run may take where nothing else is said; 0: no end",
+        "SECONDS",
+    ),
+    Setting(
+        "GRACE",
+        "3",
+        seconds,
+        "seconds that a handler has to stop once it is told to",
+        "SECONDS",
+    ),
+    Setting("STUCK_LIMIT", "100", whole(1, 100_000), "handlers that may fail to stop"),
+    Setting(
         "DRAIN_TIMEOUT",
         "300",
         seconds,
@@ -185,6 +205,13 @@ SETTINGS = (
         "SECONDS",
     ),
     Setting("MAX_BODY", "1MiB", size, "largest request body", "SIZE"),
+    Setting(
+        "MAX_WAIT",
+        "300",
+        seconds,
+        "seconds that a client may wait for a task",
+        "SECONDS",
+    ),
     Setting("MAX_CONNECTIONS", "1000", whole(1, 100_000), "clients connected at once"),
 )
 
@@ -274,6 +301,7 @@ FINISHED = frozenset(status for status, exits in EXITS.items() if not exits)
 
 MAX_DEPTH = 100  # of nested JSON; far below where the parser's recursion could fail
 MAX_DIGITS = 1000  # of a number in JSON; reading one takes time with the square of it
+MAX_BATCH = 1000  # tasks in one request
 MAX_ERROR = 4000  # characters of a failed task's error that are kept
 MAX_INTERRUPTIONS = 3  # runs that the process did not survive, until the task is failed
 
@@ -284,7 +312,7 @@ Problem = Tuple[Path, str]  # a place, and what is wrong there
 
 def dotted(path: Path) -> str:
     """Write a path for people: ("params", "urls", 0) is params.urls[0]."""
-    steps = ["[%d]" % s if isinstance(s, int) else "." + s for s in path]
+    steps = ["[%d]" % s if isinstance(s, int) else "." + s[:200] for s in path]
     return "".join(steps).lstrip(".") or "the document"
 
 
@@ -331,7 +359,11 @@ class QueueFull(TaskError):
 
 
 class Unavailable(TaskError):
-    """The journal can't be written, so that nothing can be promised."""
+    """The service is in no state to promise anything."""
+
+
+class Finished(TaskError):
+    """The call makes sense only for a task that has not finished."""
 
 
 class Draining(TaskError):
@@ -340,6 +372,26 @@ class Draining(TaskError):
 
 class IllegalMove(Exception):
     """A move that the table does not allow: the task's fate was decided before."""
+
+
+class Options(NamedTuple):
+    """What else was asked for a task; None: as its type has it."""
+
+    timeout: Optional[float] = None  # seconds that a run may take
+    retries: Optional[int] = None  # how many times it is run again after an error
+    delay: float = 0.0  # seconds until it may be run
+    priority: int = 0  # higher ones first
+
+
+NO_OPTIONS = Options()
+
+
+class Submission(NamedTuple):
+    """What is asked for."""
+
+    type: str
+    params: bytes  # JSON object
+    options: Options = NO_OPTIONS
 
 
 class Task(NamedTuple):
@@ -355,8 +407,12 @@ class Task(NamedTuple):
     ended_at: Optional[float] = None
     attempt: int = 0  # how many times it was started
     result: Optional[bytes] = None  # JSON, of a completed task
-    error: Optional[str] = None  # of a failed or cancelled one
+    error: Optional[str] = None  # of a failed or cancelled one, or the run before
     interruptions: int = 0  # how many runs the process did not survive
+    failures: int = 0  # how many runs ended with an error
+    due_at: Optional[float] = None  # when a pending one may be started
+    cancel_requested: int = 0  # 1 when a client wants a processing one to stop
+    options: Options = NO_OPTIONS
 
     @property
     def finished(self) -> bool:
@@ -374,27 +430,38 @@ class Task(NamedTuple):
             raise IllegalMove("task %s is %s, not %s" % (self.id, self.status, status))
         return self._replace(status=status, **changes)
 
-    def put_back(self) -> "Task":
+    def put_back(self, **changes: Any) -> "Task":
         """Return the task as it waits for another run."""
-        return self.moved_to(PENDING, started_at=None)
+        return self.moved_to(PENDING, started_at=None, **changes)
 
     def after_crash(self, now: float) -> "Task":
         """Return the task as it goes on after a process that ended without a word."""
         if self.status != PROCESSING:
             return self
         task = self._replace(interruptions=self.interruptions + 1)
+        if task.cancel_requested:
+            return task.moved_to(CANCELLED, ended_at=now, error=CANCELLED_RUNNING)
         if task.interruptions < MAX_INTERRUPTIONS:
             return task.put_back()
         error = "interrupted %d times: the process died while it ran"
         return task.moved_to(FAILED, ended_at=now, error=error % MAX_INTERRUPTIONS)
 
 
+CANCELLED_WAITING = "cancelled before it ran"
+CANCELLED_RUNNING = "cancelled while it ran"
+
+
 class Outcome(NamedTuple):
-    """How a run ended: the finished status, and the result or the error."""
+    """How a run ended, as far as its handler is concerned.
+
+    COMPLETED with a result, FAILED with an error, CANCELLED when it made way, or
+    PENDING when it asked for another run, `after` so many seconds.
+    """
 
     status: str
     result: Optional[bytes] = None
     error: Optional[str] = None
+    after: Optional[float] = None
 
 
 def new_id() -> str:
@@ -516,18 +583,43 @@ class Cancelled(BaseException):
     """
 
 
+class Retry(Exception):
+    """Raised by a handler that wants to be run again, `after` so many seconds.
+
+    Without `after` the time is that of a retry after an error. It is granted whatever
+    the task's number of retries; Context.attempt tells how often it was.
+    """
+
+    def __init__(self, message: str = "", after: Optional[float] = None) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+# Why a run was told to stop.
+BY_CLIENT = "a client cancelled it"
+TIMED_OUT = "its time was up"
+SHUTDOWN = "the service stops"
+
+Tell = Callable[["Context", str, Any], None]  # told: "progress" or "log", and what
+
+
 class Context:
     """What a handler knows of its task, and its line to those who watch it."""
 
-    __slots__ = ("task_id", "attempt", "_progress", "_stop")
+    __slots__ = ("task_id", "attempt", "why", "_progress", "_stop", "_tell", "_told_at")
 
-    def __init__(self, task_id: str, attempt: int = 1) -> None:
+    def __init__(
+        self, task_id: str, attempt: int = 1, tell: Tell = lambda *told: None
+    ) -> None:
         self.task_id = task_id
         # 1 in the first run. A task is run again when the process died while it ran:
         # at least once, that is, so that a handler should bear to be run twice.
         self.attempt = attempt
+        self.why = ""  # it is to stop
         self._progress: Optional[Tuple[float, str]] = None
         self._stop = threading.Event()
+        self._tell = tell
+        self._told_at = 0.0
 
     def progress(self, fraction: float, message: str = "") -> None:
         """Tell how far the task is: `fraction` from 0 to 1, and a word about it.
@@ -537,10 +629,15 @@ class Context:
         self.check()
         # One tuple, stored in one step: a reader sees the old pair or the new one.
         self._progress = (min(1.0, max(0.0, float(fraction))), str(message)[:1000])
+        now = time.monotonic()
+        if now - self._told_at >= 0.1:  # who watches can't read faster anyway
+            self._told_at = now
+            self._tell(self, "progress", self.progress_document())
 
     def log(self, text: str) -> None:
-        """Write a line to the service's log, under this task's id."""
+        """Add a line to the task's log, and to the service's."""
         log.info("task %s: %s", self.task_id, text)
+        self._tell(self, "log", str(text))
 
     def sleep(self, seconds: float) -> None:
         """Wait so many seconds; raises Cancelled at once when the task is to stop."""
@@ -557,8 +654,12 @@ class Context:
         if self._stop.is_set():
             raise Cancelled()
 
-    def cancel(self) -> None:
-        """Ask the handler to stop: wake it from sleep and have it raise Cancelled."""
+    def cancel(self, why: str = BY_CLIENT) -> None:
+        """Ask the handler to stop: wake it from sleep and have it raise Cancelled.
+
+        Of several reasons the first one counts.
+        """
+        self.why = self.why or why
         self._stop.set()
 
     def progress_document(self) -> Optional[Dict[str, Any]]:
@@ -572,6 +673,15 @@ class Context:
 Schema = Union[bool, Dict[str, Any]]  # False allows nothing, {} allows all
 
 
+class Rules(NamedTuple):
+    """How tasks of a type are run, unless a task itself says something else."""
+
+    timeout: float = 0.0  # seconds that a run may take; 0: no end
+    retries: int = 0  # how many times a task is run again after an error
+    backoff: float = 1.0  # seconds until the first retry; each one doubles it
+    max_running: int = 0  # how many may run at once; 0: as many as there are workers
+
+
 class Handler(NamedTuple):
     """A registered task type."""
 
@@ -580,6 +690,7 @@ class Handler(NamedTuple):
     schema: Dict[str, Any]  # JSON Schema of its params, an object
     whole: bool  # takes all params as one dict
     context: Optional[str]  # the parameter that is handed the Context
+    rules: Dict[str, float]  # what Rules it has of its own
 
     @property
     def description(self) -> str:
@@ -591,7 +702,7 @@ class Handler(NamedTuple):
         """Call the function; whatever it raises comes through."""
         extra = {self.context: context} if self.context else {}
         if self.whole:
-            return self.function(params, **extra)
+            return self.function(params=params, **extra)
         return self.function(**params, **extra)
 
 
@@ -599,7 +710,10 @@ HANDLERS: Dict[str, Handler] = {}
 
 
 def handler(
-    name: str, *, limits: Optional[Mapping[str, Mapping[str, float]]] = None
+    name: str,
+    *,
+    limits: Optional[Mapping[str, Mapping[str, float]]] = None,
+    **rules: float,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the function below as the task type `name`.
 
@@ -609,6 +723,10 @@ def handler(
     with Context is handed the task's Context. A single `params: dict`, or `**params`,
     takes whatever comes. `limits` narrows numbers with JSON Schema's words:
     {"duration": {"minimum": 0, "maximum": 60}}.
+
+    `timeout` is the seconds that a run may take, `retries` how many times a task is run
+    again after an error, `backoff` the seconds until the first retry (each one doubles
+    it), and `max_running` how many tasks of this type may run at once.
 
     What the function returns must fit into JSON and becomes the task's result; what
     it raises becomes its error. Raises HandlerError for a name that is taken and for
@@ -621,12 +739,28 @@ def handler(
         if name in HANDLERS:
             raise HandlerError("the task type %s is registered twice" % shown(name))
         try:
-            HANDLERS[name] = _inspected(name, function, limits or {})
+            _check_rules(rules)
+            HANDLERS[name] = _inspected(name, function, limits or {}, rules)
         except HandlerError as error:
             raise HandlerError("task type %s: %s" % (shown(name), error)) from None
         return function
 
     return register
+
+
+def _check_rules(rules: Mapping[str, float]) -> None:
+    for name, value in rules.items():
+        if name not in Rules._fields:
+            raise HandlerError("no such thing as %s" % name)
+        kinds = (int,) if name in ("retries", "max_running") else (int, float)
+        if type(value) not in kinds or not 0 <= value < math.inf:
+            raise HandlerError("%s can't be %r" % (name, value))
+
+
+def rules_of(handlers: Mapping[str, Handler], timeout: float, type: str) -> Rules:
+    """Return the rules of a type; `timeout` is that of types without one."""
+    found = handlers.get(type)
+    return Rules(**{"timeout": timeout, **(found.rules if found else {})})  # type: ignore
 
 
 _NOT_PLAIN = (
@@ -637,7 +771,10 @@ _NOT_PLAIN = (
 
 
 def _inspected(
-    name: str, function: Callable[..., Any], limits: Mapping[str, Mapping[str, float]]
+    name: str,
+    function: Callable[..., Any],
+    limits: Mapping[str, Mapping[str, float]],
+    rules: Dict[str, float],
 ) -> Handler:
     """Read a function's signature into a Handler."""
     if not callable(function) or inspect.isclass(function):
@@ -649,7 +786,8 @@ def _inspected(
         )
     context, params, rest = _sorted_parameters(function)
     if len(params) == 1 and not rest and _takes_all(params[0]):
-        return Handler(name, function, {"type": "object"}, True, context)
+        whole = schema_of(params[0].annotation)
+        return Handler(name, function, whole, True, context, rules)
     schema: Dict[str, Any] = {
         "type": "object",
         "properties": {param.name: _param_schema(param) for param in params},
@@ -660,7 +798,7 @@ def _inspected(
         schema["properties"][context] = False  # its place is taken
     for param, limit in limits.items():
         _narrow(schema["properties"], param, limit)
-    return Handler(name, function, schema, False, context)
+    return Handler(name, function, schema, False, context, rules)
 
 
 def _sorted_parameters(
@@ -678,10 +816,10 @@ def _sorted_parameters(
         hint = hints.get(parameter.name, parameter.annotation)
         if parameter.kind is parameter.VAR_KEYWORD:
             rest = True
-        elif hint is Context:
-            contexts.append(parameter.name)
         elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
             raise HandlerError("%s can't be given by name" % parameter)
+        elif hint is Context:
+            contexts.append(parameter.name)
         elif parameter.name == "ctx" and hint is parameter.empty:
             raise HandlerError("annotate ctx, as in ctx: Context")
         else:
@@ -758,6 +896,9 @@ def _narrow(properties: Dict[str, Any], param: str, limit: Mapping[str, float]) 
     kinds = properties[param].get("anyOf", [properties[param]])
     if not any(kind.get("type") in ("integer", "number") for kind in kinds):
         raise HandlerError("limits: %s is neither int nor float" % param)
+    for value in limit.values():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise HandlerError("limits: %r is no number" % (value,))
     properties[param] = dict(properties[param], **limit)
 
 
@@ -841,23 +982,51 @@ def _in_words(schema: Dict[str, Any]) -> str:
 
 SUBMISSION: Dict[str, Any] = {
     "type": "object",
-    "properties": {"type": {"type": "string"}, "params": {"type": "object"}},
+    "properties": {
+        "type": {"type": "string"},
+        "params": {"type": "object"},
+        "timeout": {"type": "number", "minimum": 0.001, "maximum": 10**9},
+        "retries": {"type": "integer", "minimum": 0, "maximum": 1000},
+        "delay": {"type": "number", "minimum": 0, "maximum": 10**9},
+        "priority": {"type": "integer", "minimum": -1000, "maximum": 1000},
+    },
     "required": ["type", "params"],
     "additionalProperties": False,
 }
 
 
-def check_submission(document: Any, handlers: Mapping[str, Handler]) -> None:
-    """See that a submitted document asks for what can be run; raises Invalid."""
-    found = list(problems(document, SUBMISSION))
+def check_submission(
+    document: Any, handlers: Mapping[str, Handler], path: Path = ()
+) -> Submission:
+    """Return what a submitted document asks for; raises Invalid."""
+    found = list(problems(document, SUBMISSION, path))
     if not found and document["type"] not in handlers:
         known = {"enum": sorted(handlers)}
-        found = list(problems(document["type"], known, ("type",)))
+        found = list(problems(document["type"], known, (*path, "type")))
     if not found:
         schema = handlers[document["type"]].schema
-        found = list(problems(document["params"], schema, ("params",)))
+        found = list(problems(document["params"], schema, (*path, "params")))
     if found:
         raise Invalid(found)
+    given = {name: document[name] for name in Options._fields if name in document}
+    options = Options(**given) if given else NO_OPTIONS
+    return Submission(document["type"], to_json(document["params"]), options)
+
+
+def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submission]:
+    """Return what an array of documents asks for; raises Invalid with all problems."""
+    if not 0 < len(documents) <= MAX_BATCH:
+        text = " must hold 1 to %d tasks, not %d" % (MAX_BATCH, len(documents))
+        raise Invalid([((), text)])
+    submissions, found = [], []
+    for index, document in enumerate(documents):
+        try:
+            submissions.append(check_submission(document, handlers, (index,)))
+        except Invalid as error:
+            found += error.problems
+    if found:
+        raise Invalid(found)
+    return submissions
 
 
 def load_handlers(file: str) -> None:
@@ -879,7 +1048,7 @@ def load_handlers(file: str) -> None:
         spec.has_location = True
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, GeneratorExit, Cancelled) as error:
         raise HandlerError("--handlers %s: %s" % (file, _why(error, file))) from None
 
 
@@ -899,11 +1068,12 @@ def _why(error: BaseException, file: str) -> str:
 
 def describe(error: BaseException) -> str:
     """Return "ValueError: text" for an exception, whatever its __str__ does."""
+    name: str = type.__getattribute__(type(error), "__name__")
     try:
         text = str(error)
-    except Exception:
+    except BaseException:  # even SystemExit, in a class of the handler's own
         text = "(its text can't be read)"
-    line = type(error).__name__ + (": " + text if text else "")
+    line = name + (": " + text if text else "")
     line = line.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
     return line if len(line) <= MAX_ERROR else line[: MAX_ERROR - 3] + "..."
 
@@ -930,21 +1100,26 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
 # ======================================================================
 
 APPLICATION_ID = 0x6C6F6E67  # "long", in the file's header (sqlite.org/fileformat.html)
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _TYPES = {str: "TEXT", bytes: "TEXT", int: "INTEGER", float: "REAL"}
 
 
 def _columns() -> Iterator[Tuple[str, type, bool]]:
     """Yield name, type and whether it may be missing, of each field of a task."""
-    for name, hint in typing.get_type_hints(Task).items():
-        args = typing.get_args(hint)
-        yield name, args[0] if args else hint, bool(args)
+    for fields in (typing.get_type_hints(Task), typing.get_type_hints(Options)):
+        for name, hint in fields.items():
+            args = typing.get_args(hint)
+            if hint is not Options:
+                yield name, args[0] if args else hint, bool(args)
 
 
+# Those of a task, and then those of its options. An older file lacks some of them.
 COLUMNS = tuple(_columns())
+_NAMES = ", ".join(name for name, _, _ in COLUMNS)
 _MARKS = ", ".join("?" * len(COLUMNS))
-_REPLACE = "REPLACE INTO tasks VALUES (%s)" % _MARKS  # noqa: S608 (question marks)
+_REPLACE = "REPLACE INTO tasks (%s) VALUES (%s)" % (_NAMES, _MARKS)  # noqa: S608
+_SELECT = "SELECT %s FROM tasks" % _NAMES  # noqa: S608
 
 
 class JournalError(Exception):
@@ -1038,8 +1213,8 @@ class Journal:
         """See that the file can be read by this version and is sound; only look."""
         with contextlib.closing(self._open_file("ro")) as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version != SCHEMA_VERSION:
-                text = "DB %s has version %d; this longtasks knows version %d"
+            if version > SCHEMA_VERSION:
+                text = "DB %s has version %d; this longtasks knows up to version %d"
                 raise JournalError(text % (self.path, version, SCHEMA_VERSION))
             (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if found != "ok":
@@ -1052,12 +1227,8 @@ class Journal:
             os.unlink(new)
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         with contextlib.closing(self._sqlite.connect(new)) as db:
-            columns = [
-                name + " " + _TYPES[kind] + ("" if optional else " NOT NULL")
-                for name, kind, optional in COLUMNS
-            ]
-            columns[0] += " PRIMARY KEY"
-            db.execute("CREATE TABLE tasks (%s)" % ", ".join(columns))
+            db.execute("CREATE TABLE tasks (seq INTEGER PRIMARY KEY)")
+            self._add_columns(db)
             db.execute("PRAGMA application_id = %d" % APPLICATION_ID)
             db.execute("PRAGMA user_version = %d" % SCHEMA_VERSION)
             db.execute("PRAGMA journal_mode = WAL")
@@ -1075,7 +1246,10 @@ class Journal:
         db.execute("PRAGMA synchronous = FULL")  # a commit waits until it is on disk
         db.execute("PRAGMA fullfsync = ON")  # really on disk, on macOS
         db.execute("PRAGMA journal_size_limit = %d" % (16 << 20))
+        db.execute("BEGIN IMMEDIATE")
+        self._add_columns(db)
         self._touch(db)  # so that a read-only file is told now
+        db.execute("COMMIT")
         return db
 
     def _open_file(self, mode: str) -> Any:
@@ -1085,6 +1259,19 @@ class Journal:
         )
 
     @staticmethod
+    def _add_columns(db: Any) -> None:
+        """Give the table those columns that an older version did not know."""
+        there = {row[1] for row in db.execute("PRAGMA table_info(tasks)")}
+        for name, kind, optional in COLUMNS:
+            if name not in there:
+                column = name + " " + _TYPES[kind]
+                if not optional:
+                    column += " NOT NULL DEFAULT " + (
+                        "''" if kind in (str, bytes) else "0"
+                    )
+                db.execute("ALTER TABLE tasks ADD COLUMN " + column)
+
+    @staticmethod
     def _touch(db: Any) -> None:
         db.execute("PRAGMA user_version = %d" % SCHEMA_VERSION)
 
@@ -1092,9 +1279,9 @@ class Journal:
 
     def load(self) -> Iterator[Task]:
         """Yield finished tasks by their end, then the others by their submission."""
-        query = "SELECT * FROM tasks ORDER BY ended_at IS NULL, ended_at, seq"
+        order = " ORDER BY ended_at IS NULL, ended_at, seq"
         try:
-            for row in self._db.execute(query):
+            for row in self._db.execute(_SELECT + order):
                 yield self._task(row)
         except self._sqlite.Error as error:
             raise JournalError("DB %s: %s" % (self.path, error)) from None
@@ -1108,7 +1295,8 @@ class Journal:
                 values[index] = row[index].encode() if kind is bytes else row[index]
             elif row[index] is not None or not optional:
                 raise JournalError("DB %s: a task's %s is amiss" % (self.path, name))
-        task = Task(*values)
+        plain = len(Task._fields) - 1
+        task = Task(*values[:plain], Options(*values[plain:]))  # type: ignore
         if task.status not in EXITS or task.finished == (task.ended_at is None):
             raise JournalError("DB %s: a task's status is amiss" % self.path)
         return task
@@ -1123,11 +1311,11 @@ class Journal:
         )
         self._thread.start()
 
-    def append(self, record: Record, keep: bool) -> Batch:
-        """Have a record written, in the order of the calls; does not wait for that."""
+    def append(self, keep: bool, *records: Record) -> Batch:
+        """Have records written together, in the order of calls; doesn't wait for it."""
         with self._changed:
             batch = self._open[keep]
-            batch.records.append(record)
+            batch.records += records
             self._changed.notify()
             return batch
 
@@ -1201,7 +1389,8 @@ class Journal:
 
     @staticmethod
     def _row(task: Task) -> Sequence[Any]:
-        return [value.decode() if type(value) is bytes else value for value in task]
+        values = task[:-1] + task.options
+        return [v.decode() if type(v) is bytes else v for v in values]
 
 
 def lock_file(path: str) -> Any:
@@ -1248,21 +1437,171 @@ class Limits(NamedTuple):
     result_bytes: int = 64 << 20  # what finished tasks carry, in bytes
     result_ttl: float = 86_400  # age of a finished task, in seconds
     forgotten: int = 10_000  # ids of tasks that are gone
+    grace: float = 3.0  # seconds that a handler has to stop
+    stuck: int = 100  # handlers that do not
 
 
 class Counts(NamedTuple):
-    """How many tasks there are, by status."""
+    """How many tasks there are, by status, and runs that don't end."""
 
     pending: int
     processing: int
     finished: int
 
 
+class Watch:
+    """One who follows the events of a task, or of all; news gather here until taken."""
+
+    most = 1000  # events that may gather; who is that far behind is dropped
+
+    def __init__(self) -> None:
+        self.news: Deque[Event] = deque()
+        self.told = threading.Event()
+        self.over = False  # too slow, or the service stops
+
+    def tell(self, event: "Event") -> None:
+        """Hand over an event; never waits."""
+        self.over = self.over or len(self.news) >= self.most
+        if not self.over:
+            self.news.append(event)
+        self.told.set()
+
+    def take(self, patience: float) -> List["Event"]:
+        """Wait for news, so many seconds at most, and take them."""
+        self.told.wait(patience)
+        self.told.clear()  # before the news are taken: what comes now sets it again
+        return [self.news.popleft() for _ in range(len(self.news))]
+
+
+class Event(NamedTuple):
+    """Something that happened to a task."""
+
+    number: int  # counts up, over all tasks
+    task_id: str
+    kind: str  # "status", "progress", "log" or "gone"
+    what: Any  # the Task without its params and result, the progress, the line
+
+
+class TaskLog:
+    """The last lines of what a task logged."""
+
+    __slots__ = ("lines", "size", "dropped")
+
+    def __init__(self) -> None:
+        self.lines: Deque[str] = deque()
+        self.size = 0  # characters
+        self.dropped = 0  # lines
+
+    def append(self, line: str, most: int) -> int:
+        """Add a line, drop old ones; return by how much it has grown."""
+        before = self.size
+        self.lines.append(line)
+        self.size += len(line) + 1
+        while self.size > most:
+            self.size -= len(self.lines.popleft()) + 1
+            self.dropped += 1
+        return self.size - before
+
+
+class Feed:
+    """What happens, for those who watch, and the tasks' logs. All of it is bounded."""
+
+    kept = 2000  # events, for those who come back after a while
+    log_size = 64 << 10  # characters of one task's log
+    logs_size = 16 << 20  # characters of all of them
+    line_length = 4000
+
+    def __init__(self) -> None:
+        self.life = "%x" % int(time.time() * 1000)  # of this process, in events' ids
+        # The lock guards everything below. Whoever holds the ledger's lock may take it,
+        # and nobody who holds it takes another.
+        self._lock = threading.Lock()
+        self._last = 0
+        self._recent: Deque[Event] = deque(maxlen=self.kept)
+        self._watches: Dict[str, Set[Watch]] = {}  # by task id, "" for all
+        self._logs: OrderedDict[str, TaskLog] = OrderedDict()
+        self._logs_size = 0
+
+    def publish(self, task_id: str, kind: str, what: Any) -> None:
+        """Tell those who watch."""
+        with self._lock:
+            self._last += 1
+            event = Event(self._last, task_id, kind, what)
+            self._recent.append(event)
+            if self._watches:
+                for key in (task_id, ""):
+                    for watch in self._watches.get(key, ()):
+                        watch.tell(event)
+
+    def watch(self, task_id: str, after: Optional[int] = None) -> Tuple[Watch, bool]:
+        """Follow a task, or all with ""; events behind `after` are told again.
+
+        Returns the watch, and whether it lacks some of those. Call leave() at the end.
+        """
+        watch = Watch()
+        with self._lock:
+            if after is not None:
+                recent = [event for event in self._recent if event.number > after]
+                watch.news.extend(e for e in recent if task_id in ("", e.task_id))
+                watch.told.set()
+            oldest = self._recent[0].number if self._recent else self._last + 1
+            self._watches.setdefault(task_id, set()).add(watch)
+            known = after is None or oldest - 1 <= after <= self._last
+            return watch, not known
+
+    def leave(self, task_id: str, watch: Watch) -> None:
+        """Follow no longer."""
+        with self._lock:
+            watches = self._watches.get(task_id, set())
+            watches.discard(watch)
+            if not watches:
+                self._watches.pop(task_id, None)
+
+    def close(self) -> None:
+        """End all watches: the service stops."""
+        with self._lock:
+            for watch in set().union(*self._watches.values()):
+                watch.over = True
+                watch.told.set()
+
+    def log(self, task_id: str, text: str) -> None:
+        """Add to a task's log."""
+        for long in text.splitlines() or [""]:
+            line = long[: self.line_length]
+            with self._lock:
+                kept = self._logs.setdefault(task_id, TaskLog())
+                self._logs_size += kept.append(line, self.log_size)
+                while self._logs_size > self.logs_size:  # whose began first
+                    self._drop_log(next(iter(self._logs)))
+            self.publish(task_id, "log", line)
+
+    def log_of(self, task_id: str) -> Tuple[List[str], int]:
+        """Return the lines that are kept of a task's log, and how many were not."""
+        with self._lock:
+            kept = self._logs.get(task_id) or TaskLog()
+            return list(kept.lines), kept.dropped
+
+    def forget(self, task_id: str) -> None:
+        """Drop a task's log, and tell that the task is gone."""
+        with self._lock:
+            self._drop_log(task_id)
+        self.publish(task_id, "gone", None)
+
+    def _drop_log(self, task_id: str) -> None:
+        kept = self._logs.pop(task_id, None)
+        self._logs_size -= kept.size if kept else 0
+
+
+Entry = Tuple[float, int, str]  # in the queue: least first, by priority and then seq
+_LAST: Entry = (math.inf, 0, "")  # behind all others: there will be no more
+
+
 class Ledger:
     """All tasks, from submission until they are forgotten.
 
-    `clock` gives the time in seconds since 1970. What is in the journal is taken up,
-    and from then on everything goes into it.
+    `clock` gives the time in seconds since 1970, and `ticks` one that is never set.
+    What is in the journal is taken up, and from then on everything goes into it.
+    `rules` gives the rules of a type.
     """
 
     def __init__(
@@ -1270,24 +1609,41 @@ class Ledger:
         limits: Limits = Limits(),
         clock: Callable[[], float] = time.time,
         journal: Optional[Journal] = None,
+        rules: Callable[[str], Rules] = lambda type: Rules(),
+        ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
+        self.feed = Feed()
+        self.on_stuck: Callable[[Context], None] = lambda context: None
         self._clock = clock
         self._journal = journal
-        self._ready: queue.Queue[Optional[str]] = queue.Queue()  # None: no more work
+        self._rules = rules
+        self._ready: queue.PriorityQueue[Entry] = queue.PriorityQueue()
+        # What is to be done later, by `ticks`. It has a lock of its own, inside ours.
+        self._timers = sched.scheduler(ticks)
+        self._timer_numbers = itertools.count()
+        self._planned = threading.Event()  # sooner, perhaps, than what was planned
         # The lock guards everything below. It must hold that: _tasks has every task
         # that is known, as it is on disk and in the order of submission; _submitting
         # and _deciding what is not on disk yet, new tasks and later moves; _running
-        # those and only those that are processing by the latest decision; _ended
-        # every finished task, in the order of ending, and perhaps ids of deleted ones;
-        # _counts, _queued and _held count what is in _tasks.
+        # those and only those that are processing by the latest decision; _active the
+        # types of these and of what was given up but whose handler has not returned,
+        # and _active_types how often each is there; _parked what waits for another of
+        # its type to return; _time_runs the next timer of a run; _ended every finished
+        # task, in the order of ending, and perhaps ids of deleted ones; _waiting the
+        # events to set when a task is finished; the numbers count what is in _tasks.
         self._lock = threading.Lock()
         self._tasks: Dict[str, Task] = {}
         self._submitting: Dict[str, Tuple[Task, Batch]] = {}
         self._deciding: Dict[str, Task] = {}
         self._running: Dict[str, Context] = {}
+        self._active: Dict[Context, str] = {}
+        self._active_types: Counter[str] = Counter()
+        self._parked: Dict[str, List[Entry]] = {}
+        self._time_runs: Dict[Context, sched.Event] = {}
         self._ended: Deque[str] = deque()
         self._forgotten: OrderedDict[str, None] = OrderedDict()
+        self._waiting: Dict[str, List[threading.Event]] = {}
         self._counts = dict.fromkeys(EXITS, 0)
         self._queued = 0  # bytes of pending tasks
         self._held = 0  # bytes of finished tasks
@@ -1296,6 +1652,7 @@ class Ledger:
         self._when_done: Optional[Callable[[], None]] = None  # set: draining
         self._halted = False  # what runs was told to stop
         self.interrupted = 0  # tasks that were processing when the last process died
+        self._expire_regularly()
         if journal:
             self._take_up(journal)
 
@@ -1306,30 +1663,33 @@ class Ledger:
                 now = task.after_crash(self._clock())
                 self._publish(now)
                 if now is not task:
-                    journal.append(now, keep=True)
+                    journal.append(True, now)
                     self.interrupted += 1
                 self._drop_old(self._clock())
             in_order = sorted(self._tasks.values(), key=lambda task: task.seq)
             self._tasks = {task.id: task for task in in_order}
             self._last_seq = max([self._last_seq] + [t.seq for t in in_order[-1:]])
-            for task in in_order:
-                if task.status == PENDING:
-                    self._ready.put(task.id)
         journal.start(self._written)
 
     # -- the life of a task ------------------------------------------------
 
-    def submit(self, type: str, params: bytes) -> Task:
+    def submit(self, type: str, params: bytes, options: Options = NO_OPTIONS) -> Task:
         """Take in a task as pending; raises QueueFull, Draining or Unavailable."""
-        with self._lock:
-            task, batch = self._take_in(new_id(), type, params)
-        return self._once_written(task, batch)
+        return self.submit_all([Submission(type, params, options)])[0]
 
-    def submit_once(self, task_id: str, type: str, params: bytes) -> Tuple[Task, bool]:
+    def submit_all(self, submissions: Sequence[Submission]) -> List[Task]:
+        """Take in all of these as pending, or none; raises as submit() does."""
+        with self._lock:
+            wanted = [(new_id(), submission) for submission in submissions]
+            tasks, batch = self._take_in(wanted)
+        self._await_written(tasks, batch)
+        return tasks
+
+    def submit_once(self, task_id: str, wanted: Submission) -> Tuple[Task, bool]:
         """Take in a task under an id of the caller's, unless it is there already.
 
-        Returns the task, and whether it is new. Raises DifferentRequest when it is
-        there with another type or params, ForgottenTask, and what submit() raises.
+        Returns the task, and whether it is new. Raises DifferentRequest when something
+        else was asked for before, ForgottenTask, and what submit() raises.
         """
         while True:
             with self._lock:
@@ -1339,98 +1699,143 @@ class Ledger:
                 elif task_id in self._tasks or task_id in self._forgotten:
                     known, batch = self._find(task_id), None
                 else:
-                    task, batch = self._take_in(task_id, type, params)
+                    tasks, batch = self._take_in([(task_id, wanted)])
                     break
-            if not same_request(known, type, params):
+            if not same_request(known, wanted):
                 raise DifferentRequest("%s was submitted with other content" % task_id)
             if batch is None:
                 return known, False
             with contextlib.suppress(Unavailable):  # then it is this caller's turn
                 batch.wait()
-        return self._once_written(task, batch), True
+        self._await_written(tasks, batch)
+        return tasks[0], True
 
     def _take_in(
-        self, task_id: str, type: str, params: bytes
-    ) -> Tuple[Task, Optional[Batch]]:
-        """Decide that there is a new task. Assumes the lock."""
-        self._check_open()
-        self._last_seq += 1
-        task = Task(self._last_seq, task_id, type, params, PENDING, self._clock())
+        self, wanted: Sequence[Tuple[str, Submission]]
+    ) -> Tuple[List[Task], Optional[Batch]]:
+        """Decide that there are new tasks. Assumes the lock."""
+        self._check_open(len(wanted))
+        now, tasks = self._clock(), []
+        for task_id, (type, params, options) in wanted:
+            self._last_seq += 1
+            task = Task(self._last_seq, task_id, type, params, PENDING, now)
+            if options is not NO_OPTIONS:
+                due = now + options.delay if options.delay else None
+                task = task._replace(options=options, due_at=due)
+            tasks.append(task)
         if self._journal is None:
-            self._publish(task)
-            return task, None
-        batch = self._journal.append(task, keep=False)
-        self._submitting[task_id] = task, batch
-        return task, batch
+            for task in tasks:
+                self._publish(task)
+            return tasks, None
+        batch = self._journal.append(False, *tasks)
+        self._submitting.update((task.id, (task, batch)) for task in tasks)
+        return tasks, batch
 
-    def _once_written(self, task: Task, batch: Optional[Batch]) -> Task:
-        """Return a new task once it is there to stay; raises Unavailable."""
-        if batch is None:
-            self._ready.put(task.id)
-            return task
+    def _await_written(self, tasks: Sequence[Task], batch: Optional[Batch]) -> None:
+        """Return when new tasks are there to stay; raises Unavailable."""
         try:
-            batch.wait()
+            if batch:
+                batch.wait()
         except Unavailable:
             with self._lock:
-                del self._submitting[task.id]
+                for task in tasks:
+                    del self._submitting[task.id]
             raise
-        return task
 
     def claim(self) -> Optional[Tuple[Task, Context]]:
         """Wait for the next task and start it; None when there will be no more."""
         while True:
-            task_id = self._ready.get()
-            if task_id is None:
-                self._ready.put(None)  # for the next worker
+            entry = self._ready.get()
+            if entry is _LAST:
+                self._ready.put(_LAST)  # for the next worker
                 return None
             with self._lock:
-                if task_id not in self._tasks or not self._may_start():
+                task = self._startable(entry)
+                if task is None:
                     continue
-                task = self._current(task_id)
-                if task.status != PENDING:
-                    continue
-                task = task.moved_to(
-                    PROCESSING, started_at=self._clock(), attempt=task.attempt + 1
-                )
-                context = self._running[task.id] = Context(task.id, task.attempt)
-                batch = self._decide(task)
-            if batch:
-                batch.wait()  # or a task that kills the process would do so for ever
-                if self._running.get(task_id) is not context:  # put back meanwhile
-                    continue
-            return task, context
+                task, context, batch = self._start(task)
+            if batch is None:
+                return task, context
+            batch.wait()  # or a task that kills the process would do so for ever
+            with self._lock:
+                if self._running.get(task.id) is context:
+                    return task, context
+                self._release(context)  # it was put back meanwhile
 
-    def finish(self, task_id: str, outcome: Outcome) -> Task:
-        """Record how a run ended; raises IllegalMove if the task is not processing."""
+    def _startable(self, entry: Entry) -> Optional[Task]:
+        """The task of an entry, if it can be started now. Assumes the lock."""
+        task_id = entry[-1]
+        if task_id not in self._tasks or not self._may_start():
+            return None
+        task = self._current(task_id)
+        if task.status != PENDING:
+            return None
+        most = self._rules(task.type).max_running
+        if most and self._active_types[task.type] >= most:
+            heapq.heappush(self._parked.setdefault(task.type, []), entry)
+            return None
+        return task
+
+    def _start(self, task: Task) -> Tuple[Task, Context, Optional[Batch]]:
+        """Decide that a task runs. Assumes the lock."""
+        now, attempt = self._clock(), task.attempt + 1
+        context = Context(task.id, attempt, self._tell)
+        self._running[task.id] = context
+        self._active[context] = task.type
+        self._active_types[task.type] += 1
+        timeout = self._timeout(task)
+        if timeout:
+            self._time_runs[context] = self._plan(timeout, self._time_out, context)
+        task = task.moved_to(
+            PROCESSING, started_at=now, attempt=attempt, due_at=None, error=None
+        )
+        return task, context, self._decide(task)
+
+    def _timeout(self, task: Task) -> float:
+        return task.options.timeout or self._rules(task.type).timeout
+
+    def finish(self, context: Context, outcome: Outcome) -> Task:
+        """Record that a handler has returned, and how.
+
+        Returns what has become of its task. Raises IllegalMove when that was decided
+        before.
+        """
         with self._lock:
-            if task_id not in self._running:
-                raise IllegalMove("task %s does not run (any more)" % task_id)
-            if outcome.status == CANCELLED and self._halted:
-                task = self._put_back(task_id)  # it made way for the end of the process
-            else:
-                task = self._end(task_id, outcome)
+            self._release(context)
+            if self._running.get(context.task_id) is not context:
+                raise IllegalMove("this run of %s is over" % context.task_id)
+            task = self._end(context, outcome)
             tell = self._when_done if self._done() else None
         if tell:
             tell()
         return task
 
-    def _end(self, task_id: str, outcome: Outcome) -> Task:
-        """Take a running task to its end. Assumes the lock."""
-        task = self._current(task_id).moved_to(
-            outcome.status,
-            ended_at=self._clock(),
-            result=outcome.result,
-            error=outcome.error,
-        )
-        del self._running[task_id]
-        self._decide(task)
-        return task
+    def cancel(self, task_id: str) -> Task:
+        """Cancel a task that waits, or ask one that runs to stop.
 
-    def _put_back(self, task_id: str) -> Task:
-        """Have a running task wait for another run. Assumes the lock."""
-        task = self._current(task_id).put_back()
-        del self._running[task_id]
-        self._decide(task)
+        Returns the task as it is then: cancelled, or still processing. Raises Finished,
+        UnknownTask, ForgottenTask or Unavailable.
+        """
+        with self._lock:
+            self._drop_old(self._clock())
+            self._find(task_id)
+            task = self._current(task_id)
+            if task.finished:
+                raise Finished("task %s is %s already" % (task_id, task.status))
+            self._check_journal()
+            context = self._running.get(task_id)
+            if context is None:
+                task = self._moved(task, CANCELLED, error=CANCELLED_WAITING)
+            else:
+                task = task._replace(cancel_requested=1)
+                if not context.cancelled:
+                    self._stop(context, BY_CLIENT)
+            batch = self._decide(task)
+            tell = self._when_done if self._done() else None
+        if tell:
+            tell()
+        if batch:
+            batch.wait()
         return task
 
     def delete(self, task_id: str) -> None:
@@ -1445,11 +1850,116 @@ class Ledger:
                 raise Unfinished("task %s is %s, not finished" % (task.id, task.status))
             self._check_journal()
             if self._journal:
-                batch = self._journal.append(Gone(task.seq, task.id), keep=False)
+                batch = self._journal.append(False, Gone(task.seq, task.id))
             else:
                 self._forget(task)
         if self._journal:
             batch.wait()
+
+    # -- how a run ends; all of these assume the lock ----------------------
+
+    def _end(self, context: Context, outcome: Outcome) -> Task:
+        """Decide what becomes of a task whose run is over."""
+        del self._running[context.task_id]
+        self._unplan(context)
+        task = self._after(self._current(context.task_id), context.why, outcome)
+        self._decide(task)
+        return task
+
+    def _after(self, task: Task, why: str, outcome: Outcome) -> Task:
+        """The task after a run that ended so, and was told to stop if `why` says so.
+
+        Who completes has won. Who was told to stop and did not complete has stopped,
+        however that was said.
+        """
+        if outcome.status == COMPLETED:
+            return self._moved(task, COMPLETED, result=outcome.result, error=None)
+        if task.cancel_requested:
+            return self._moved(task, CANCELLED, error=CANCELLED_RUNNING)
+        if why == SHUTDOWN:
+            return task.put_back()
+        if why == TIMED_OUT and outcome.status != PENDING:
+            error = "timed out after %g s" % self._timeout(task)
+            return self._moved(task, FAILED, error=error)
+        task = task._replace(failures=task.failures + 1)
+        rules, retries = self._rules(task.type), task.options.retries
+        if retries is None:
+            retries = rules.retries
+        if outcome.status != PENDING and task.failures > retries:
+            return self._moved(task, FAILED, error=outcome.error)
+        wait = backoff(rules.backoff, task.failures)
+        if outcome.after is not None:
+            wait = outcome.after
+        return task.put_back(error=outcome.error, due_at=self._clock() + wait)
+
+    def _moved(self, task: Task, status: str, **changes: Any) -> Task:
+        """The task at its end."""
+        changes.update(ended_at=self._clock(), due_at=None)
+        return task.moved_to(status, **changes)
+
+    def _stop(self, context: Context, why: str) -> None:
+        """Tell a run to stop, and give it up when it does not within the grace."""
+        context.cancel(why)
+        self._unplan(context)
+        grace = self.limits.grace
+        self._time_runs[context] = self._plan(grace, self._lose, context)
+
+    def _release(self, context: Context) -> None:
+        """A handler has returned: another one of its type may start."""
+        type = self._active.pop(context)  # KeyError: it has returned before
+        self._active_types[type] -= 1
+        if self._parked.get(type):
+            self._ready.put(heapq.heappop(self._parked[type]))
+
+    # -- what is done later ------------------------------------------------
+
+    def tick(self) -> Optional[float]:
+        """Do what is due; return the seconds until there is more, None for never."""
+        self._planned.clear()
+        return self._timers.run(blocking=False)
+
+    def await_tick(self, patience: Optional[float]) -> None:
+        """Wait so many seconds, or until something may be due sooner."""
+        self._planned.wait(patience)
+
+    def _plan(self, seconds: float, do: Callable[..., None], *what: Any) -> sched.Event:
+        # The priority makes each timer different from all others: before Python 3.10
+        # cancel() took the first one of the same time and priority.
+        timer = self._timers.enter(seconds, next(self._timer_numbers), do, what)
+        self._planned.set()
+        return timer
+
+    def _unplan(self, context: Context) -> None:
+        timer = self._time_runs.pop(context, None)
+        if timer:
+            with contextlib.suppress(ValueError):  # its time has come already
+                self._timers.cancel(timer)
+
+    def _time_out(self, context: Context) -> None:
+        """A run took too long."""
+        with self._lock:
+            if self._running.get(context.task_id) is context:
+                self._stop(context, TIMED_OUT)
+
+    def _lose(self, context: Context) -> None:
+        """A run does not stop: its task ends, and the handler may go on as it likes."""
+        with self._lock:
+            if self._running.get(context.task_id) is not context:
+                return
+            task = self._end(context, Outcome(CANCELLED))
+            tell = self._when_done if self._done() else None
+        message = "task %s (%s) is %s, but its handler does not stop; %d are stuck"
+        log.error(message, task.id, task.type, task.status, self.stuck())
+        self.on_stuck(context)
+        if tell:
+            tell()
+
+    def _make_ready(self, entry: Entry) -> None:
+        self._ready.put(entry)
+
+    def _expire_regularly(self) -> None:
+        self.expire()
+        self._plan(60, self._expire_regularly)
 
     # -- deciding, writing, showing; all of these assume the lock ----------
 
@@ -1464,17 +1974,30 @@ class Ledger:
             self._drop_old(self._clock())
             return None
         self._deciding[task.id] = task
-        return self._journal.append(task, keep=True)
+        return self._journal.append(True, task)
 
     def _publish(self, task: Task) -> None:
-        """Show a task as it now is."""
+        """Show a task as it now is, and set going what follows from that."""
         before = self._tasks.get(task.id)
         if before:
             self._add(before, -1)
         self._tasks[task.id] = task
         self._add(task, 1)
-        if task.finished:
+        self.feed.publish(task.id, "status", task._replace(params=b"", result=None))
+        if task.status == PENDING:
+            self._enqueue(task)
+        elif task.finished:
             self._ended.append(task.id)
+            for done in self._waiting.pop(task.id, ()):
+                done.set()
+
+    def _enqueue(self, task: Task) -> None:
+        entry = (-task.options.priority, task.seq, task.id)
+        wait = (task.due_at or 0) - self._clock()
+        if wait > 0:
+            self._plan(wait, self._make_ready, entry)
+        else:
+            self._ready.put(entry)
 
     def _add(self, task: Task, one: int) -> None:
         """Count a task in, or out where `one` is -1."""
@@ -1494,13 +2017,22 @@ class Ledger:
                     continue
                 if self._deciding.get(record.id) is record:
                     del self._deciding[record.id]
-                self._publish(record)
-                if self._submitting.pop(record.id, None):
-                    self._ready.put(record.id)
+                self._submitting.pop(record.id, None)
+                if self._tasks.get(record.id) is not record:  # else it was taken up
+                    self._publish(record)
             self._drop_old(self._clock())
             tell = self._when_done if self._done() else None
         if tell:
             tell()
+
+    def _tell(self, context: Context, kind: str, what: Any) -> None:
+        """Pass on what a handler tells of its task, as long as it is its run."""
+        if self._running.get(context.task_id) is not context:
+            return
+        if kind == "log":
+            self.feed.log(context.task_id, what)
+        else:
+            self.feed.publish(context.task_id, kind, what)
 
     # -- looking -----------------------------------------------------------
 
@@ -1516,9 +2048,47 @@ class Ledger:
             self._drop_old(self._clock())
             return self._find(task_id)
 
-    def finished(self, task_id: str) -> Task:
-        """Return a finished task; raises Unfinished as well as what get() raises."""
-        task = self.get(task_id)
+    def wait(self, task_id: str, patience: float) -> Task:
+        """Return the task once it is finished, or after so many seconds as it is then.
+
+        Returns at once when the service drains. Raises as get() does.
+        """
+        task, done = self.get(task_id), threading.Event()
+        if task.finished or patience <= 0:
+            return task
+        with self._lock:
+            task = self._find(task_id)
+            if task.finished or self._when_done or self._halted:
+                return task
+            self._waiting.setdefault(task_id, []).append(done)
+        if not done.wait(min(patience, threading.TIMEOUT_MAX)):
+            with self._lock:
+                self._stop_waiting(task_id, done)
+        return self.get(task_id)
+
+    def _stop_waiting(self, task_id: str, done: threading.Event) -> None:
+        others = [
+            event for event in self._waiting.get(task_id, ()) if event is not done
+        ]
+        if others:
+            self._waiting[task_id] = others
+        else:
+            self._waiting.pop(task_id, None)
+
+    def watch(
+        self, task_id: str, after: Optional[int] = None
+    ) -> Tuple[Optional[Task], Watch, bool]:
+        """Follow a task, or all with "": return the task as it is, and Feed.watch()."""
+        with self._lock:  # so that no move falls between the two
+            task = self._find(task_id) if task_id else None
+            return (task, *self.feed.watch(task_id, after))
+
+    def finished(self, task_id: str, patience: float = 0) -> Task:
+        """Return a finished task; raises Unfinished as well as what get() raises.
+
+        Waits for the end, if need be, so many seconds.
+        """
+        task = self.wait(task_id, patience)
         if not task.finished:
             raise Unfinished(
                 "task %s is %s; it has no result yet" % (task.id, task.status)
@@ -1558,20 +2128,28 @@ class Ledger:
         pending, processing = self._counts[PENDING], self._counts[PROCESSING]
         return Counts(pending, processing, len(self._tasks) - pending - processing)
 
+    def stuck(self) -> int:
+        """How many handlers run on though their tasks have ended."""
+        with self._lock:
+            return len(self._active) - len(self._running)
+
     def check_open(self) -> None:
         """Raise what submit() would raise now: a TaskError or nothing."""
         with self._lock:
             self._check_open()
 
-    def _check_open(self) -> None:
+    def _check_open(self, more: int = 1) -> None:
         if self._when_done or self._halted:
             raise Draining("the service is shutting down")
         self._check_journal()
         waiting = self._counts[PENDING] + len(self._submitting)
-        if waiting >= self.limits.queue:
+        if waiting + more > self.limits.queue:
             raise QueueFull("the queue is full: %d tasks wait" % waiting)
         if self._queued >= self.limits.queue_bytes:
             raise QueueFull("the queue is full: %d bytes wait" % self._queued)
+        stuck = len(self._active) - len(self._running)
+        if stuck >= self.limits.stuck:
+            raise Unavailable("%d handlers do not stop; restart the service" % stuck)
 
     def _check_journal(self) -> None:
         if self._journal and self._journal.error:
@@ -1608,7 +2186,7 @@ class Ledger:
                     return
                 self._forget(task)
                 if self._journal:
-                    self._journal.append(Gone(task.seq, task.id), keep=True)
+                    self._journal.append(True, Gone(task.seq, task.id))
             self._ended.popleft()
 
     def _too_many(self) -> bool:
@@ -1619,6 +2197,7 @@ class Ledger:
 
     def _forget(self, task: Task) -> None:
         self._add(self._tasks.pop(task.id), -1)
+        self.feed.forget(task.id)
         self._forgotten[task.id] = None
         if len(self._forgotten) > self.limits.forgotten:
             self._forgotten.popitem(last=False)
@@ -1629,34 +2208,41 @@ class Ledger:
         """Take in no more; call `when_done`, perhaps twice, once all is done.
 
         All is done when nothing runs, and nothing waits either, unless it is kept in
-        a journal. Returns the ids of what runs now.
+        a journal. Returns the ids of what runs now. Who waits for a task is answered.
         """
         with self._lock:
             self._when_done = when_done
             running, done = list(self._running), self._done()
             if not self._may_start():
-                self._ready.put(None)
+                self._ready.put(_LAST)
+            self._wake_all()
         if done:
             when_done()
         return running
+
+    def _wake_all(self) -> None:
+        for events in self._waiting.values():
+            for event in events:
+                event.set()
+        self._waiting.clear()
 
     def halt(self) -> None:
         """Start no more, and tell what runs to stop."""
         with self._lock:
             self._halted = True
-            running = list(self._running.values())
+            for context in self._running.values():
+                context.cancel(SHUTDOWN)
+            self._wake_all()
             tell = self._when_done if self._done() else None
-        self._ready.put(None)
-        for context in running:
-            context.cancel()
+        self._ready.put(_LAST)
         if tell:
             tell()
 
     def give_up(self) -> List[Task]:
         """Put back what still runs; return all that is not finished."""
         with self._lock:
-            for task_id in list(self._running):
-                self._put_back(task_id)
+            for context in list(self._running.values()):
+                self._end(context, Outcome(CANCELLED))
             latest = map(self._current, self._tasks)
             return [task for task in latest if not task.finished]
 
@@ -1672,13 +2258,25 @@ class Ledger:
         return not (self._may_start() and self._counts[PENDING])
 
 
-def same_request(task: Task, type: str, params: bytes) -> bool:
-    """Whether a task was submitted with this type and these params, in any order."""
+def same_request(task: Task, wanted: Submission) -> bool:
+    """Whether a task was submitted like this, in whatever order its params are."""
 
     def canonical(text: bytes) -> str:
         return json.dumps(json.loads(text), sort_keys=True)
 
-    return task.type == type and canonical(task.params) == canonical(params)
+    if (task.type, task.options) != (wanted.type, wanted.options):
+        return False
+    return canonical(task.params) == canonical(wanted.params)
+
+
+def backoff(first: float, failures: int) -> float:
+    """Return the seconds until a retry: doubled each time, an hour at most.
+
+    Somewhat less by chance, up to a half, so that what failed together does not come
+    back together.
+    """
+    longest: float = min(3600.0, first * 2.0 ** min(failures - 1, 30))
+    return longest * random.uniform(0.5, 1)  # noqa: S311 (no secret)
 
 
 # ======================================================================
@@ -1694,31 +2292,53 @@ def run_one(
     task: Task, context: Context, handlers: Mapping[str, Handler], max_result: int
 ) -> Outcome:
     """Run a task's handler and return how it ended, whatever it does."""
-    if task.type not in handlers:  # it came from a journal
-        error = "no task type %s is registered any more; known: %s"
-        known = ", ".join(sorted(handlers))
-        return Outcome(FAILED, error=error % (shown(task.type), known))
     try:
+        if task.type not in handlers:  # it came from a journal
+            known = ", ".join(sorted(handlers))
+            text = "no task type %s is registered any more; known: %s"
+            return Outcome(FAILED, error=text % (shown(task.type), known))
+        context.check()  # it may have been cancelled before it could begin
         value = handlers[task.type].run(json.loads(task.params), context)
     except Cancelled:
-        return Outcome(CANCELLED, error="cancelled while it ran")
+        if context.cancelled:
+            return Outcome(CANCELLED)
+        return Outcome(
+            FAILED, error="Cancelled: raised, though nobody had asked for it"
+        )
+    except Retry as error:
+        return Outcome(PENDING, error=describe(error), after=_seconds(error.after))
     except BaseException as error:  # SystemExit too: it must not end the worker
-        log.warning("task %s (%s) raised", task.id, task.type, exc_info=True)
+        _log_raised(task)
         return Outcome(FAILED, error=describe(error))
+    return _outcome_of(value, max_result)
+
+
+def _outcome_of(value: Any, max_result: int) -> Outcome:
+    """The outcome of a handler that returned this."""
     try:
         result = to_json(value)
-    except Exception as error:
-        return Outcome(
-            FAILED, error="the result does not fit into JSON: " + describe(error)
-        )
+    except BaseException as error:  # of a class of the handler's own, anything
+        text = "the result does not fit into JSON: " + describe(error)
+        return Outcome(FAILED, error=text)
     if len(result) > max_result:
-        size = "the result has %d bytes, more than the %d that are kept"
-        return Outcome(FAILED, error=size % (len(result), max_result))
+        text = "the result has %d bytes, more than the %d that are kept"
+        return Outcome(FAILED, error=text % (len(result), max_result))
     return Outcome(COMPLETED, result)
 
 
+def _seconds(value: Any) -> Optional[float]:
+    if type(value) in (int, float) and 0 <= value < 10**9:
+        return float(value)
+    return None
+
+
+def _log_raised(task: Task) -> None:
+    with contextlib.suppress(BaseException):  # traceback can fail, too, on odd errors
+        log.warning("task %s (%s) raised", task.id, task.type, exc_info=True)
+
+
 class Pool:
-    """Up to `count` threads that run the ledger's tasks."""
+    """Up to `count` threads that run the ledger's tasks, and one that keeps time."""
 
     def __init__(
         self, ledger: Ledger, handlers: Mapping[str, Handler], count: int
@@ -1726,11 +2346,15 @@ class Pool:
         self._ledger = ledger
         self._handlers = handlers
         self._count = count
-        # The lock guards both numbers. While a thread more may be started, one is
-        # always idle, waiting for the next task: whoever takes one sees to that.
+        # The lock guards what follows. While a thread more may be started, one is
+        # always idle, waiting for the next task: whoever takes one sees to that. A
+        # thread whose handler does not stop counts no longer, so that another one
+        # can take its place; it ends when its handler does.
         self._lock = threading.Lock()
         self._threads = 0
         self._idle = 0
+        self._busy: Set[Context] = set()  # what the other threads run
+        ledger.on_stuck = self._replace
 
     def start(self) -> None:
         """Start the first worker; raises SettingsError if not even that is possible."""
@@ -1738,11 +2362,7 @@ class Pool:
             self._start_thread()
             if not self._threads:
                 raise SettingsError("no thread can be started; tasks would never run")
-
-    def busy(self) -> bool:
-        """Whether a handler runs."""
-        with self._lock:
-            return self._threads > self._idle
+        threading.Thread(target=self._keep_time, name="timer", daemon=True).start()
 
     def _start_thread(self) -> None:
         """Start one worker. Assumes the lock."""
@@ -1756,6 +2376,28 @@ class Pool:
             self._threads += 1
             self._idle += 1
 
+    def _start_if_needed(self) -> None:
+        """See that one is idle, if there may be another. Assumes the lock."""
+        if not self._idle and self._threads < self._count:
+            self._start_thread()
+
+    def _replace(self, context: Context) -> None:
+        """Count a worker no longer whose handler does not stop."""
+        with self._lock:
+            if context in self._busy:  # else it has just come back
+                self._busy.remove(context)
+                self._threads -= 1
+                self._start_if_needed()
+
+    def _keep_time(self) -> None:
+        while True:
+            try:
+                patience = self._ledger.tick()
+            except Exception:
+                log.exception("a timer failed; the others go on")
+                patience = 1.0
+            self._ledger.await_tick(patience)
+
     def _work(self) -> None:
         while True:
             claimed = self._ledger.claim()
@@ -1764,23 +2406,29 @@ class Pool:
                 if claimed is None:
                     self._threads -= 1
                     return
-                if not self._idle and self._threads < self._count:
-                    self._start_thread()
-            try:
-                self._run(*claimed)
-            except IllegalMove as error:
-                log.warning("too late: %s", error)
-            except Exception:
-                log.exception("a worker failed; it goes on")
+                task, context = claimed
+                self._busy.add(context)
+                self._start_if_needed()
+            self._run(task, context)
             with self._lock:
+                if context not in self._busy:
+                    return  # another one has taken this place
+                self._busy.remove(context)
                 self._idle += 1
 
     def _run(self, task: Task, context: Context) -> None:
+        """Run a task and record how that ended, whatever it was."""
         log.debug("task %s (%s) started, attempt %d", task.id, task.type, task.attempt)
         max_result = self._ledger.limits.result_bytes
         outcome = run_one(task, context, self._handlers, max_result)
-        ended = self._ledger.finish(task.id, outcome)
-        word = "put back" if ended.status == PENDING else ended.status
+        try:
+            ended = self._ledger.finish(context, outcome)
+        except IllegalMove:
+            log.warning("task %s (%s): its handler came back late", task.id, task.type)
+            return
+        word = ended.status
+        if word == PENDING:
+            word = "is to be retried" if ended.due_at else "put back"
         took = (ended.ended_at or time.time()) - (task.started_at or 0)
         log.info("task %s (%s) %s after %.3f s", task.id, task.type, word, took)
 
@@ -1801,6 +2449,8 @@ MAX_HEADERS = 100
 JSON = "application/json"
 PROBLEM = "application/problem+json"  # RFC 9457
 TEXT = "text/plain; charset=utf-8"
+SSE = "text/event-stream"
+KEEP_ALIVE = 15.0  # seconds after which a silent stream sends a comment
 
 METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
@@ -1844,10 +2494,11 @@ class Request:
     @property
     def keeps_alive(self) -> bool:
         """Whether the client means to go on using the connection (RFC 9112, 9.3)."""
-        options = self.headers.get("connection", "").lower().replace(" ", "").split(",")
-        if self.version == "1.0":
-            return "keep-alive" in options
-        return "close" not in options
+        listed = self.headers.get("connection", "").lower().split(",")
+        options = [option.strip(" \t") for option in listed]
+        if "close" in options:
+            return False
+        return self.version != "1.0" or "keep-alive" in options
 
     def length(self) -> int:
         """The body's length in bytes, 0 without one; raises HTTPError."""
@@ -1911,18 +2562,20 @@ class Reply(NamedTuple):
     body: bytes = b""
     media: str = JSON
     headers: Mapping[str, str] = {}
+    stream: Optional[Iterator[bytes]] = None  # a body that has no end yet
 
 
-def json_reply(document: Any, status: int = 200, **headers: str) -> Reply:
+def json_reply(
+    document: Any, status: int = 200, headers: Mapping[str, str] = {}
+) -> Reply:
     """Answer with a document as JSON."""
     return Reply(status, to_json(document) + b"\n", JSON, headers)
 
 
-def text_reply(text: str, status: int = 200, **headers: str) -> Reply:
+def text_reply(text: str, status: int = 200, headers: Mapping[str, str] = {}) -> Reply:
     """Answer with a line of text, or more than one."""
-    return Reply(
-        status, text.encode("utf-8", "backslashreplace") + b"\n", TEXT, headers
-    )
+    body = text.encode("utf-8", "backslashreplace") + b"\n"
+    return Reply(status, body, TEXT, headers)
 
 
 def problem(
@@ -1943,6 +2596,7 @@ ERRORS: Dict[type, Tuple[int, Optional[int]]] = {
     UnknownTask: (404, None),
     ForgottenTask: (410, None),
     Unfinished: (409, 1),
+    Finished: (409, None),
     DifferentRequest: (409, None),
     QueueFull: (503, 5),
     Unavailable: (503, 5),
@@ -1967,7 +2621,7 @@ def refusal(error: Union[TaskError, HTTPError]) -> Reply:
 
 def _pointer(path: Path) -> str:
     """Write a path as a URI fragment's JSON Pointer (RFC 6901)."""
-    steps = [str(step).replace("~", "~0").replace("/", "~1") for step in path]
+    steps = [str(step)[:200].replace("~", "~0").replace("/", "~1") for step in path]
     return "#" + "".join("/" + step for step in steps)
 
 
@@ -1993,10 +2647,14 @@ def status_document(task: Task, context: Optional[Context] = None) -> Dict[str, 
         "started_at": timestamp(task.started_at),
         "ended_at": timestamp(task.ended_at),
         "attempt": task.attempt or None,
+        "priority": task.options.priority or None,
+        "next_attempt_at": timestamp(task.due_at),
     }
-    if context and task.status == PROCESSING:
-        document["progress"] = context.progress_document()
-        document["cancel_requested"] = context.cancelled or None
+    if task.status == PENDING:
+        document["last_error"] = task.error
+    if task.status == PROCESSING:
+        document["cancel_requested"] = bool(task.cancel_requested) or None
+        document["progress"] = context.progress_document() if context else None
     return {name: value for name, value in document.items() if value is not None}
 
 
@@ -2022,23 +2680,38 @@ class App(NamedTuple):
 
     ledger: Ledger
     handlers: Mapping[str, Handler]
+    max_wait: float = 300  # seconds
 
 
 def submit_task(app: App, request: Request) -> Reply:
-    """Submit a task; the header Idempotency-Key makes it safe to repeat."""
+    """Submit a task, or an array of them; Idempotency-Key makes it safe to repeat."""
     media = request.accepts(JSON, TEXT)
-    type, params = read_submission(app, request)
+    document = request.json()
     key = request.headers.get("idempotency-key")
+    if isinstance(document, list):
+        return submit_batch(app, request, document, media)
+    if not isinstance(document, dict):
+        raise Malformed("the body must be an object, not " + shown(document))
+    wanted = check_submission(document, app.handlers)
     if key is None:
-        task_id = app.ledger.submit(type, params).id
+        task = app.ledger.submit(*wanted)
     else:
-        task_id = id_of_key(key)
         try:
-            app.ledger.submit_once(task_id, type, params)
+            task = app.ledger.submit_once(id_of_key(key), wanted)[0]
         except DifferentRequest:
-            detail = "this Idempotency-Key came with another type or params before"
+            detail = "this Idempotency-Key came with another task before"
             raise HTTPError(422, detail) from None
-    return submitted_reply(task_id, PENDING, 202, media)
+    return submitted_reply(app, request, task._replace(status=PENDING), 202, media)
+
+
+def submit_batch(app: App, request: Request, documents: Any, media: str) -> Reply:
+    """Submit all of these tasks or none."""
+    if "idempotency-key" in request.headers or patience_of(app, request)[0]:
+        raise HTTPError(400, "neither Idempotency-Key nor wait goes with an array")
+    tasks = app.ledger.submit_all(check_batch(documents, app.handlers))
+    if media == TEXT:
+        return text_reply("\n".join(task.id for task in tasks), 202)
+    return json_reply([{"id": t.id, "status": PENDING} for t in tasks], 202)
 
 
 def put_task(app: App, request: Request) -> Reply:
@@ -2046,26 +2719,48 @@ def put_task(app: App, request: Request) -> Reply:
     media = request.accepts(JSON, TEXT)
     if not _UUID.fullmatch(request.task_id):
         raise HTTPError(400, "the id must be a UUID, such as " + new_id())
-    submission = read_submission(app, request)
-    task, new = app.ledger.submit_once(request.task_id, *submission)
-    return submitted_reply(task.id, task.status, 202 if new else 200, media)
-
-
-def read_submission(app: App, request: Request) -> Tuple[str, bytes]:
-    """Return the type and the params of the task that a request's body asks for."""
     document = request.json()
     if not isinstance(document, dict):
         raise Malformed("the body must be an object, not " + shown(document))
-    check_submission(document, app.handlers)
-    return document["type"], to_json(document["params"])
+    wanted = check_submission(document, app.handlers)
+    task, new = app.ledger.submit_once(request.task_id, wanted)
+    return submitted_reply(app, request, task, 202 if new else 200, media)
 
 
-def submitted_reply(task_id: str, task_status: str, status: int, media: str) -> Reply:
-    """Answer a submit with the task's id."""
-    location = {"Location": "/api/v1/tasks/" + task_id}
+def submitted_reply(
+    app: App, request: Request, task: Task, status: int, media: str
+) -> Reply:
+    """Answer a submit with the task's id, or with its status if it ends in time."""
+    patience, headers = patience_of(app, request)
+    headers["Location"] = "/api/v1/tasks/" + task.id
     if media == TEXT:
-        return text_reply(task_id, status, **location)
-    return json_reply({"id": task_id, "status": task_status}, status, **location)
+        return text_reply(task.id, status, headers)
+    if patience:
+        with contextlib.suppress(UnknownTask, ForgottenTask):  # it was taken in, anyway
+            now = app.ledger.wait(task.id, patience)
+            if now.finished:
+                return json_reply(status_document(now), 200, headers)
+    return json_reply({"id": task.id, "status": task.status}, status, headers)
+
+
+def patience_of(app: App, request: Request) -> Tuple[float, Dict[str, str]]:
+    """Return for how many seconds a client wants to wait, and headers that say so.
+
+    That is said as ?wait=SECONDS or as the header Prefer: wait=SECONDS (RFC 7240).
+    """
+    try:
+        if "wait" in request.query:
+            return min(seconds(request.query["wait"]), app.max_wait), {}
+    except ValueError as right:
+        raise HTTPError(400, "wait must be %s" % right) from None
+    prefer = request.headers.get("prefer", "")
+    match = re.search(
+        r"(?:^|[,;])\s*wait\s*=\s*\"?([0-9]{1,9})\"?\s*(?:$|[,;])", prefer
+    )
+    if not match:
+        return 0, {}
+    wait = min(int(match.group(1)), app.max_wait)
+    return wait, {"Preference-Applied": "wait=%d" % wait}
 
 
 def id_of_key(key: str) -> str:
@@ -2092,21 +2787,105 @@ def list_tasks(app: App, request: Request) -> Reply:
 
 
 def show_task(app: App, request: Request) -> Reply:
-    """Tell a task's status."""
-    task = app.ledger.get(request.task_id)
+    """Tell a task's status; with ?wait=SECONDS, once it is finished."""
+    patience, headers = patience_of(app, request)
+    task = app.ledger.wait(request.task_id, patience)
     if request.accepts(JSON, TEXT) == TEXT:
-        return text_reply(task.status)
-    return json_reply(status_document(task, app.ledger.context(task.id)))
+        return text_reply(task.status, 200, headers)
+    document = status_document(task, app.ledger.context(task.id))
+    return json_reply(document, 200, headers)
 
 
 def show_result(app: App, request: Request) -> Reply:
-    """Give a finished task's result or error."""
-    task = app.ledger.finished(request.task_id)
+    """Give a finished task's result or error; with ?wait=SECONDS, wait for it."""
+    patience, headers = patience_of(app, request)
+    task = app.ledger.finished(request.task_id, patience)
     if request.accepts(JSON, TEXT) == JSON:
-        return Reply(200, result_document(task))
+        return Reply(200, result_document(task), JSON, headers)
     if task.status != COMPLETED:  # a script must not take an error for a result
         raise HTTPError(406, "the task is %s; as JSON there is more" % task.status)
-    return Reply(200, (task.result or b"null") + b"\n", TEXT)
+    return Reply(200, (task.result or b"null") + b"\n", TEXT, headers)
+
+
+def show_log(app: App, request: Request) -> Reply:
+    """Give the last lines of what a task has logged."""
+    task = app.ledger.get(request.task_id)
+    lines, dropped = app.ledger.feed.log_of(task.id)
+    if dropped:
+        lines.insert(0, "(%d lines before these were dropped)" % dropped)
+    text = "".join(line + "\n" for line in lines)
+    return Reply(200, text.encode("utf-8", "backslashreplace"), TEXT)
+
+
+def cancel_task(app: App, request: Request) -> Reply:
+    """Cancel a task: one that waits at once; one that runs is asked to stop."""
+    task = app.ledger.cancel(request.task_id)
+    document = status_document(task, app.ledger.context(task.id))
+    return json_reply(document, 200 if task.finished else 202)
+
+
+def task_events(app: App, request: Request) -> Reply:
+    """Follow a task: its status, progress and log as they change, until its end."""
+    return events_reply(app, request, request.task_id)
+
+
+def all_events(app: App, request: Request) -> Reply:
+    """Follow all tasks."""
+    return events_reply(app, request, "")
+
+
+def events_reply(app: App, request: Request, task_id: str) -> Reply:
+    """Answer with Server-Sent Events (html.spec.whatwg.org/#server-sent-events)."""
+    request.accepts(SSE)
+    feed, after, known = app.ledger.feed, None, True
+    last = request.headers.get("last-event-id", "")
+    if last:
+        match = re.fullmatch(feed.life + "-([0-9]{1,15})", last)
+        after, known = (int(match.group(1)), True) if match else (None, False)
+    task, watch, lacks = app.ledger.watch(task_id, after)
+    stream = event_stream(app, task, watch, bool(last), known and not lacks)
+    # Proxies that gather an answer before they pass it on are asked not to.
+    return Reply(200, b"", SSE, {"X-Accel-Buffering": "no"}, stream)
+
+
+def event_stream(
+    app: App, task: Optional[Task], watch: Watch, resumed: bool, complete: bool
+) -> Iterator[bytes]:
+    """Yield events as they come, until the task's end or that of the service."""
+    feed = app.ledger.feed
+    try:
+        yield b"retry: 1000\n\n"
+        if not complete:
+            yield b'event: gap\ndata: {"detail": "some events are no longer kept"}\n\n'
+        if task and (task.finished or not (resumed and complete)):
+            document = status_document(task, app.ledger.context(task.id))
+            yield b"event: status\ndata: %s\n\n" % to_json(document)
+            if task.finished:
+                return
+        while not watch.over:
+            news = watch.take(KEEP_ALIVE)
+            yield b"".join(encode_event(feed.life, event) for event in news) or b":\n\n"
+            if task and any(ends_stream(event) for event in news):
+                return
+    finally:
+        feed.leave(task.id if task else "", watch)
+
+
+def ends_stream(event: Event) -> bool:
+    """Whether nothing more will happen to the event's task."""
+    return event.kind == "gone" or (event.kind == "status" and event.what.finished)
+
+
+def encode_event(life: str, event: Event) -> bytes:
+    """Write an event as it goes out."""
+    if event.kind == "status":
+        document = status_document(event.what)
+    elif event.kind == "log":
+        document = {"id": event.task_id, "line": event.what}
+    else:
+        document = dict(event.what or {}, id=event.task_id)
+    text = b"id: %s-%d\nevent: %s\ndata: %s\n\n"
+    return text % (life.encode(), event.number, event.kind.encode(), to_json(document))
 
 
 def delete_task(app: App, request: Request) -> Reply:
@@ -2189,12 +2968,16 @@ class Route(NamedTuple):
 
 ROUTES = (
     Route("GET", "/", show_index),
-    Route("POST", "/api/v1/tasks", submit_task),
+    Route("POST", "/api/v1/tasks", submit_task, ("wait",)),
     Route("GET", "/api/v1/tasks", list_tasks, ("status", "type", "limit", "after")),
-    Route("GET", "/api/v1/tasks/{id}", show_task),
-    Route("PUT", "/api/v1/tasks/{id}", put_task),
-    Route("GET", "/api/v1/tasks/{id}/result", show_result),
+    Route("GET", "/api/v1/tasks/{id}", show_task, ("wait",)),
+    Route("PUT", "/api/v1/tasks/{id}", put_task, ("wait",)),
+    Route("GET", "/api/v1/tasks/{id}/result", show_result, ("wait",)),
+    Route("GET", "/api/v1/tasks/{id}/log", show_log),
+    Route("GET", "/api/v1/tasks/{id}/events", task_events),
+    Route("POST", "/api/v1/tasks/{id}/cancel", cancel_task),
     Route("DELETE", "/api/v1/tasks/{id}", delete_task),
+    Route("GET", "/api/v1/events", all_events),
     Route("GET", "/api/v1/types", list_types),
     Route("GET", "/healthz", show_health),
     Route("GET", "/readyz", show_readiness),
@@ -2283,6 +3066,7 @@ _HEADER = re.compile(
     r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)(?:\r\n|\Z)",
     re.MULTILINE,
 )
+_HOST = re.compile(r"([A-Za-z0-9._~%!$&'()*+;=-]+|\[[0-9A-Fa-f:.]+\])?(:[0-9]*)?")
 # Two of these are a contradiction; two of another header are a list.
 _ONCE = (
     "host",
@@ -2314,8 +3098,11 @@ def parse_head(head: bytes) -> Request:
             400, "the target must be a path, with what is special in it as %XX"
         )
     request = Request(method, target, "1.0" if minor == "0" else "1.1", _headers(block))
-    if "host" not in request.headers and request.version != "1.0":
+    host = request.headers.get("host")
+    if host is None and request.version != "1.0":
         raise HTTPError(400, "the header Host is missing")
+    if host and not _HOST.fullmatch(host):
+        raise HTTPError(400, "the header Host is not that of a host")
     return request
 
 
@@ -2346,7 +3133,8 @@ def encode_head(reply: Reply, date: str, version: str, keep: bool) -> bytes:
     ]
     if reply.status != 204:
         lines.append("Content-Type: " + reply.media)
-        lines.append("Content-Length: %d" % len(reply.body))
+        if reply.stream is None:
+            lines.append("Content-Length: %d" % len(reply.body))
         lines.append("Cache-Control: no-store")
         lines.append("X-Content-Type-Options: nosniff")
     lines += ["%s: %s" % header for header in reply.headers.items()]
@@ -2368,6 +3156,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.idle = False  # waits for a request of which nothing has come yet
         self.deadline = 0.0  # of the request that is being read
         self.bare = False  # it is a HEAD, so that its answer has no body
+        self.sending = False
         self.crowded = not self.server.admit(self.request, self)
         with contextlib.suppress(OSError):
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2395,7 +3184,10 @@ class Connection(socketserver.BaseRequestHandler):
         reply = self._reply_to(request)
         log.debug("%s %s: %d", request.method, request.path, reply.status)
         keep = request.keeps_alive and not self.crowded and not self.server.closing
+        keep = keep and reply.stream is None
         self._send(reply, request.version, keep, self.bare)
+        if reply.stream is not None:
+            self._send_stream(reply.stream)
         return keep
 
     def _reply_to(self, request: Request) -> Reply:
@@ -2431,6 +3223,8 @@ class Connection(socketserver.BaseRequestHandler):
         if not self.buffer and not self._await_request():
             return None
         self.deadline = time.monotonic() + self.server.request_timeout
+        if self.buffer.startswith(b"\r\n"):  # left over by some clients (RFC 9112, 2.2)
+            self.buffer = self.buffer[2:]
         while True:
             head, end, rest = self.buffer.partition(b"\r\n\r\n")
             if len(head) > MAX_HEAD:
@@ -2490,7 +3284,16 @@ class Connection(socketserver.BaseRequestHandler):
         data = data if bare else data + reply.body
         patience = self.server.send_timeout + len(data) / self.server.slowest
         self.request.settimeout(patience)
+        self.sending = True
         self.request.sendall(data)
+        self.sending = False
+
+    def _send_stream(self, stream: Iterator[bytes]) -> None:
+        """Send what comes, as it comes; who does not read it is dropped."""
+        with contextlib.closing(stream):  # type: ignore
+            self.request.settimeout(self.server.stream_timeout)
+            for data in () if self.bare else stream:
+                self.request.sendall(data)
 
     def _linger(self) -> None:
         """Drop what still comes: closing now would destroy our answer on its way."""
@@ -2515,6 +3318,7 @@ class Server(ThreadingHTTPServer):
     request_timeout = 20.0  # seconds until a request's last byte, more for its body
     slowest = 16_384  # bytes a second: what more is given for a long body or answer
     send_timeout = 60.0  # seconds to take a whole answer, and more for a long one
+    stream_timeout = 10.0  # seconds to take what is new of a stream
     linger_timeout = 2.0  # seconds
     reserve = 32  # connections past the limit, to be told so, and for probes
 
@@ -2572,8 +3376,9 @@ class Server(ThreadingHTTPServer):
             if before >= self.max_connections:
                 self._crowded.add(request)
         if before < self.max_connections + self.reserve:
-            super().process_request(request, client_address)
-            return
+            with contextlib.suppress(RuntimeError):  # the system has no thread left
+                super().process_request(request, client_address)
+                return
         reply = self.crowded_reply()
         request.setblocking(False)  # this is the thread that accepts: it must not wait
         with contextlib.suppress(OSError):
@@ -2603,8 +3408,12 @@ class Server(ThreadingHTTPServer):
         """Log what a connection did not expect; called by socketserver."""
         log.error("connection of %s failed", client_address, exc_info=True)
 
-    def close(self, patience: float = 5.0) -> None:
-        """Stop listening; wait so many seconds until what came in is answered."""
+    def close(self, patience: float = 0.0) -> None:
+        """Stop listening, and answer what has come in.
+
+        Waits five seconds at most for requests of which a part is missing, and so many
+        for answers that are being read.
+        """
         self.closing = True
         self.shutdown()
         self._accept_rest()
@@ -2615,13 +3424,17 @@ class Server(ThreadingHTTPServer):
                 if connection and connection.idle:
                     with contextlib.suppress(OSError):
                         request.shutdown(socket.SHUT_RD)
-            self._changed.wait_for(lambda: not self._connections, patience)
+            self._changed.wait_for(lambda: not self._connections, 5.0)
+            self._changed.wait_for(lambda: not self._are_sending(), patience)
+
+    def _are_sending(self) -> bool:
+        return any(c and c.sending for c in self._connections.values())
 
     def _accept_rest(self) -> None:
         """Take in those who were connected before the end but not yet accepted."""
         with contextlib.suppress(OSError, RuntimeError):  # nobody left, or no thread
             self.socket.setblocking(False)
-            while True:
+            for _ in range(self.request_queue_size):  # no more, or it would never end
                 request, client_address = self.socket.accept()
                 request.setblocking(True)
                 self.process_request(request, client_address)
@@ -2635,7 +3448,6 @@ class Server(ThreadingHTTPServer):
 # some task was given up, 2 when it could not start.
 # ======================================================================
 
-GRACE = 3.0  # seconds that handlers have to stop once they are told to
 JOURNAL_PATIENCE = 5.0  # seconds that the last writing may take
 
 # What is recorded in the place where signal handlers record their number.
@@ -2659,10 +3471,13 @@ class Service:
             settings["RESULT_LIMIT"],
             settings["RESULT_BYTES"],
             settings["RESULT_TTL"],
+            grace=settings["GRACE"],
+            stuck=settings["STUCK_LIMIT"],
         )
-        self.ledger = Ledger(limits, journal=self.journal)
+        rules = functools.partial(rules_of, handlers, settings["TASK_TIMEOUT"])
+        self.ledger = Ledger(limits, journal=self.journal, rules=rules)
         self.pool = Pool(self.ledger, handlers, settings["WORKER_COUNT"])
-        self.server = self._listen(App(self.ledger, handlers))
+        self.server = self._listen(App(self.ledger, handlers, settings["MAX_WAIT"]))
 
     def _listen(self, app: App) -> Server:
         host, port = self.settings["HOST"], self.settings["PORT"]
@@ -2676,7 +3491,14 @@ class Service:
             ) from None
 
     def start(self) -> None:
-        """Begin to work and to listen."""
+        """Begin to work and to listen; raises SettingsError."""
+        workers, url = self.settings["WORKER_COUNT"], self.server.url
+        log.info("listening on %s, %d workers, pid %d", url, workers, os.getpid())
+        if self.journal:
+            counts, interrupted = self.ledger.counts(), self.ledger.interrupted
+            text = "journal %s: %d tasks wait, %d are finished, %d were interrupted"
+            found = counts.pending, counts.finished, interrupted
+            log.info(text, self.journal.path, *found)
         self.pool.start()
         # In a thread of its own, so that shutdown() may wait for it.
         threading.Thread(
@@ -2685,24 +3507,10 @@ class Service:
             name="server",
             daemon=True,
         ).start()
-        workers = self.settings["WORKER_COUNT"]
-        log.info(
-            "listening on %s, %d workers, pid %d", self.server.url, workers, os.getpid()
-        )
-        if self.journal:
-            counts, interrupted = self.ledger.counts(), self.ledger.interrupted
-            message = "journal %s: %d tasks wait, %d are finished, %d were interrupted"
-            log.info(
-                message, self.journal.path, counts.pending, counts.finished, interrupted
-            )
 
     def run(self, events: Events) -> int:
         """Serve until a signal is recorded in `events`; return the exit code."""
-        while True:
-            number = _next_event(events, 60)
-            if number is not None:
-                break
-            self.ledger.expire()  # of an idle service, too, memory is freed
+        number = _next_event(events, None)
         ran, left = self._drain(signal.Signals(number).name, events)
         put_back = sum(task.id in ran for task in left)
         if self.journal:
@@ -2714,13 +3522,15 @@ class Service:
             return 0 if saved else 1
         for task in left:
             line = {"id": task.id, "type": task.type, "params": json.loads(task.params)}
-            log.error("given up: %s", to_json(line).decode())
+            text = json.dumps(line).replace("\x7f", "\\u007f")  # still JSON in the log
+            log.error("given up: %s", text)
         log.info("stopped, %d tasks given up", len(left))
         return 1 if left else 0
 
     def _drain(self, name: str, events: Events) -> Tuple[List[str], List[Task]]:
         """Let tasks finish, or stop them; return ids of what ran, and what is left."""
         patience, waiting = self.settings["DRAIN_TIMEOUT"], self.ledger.counts().pending
+        end = time.monotonic() + patience
         ran = self.ledger.drain(lambda: events.put(_DONE))
         message = "%s: draining, %d running and %d waiting, for %g s at most"
         log.info(message, name, len(ran), waiting, patience)
@@ -2732,18 +3542,19 @@ class Service:
             )
             self.ledger.halt()
             if event is None:
-                event = _next_event(events, GRACE)
+                event = _next_event(events, self.settings["GRACE"])
         left = self.ledger.give_up()
+        self.ledger.feed.close()
         if event in (None, _DONE):  # else a second signal: no time for courtesy
-            self._hang_up(events)
+            self._hang_up(events, end - time.monotonic())
         return ran, left
 
-    def _hang_up(self, events: Events) -> None:
+    def _hang_up(self, events: Events, patience: float) -> None:
         """Stop listening once what came in is answered, or a signal comes."""
 
         def close() -> None:
             try:
-                self.server.close()
+                self.server.close(patience)
             finally:
                 events.put(_CLOSED)
 
@@ -2754,6 +3565,7 @@ class Service:
     def close(self) -> None:
         """Stop at once: handlers are told to stop, requests in flight are answered."""
         self.ledger.halt()
+        self.ledger.feed.close()
         self.server.close()
         if self.journal:
             self.ledger.give_up()
@@ -2762,10 +3574,15 @@ class Service:
 
 def _next_event(events: Events, patience: Optional[float]) -> Any:
     """Wait for what is recorded next; None when that takes longer than `patience`."""
-    try:
-        return events.get(timeout=patience)
-    except queue.Empty:
-        return None
+    end = math.inf if patience is None else time.monotonic() + patience
+    while True:
+        # By and by, since a signal that the system gave to another thread does not end
+        # this one's wait, and its handler runs only once this thread goes on.
+        wait = min(0.25, end - time.monotonic())
+        with contextlib.suppress(queue.Empty):
+            return events.get(timeout=max(0, wait))
+        if wait < 0.25:
+            return None
 
 
 class LogFormatter(logging.Formatter):
@@ -2777,7 +3594,7 @@ class LogFormatter(logging.Formatter):
         text = "%s %s" % (timestamp(record.created), _escaped(first))
         if record.exc_info:
             lines = self.formatException(record.exc_info).splitlines()
-            text += "".join("\n  " + _escaped(line) for line in lines)
+            text += "".join("\n  " + _escaped(line[:2000]) for line in lines)
         return text
 
 
@@ -2805,21 +3622,26 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for file in settings["HANDLERS"]:
             load_handlers(file)
         service = Service(settings)
+        events = _record_signals()
+        service.start()
     except (SettingsError, HandlerError, JournalError) as error:
         print("longtasks: %s" % _escaped(str(error)), file=sys.stderr)
         return 2
+    return service.run(events)
+
+
+def _record_signals() -> Events:
+    """Have signals recorded, and return where."""
     # A signal handler only records: it may run in the midst of anything, and put()
     # of a SimpleQueue is one of the few things that are safe there.
     events: Events = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: events.put(number))
-    service.start()
-    code = service.run(events)
-    if service.pool.busy():  # a handler that does not stop must not hold up the exit
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return events
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    # Not sys.exit(), which would wait for threads that handlers have left behind.
+    os._exit(code)

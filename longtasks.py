@@ -31,6 +31,7 @@ The rooms of this house, each using only those above it: settings, tasks and
 their states, handlers, journal, ledger, workers, HTTP, command line and main.
 """
 
+import codecs
 import contextlib
 import errno
 import functools
@@ -47,6 +48,9 @@ import queue
 import random
 import re
 import sched
+import selectors
+import shlex
+import shutil
 import signal
 import socket
 import socketserver
@@ -138,12 +142,13 @@ class Setting(NamedTuple):
     check: Callable[[str], Any]  # raises ValueError(what would be right)
     help: str
     metavar: str = "N"
-    many: bool = False  # a flag that repeats; separated as PATH is in the environment
+    many: str = ""  # of a flag that may repeat: what separates in the environment
 
     @property
     def flag(self) -> str:
-        """The command line's name for it: WORKER_COUNT is --worker-count."""
-        return "--" + self.name.lower().replace("_", "-")
+        """The command line's name: --worker-count for WORKER_COUNT, one --command."""
+        name = self.name[:-1] if self.name == "COMMANDS" else self.name
+        return "--" + name.lower().replace("_", "-")
 
     def read(self, text: str) -> Any:
         """Return the value that `text` stands for, or raise SettingsError."""
@@ -167,7 +172,10 @@ SETTINGS = (
         "debug, info, warning or error",
         "LEVEL",
     ),
-    Setting("HANDLERS", "", str, "Python file that registers task types", "FILE", True),
+    Setting(
+        "HANDLERS", "", str, "Python file that registers task types", "FILE", os.pathsep
+    ),
+    Setting("COMMANDS", "", str, "program that becomes a task type", "NAME=LINE", "\n"),
     Setting("DB", "", str, "SQLite file that keeps the tasks, made if need be", "FILE"),
     Setting(
         "TASK_TIMEOUT",
@@ -231,7 +239,7 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     for setting in SETTINGS:
         flag, variable = given[setting.name], environ.get(setting.name)
         if setting.many:
-            texts = flag or (variable or setting.default).split(os.pathsep)
+            texts = flag or (variable or setting.default).split(setting.many)
             settings[setting.name] = [setting.read(text) for text in texts if text]
         else:
             text = flag if flag is not None else variable or setting.default
@@ -583,6 +591,10 @@ class Cancelled(BaseException):
     """
 
 
+class Failure(Exception):
+    """Raised by what this file runs itself; its text is the task's error as it is."""
+
+
 class Retry(Exception):
     """Raised by a handler that wants to be run again, `after` so many seconds.
 
@@ -606,7 +618,16 @@ Tell = Callable[["Context", str, Any], None]  # told: "progress" or "log", and w
 class Context:
     """What a handler knows of its task, and its line to those who watch it."""
 
-    __slots__ = ("task_id", "attempt", "why", "_progress", "_stop", "_tell", "_told_at")
+    __slots__ = (
+        "task_id",
+        "attempt",
+        "why",
+        "_progress",
+        "_stop",
+        "_on_stop",
+        "_tell",
+        "_told_at",
+    )
 
     def __init__(
         self, task_id: str, attempt: int = 1, tell: Tell = lambda *told: None
@@ -618,6 +639,7 @@ class Context:
         self.why = ""  # it is to stop
         self._progress: Optional[Tuple[float, str]] = None
         self._stop = threading.Event()
+        self._on_stop: Optional[Callable[[], None]] = None
         self._tell = tell
         self._told_at = 0.0
 
@@ -634,9 +656,9 @@ class Context:
             self._told_at = now
             self._tell(self, "progress", self.progress_document())
 
-    def log(self, text: str) -> None:
+    def log(self, text: str, level: int = logging.INFO) -> None:
         """Add a line to the task's log, and to the service's."""
-        log.info("task %s: %s", self.task_id, text)
+        log.log(level, "task %s: %s", self.task_id, text)
         self._tell(self, "log", str(text))
 
     def sleep(self, seconds: float) -> None:
@@ -661,6 +683,17 @@ class Context:
         """
         self.why = self.why or why
         self._stop.set()
+        if self._on_stop:
+            self._on_stop()
+
+    def on_stop(self, do: Optional[Callable[[], None]]) -> None:
+        """Have something done as soon as the task is to stop, perhaps now, even twice.
+
+        It is called by whoever stops the task, so it must neither wait nor raise.
+        """
+        self._on_stop = do
+        if do and self._stop.is_set():
+            do()
 
     def progress_document(self) -> Optional[Dict[str, Any]]:
         """The latest progress, as a status document shows it; None at first."""
@@ -732,12 +765,10 @@ def handler(
     it raises becomes its error. Raises HandlerError for a name that is taken and for
     a signature that can't be served.
     """
-    if not isinstance(name, str) or not 0 < len(name) <= 100 or not name.isprintable():
-        raise HandlerError("a task type's name is 1 to 100 printable characters")
+    _check_name(name)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        if name in HANDLERS:
-            raise HandlerError("the task type %s is registered twice" % shown(name))
+        _check_name(name)
         try:
             _check_rules(rules)
             HANDLERS[name] = _inspected(name, function, limits or {}, rules)
@@ -746,6 +777,13 @@ def handler(
         return function
 
     return register
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not 0 < len(name) <= 100 or not name.isprintable():
+        raise HandlerError("a task type's name is 1 to 100 printable characters")
+    if name in HANDLERS:
+        raise HandlerError("the task type %s is registered twice" % shown(name))
 
 
 def _check_rules(rules: Mapping[str, float]) -> None:
@@ -918,7 +956,8 @@ def problems(value: Any, schema: Schema, path: Path = ()) -> Iterator[Problem]:
     """Yield what is wrong with a value from JSON: the one reader of schemas here.
 
     It knows the words of JSON Schema (draft 2020-12) that this file writes: type,
-    enum, anyOf, minimum, maximum, properties, required, additionalProperties, items.
+    enum, anyOf, minimum, maximum, maxLength, pattern, properties, required,
+    additionalProperties, items.
     """
     if not isinstance(schema, dict):
         if not schema:
@@ -958,6 +997,9 @@ def _fits(value: Any, schema: Dict[str, Any]) -> bool:
         return False
     if "type" in schema and type(value) not in _JSON_TYPES[schema["type"]][0]:
         return False
+    if type(value) is str:
+        most, pattern = schema.get("maxLength", len(value)), schema.get("pattern", "")
+        return len(value) <= most and bool(re.search(pattern, value))
     if type(value) in (int, float):
         low, high = schema.get("minimum", value), schema.get("maximum", value)
         return bool(low <= value <= high)
@@ -971,6 +1013,8 @@ def _in_words(schema: Dict[str, Any]) -> str:
         words = " or ".join(_in_words(s) for s in schema["anyOf"])
     else:
         words = _JSON_TYPES[schema["type"]][1] if "type" in schema else "a value"
+    if "pattern" in schema:
+        words += " " + schema["description"]
     if "minimum" in schema:
         words += " from %s" % shown(schema["minimum"])
     if "maximum" in schema:
@@ -1074,6 +1118,8 @@ def describe(error: BaseException) -> str:
     except BaseException:  # even SystemExit, in a class of the handler's own
         text = "(its text can't be read)"
     line = name + (": " + text if text else "")
+    if isinstance(error, Failure):
+        line = text
     line = line.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
     return line if len(line) <= MAX_ERROR else line[: MAX_ERROR - 3] + "..."
 
@@ -1089,6 +1135,287 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
             step / steps, "%g of %g s" % (round(duration * step / steps, 1), duration)
         )
     return {"message": "Long computation completed successfully", "duration": duration}
+
+
+# -- programs --------------------------------------------------------------
+#
+# A program becomes a task type by one line, such as
+#
+#     backup=rsync -a --info=progress2 {src} {to=/backup/}
+#
+# It is split once, as a shell would, but no shell ever sees it: a placeholder's
+# value stays within its word, whatever it holds.
+
+MAX_ARGUMENT = 4096  # characters of a placeholder's value
+MAX_OUTPUT = 16 << 10  # characters of a program's output that go into its result
+SECRETS = frozenset({"API_TOKEN"})  # of the environment, no business of a program's
+
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?:=([^{}]*))?\}")
+_PERCENT = re.compile(r"([0-9]{1,3}(?:[.,][0-9]+)?) ?%")
+_WORD: Dict[str, Any] = {
+    "type": "string",
+    "maxLength": MAX_ARGUMENT,
+    "pattern": r"^[^\x00\ud800-\udfff]*$",
+    "description": "of at most %d characters, without NUL" % MAX_ARGUMENT,
+}
+_FIRST_WORD = dict(
+    _WORD,
+    pattern=r"^(?!-)[^\x00\ud800-\udfff]*$",
+    description=_WORD["description"] + ", that does not begin with -",
+)
+
+
+class Program:
+    """A program as a task type. Raises HandlerError for a line that can't be one.
+
+    `grace` is the seconds from SIGTERM to SIGKILL.
+    """
+
+    def __init__(self, line: str, grace: float) -> None:
+        self.grace = grace
+        self.name, equals, command = line.partition("=")
+        try:
+            self.words = shlex.split(command)
+        except ValueError as error:
+            raise HandlerError("its quotes don't fit: %s" % error) from None
+        if not equals or not self.words:
+            raise HandlerError("write NAME=PROGRAM ARGUMENTS")
+        if not hasattr(os, "killpg"):
+            raise HandlerError("this system has no process groups")
+        found = shutil.which(self.words[0])
+        if found is None:
+            raise HandlerError("there is no program %s" % shown(self.words[0]))
+        self.words[0] = found
+        self.__doc__ = command.strip()
+        self.schema = self._schema()
+
+    def _schema(self) -> Dict[str, Any]:
+        """The JSON Schema of the placeholders."""
+        defaults: Dict[str, Optional[str]] = {}
+        bare: Set[str] = set()  # where nothing keeps the value from being an option
+        for word in self.words[1:]:
+            end = 0
+            for match in _PLACEHOLDER.finditer(word):
+                name, default = match.groups()
+                if defaults.setdefault(name, default) != default:
+                    raise HandlerError("{%s} has two defaults" % name)
+                if match.start() == end:
+                    bare.add(name)
+                    end = match.end()
+        properties = {name: _FIRST_WORD if name in bare else _WORD for name in defaults}
+        for name, default in defaults.items():
+            if default is not None:
+                properties[name] = dict(properties[name], default=default)
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": [name for name in defaults if defaults[name] is None],
+            "additionalProperties": False,
+        }
+
+    def arguments(self, params: Mapping[str, str]) -> List[str]:
+        """Return the words with the params in their places."""
+
+        def value(match: "re.Match[str]") -> str:
+            return params.get(match.group(1), match.group(2) or "")
+
+        words = [_PLACEHOLDER.sub(value, word) for word in self.words[1:]]
+        return [self.words[0], *words]
+
+    def __call__(self, params: Mapping[str, str], ctx: Context) -> Dict[str, Any]:
+        """Run it to its end; raises Failure when that is not a good one."""
+        import subprocess
+
+        environ = {k: v for k, v in os.environ.items() if k not in SECRETS}
+        process = subprocess.Popen(
+            self.arguments(params),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(environ, LONGTASKS_TASK_ID=ctx.task_id),
+            start_new_session=True,  # a process group of its own
+        )
+        output = ProgramOutput(process.stdout, ctx)
+        self._follow(process, ctx)
+        output.end()
+        if process.returncode == 0:
+            return {"exit_code": 0, "output": output.tail()}
+        ctx.check()
+        how = "exit code %d" % process.returncode
+        if process.returncode < 0:
+            how = "killed by " + signal.Signals(-process.returncode).name
+        raise Failure((how + "\n" + output.tail()[-MAX_ERROR + 100 :]).strip())
+
+    def _follow(self, process: Any, ctx: Context) -> None:
+        """Wait for the end of a program, its own or that of its task."""
+        group = process.pid
+        GUARD.add(group)
+        ctx.on_stop(functools.partial(self._stop, group))
+        if hasattr(os, "waitid"):  # has ended then, but its number is not free yet
+            os.waitid(os.P_PID, group, os.WEXITED | os.WNOWAIT)
+        else:
+            process.wait()
+        _signal_group(group, signal.SIGKILL)  # whom it left behind
+        GUARD.remove(group)
+        ctx.on_stop(None)
+        process.wait()
+
+    def _stop(self, group: int) -> None:
+        """Ask a program to stop, and kill it when it does not."""
+        _signal_group(group, signal.SIGTERM)
+        timer = threading.Timer(self.grace, _signal_group, (group, signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+
+
+def _signal_group(group: int, number: int) -> None:
+    if GUARD.knows(group):  # else it is over, and its number may be another's
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, number)
+
+
+class ProgramOutput:
+    """Reads what a program writes: its lines are logged, percentages are progress."""
+
+    def __init__(self, file: Any, ctx: Context) -> None:
+        self._file = file
+        self._ctx = ctx
+        self._over = False
+        self._rest = ""  # of a line that is not complete
+        self._tail: Deque[str] = deque()
+        self._tail_size = 0
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Read the rest, of a program that has ended, and stop."""
+        self._over = True
+        self._thread.join()
+        self._file.close()
+
+    def tail(self) -> str:
+        """The last lines of it."""
+        return "".join(self._tail)[-MAX_OUTPUT:]
+
+    def _read(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._file, selectors.EVENT_READ)
+            # Who left the program's group may hold on to its output without an end.
+            while selector.select(0.5) or not self._over:
+                if selector.select(0):
+                    data = os.read(self._file.fileno(), 65536)
+                    if not data:
+                        break
+                    self._take(decoder.decode(data))
+        if self._rest:
+            self._add_line(self._rest)
+
+    def _take(self, text: str) -> None:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._add_line(line)
+        if len(self._rest) > 65536:
+            self._add_line(self._rest)
+            self._rest = ""
+        elif self._rest:
+            self._note_progress(self._rest)
+
+    def _add_line(self, line: str) -> None:
+        line = line.rstrip("\r").rpartition("\r")[2]  # what a terminal would show
+        self._note_progress(line)
+        self._ctx.log(line, logging.DEBUG)
+        self._tail.append(line + "\n")
+        self._tail_size += len(line) + 1
+        while self._tail_size > MAX_OUTPUT and len(self._tail) > 1:
+            self._tail_size -= len(self._tail.popleft())
+
+    def _note_progress(self, text: str) -> None:
+        found = _PERCENT.findall(text)
+        if found:
+            last = text.rstrip("\r").rpartition("\r")[2].strip()
+            with contextlib.suppress(Cancelled):
+                percent = float(found[-1].replace(",", "."))
+                self._ctx.progress(percent / 100, last)
+
+
+class Guard:
+    """Kills the programs that still run when this process dies, however it dies.
+
+    That is what a small process of its own does: it knows the programs' process groups,
+    and is told by the end of its input that this one is no more.
+    """
+
+    SOURCE = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+groups = set()
+for line in sys.stdin:
+    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards what follows, and the order of writing
+        self._groups: Set[int] = set()
+        self._process: Any = None
+
+    def add(self, group: int) -> None:
+        """Watch over a process group."""
+        with self._lock:
+            self._groups.add(group)
+            self._write("+%d\n" % group)
+
+    def remove(self, group: int) -> None:
+        """Let it go: it is over."""
+        with self._lock:
+            self._groups.discard(group)
+            self._write("-%d\n" % group)
+
+    def knows(self, group: int) -> bool:
+        """Whether it is watched over."""
+        return group in self._groups
+
+    def _write(self, text: str) -> None:
+        """Tell the process, which is started again if it died. Assumes the lock."""
+        for _ in range(2):
+            try:
+                self._process.stdin.write(text.encode())
+                self._process.stdin.flush()
+                return
+            except (AttributeError, OSError):
+                self._start()
+                text = "".join("+%d\n" % group for group in self._groups)
+        log.error("nobody will stop programs if this process is killed")
+
+    def _start(self) -> None:
+        import subprocess
+
+        with contextlib.suppress(OSError):
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", self.SOURCE],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+
+
+GUARD = Guard()
+
+
+def register_command(line: str, grace: float) -> None:
+    """Make a task type of a line such as "backup=rsync -a {src} /backup/"."""
+    try:
+        program = Program(line, grace)
+        _check_name(program.name)
+    except HandlerError as error:
+        raise HandlerError("--command %s: %s" % (shown(line), error)) from None
+    made = Handler(program.name, program, program.schema, True, "ctx", {})
+    HANDLERS[program.name] = made
 
 
 # ======================================================================
@@ -2308,7 +2635,8 @@ def run_one(
     except Retry as error:
         return Outcome(PENDING, error=describe(error), after=_seconds(error.after))
     except BaseException as error:  # SystemExit too: it must not end the worker
-        _log_raised(task)
+        if not isinstance(error, Failure):
+            _log_raised(task)
         return Outcome(FAILED, error=describe(error))
     return _outcome_of(value, max_result)
 
@@ -3621,6 +3949,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         start_logging(settings["LOG_LEVEL"])
         for file in settings["HANDLERS"]:
             load_handlers(file)
+        for line in settings["COMMANDS"]:
+            register_command(line, settings["GRACE"] / 2)
         service = Service(settings)
         events = _record_signals()
         service.start()

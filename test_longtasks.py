@@ -225,6 +225,7 @@ def test_defaults_are_those_that_were_promised():
         "WORKER_COUNT": 10,
         "LOG_LEVEL": "info",
         "HANDLERS": [],
+        "COMMANDS": [],
         "DB": "",
         "TASK_TIMEOUT": 0,
         "GRACE": 3,
@@ -1835,6 +1836,12 @@ def test_a_batch_is_one_commit(tmp_path):
         ledger.journal.free()
         ledger.submit_all([asked(b"{}")] * 500)
         assert [len(records) for records in ledger.journal.commits] == [500]
+        asked_for = []
+        ledger.journal.append = lambda keep, *records: asked_for.append(records)
+        ledger._take_in([("x", asked(b"{}"))] * 3)
+        assert [len(records) for records in asked_for] == [3]
+        ledger._submitting.clear()
+        del ledger.journal.append
         ledger.journal.failure = sqlite3.OperationalError("full")
         with pytest.raises(longtasks.Unavailable):
             ledger.submit_all([asked(b"{}")] * 2)
@@ -2195,6 +2202,228 @@ def test_a_thread_that_cannot_be_started_is_tried_again(gate, monkeypatch):
         for _ in range(5):
             result_of(service, submitted(service, "gate"))
         assert denied
+
+
+# -- programs --------------------------------------------------------------
+
+
+def program(line, grace=0.2):
+    return longtasks.Program(line, grace)
+
+
+def run_program(line, params=None, context=None, grace=0.2):
+    """The outcome of a program, run as by a worker, and the context."""
+    context = context or Context(
+        "id", 1, lambda *told: told_of(context).append(told[1:])
+    )
+    handlers = {}
+    made = program(line, grace)
+    handlers["t"] = longtasks.Handler("t", made, made.schema, True, "ctx", {})
+    return outcome_of(handlers, "t", params or {}, context, 100_000), context
+
+
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        ("backup", "write NAME=PROGRAM"),
+        ("backup=", "write NAME=PROGRAM"),
+        ("=ls", "a task type's name is"),
+        ("backup=ls 'x", "its quotes don't fit"),
+        ("backup=no-such-program x", 'there is no program "no-such-program"'),
+        ("backup={program} x", "there is no program"),
+        ("backup=echo {a=1} {a=2}", "{a} has two defaults"),
+        ("long_computation=ls", "is registered twice"),
+    ],
+)
+def test_a_line_that_is_no_program_is_one_line_and_code_2(line, why, capsys):
+    assert longtasks.main(["--port", "0", "--command", line]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert why in err
+
+
+def test_commands_come_from_repeated_flags_or_lines():
+    read = longtasks.read_settings
+    lines = ["a=echo x:y", "b=echo"]
+    assert read([], {"COMMANDS": "\n".join(lines) + "\n"})["COMMANDS"] == lines
+    flags = ["--command", "a=ls", "--command", "b=ls"]
+    assert read(flags, {})["COMMANDS"] == ["a=ls", "b=ls"]
+
+
+def test_placeholders_become_params():
+    schema = program("t=echo {a} x{b=1}{a} {c=} '{d=two words}' {} {e").schema
+    assert list(schema["properties"]) == ["a", "b", "c", "d"]
+    assert schema["required"] == ["a"]
+    assert schema["additionalProperties"] is False
+    defaults = {name: p.get("default") for name, p in schema["properties"].items()}
+    assert defaults == {"a": None, "b": "1", "c": "", "d": "two words"}
+
+
+def test_a_value_stays_within_its_word_and_no_shell_sees_it():
+    made = program("t=echo -- {a} 'x {b=1} y' {a}{b=1} {}")
+    words = ["--", "$(id) ; ls | *", "x 1 y", "$(id) ; ls | *1", "{}"]
+    assert made.arguments({"a": "$(id) ; ls | *"})[1:] == words
+    outcome, _ = run_program("t=printf '%s|' {a} {b}", {"a": "{b}", "b": "$HOME `id`"})
+    assert json.loads(outcome.result) == {"exit_code": 0, "output": "{b}|$HOME `id`|\n"}
+
+
+@pytest.mark.parametrize(
+    "line, params, good",
+    [
+        ("t=echo {a}", {"a": "-rf"}, False),
+        ("t=echo {a}.txt", {"a": "-rf"}, False),
+        ("t=echo {a=}{b}", {"b": "-rf"}, False),
+        ("t=echo x{a} {a}", {"a": "-rf"}, False),
+        ("t=echo x{a}", {"a": "-rf"}, True),
+        ("t=echo --to={a}", {"a": "-1"}, True),
+        ("t=echo {a}", {"a": "a\0b"}, False),
+        ("t=echo {a}", {"a": "a\nb -c"}, True),
+        ("t=echo {a}", {"a": "\ud800"}, False),
+        ("t=echo {a}", {"a": "x" * 4096}, True),
+        ("t=echo {a}", {"a": "x" * 4097}, False),
+        ("t=echo {a}", {"a": 1}, False),
+        ("t=echo {a}", {"a": ""}, True),
+        ("t=echo {a}", {"b": "x"}, False),
+    ],
+)
+def test_a_value_that_could_be_an_option_is_refused(line, params, good):
+    assert (not list(longtasks.problems(params, program(line).schema))) == good
+
+
+def test_its_output_is_the_log_and_its_tail_the_result():
+    outcome, context = run_program(
+        "t=sh -c 'echo one; echo two >&2; printf %s é; yes | head -20000 | tr -d y'"
+    )
+    result = json.loads(outcome.result)
+    assert result["exit_code"] == 0
+    assert len(result["output"]) <= longtasks.MAX_OUTPUT
+    logged = [line for kind, line in told_of(context) if kind == "log"]
+    assert logged[:2] == ["one", "two"]
+    assert len(logged) > 20_000
+
+
+def told_of(context, told={}):
+    return told.setdefault(id(context), [])
+
+
+@pytest.mark.parametrize(
+    "text, percent, message",
+    [
+        ("  1,234  45%  1.2MB/s\\r", 45, "1,234  45%  1.2MB/s"),
+        ("10%\\r20.5 %\\r", 20.5, "20.5 %"),
+        ("a 7,5% b\\n", 7.5, "a 7,5% b"),
+        ("140%\\n", 100, "140%"),
+        ("no number %\\n", None, None),
+    ],
+)
+def test_a_percentage_in_its_output_is_its_progress(text, percent, message):
+    _, context = run_program("t=printf {text}", {"text": text.replace("%", "%%")})
+    progress = context.progress_document()
+    expected = percent and {"percent": percent, "message": message}
+    assert progress == expected
+
+
+@pytest.mark.parametrize(
+    "script, error",
+    [
+        ("echo why; exit 3", "exit code 3\nwhy"),
+        ("exit 1", "exit code 1"),
+        ("kill -9 $$", "killed by SIGKILL"),
+        ("kill -SEGV $$", "killed by SIGSEGV"),
+    ],
+)
+def test_a_program_that_fails_fails_its_task(script, error):
+    outcome, _ = run_program("t=sh -c {script}", {"script": script})
+    assert (outcome.status, outcome.error) == ("failed", error)
+
+
+def test_the_end_of_a_failed_programs_output_is_in_the_error():
+    script = "yes | head -100000; echo the reason; exit 1"
+    outcome, _ = run_program("t=sh -c {script}", {"script": script})
+    assert len(outcome.error) <= longtasks.MAX_ERROR
+    assert outcome.error.endswith("y\nthe reason")
+
+
+def test_a_program_has_no_input_no_secrets_and_its_tasks_id(monkeypatch):
+    monkeypatch.setenv("API_TOKEN", "secret")
+    monkeypatch.setenv("OTHER", "kept")
+    script = "cat; echo $LONGTASKS_TASK_ID:$API_TOKEN:$OTHER"
+    outcome, _ = run_program("t=sh -c {script}", {"script": script})
+    assert json.loads(outcome.result)["output"] == "id::kept\n"
+
+
+STUBBORN = (
+    "t=sh -c 'trap : TERM; echo $$; sleep 1000 & echo $!; while :; do wait; done'"
+)
+OBEDIENT = "t=sh -c 'echo $$; sleep 1000 & echo $!; wait'"
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended but was not waited for does not."""
+    try:
+        with open("/proc/%d/stat" % pid) as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@pytest.mark.parametrize("line", [STUBBORN, OBEDIENT])
+def test_a_program_and_its_children_end_when_the_task_is_to_stop(line):
+    context = Context("id", 1, lambda *told: told_of(context).append(told[1:]))
+    done = background(lambda: run_program(line, context=context))
+    until(lambda: len(told_of(context)) == 2)
+    pids = [int(line) for _, line in told_of(context)]
+    assert all(map(alive, pids))
+    context.cancel()
+    outcome, _ = done.result(LONG)
+    assert outcome.status == "cancelled"
+    until(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+def test_a_program_leaves_no_child_behind():
+    outcome, _ = run_program("t=sh -c 'sleep 1000 & echo $!'")
+    pid = int(json.loads(outcome.result)["output"])
+    until(lambda: not alive(pid))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_programs_end_with_the_service_however_it_ends(number):
+    flags = ["--command", STUBBORN, "--drain-timeout", "0", "--grace", "0.4"]
+    with process(*flags) as running:
+        task_id = submitted(running.port, "t")
+        path = "/api/v1/tasks/%s/log" % task_id
+        until(lambda: len(call(running.port, "GET", path).body.split()) == 2)
+        pids = [int(line) for line in call(running.port, "GET", path).body.split()]
+        running.signal(number)
+        assert running.wait() == (1 if number == signal.SIGTERM else -9)
+        until(lambda: not any(map(alive, pids)))
+
+
+def test_the_guard_is_started_again_when_it_died():
+    guard = longtasks.Guard()
+    guard.add(2**22 + 1)
+    guard._process.kill()
+    guard._process.wait()
+    until(lambda: guard.remove(2**22 + 1) or guard._process.poll() is None)
+    guard._process.stdin.close()
+    assert guard._process.wait(LONG) == 0
+
+
+def test_a_program_that_times_out_says_so(registry):
+    longtasks.register_command("nap=sleep {seconds}", 0.2)
+    with serving() as service:
+        document = {"type": "nap", "params": {"seconds": "1000"}, "timeout": 0.05}
+        answer = call(service, "POST", "/api/v1/tasks?wait=20", document)
+        result = result_of(service, answer.json["id"])
+        assert result["error"] == "timed out after 0.05 s"
+        assert call(service, "GET", "/api/v1/types").json["types"][1] == {
+            "type": "nap",
+            "description": "sleep {seconds}",
+            "params": registry["nap"].schema,
+        }
 
 
 # ======================================================================
@@ -4083,11 +4312,50 @@ def test_given_up_tasks_are_submitted_again_by_the_line_of_the_readme(tmp_path, 
         assert result_of(running.port, json.loads(out)["id"])["status"] == "completed"
 
 
-def test_the_handler_of_the_readme_works(tmp_path, registry):
+def readme_handlers(tmp_path):
     section = readme().split("\n## Your own task types\n")[1].split("\n## ")[0]
-    code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
-    longtasks.load_handlers(write(tmp_path, code))
-    new = set(registry) - {"long_computation"}
-    assert new == {"count_lines"}
+    for number, code in enumerate(
+        re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    ):
+        longtasks.load_handlers(write(tmp_path, code, "mine%d.py" % number))
+
+
+def test_the_handlers_of_the_readme_work(tmp_path, registry, monkeypatch):
+    readme_handlers(tmp_path)
+    assert set(registry) == {"long_computation", "count_lines", "download"}
     file = write(tmp_path, "a\nb\nc\n", "text.txt")
     assert run(registry, "count_lines", {"path": file}) == {"lines": 3}
+    monkeypatch.chdir(tmp_path)
+    with serving() as service:
+        url = service.server.url + "/api/v1/types"
+        params = {"url": url, "name": "types.json"}
+        result = result_of(service, submitted(service, "download", params))["result"]
+        assert result["path"] == os.path.join("downloads", "types.json")
+        whole = call(service, "GET", "/api/v1/types").body
+        assert Path(result["path"]).read_bytes() == whole
+        assert result["bytes"] == len(whole)
+
+
+def test_a_cancelled_download_of_the_readme_leaves_nothing(
+    tmp_path, registry, monkeypatch
+):
+    readme_handlers(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as server, serving() as service:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        params = {"url": "http://127.0.0.1:%d/" % server.getsockname()[1], "name": "x"}
+        task_id = submitted(service, "download", params)
+        client = server.accept()[0]
+        with client:
+            client.recv(65536)
+            head = b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n"
+            client.sendall(head + b"x" * 3_000_000)
+            path = "/api/v1/tasks/" + task_id
+            until(lambda: "progress" in call(service, "GET", path).json)
+            assert len(os.listdir("downloads")) == 1
+            assert cancel(service, task_id).status == 202
+            with contextlib.suppress(OSError):
+                client.sendall(b"x" * 7_000_000)
+            assert result_of(service, task_id)["status"] == "cancelled"
+    assert os.listdir("downloads") == []

@@ -621,6 +621,7 @@ class Context:
     __slots__ = (
         "task_id",
         "attempt",
+        "grace",
         "why",
         "_progress",
         "_stop",
@@ -636,6 +637,9 @@ class Context:
         # 1 in the first run. A task is run again when the process died while it ran:
         # at least once, that is, so that a handler should bear to be run twice.
         self.attempt = attempt
+        self.grace = (
+            1.5  # seconds from being told to stop to being killed, if it can be
+        )
         self.why = ""  # it is to stop
         self._progress: Optional[Tuple[float, str]] = None
         self._stop = threading.Event()
@@ -724,6 +728,7 @@ class Handler(NamedTuple):
     whole: bool  # takes all params as one dict
     context: Optional[str]  # the parameter that is handed the Context
     rules: Dict[str, float]  # what Rules it has of its own
+    isolated: bool  # runs in a child process
 
     @property
     def description(self) -> str:
@@ -732,7 +737,13 @@ class Handler(NamedTuple):
         return " ".join(text.split("\n\n")[0].split())
 
     def run(self, params: Dict[str, Any], context: Context) -> Any:
-        """Call the function; whatever it raises comes through."""
+        """Call the function, wherever it runs; whatever it raises comes through."""
+        if self.isolated:
+            return run_isolated(self.name, params, context)
+        return self.run_here(params, context)
+
+    def run_here(self, params: Dict[str, Any], context: Context) -> Any:
+        """Call the function in this process."""
         extra = {self.context: context} if self.context else {}
         if self.whole:
             return self.function(params=params, **extra)
@@ -746,6 +757,7 @@ def handler(
     name: str,
     *,
     limits: Optional[Mapping[str, Mapping[str, float]]] = None,
+    isolated: bool = False,
     **rules: float,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the function below as the task type `name`.
@@ -759,7 +771,8 @@ def handler(
 
     `timeout` is the seconds that a run may take, `retries` how many times a task is run
     again after an error, `backoff` the seconds until the first retry (each one doubles
-    it), and `max_running` how many tasks of this type may run at once.
+    it), and `max_running` how many tasks of this type may run at once. `isolated` runs
+    it in a child process, where it may compute and crash as it likes.
 
     What the function returns must fit into JSON and becomes the task's result; what
     it raises becomes its error. Raises HandlerError for a name that is taken and for
@@ -771,7 +784,8 @@ def handler(
         _check_name(name)
         try:
             _check_rules(rules)
-            HANDLERS[name] = _inspected(name, function, limits or {}, rules)
+            made = _inspected(name, function, limits or {}, rules)
+            HANDLERS[name] = made._replace(isolated=isolated)
         except HandlerError as error:
             raise HandlerError("task type %s: %s" % (shown(name), error)) from None
         return function
@@ -825,7 +839,7 @@ def _inspected(
     context, params, rest = _sorted_parameters(function)
     if len(params) == 1 and not rest and _takes_all(params[0]):
         whole = schema_of(params[0].annotation)
-        return Handler(name, function, whole, True, context, rules)
+        return Handler(name, function, whole, True, context, rules, False)
     schema: Dict[str, Any] = {
         "type": "object",
         "properties": {param.name: _param_schema(param) for param in params},
@@ -836,7 +850,7 @@ def _inspected(
         schema["properties"][context] = False  # its place is taken
     for param, limit in limits.items():
         _narrow(schema["properties"], param, limit)
-    return Handler(name, function, schema, False, context, rules)
+    return Handler(name, function, schema, False, context, rules, False)
 
 
 def _sorted_parameters(
@@ -1073,6 +1087,9 @@ def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submiss
     return submissions
 
 
+LOADED: List[str] = []  # the files of handlers, for child processes
+
+
 def load_handlers(file: str) -> None:
     """Run a Python file that registers task types; raises HandlerError.
 
@@ -1080,6 +1097,7 @@ def load_handlers(file: str) -> None:
     Modules that lie beside the file can be imported from it.
     """
     sys.modules["longtasks"] = sys.modules[__name__]
+    LOADED.append(file)
     folder = os.path.dirname(os.path.abspath(file))
     if folder not in sys.path:
         sys.path.append(folder)  # last, so that it can't hide the standard library
@@ -1137,6 +1155,237 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
     return {"message": "Long computation completed successfully", "duration": duration}
 
 
+# -- processes -------------------------------------------------------------
+#
+# What runs in a process can really be stopped: told to, and then killed, with all
+# that it has started, which is what its process group is for.
+
+TERM = getattr(signal, "SIGTERM", 15)
+KILL = getattr(signal, "SIGKILL", 9)
+
+
+class Guard:
+    """Kills what still runs in process groups when this process dies, however it dies.
+
+    That is what a small process of its own does: it is told of the groups, and by the
+    end of its input that this process is no more.
+    """
+
+    SOURCE = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+groups = set()
+for line in sys.stdin:
+    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards what follows, and the order of writing
+        self._groups: Set[int] = set()
+        self._process: Any = None
+
+    def add(self, group: int) -> None:
+        """Watch over a process group."""
+        with self._lock:
+            self._groups.add(group)
+            self._write("+%d\n" % group)
+
+    def remove(self, group: int) -> None:
+        """Let it go: it is over."""
+        with self._lock:
+            self._groups.discard(group)
+            self._write("-%d\n" % group)
+
+    def knows(self, group: int) -> bool:
+        """Whether it is watched over."""
+        return group in self._groups
+
+    def _write(self, text: str) -> None:
+        """Tell the process, which is started again if it died. Assumes the lock."""
+        for _ in range(2):
+            try:
+                self._process.stdin.write(text.encode())
+                self._process.stdin.flush()
+                return
+            except (AttributeError, OSError):
+                self._start()
+                text = "".join("+%d\n" % group for group in self._groups)
+        log.error("nobody will stop programs if this process is killed")
+
+    def _start(self) -> None:
+        import subprocess
+
+        with contextlib.suppress(OSError):
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", self.SOURCE],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+
+
+GUARD = Guard()
+
+
+@contextlib.contextmanager
+def killable(group: int, ctx: Context, ask: Callable[[], None]) -> Iterator[None]:
+    """While this lasts, a process group ends with its task, and with this process.
+
+    When the task is to stop, `ask` is called, and after ctx.grace the group is killed;
+    at the end, too, since nobody may be left behind.
+    """
+
+    def stop() -> None:
+        ask()
+        timer = threading.Timer(ctx.grace, _signal_group, (group, KILL))
+        timer.daemon = True
+        timer.start()
+
+    GUARD.add(group)
+    try:
+        ctx.on_stop(stop)
+        yield
+    finally:
+        _signal_group(group, KILL)
+        GUARD.remove(group)
+        ctx.on_stop(None)
+
+
+def _signal_group(group: int, number: int) -> None:
+    if GUARD.knows(group):  # else it is over, and its number may be another's
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, number)
+
+
+def ending(code: int) -> str:
+    """Say how a process ended."""
+    if code >= 0:
+        return "exit code %d" % code
+    try:
+        return "killed by " + signal.Signals(-code).name
+    except ValueError:  # a real-time signal has no name
+        return "killed by signal %d" % -code
+
+
+# -- isolated handlers -----------------------------------------------------
+#
+# A child process runs the handler, in a fresh interpreter that has loaded the same
+# files. Both sides send JSON: [kind, what].
+
+
+class Encoded(bytes):
+    """A result that is JSON already."""
+
+
+# Held while a child is started or its exit code is fetched: multiprocessing looks after
+# all children whenever one is started, and would snatch the code from who waits for it.
+_CHILDREN = threading.Lock()
+
+
+def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
+    """Run a handler in a child process, as if it ran here."""
+    import multiprocessing
+
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    about = to_json([LOADED, name, params, ctx.task_id, ctx.attempt])
+    child = spawn.Process(target=isolated_child, args=(theirs, about), daemon=True)
+    with _CHILDREN:
+        child.start()
+    theirs.close()
+
+    def ask() -> None:
+        with contextlib.suppress(OSError):
+            ours.send_bytes(b"stop")
+
+    with killable(child.pid or 0, ctx, ask):
+        said = _listen_to(ours, ctx)
+        multiprocessing.connection.wait([child.sentinel], 1.0 if said else None)
+    with _CHILDREN:
+        child.kill()  # unless it has ended, or was killed with its group
+        child.join()
+    ours.close()
+    return _as_said(said, child.exitcode or 0, ctx)
+
+
+def _listen_to(ours: Any, ctx: Context) -> Any:
+    """Pass on what a child tells; return what it says last, None if it just ended."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            kind, what = json.loads(ours.recv_bytes())
+            if kind == "progress":
+                with contextlib.suppress(Cancelled):
+                    ctx.progress(what["percent"] / 100, what["message"])
+            elif kind == "log":
+                ctx.log(what)
+            else:
+                return kind, what
+    return None
+
+
+def _as_said(said: Any, code: int, ctx: Context) -> Any:
+    """Return or raise what the handler did in the child."""
+    if said is None:
+        ctx.check()
+        raise Failure("its process ended before it was done: " + ending(code))
+    kind, what = said
+    if kind == "result":
+        return Encoded(what.encode())
+    if kind == "retry":
+        raise Retry(*what)
+    if kind == "cancelled":
+        raise Cancelled
+    log.warning(
+        "task %s raised in its process", ctx.task_id, extra={"traceback": what[1]}
+    )
+    raise Failure(what[0])
+
+
+def isolated_child(theirs: Any, about: bytes) -> None:
+    """What a child process does: run one handler, and end."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # a process group of its own; Ctrl-C at the terminal is not for it
+    lock = threading.Lock()
+
+    def say(kind: str, what: Any) -> None:
+        with lock:
+            theirs.send_bytes(to_json([kind, what]))
+
+    files, name, params, task_id, attempt = json.loads(about)
+    ctx = Context(task_id, attempt, lambda ctx, kind, what: say(kind, what))
+    threading.Thread(target=_obey, args=(theirs, ctx), daemon=True).start()
+    try:
+        for file in files:
+            if file not in LOADED:
+                load_handlers(file)
+        result = to_json(HANDLERS[name].run_here(params, ctx))
+        say("result", result.decode())
+    except Cancelled:
+        say("cancelled", None)
+    except Retry as error:
+        say("retry", [str(error), error.after])
+    except BaseException as error:
+        say("failed", [describe(error), traceback.format_exc()[-10_000:]])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # whatever threads the handler has left
+
+
+def _obey(theirs: Any, ctx: Context) -> None:
+    """Stop the handler when the parent says so, and at once when it is gone."""
+    try:
+        theirs.recv_bytes()
+        ctx.cancel()
+        theirs.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
 # -- programs --------------------------------------------------------------
 #
 # A program becomes a task type by one line, such as
@@ -1166,13 +1415,9 @@ _FIRST_WORD = dict(
 
 
 class Program:
-    """A program as a task type. Raises HandlerError for a line that can't be one.
+    """A program as a task type. Raises HandlerError for a line that can't be one."""
 
-    `grace` is the seconds from SIGTERM to SIGKILL.
-    """
-
-    def __init__(self, line: str, grace: float) -> None:
-        self.grace = grace
+    def __init__(self, line: str) -> None:
         self.name, equals, command = line.partition("=")
         try:
             self.words = shlex.split(command)
@@ -1236,42 +1481,18 @@ class Program:
             start_new_session=True,  # a process group of its own
         )
         output = ProgramOutput(process.stdout, ctx)
-        self._follow(process, ctx)
+        with killable(process.pid, ctx, lambda: _signal_group(process.pid, TERM)):
+            if hasattr(os, "waitid"):  # has ended then, but its number is not free yet
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            else:
+                process.wait()
+        process.wait()
         output.end()
         if process.returncode == 0:
             return {"exit_code": 0, "output": output.tail()}
         ctx.check()
-        how = "exit code %d" % process.returncode
-        if process.returncode < 0:
-            how = "killed by " + signal.Signals(-process.returncode).name
+        how = ending(process.returncode)
         raise Failure((how + "\n" + output.tail()[-MAX_ERROR + 100 :]).strip())
-
-    def _follow(self, process: Any, ctx: Context) -> None:
-        """Wait for the end of a program, its own or that of its task."""
-        group = process.pid
-        GUARD.add(group)
-        ctx.on_stop(functools.partial(self._stop, group))
-        if hasattr(os, "waitid"):  # has ended then, but its number is not free yet
-            os.waitid(os.P_PID, group, os.WEXITED | os.WNOWAIT)
-        else:
-            process.wait()
-        _signal_group(group, signal.SIGKILL)  # whom it left behind
-        GUARD.remove(group)
-        ctx.on_stop(None)
-        process.wait()
-
-    def _stop(self, group: int) -> None:
-        """Ask a program to stop, and kill it when it does not."""
-        _signal_group(group, signal.SIGTERM)
-        timer = threading.Timer(self.grace, _signal_group, (group, signal.SIGKILL))
-        timer.daemon = True
-        timer.start()
-
-
-def _signal_group(group: int, number: int) -> None:
-    if GUARD.knows(group):  # else it is over, and its number may be another's
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, number)
 
 
 class ProgramOutput:
@@ -1339,82 +1560,14 @@ class ProgramOutput:
                 self._ctx.progress(percent / 100, last)
 
 
-class Guard:
-    """Kills the programs that still run when this process dies, however it dies.
-
-    That is what a small process of its own does: it knows the programs' process groups,
-    and is told by the end of its input that this one is no more.
-    """
-
-    SOURCE = """
-import os, signal, sys
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, signal.SIG_IGN)
-groups = set()
-for line in sys.stdin:
-    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
-for group in groups:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except OSError:
-        pass
-"""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards what follows, and the order of writing
-        self._groups: Set[int] = set()
-        self._process: Any = None
-
-    def add(self, group: int) -> None:
-        """Watch over a process group."""
-        with self._lock:
-            self._groups.add(group)
-            self._write("+%d\n" % group)
-
-    def remove(self, group: int) -> None:
-        """Let it go: it is over."""
-        with self._lock:
-            self._groups.discard(group)
-            self._write("-%d\n" % group)
-
-    def knows(self, group: int) -> bool:
-        """Whether it is watched over."""
-        return group in self._groups
-
-    def _write(self, text: str) -> None:
-        """Tell the process, which is started again if it died. Assumes the lock."""
-        for _ in range(2):
-            try:
-                self._process.stdin.write(text.encode())
-                self._process.stdin.flush()
-                return
-            except (AttributeError, OSError):
-                self._start()
-                text = "".join("+%d\n" % group for group in self._groups)
-        log.error("nobody will stop programs if this process is killed")
-
-    def _start(self) -> None:
-        import subprocess
-
-        with contextlib.suppress(OSError):
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", self.SOURCE],
-                stdin=subprocess.PIPE,
-                start_new_session=True,
-            )
-
-
-GUARD = Guard()
-
-
-def register_command(line: str, grace: float) -> None:
+def register_command(line: str) -> None:
     """Make a task type of a line such as "backup=rsync -a {src} /backup/"."""
     try:
-        program = Program(line, grace)
+        program = Program(line)
         _check_name(program.name)
     except HandlerError as error:
         raise HandlerError("--command %s: %s" % (shown(line), error)) from None
-    made = Handler(program.name, program, program.schema, True, "ctx", {})
+    made = Handler(program.name, program, program.schema, True, "ctx", {}, False)
     HANDLERS[program.name] = made
 
 
@@ -2107,6 +2260,9 @@ class Ledger:
         """Decide that a task runs. Assumes the lock."""
         now, attempt = self._clock(), task.attempt + 1
         context = Context(task.id, attempt, self._tell)
+        context.grace = (
+            self.limits.grace / 2
+        )  # so that it is over before it is given up
         self._running[task.id] = context
         self._active[context] = task.type
         self._active_types[task.type] += 1
@@ -2644,7 +2800,7 @@ def run_one(
 def _outcome_of(value: Any, max_result: int) -> Outcome:
     """The outcome of a handler that returned this."""
     try:
-        result = to_json(value)
+        result = bytes(value) if isinstance(value, Encoded) else to_json(value)
     except BaseException as error:  # of a class of the handler's own, anything
         text = "the result does not fit into JSON: " + describe(error)
         return Outcome(FAILED, error=text)
@@ -3920,10 +4076,11 @@ class LogFormatter(logging.Formatter):
         """Return the record's lines; only a traceback has more than one."""
         first = "%-7s %s" % (record.levelname, record.getMessage())
         text = "%s %s" % (timestamp(record.created), _escaped(first))
+        more = getattr(record, "traceback", "")  # of a child process
         if record.exc_info:
-            lines = self.formatException(record.exc_info).splitlines()
-            text += "".join("\n  " + _escaped(line[:2000]) for line in lines)
-        return text
+            more = self.formatException(record.exc_info)
+        lines = more.splitlines()
+        return text + "".join("\n  " + _escaped(line[:2000]) for line in lines)
 
 
 def _escaped(text: str) -> str:
@@ -3950,7 +4107,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for file in settings["HANDLERS"]:
             load_handlers(file)
         for line in settings["COMMANDS"]:
-            register_command(line, settings["GRACE"] / 2)
+            register_command(line)
         service = Service(settings)
         events = _record_signals()
         service.start()

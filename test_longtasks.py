@@ -130,7 +130,8 @@ JSON_BODY = {"Content-Type": "application/json"}
 
 def call(service, method, path, body=None, **headers):
     """One request on a connection of its own. A body that isn't bytes goes as JSON."""
-    port = service if isinstance(service, int) else service.server.server_port
+    port = getattr(service, "port", service)
+    port = port if isinstance(port, int) else service.server.server_port
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     if body is not None and not isinstance(body, bytes):
         body = json.dumps(body).encode()
@@ -2207,19 +2208,30 @@ def test_a_thread_that_cannot_be_started_is_tried_again(gate, monkeypatch):
 # -- programs --------------------------------------------------------------
 
 
-def program(line, grace=0.2):
-    return longtasks.Program(line, grace)
+def program(line):
+    return longtasks.Program(line)
 
 
-def run_program(line, params=None, context=None, grace=0.2):
+class Listener(Context):
+    """A context that keeps what it is told."""
+
+    def __init__(self):
+        super().__init__(
+            "id", 1, lambda context, kind, what: self.told.append((kind, what))
+        )
+        self.told = []
+        self.grace = 0.2
+
+    @property
+    def lines(self):
+        return [what for kind, what in list(self.told) if kind == "log"]
+
+
+def run_program(line, params=None, context=None):
     """The outcome of a program, run as by a worker, and the context."""
-    context = context or Context(
-        "id", 1, lambda *told: told_of(context).append(told[1:])
-    )
-    handlers = {}
-    made = program(line, grace)
-    handlers["t"] = longtasks.Handler("t", made, made.schema, True, "ctx", {})
-    return outcome_of(handlers, "t", params or {}, context, 100_000), context
+    context, made = context or Listener(), program(line)
+    made = longtasks.Handler("t", made, made.schema, True, "ctx", {}, False)
+    return outcome_of({"t": made}, "t", params or {}, context, 100_000), context
 
 
 @pytest.mark.parametrize(
@@ -2297,13 +2309,8 @@ def test_its_output_is_the_log_and_its_tail_the_result():
     result = json.loads(outcome.result)
     assert result["exit_code"] == 0
     assert len(result["output"]) <= longtasks.MAX_OUTPUT
-    logged = [line for kind, line in told_of(context) if kind == "log"]
-    assert logged[:2] == ["one", "two"]
-    assert len(logged) > 20_000
-
-
-def told_of(context, told={}):
-    return told.setdefault(id(context), [])
+    assert context.lines[:2] == ["one", "two"]
+    assert len(context.lines) > 20_000
 
 
 @pytest.mark.parametrize(
@@ -2370,10 +2377,10 @@ def alive(pid):
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
 @pytest.mark.parametrize("line", [STUBBORN, OBEDIENT])
 def test_a_program_and_its_children_end_when_the_task_is_to_stop(line):
-    context = Context("id", 1, lambda *told: told_of(context).append(told[1:]))
+    context = Listener()
     done = background(lambda: run_program(line, context=context))
-    until(lambda: len(told_of(context)) == 2)
-    pids = [int(line) for _, line in told_of(context)]
+    until(lambda: len(context.lines) == 2)
+    pids = [int(line) for line in context.lines]
     assert all(map(alive, pids))
     context.cancel()
     outcome, _ = done.result(LONG)
@@ -2413,7 +2420,7 @@ def test_the_guard_is_started_again_when_it_died():
 
 
 def test_a_program_that_times_out_says_so(registry):
-    longtasks.register_command("nap=sleep {seconds}", 0.2)
+    longtasks.register_command("nap=sleep {seconds}")
     with serving() as service:
         document = {"type": "nap", "params": {"seconds": "1000"}, "timeout": 0.05}
         answer = call(service, "POST", "/api/v1/tasks?wait=20", document)
@@ -3840,7 +3847,9 @@ def test_a_drain_answers_waiters_and_ends_streams(tmp_path, held):
             running.signal()
             assert waiting.result(LONG).json["status"] == "processing"
             (tmp_path / "a").touch()
+            begin = time.monotonic()
             assert [e["data"]["status"] for e in stream.rest()] == ["completed"]
+            assert time.monotonic() - begin < 4  # not cut off by the end of patience
         assert running.wait() == 0
 
 
@@ -3897,6 +3906,135 @@ def test_whatever_is_given_up_is_told_in_json(tmp_path, held):
         assert running.wait() == 1
         line = [line for line in running.lines if "given up: " in line][-1]
         assert json.loads(line[line.index("{") :])["params"] == {"name": text}
+
+
+# -- isolated handlers -----------------------------------------------------
+
+ISOLATED = """
+import os, signal, time
+from longtasks import Context, Retry, handler
+
+@handler("told", isolated=True)
+def told(n: int, ctx: Context):
+    ctx.log("pid %d" % os.getpid())
+    ctx.progress(0.5, "half")
+    while not ctx.cancelled and n < 0:
+        time.sleep(0.001)
+    ctx.check()
+    return {"n": n, "attempt": ctx.attempt}
+
+@handler("again", isolated=True)
+def again(ctx: Context):
+    if ctx.attempt < 2:
+        raise Retry("later", after=0.01)
+    return ctx.attempt
+
+@handler("bad", isolated=True)
+def bad():
+    raise ValueError("no")
+
+@handler("odd", isolated=True)
+def odd():
+    return {1, 2}
+
+@handler("crash", isolated=True)
+def crash(number: int):
+    os.kill(os.getpid(), number)
+
+@handler("leave", isolated=True)
+def leave():
+    os._exit(7)
+
+@handler("burn", isolated=True)
+def burn(ctx: Context):
+    ctx.log("pid %d" % os.getpid())
+    while True:
+        sum(range(10**7))
+"""
+
+
+@pytest.fixture(scope="module")
+def isolated(tmp_path_factory):
+    """A service with handlers that run in child processes."""
+    file = write(tmp_path_factory.mktemp("isolated"), ISOLATED)
+    with process("--handlers", file, "--grace", "0.4") as running:
+        yield running
+
+
+def outcome(running, type, params=None, **options):
+    """The result document of a task that was waited for."""
+    document = {"type": type, "params": params or {}, **options}
+    task = call(running.port, "POST", "/api/v1/tasks?wait=20", document).json
+    return call(running.port, "GET", "/api/v1/tasks/%s/result" % task["id"]).json
+
+
+def pid_of(running, task_id):
+    """The process that a task says it runs in."""
+    path = "/api/v1/tasks/%s/log" % task_id
+    until(lambda: b"pid " in call(running.port, "GET", path).body)
+    return int(call(running.port, "GET", path).body.split()[1])
+
+
+def test_an_isolated_handler_runs_in_a_process_of_its_own(isolated):
+    done = outcome(isolated, "told", {"n": 3})
+    assert done["result"] == {"n": 3, "attempt": 1}
+    assert pid_of(isolated, done["task_id"]) != isolated.process.pid
+    assert outcome(isolated, "again")["result"] == 2
+
+
+@pytest.mark.parametrize(
+    "type, params, error",
+    [
+        ("bad", {}, "ValueError: no"),
+        ("odd", {}, "TypeError: Object of type set is not JSON serializable"),
+        ("leave", {}, "its process ended before it was done: exit code 7"),
+        (
+            "crash",
+            {"number": 11},
+            "its process ended before it was done: killed by SIGSEGV",
+        ),
+        (
+            "crash",
+            {"number": 9},
+            "its process ended before it was done: killed by SIGKILL",
+        ),
+    ],
+)
+def test_a_crash_of_an_isolated_handler_fails_its_task_and_nothing_else(
+    type, params, error, isolated
+):
+    assert outcome(isolated, type, params)["error"] == error
+    if type == "bad":
+        assert "ValueError: no" in isolated.logged("  ValueError: no")
+    assert outcome(isolated, "told", {"n": 1})["status"] == "completed"
+
+
+def test_an_isolated_handler_hears_that_it_is_to_stop(isolated):
+    task_id = submitted(isolated.port, "told", {"n": -1})
+    path = "/api/v1/tasks/" + task_id
+    until(lambda: "progress" in call(isolated.port, "GET", path).json)
+    assert call(isolated.port, "GET", path).json["progress"]["message"] == "half"
+    assert cancel(isolated, task_id).status == 202
+    assert result_of(isolated.port, task_id)["status"] == "cancelled"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+def test_an_isolated_handler_that_does_not_listen_is_killed(isolated):
+    done = outcome(isolated, "burn", timeout=0.5)
+    assert done["error"] == "timed out after 0.5 s"
+    pid = pid_of(isolated, done["task_id"])
+    until(lambda: not alive(pid))
+    isolated.logged("(burn) failed")  # by the handler's end, not because it is stuck
+    assert not [line for line in isolated.lines if "stuck" in line]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+def test_isolated_handlers_end_with_the_service_that_is_killed(tmp_path):
+    with process("--handlers", write(tmp_path, ISOLATED)) as running:
+        pid = pid_of(running, submitted(running.port, "burn"))
+        assert alive(pid)
+        running.process.kill()
+        until(lambda: not alive(pid))
 
 
 # -- with a journal, for real ----------------------------------------------

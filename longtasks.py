@@ -47,7 +47,6 @@ import os
 import queue
 import random
 import re
-import sched
 import selectors
 import shlex
 import shutil
@@ -456,6 +455,7 @@ class Task(NamedTuple):
 
 
 CANCELLED_WAITING = "cancelled before it ran"
+CANCELLED_BETWEEN = "cancelled while it waited to be run again"
 CANCELLED_RUNNING = "cancelled while it ran"
 
 
@@ -1145,6 +1145,7 @@ def describe(error: BaseException) -> str:
 @handler("long_computation", limits={"duration": {"minimum": 0, "maximum": 604800}})
 def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
     """Wait so many seconds (at most a week): a stand-in for a slow service."""
+    ctx.log("waiting for %g s" % duration)
     begin = time.monotonic()
     steps = min(100, 1 + int(duration * 4))
     for step in range(1, steps + 1):
@@ -1602,6 +1603,11 @@ _REPLACE = "REPLACE INTO tasks (%s) VALUES (%s)" % (_NAMES, _MARKS)  # noqa: S60
 _SELECT = "SELECT %s FROM tasks" % _NAMES  # noqa: S608
 
 
+def _is_sane(value: Union[str, int, float]) -> bool:
+    """Whether a number can be one of a task's: none is beyond 2**53."""
+    return isinstance(value, str) or -(2**53) < value < 2**53
+
+
 class JournalError(Exception):
     """A file that can't be used as a journal; the text says which and why."""
 
@@ -1623,24 +1629,31 @@ class Batch:
     else to give up, for what was only asked.
     """
 
-    __slots__ = ("keep", "records", "error", "_settled")
+    __slots__ = ("keep", "records", "error", "_tried", "_written")
 
     def __init__(self, keep: bool) -> None:
         self.keep = keep
         self.records: List[Record] = []
         self.error = ""
-        self._settled = threading.Event()
+        self._tried = threading.Event()
+        self._written = threading.Event()
 
     def settle(self, error: str = "") -> None:
-        """Let those go on who wait: the records are on disk, or will never be."""
+        """Let those go on who wait: the records are on disk, or could not be."""
         self.error = error
-        self._settled.set()
+        if not error:
+            self._written.set()
+        self._tried.set()
 
     def wait(self) -> None:
         """Wait until the records are on disk; raises Unavailable if they can't be."""
-        self._settled.wait()
-        if self.error:
+        self._tried.wait()
+        if not self._written.is_set():
             raise Unavailable("nothing can be written: " + self.error)
+
+    def wait_written(self) -> None:
+        """Wait until the records are on disk, however long that takes."""
+        self._written.wait()
 
 
 class Journal:
@@ -1649,7 +1662,7 @@ class Journal:
     pause = 1.0  # seconds from an error to the next try
 
     def __init__(self, path: str) -> None:
-        self.path = os.path.abspath(path)
+        self.path = os.path.realpath(path)  # so that a link to it finds the same lock
         self.error = ""  # why nothing can be written now
         # The lock guards the batches that are open for more records, of one kind
         # each, and is notified when there is something to do for the writer.
@@ -1671,6 +1684,7 @@ class Journal:
             else:
                 self._create()
             self._db = self._connect()
+            self._inode = os.stat(self.path).st_ino
         except (OSError, sqlite3.Error) as error:
             text = error.strerror if isinstance(error, OSError) else error
             raise JournalError("DB %s: %s" % (self.path, text)) from None
@@ -1679,11 +1693,12 @@ class Journal:
 
     def _exists(self) -> bool:
         """Whether there is a journal; raises JournalError if it is something else."""
-        try:
-            with open(self.path, "rb") as file:
-                head = file.read(100)
-        except FileNotFoundError:
+        if not os.path.exists(self.path):
             return False
+        if not os.path.isfile(self.path):
+            raise JournalError("DB %s is not a regular file" % self.path)
+        with open(self.path, "rb") as file:
+            head = file.read(100)
         ours = int.from_bytes(head[68:72], "big") == APPLICATION_ID
         if head and not (ours and head.startswith(b"SQLite format 3\0")):
             raise JournalError("DB %s is not a file of longtasks" % self.path)
@@ -1703,6 +1718,11 @@ class Journal:
     def _create(self) -> None:
         """Make an empty journal beside the path, and move it there when it is whole."""
         new = self.path + ".new"
+        # What was left beside a file that is gone would be taken for part of this one.
+        for old in (new, self.path):
+            for part in ("-wal", "-shm", "-journal"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(old + part)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new)
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -1733,7 +1753,7 @@ class Journal:
         return db
 
     def _open_file(self, mode: str) -> Any:
-        uri = "file:%s?mode=%s" % (quote(self.path), mode)
+        uri = "file:%s?mode=%s" % (quote(os.fsencode(self.path)), mode)
         return self._sqlite.connect(
             uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
         )
@@ -1771,7 +1791,7 @@ class Journal:
         values = list(row)
         for index, (name, kind, optional) in enumerate(COLUMNS):
             stored = str if kind is bytes else kind
-            if type(row[index]) is stored:
+            if type(row[index]) is stored and _is_sane(row[index]):
                 values[index] = row[index].encode() if kind is bytes else row[index]
             elif row[index] is not None or not optional:
                 raise JournalError("DB %s: a task's %s is amiss" % (self.path, name))
@@ -1835,14 +1855,13 @@ class Journal:
         try:
             self._commit([record for batch in batches for record in batch.records])
         except Exception as error:  # whatever it is, this thread must live
-            text = str(error) or type(error).__name__
+            text = getattr(error, "strerror", "") or str(error) or type(error).__name__
             if text != self.error:
                 log.error("journal %s: %s; new tasks are refused", self.path, text)
             self.error = text
             for batch in batches:
-                if not batch.keep:
-                    batch.settle(text)
-            return [batch for batch in batches if batch.keep]
+                batch.settle(text)
+            return [batch for batch in batches if batch.keep and batch.records]
         if self.error:
             log.warning("journal %s: it can be written again", self.path)
         self.error = ""
@@ -1852,6 +1871,8 @@ class Journal:
         return []
 
     def _commit(self, records: Sequence[Record]) -> None:
+        if os.stat(self.path).st_ino != self._inode:
+            raise OSError("the file was replaced")
         rows = [self._row(record) for record in records if isinstance(record, Task)]
         gone = [(record.seq,) for record in records if isinstance(record, Gone)]
         self._db.execute("BEGIN IMMEDIATE")
@@ -1932,7 +1953,7 @@ class Counts(NamedTuple):
 class Watch:
     """One who follows the events of a task, or of all; news gather here until taken."""
 
-    most = 1000  # events that may gather; who is that far behind is dropped
+    most = 10_000  # events that may gather; who is that far behind is dropped
 
     def __init__(self) -> None:
         self.news: Deque[Event] = deque()
@@ -1996,6 +2017,7 @@ class Feed:
         # The lock guards everything below. Whoever holds the ledger's lock may take it,
         # and nobody who holds it takes another.
         self._lock = threading.Lock()
+        self._closed = False
         self._last = 0
         self._recent: Deque[Event] = deque(maxlen=self.kept)
         self._watches: Dict[str, Set[Watch]] = {}  # by task id, "" for all
@@ -2020,6 +2042,7 @@ class Feed:
         """
         watch = Watch()
         with self._lock:
+            watch.over = self._closed
             if after is not None:
                 recent = [event for event in self._recent if event.number > after]
                 watch.news.extend(e for e in recent if task_id in ("", e.task_id))
@@ -2040,6 +2063,7 @@ class Feed:
     def close(self) -> None:
         """End all watches: the service stops."""
         with self._lock:
+            self._closed = True
             for watch in set().union(*self._watches.values()):
                 watch.over = True
                 watch.told.set()
@@ -2072,8 +2096,26 @@ class Feed:
         self._logs_size -= kept.size if kept else 0
 
 
-Entry = Tuple[float, int, str]  # in the queue: least first, by priority and then seq
-_LAST: Entry = (math.inf, 0, "")  # behind all others: there will be no more
+class Entry(NamedTuple):
+    """A task's place in the queue: the least comes first."""
+
+    rank: float  # the priority, negative
+    seq: int
+    task_id: str
+    type: str
+
+
+_LAST = Entry(math.inf, 0, "", "")  # behind all others: there will be no more
+
+
+class Timer(NamedTuple):
+    """Something that is to be done later."""
+
+    when: float
+    number: int  # so that no two are equal
+    key: Any  # of whom; nobody has two
+    do: Callable[..., None]
+    what: Tuple[Any, ...]
 
 
 class Ledger:
@@ -2099,9 +2141,7 @@ class Ledger:
         self._journal = journal
         self._rules = rules
         self._ready: queue.PriorityQueue[Entry] = queue.PriorityQueue()
-        # What is to be done later, by `ticks`. It has a lock of its own, inside ours.
-        self._timers = sched.scheduler(ticks)
-        self._timer_numbers = itertools.count()
+        self._ticks = ticks
         self._planned = threading.Event()  # sooner, perhaps, than what was planned
         # The lock guards everything below. It must hold that: _tasks has every task
         # that is known, as it is on disk and in the order of submission; _submitting
@@ -2109,27 +2149,33 @@ class Ledger:
         # those and only those that are processing by the latest decision; _active the
         # types of these and of what was given up but whose handler has not returned,
         # and _active_types how often each is there; _parked what waits for another of
-        # its type to return; _time_runs the next timer of a run; _ended every finished
-        # task, in the order of ending, and perhaps ids of deleted ones; _waiting the
-        # events to set when a task is finished; the numbers count what is in _tasks.
+        # its type to return; _timers a heap of what is to be done later, and _timer_of
+        # what of it still is, by the run's context or the waiting task's id; _ended
+        # every finished task, in the order of ending, and perhaps ids of deleted ones;
+        # _waiting the events to set when a task is finished; _beyond what can't start
+        # before the end of the drain; the numbers count what is in _tasks.
         self._lock = threading.Lock()
         self._tasks: Dict[str, Task] = {}
         self._submitting: Dict[str, Tuple[Task, Batch]] = {}
-        self._deciding: Dict[str, Task] = {}
+        self._deciding: Dict[str, Tuple[Task, Batch]] = {}
         self._running: Dict[str, Context] = {}
         self._active: Dict[Context, str] = {}
         self._active_types: Counter[str] = Counter()
         self._parked: Dict[str, List[Entry]] = {}
-        self._time_runs: Dict[Context, sched.Event] = {}
+        self._timers: List[Timer] = []
+        self._timer_of: Dict[Any, Timer] = {}
+        self._timer_numbers = itertools.count()
         self._ended: Deque[str] = deque()
         self._forgotten: OrderedDict[str, None] = OrderedDict()
-        self._waiting: Dict[str, List[threading.Event]] = {}
+        self._waiting: Dict[str, threading.Event] = {}
+        self._beyond: Set[str] = set()
         self._counts = dict.fromkeys(EXITS, 0)
         self._queued = 0  # bytes of pending tasks
         self._held = 0  # bytes of finished tasks
         # Counts on from the time, so that a list's `after` still holds after a restart.
         self._last_seq = int(clock() * 1e6)
         self._when_done: Optional[Callable[[], None]] = None  # set: draining
+        self._drained_by = math.inf  # by `ticks`
         self._halted = False  # what runs was told to stop
         self.interrupted = 0  # tasks that were processing when the last process died
         self._expire_regularly()
@@ -2208,8 +2254,15 @@ class Ledger:
                 self._publish(task)
             return tasks, None
         batch = self._journal.append(False, *tasks)
-        self._submitting.update((task.id, (task, batch)) for task in tasks)
+        for task in tasks:
+            self._submitting[task.id] = task, batch
+            self._queued += task.weight
         return tasks, batch
+
+    def _is_submitted(self, task_id: str) -> None:
+        """A new task is on disk, or will never be. Assumes the lock."""
+        if task_id in self._submitting:
+            self._queued -= self._submitting.pop(task_id)[0].weight
 
     def _await_written(self, tasks: Sequence[Task], batch: Optional[Batch]) -> None:
         """Return when new tasks are there to stay; raises Unavailable."""
@@ -2219,7 +2272,8 @@ class Ledger:
         except Unavailable:
             with self._lock:
                 for task in tasks:
-                    del self._submitting[task.id]
+                    self._is_submitted(task.id)
+                self._tell_if_done()
             raise
 
     def claim(self) -> Optional[Tuple[Task, Context]]:
@@ -2234,27 +2288,35 @@ class Ledger:
                 if task is None:
                     continue
                 task, context, batch = self._start(task)
-            if batch is None:
-                return task, context
-            batch.wait()  # or a task that kills the process would do so for ever
+            if batch:
+                batch.wait_written()  # or a task that kills the process always would
             with self._lock:
                 if self._running.get(task.id) is context:
+                    if not context.cancelled and self._timeout(task):
+                        self._plan(
+                            context, self._timeout(task), self._time_out, context
+                        )
                     return task, context
                 self._release(context)  # it was put back meanwhile
 
     def _startable(self, entry: Entry) -> Optional[Task]:
         """The task of an entry, if it can be started now. Assumes the lock."""
-        task_id = entry[-1]
-        if task_id not in self._tasks or not self._may_start():
+        if not self._may_start():
             return None
-        task = self._current(task_id)
-        if task.status != PENDING:
+        if not self._still_waits(entry):
+            self._unpark(entry.type)  # in its place
             return None
-        most = self._rules(task.type).max_running
-        if most and self._active_types[task.type] >= most:
-            heapq.heappush(self._parked.setdefault(task.type, []), entry)
+        most = self._rules(entry.type).max_running
+        if most and self._active_types[entry.type] >= most:
+            heapq.heappush(self._parked.setdefault(entry.type, []), entry)
             return None
-        return task
+        return self._current(entry.task_id)
+
+    def _still_waits(self, entry: Entry) -> bool:
+        if entry.task_id not in self._tasks:
+            return False
+        task = self._current(entry.task_id)
+        return task.status == PENDING and task.seq == entry.seq
 
     def _start(self, task: Task) -> Tuple[Task, Context, Optional[Batch]]:
         """Decide that a task runs. Assumes the lock."""
@@ -2266,9 +2328,6 @@ class Ledger:
         self._running[task.id] = context
         self._active[context] = task.type
         self._active_types[task.type] += 1
-        timeout = self._timeout(task)
-        if timeout:
-            self._time_runs[context] = self._plan(timeout, self._time_out, context)
         task = task.moved_to(
             PROCESSING, started_at=now, attempt=attempt, due_at=None, error=None
         )
@@ -2288,9 +2347,7 @@ class Ledger:
             if self._running.get(context.task_id) is not context:
                 raise IllegalMove("this run of %s is over" % context.task_id)
             task = self._end(context, outcome)
-            tell = self._when_done if self._done() else None
-        if tell:
-            tell()
+            self._tell_if_done()
         return task
 
     def cancel(self, task_id: str) -> Task:
@@ -2302,24 +2359,33 @@ class Ledger:
         with self._lock:
             self._drop_old(self._clock())
             self._find(task_id)
-            task = self._current(task_id)
-            if task.finished:
-                raise Finished("task %s is %s already" % (task_id, task.status))
-            self._check_journal()
-            context = self._running.get(task_id)
-            if context is None:
-                task = self._moved(task, CANCELLED, error=CANCELLED_WAITING)
-            else:
-                task = task._replace(cancel_requested=1)
-                if not context.cancelled:
-                    self._stop(context, BY_CLIENT)
-            batch = self._decide(task)
-            tell = self._when_done if self._done() else None
-        if tell:
-            tell()
+            task, batch = self._current(task_id), None
+            over = task.finished
+            if not over:
+                self._check_journal()
+                task, batch = self._cancel(task)
+            elif task_id in self._deciding:
+                batch = self._deciding[task_id][1]
+            self._tell_if_done()
         if batch:
-            batch.wait()
+            batch.wait()  # nobody is told what could still be lost
+        if over:
+            raise Finished("task %s is %s already" % (task_id, task.status))
         return task
+
+    def _cancel(self, task: Task) -> Tuple[Task, Optional[Batch]]:
+        """Decide that a task is cancelled or is to stop. Assumes the lock."""
+        context = self._running.get(task.id)
+        if context is None:
+            error = CANCELLED_WAITING if not task.attempt else CANCELLED_BETWEEN
+            task = self._moved(task, CANCELLED, error=error)
+        else:
+            task = task._replace(cancel_requested=1)
+            if not context.cancelled:
+                self._stop(context, BY_CLIENT)
+        batch = self._decide(task)
+        self._prune_queue()
+        return task, batch
 
     def delete(self, task_id: str) -> None:
         """Forget a finished task.
@@ -2361,18 +2427,23 @@ class Ledger:
             return self._moved(task, CANCELLED, error=CANCELLED_RUNNING)
         if why == SHUTDOWN:
             return task.put_back()
-        if why == TIMED_OUT and outcome.status != PENDING:
+        if why == TIMED_OUT:
             error = "timed out after %g s" % self._timeout(task)
             return self._moved(task, FAILED, error=error)
-        task = task._replace(failures=task.failures + 1)
+        return self._after_failure(task, outcome)
+
+    def _after_failure(self, task: Task, outcome: Outcome) -> Task:
+        """The task after a run that failed, or asked for another one."""
         rules, retries = self._rules(task.type), task.options.retries
         if retries is None:
             retries = rules.retries
-        if outcome.status != PENDING and task.failures > retries:
-            return self._moved(task, FAILED, error=outcome.error)
-        wait = backoff(rules.backoff, task.failures)
-        if outcome.after is not None:
-            wait = outcome.after
+        if outcome.status != PENDING:  # else the handler itself asks for another run
+            task = task._replace(failures=task.failures + 1)
+            if task.failures > retries:
+                return self._moved(task, FAILED, error=outcome.error)
+        wait = outcome.after
+        if wait is None:
+            wait = backoff(rules.backoff, task.failures or task.attempt)
         return task.put_back(error=outcome.error, due_at=self._clock() + wait)
 
     def _moved(self, task: Task, status: str, **changes: Any) -> Task:
@@ -2383,14 +2454,16 @@ class Ledger:
     def _stop(self, context: Context, why: str) -> None:
         """Tell a run to stop, and give it up when it does not within the grace."""
         context.cancel(why)
-        self._unplan(context)
-        grace = self.limits.grace
-        self._time_runs[context] = self._plan(grace, self._lose, context)
+        self._plan(context, self.limits.grace, self._lose, context)
 
     def _release(self, context: Context) -> None:
         """A handler has returned: another one of its type may start."""
         type = self._active.pop(context)  # KeyError: it has returned before
         self._active_types[type] -= 1
+        self._unpark(type)
+
+    def _unpark(self, type: str) -> None:
+        """Have the next one of this type tried again."""
         if self._parked.get(type):
             self._ready.put(heapq.heappop(self._parked[type]))
 
@@ -2399,24 +2472,44 @@ class Ledger:
     def tick(self) -> Optional[float]:
         """Do what is due; return the seconds until there is more, None for never."""
         self._planned.clear()
-        return self._timers.run(blocking=False)
+        while True:
+            with self._lock:
+                timer = self._next_timer()
+                wait = timer.when - self._ticks() if timer else None
+                if timer is None or (wait or 0) > 0:
+                    return wait
+                self._unplan(timer.key)
+            timer.do(*timer.what)
 
-    def await_tick(self, patience: Optional[float]) -> None:
-        """Wait so many seconds, or until something may be due sooner."""
+    def _next_timer(self) -> Optional[Timer]:
+        """The next one that still is to be done. Assumes the lock."""
+        while self._timers:
+            timer = self._timers[0]
+            if self._timer_of.get(timer.key) is timer:
+                return timer
+            heapq.heappop(self._timers)
+        return None
+
+    def await_tick(self, patience: Optional[float]) -> bool:
+        """Wait so many seconds, or until something may be due; False at the end."""
         self._planned.wait(patience)
+        return not self._halted
 
-    def _plan(self, seconds: float, do: Callable[..., None], *what: Any) -> sched.Event:
-        # The priority makes each timer different from all others: before Python 3.10
-        # cancel() took the first one of the same time and priority.
-        timer = self._timers.enter(seconds, next(self._timer_numbers), do, what)
-        self._planned.set()
-        return timer
+    def _plan(
+        self, key: Any, seconds: float, do: Callable[..., None], *what: Any
+    ) -> None:
+        """Have something done later, instead of what was planned under this key."""
+        timer = Timer(self._ticks() + seconds, next(self._timer_numbers), key, do, what)
+        self._timer_of[key] = timer
+        heapq.heappush(self._timers, timer)
+        if len(self._timers) > 2 * (len(self._timer_of) + 100):  # mostly old ones
+            self._timers = list(self._timer_of.values())
+            heapq.heapify(self._timers)
+        if self._timers[0] is timer:
+            self._planned.set()
 
-    def _unplan(self, context: Context) -> None:
-        timer = self._time_runs.pop(context, None)
-        if timer:
-            with contextlib.suppress(ValueError):  # its time has come already
-                self._timers.cancel(timer)
+    def _unplan(self, key: Any) -> None:
+        self._timer_of.pop(key, None)
 
     def _time_out(self, context: Context) -> None:
         """A run took too long."""
@@ -2430,25 +2523,24 @@ class Ledger:
             if self._running.get(context.task_id) is not context:
                 return
             task = self._end(context, Outcome(CANCELLED))
-            tell = self._when_done if self._done() else None
+            stuck = len(self._active) - len(self._running)
+            self._tell_if_done()
         message = "task %s (%s) is %s, but its handler does not stop; %d are stuck"
-        log.error(message, task.id, task.type, task.status, self.stuck())
+        log.error(message, task.id, task.type, task.status, stuck)
         self.on_stuck(context)
-        if tell:
-            tell()
-
-    def _make_ready(self, entry: Entry) -> None:
-        self._ready.put(entry)
 
     def _expire_regularly(self) -> None:
-        self.expire()
-        self._plan(60, self._expire_regularly)
+        with self._lock:
+            self._drop_old(self._clock())
+            self._plan(None, 60, self._expire_regularly)
 
     # -- deciding, writing, showing; all of these assume the lock ----------
 
     def _current(self, task_id: str) -> Task:
         """The task by the latest decision, be it on disk or not."""
-        return self._deciding.get(task_id) or self._tasks[task_id]
+        if task_id in self._deciding:
+            return self._deciding[task_id][0]
+        return self._tasks[task_id]
 
     def _decide(self, task: Task) -> Optional[Batch]:
         """Settle on a task's next state; what is returned tells when it is on disk."""
@@ -2456,8 +2548,9 @@ class Ledger:
             self._publish(task)
             self._drop_old(self._clock())
             return None
-        self._deciding[task.id] = task
-        return self._journal.append(True, task)
+        batch = self._journal.append(True, task)
+        self._deciding[task.id] = task, batch
+        return batch
 
     def _publish(self, task: Task) -> None:
         """Show a task as it now is, and set going what follows from that."""
@@ -2469,18 +2562,33 @@ class Ledger:
         self.feed.publish(task.id, "status", task._replace(params=b"", result=None))
         if task.status == PENDING:
             self._enqueue(task)
-        elif task.finished:
+            return
+        self._unplan(task.id)
+        self._beyond.discard(task.id)
+        if task.finished:
             self._ended.append(task.id)
-            for done in self._waiting.pop(task.id, ()):
-                done.set()
+            if task.id in self._waiting:
+                self._waiting.pop(task.id).set()
 
     def _enqueue(self, task: Task) -> None:
-        entry = (-task.options.priority, task.seq, task.id)
+        entry = Entry(-task.options.priority, task.seq, task.id, task.type)
         wait = (task.due_at or 0) - self._clock()
-        if wait > 0:
-            self._plan(wait, self._make_ready, entry)
-        else:
+        if wait <= 0:
             self._ready.put(entry)
+            return
+        self._plan(task.id, wait, self._ready.put, entry)
+        if self._ticks() + wait > self._drained_by:
+            self._beyond.add(task.id)
+
+    def _prune_queue(self) -> None:
+        """Drop entries of tasks that wait no longer, when most are such."""
+        for entries in [self._ready.queue, *self._parked.values()]:
+            if len(entries) > 2 * (self._counts[PENDING] + 100):
+                with self._ready.mutex:
+                    entries[:] = [
+                        e for e in entries if e is _LAST or self._still_waits(e)
+                    ]
+                    heapq.heapify(entries)
 
     def _add(self, task: Task, one: int) -> None:
         """Count a task in, or out where `one` is -1."""
@@ -2495,27 +2603,27 @@ class Ledger:
         with self._lock:
             for record in records:
                 if isinstance(record, Gone):
-                    if record.id in self._tasks:
-                        self._forget(self._tasks[record.id])
+                    task = self._tasks.get(record.id)
+                    if task and task.seq == record.seq:
+                        self._forget(task)
                     continue
-                if self._deciding.get(record.id) is record:
+                if self._deciding.get(record.id, (None,))[0] is record:
                     del self._deciding[record.id]
-                self._submitting.pop(record.id, None)
+                self._is_submitted(record.id)
                 if self._tasks.get(record.id) is not record:  # else it was taken up
                     self._publish(record)
             self._drop_old(self._clock())
-            tell = self._when_done if self._done() else None
-        if tell:
-            tell()
+            self._tell_if_done()
 
     def _tell(self, context: Context, kind: str, what: Any) -> None:
         """Pass on what a handler tells of its task, as long as it is its run."""
-        if self._running.get(context.task_id) is not context:
-            return
-        if kind == "log":
-            self.feed.log(context.task_id, what)
-        else:
-            self.feed.publish(context.task_id, kind, what)
+        with self._lock:
+            if self._running.get(context.task_id) is not context:
+                return
+            if kind == "log":
+                self.feed.log(context.task_id, what)
+            else:
+                self.feed.publish(context.task_id, kind, what)
 
     # -- looking -----------------------------------------------------------
 
@@ -2536,27 +2644,16 @@ class Ledger:
 
         Returns at once when the service drains. Raises as get() does.
         """
-        task, done = self.get(task_id), threading.Event()
+        task = self.get(task_id)
         if task.finished or patience <= 0:
             return task
         with self._lock:
             task = self._find(task_id)
-            if task.finished or self._when_done or self._halted:
+            if task.finished or self.draining:
                 return task
-            self._waiting.setdefault(task_id, []).append(done)
-        if not done.wait(min(patience, threading.TIMEOUT_MAX)):
-            with self._lock:
-                self._stop_waiting(task_id, done)
+            done = self._waiting.setdefault(task_id, threading.Event())
+        done.wait(min(patience, threading.TIMEOUT_MAX))
         return self.get(task_id)
-
-    def _stop_waiting(self, task_id: str, done: threading.Event) -> None:
-        others = [
-            event for event in self._waiting.get(task_id, ()) if event is not done
-        ]
-        if others:
-            self._waiting[task_id] = others
-        else:
-            self._waiting.pop(task_id, None)
 
     def watch(
         self, task_id: str, after: Optional[int] = None
@@ -2566,17 +2663,10 @@ class Ledger:
             task = self._find(task_id) if task_id else None
             return (task, *self.feed.watch(task_id, after))
 
-    def finished(self, task_id: str, patience: float = 0) -> Task:
-        """Return a finished task; raises Unfinished as well as what get() raises.
-
-        Waits for the end, if need be, so many seconds.
-        """
-        task = self.wait(task_id, patience)
-        if not task.finished:
-            raise Unfinished(
-                "task %s is %s; it has no result yet" % (task.id, task.status)
-            )
-        return task
+    @property
+    def draining(self) -> bool:
+        """Whether the service is about to end."""
+        return self._halted or self._when_done is not None
 
     def context(self, task_id: str) -> Optional[Context]:
         """Return the context of a running task, None of any other."""
@@ -2622,10 +2712,13 @@ class Ledger:
             self._check_open()
 
     def _check_open(self, more: int = 1) -> None:
-        if self._when_done or self._halted:
+        if self.draining:
             raise Draining("the service is shutting down")
         self._check_journal()
         waiting = self._counts[PENDING] + len(self._submitting)
+        if more > self.limits.queue:
+            text = " holds %d tasks, more than may wait, %d"
+            raise Invalid([((), text % (more, self.limits.queue))])
         if waiting + more > self.limits.queue:
             raise QueueFull("the queue is full: %d tasks wait" % waiting)
         if self._queued >= self.limits.queue_bytes:
@@ -2687,26 +2780,27 @@ class Ledger:
 
     # -- the end -----------------------------------------------------------
 
-    def drain(self, when_done: Callable[[], None]) -> List[str]:
+    def drain(self, when_done: Callable[[], None], patience: float = 0) -> List[str]:
         """Take in no more; call `when_done`, perhaps twice, once all is done.
 
-        All is done when nothing runs, and nothing waits either, unless it is kept in
-        a journal. Returns the ids of what runs now. Who waits for a task is answered.
+        All is done when nothing runs, and nothing waits either that could be run within
+        so many seconds, unless it is kept in a journal. Returns the ids of what runs
+        now. Who waits for a task is answered. `when_done` must not wait.
         """
         with self._lock:
             self._when_done = when_done
-            running, done = list(self._running), self._done()
+            self._drained_by = self._ticks() + patience
+            late = [t for t in self._timer_of.values() if t.when > self._drained_by]
+            self._beyond.update(t.key for t in late if t.key in self._tasks)
             if not self._may_start():
                 self._ready.put(_LAST)
             self._wake_all()
-        if done:
-            when_done()
-        return running
+            self._tell_if_done()
+            return list(self._running)
 
     def _wake_all(self) -> None:
-        for events in self._waiting.values():
-            for event in events:
-                event.set()
+        for done in self._waiting.values():
+            done.set()
         self._waiting.clear()
 
     def halt(self) -> None:
@@ -2716,10 +2810,9 @@ class Ledger:
             for context in self._running.values():
                 context.cancel(SHUTDOWN)
             self._wake_all()
-            tell = self._when_done if self._done() else None
-        self._ready.put(_LAST)
-        if tell:
-            tell()
+            self._ready.put(_LAST)
+            self._planned.set()
+            self._tell_if_done()
 
     def give_up(self) -> List[Task]:
         """Put back what still runs; return all that is not finished."""
@@ -2735,10 +2828,13 @@ class Ledger:
         )  # then what waits can do so until the next start
         return not self._halted and not (keeps and self._when_done)
 
-    def _done(self) -> bool:
+    def _tell_if_done(self) -> None:
+        """Say that the drain is over, if it is. Assumes the lock."""
         if not self._when_done or self._running or self._deciding or self._submitting:
-            return False
-        return not (self._may_start() and self._counts[PENDING])
+            return
+        waiting = self._counts[PENDING] - len(self._beyond)
+        if not (self._may_start() and waiting):
+            self._when_done()
 
 
 def same_request(task: Task, wanted: Submission) -> bool:
@@ -2871,16 +2967,17 @@ class Pool:
             if context in self._busy:  # else it has just come back
                 self._busy.remove(context)
                 self._threads -= 1
-                self._start_if_needed()
+                if self._ledger.stuck() <= self._ledger.limits.stuck:
+                    self._start_if_needed()
 
     def _keep_time(self) -> None:
-        while True:
+        patience: Optional[float] = 0
+        while self._ledger.await_tick(patience):
             try:
                 patience = self._ledger.tick()
             except Exception:
                 log.exception("a timer failed; the others go on")
                 patience = 1.0
-            self._ledger.await_tick(patience)
 
     def _work(self) -> None:
         while True:
@@ -2895,9 +2992,12 @@ class Pool:
                 self._start_if_needed()
             self._run(task, context)
             with self._lock:
-                if context not in self._busy:
-                    return  # another one has taken this place
-                self._busy.remove(context)
+                if context in self._busy:
+                    self._busy.remove(context)
+                elif self._threads < self._count:
+                    self._threads += 1  # none could take its place
+                else:
+                    return
                 self._idle += 1
 
     def _run(self, task: Task, context: Context) -> None:
@@ -2912,7 +3012,7 @@ class Pool:
             return
         word = ended.status
         if word == PENDING:
-            word = "is to be retried" if ended.due_at else "put back"
+            word = "failed, to be run again," if ended.due_at else "put back"
         took = (ended.ended_at or time.time()) - (task.started_at or 0)
         log.info("task %s (%s) %s after %.3f s", task.id, task.type, word, took)
 
@@ -2934,6 +3034,7 @@ JSON = "application/json"
 PROBLEM = "application/problem+json"  # RFC 9457
 TEXT = "text/plain; charset=utf-8"
 SSE = "text/event-stream"
+LOOK_AFTER = 5.0  # seconds after which to see whether a client still waits
 KEEP_ALIVE = 15.0  # seconds after which a silent stream sends a comment
 
 METHODS = frozenset(
@@ -2962,6 +3063,7 @@ class Request:
         "headers",
         "body",
         "task_id",
+        "is_gone",
     )
 
     def __init__(
@@ -2974,6 +3076,7 @@ class Request:
         self.headers = headers
         self.body = b""
         self.task_id = ""  # where the path has one
+        self.is_gone: Callable[[], bool] = lambda: False  # the client, meanwhile
 
     @property
     def keeps_alive(self) -> bool:
@@ -3217,13 +3320,14 @@ def submitted_reply(
     """Answer a submit with the task's id, or with its status if it ends in time."""
     patience, headers = patience_of(app, request)
     headers["Location"] = "/api/v1/tasks/" + task.id
-    if media == TEXT:
-        return text_reply(task.id, status, headers)
     if patience:
         with contextlib.suppress(UnknownTask, ForgottenTask):  # it was taken in, anyway
-            now = app.ledger.wait(task.id, patience)
-            if now.finished:
-                return json_reply(status_document(now), 200, headers)
+            request.task_id = task.id
+            task = await_end(app, request, patience)
+    if media == TEXT:
+        return text_reply(task.id, status, headers)
+    if patience and task.finished:
+        return json_reply(status_document(task), 200, headers)
     return json_reply({"id": task.id, "status": task.status}, status, headers)
 
 
@@ -3270,10 +3374,25 @@ def list_tasks(app: App, request: Request) -> Reply:
     return json_reply({"tasks": documents, "next": behind})
 
 
+def await_end(app: App, request: Request, patience: float) -> Task:
+    """Wait for the end of a request's task, as long as the client does."""
+    end = time.monotonic() + patience
+    while True:
+        left = end - time.monotonic()
+        task = app.ledger.wait(request.task_id, min(left, LOOK_AFTER))
+        if (
+            task.finished
+            or left <= LOOK_AFTER
+            or request.is_gone()
+            or app.ledger.draining
+        ):
+            return task
+
+
 def show_task(app: App, request: Request) -> Reply:
     """Tell a task's status; with ?wait=SECONDS, once it is finished."""
     patience, headers = patience_of(app, request)
-    task = app.ledger.wait(request.task_id, patience)
+    task = await_end(app, request, patience)
     if request.accepts(JSON, TEXT) == TEXT:
         return text_reply(task.status, 200, headers)
     document = status_document(task, app.ledger.context(task.id))
@@ -3283,7 +3402,10 @@ def show_task(app: App, request: Request) -> Reply:
 def show_result(app: App, request: Request) -> Reply:
     """Give a finished task's result or error; with ?wait=SECONDS, wait for it."""
     patience, headers = patience_of(app, request)
-    task = app.ledger.finished(request.task_id, patience)
+    task = await_end(app, request, patience)
+    if not task.finished:
+        text = "task %s is %s; it has no result yet"
+        raise Unfinished(text % (task.id, task.status))
     if request.accepts(JSON, TEXT) == JSON:
         return Reply(200, result_document(task), JSON, headers)
     if task.status != COMPLETED:  # a script must not take an error for a result
@@ -3321,27 +3443,37 @@ def all_events(app: App, request: Request) -> Reply:
 def events_reply(app: App, request: Request, task_id: str) -> Reply:
     """Answer with Server-Sent Events (html.spec.whatwg.org/#server-sent-events)."""
     request.accepts(SSE)
+    if task_id:
+        app.ledger.get(task_id)  # raises what there is to be told
     feed, after, known = app.ledger.feed, None, True
     last = request.headers.get("last-event-id", "")
     if last:
         match = re.fullmatch(feed.life + "-([0-9]{1,15})", last)
         after, known = (int(match.group(1)), True) if match else (None, False)
-    task, watch, lacks = app.ledger.watch(task_id, after)
-    stream = event_stream(app, task, watch, bool(last), known and not lacks)
+    stream = event_stream(app, task_id, after, known)
     # Proxies that gather an answer before they pass it on are asked not to.
     return Reply(200, b"", SSE, {"X-Accel-Buffering": "no"}, stream)
 
 
 def event_stream(
-    app: App, task: Optional[Task], watch: Watch, resumed: bool, complete: bool
+    app: App, task_id: str, after: Optional[int], known: bool
 ) -> Iterator[bytes]:
-    """Yield events as they come, until the task's end or that of the service."""
+    """Yield events as they come, until the task's end or that of the service.
+
+    `after` is the number of the last event that is known, None for none; `known` is
+    False when there was one, but in another life.
+    """
     feed = app.ledger.feed
+    task, watch, lacks = app.ledger.watch(task_id, after)
     try:
         yield b"retry: 1000\n\n"
-        if not complete:
+        if lacks or not known:
             yield b'event: gap\ndata: {"detail": "some events are no longer kept"}\n\n'
-        if task and (task.finished or not (resumed and complete)):
+        missed = watch.take(0)
+        yield b"".join(encode_event(feed.life, event) for event in missed)
+        if task and any(ends_stream(event) for event in missed):
+            return
+        if task and (task.finished or after is None or lacks):
             document = status_document(task, app.ledger.context(task.id))
             yield b"event: status\ndata: %s\n\n" % to_json(document)
             if task.finished:
@@ -3352,7 +3484,7 @@ def event_stream(
             if task and any(ends_stream(event) for event in news):
                 return
     finally:
-        feed.leave(task.id if task else "", watch)
+        feed.leave(task_id, watch)
 
 
 def ends_stream(event: Event) -> bool:
@@ -3665,6 +3797,7 @@ class Connection(socketserver.BaseRequestHandler):
             return False
         if request is None:
             return False
+        request.is_gone = self._is_gone
         reply = self._reply_to(request)
         log.debug("%s %s: %d", request.method, request.path, reply.status)
         keep = request.keeps_alive and not self.crowded and not self.server.closing
@@ -3673,6 +3806,18 @@ class Connection(socketserver.BaseRequestHandler):
         if reply.stream is not None:
             self._send_stream(reply.stream)
         return keep
+
+    def _is_gone(self) -> bool:
+        """Whether the client has closed its side."""
+        if self.buffer:  # it has sent another request
+            return False
+        try:
+            self.request.setblocking(False)
+            return not self.request.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _reply_to(self, request: Request) -> Reply:
         if self.crowded and request.path not in ("/healthz", "/readyz"):
@@ -3750,6 +3895,8 @@ class Connection(socketserver.BaseRequestHandler):
             data = bytes(self.request.recv(most))
         except socket.timeout:
             raise HTTPError(408, "the request took too long to arrive") from None
+        if not data and self.server.closing:  # we may have cut it off ourselves
+            raise HTTPError(503, "the service is shutting down", Retry_After="30")
         if not data:
             raise HTTPError(400, "the request ended before it was complete")
         return data
@@ -4006,6 +4153,9 @@ class Service:
             return 0 if saved else 1
         for task in left:
             line = {"id": task.id, "type": task.type, "params": json.loads(task.params)}
+            for name, value in task.options._asdict().items():
+                if value != NO_OPTIONS._asdict()[name]:
+                    line[name] = value
             text = json.dumps(line).replace("\x7f", "\\u007f")  # still JSON in the log
             log.error("given up: %s", text)
         log.info("stopped, %d tasks given up", len(left))
@@ -4015,7 +4165,7 @@ class Service:
         """Let tasks finish, or stop them; return ids of what ran, and what is left."""
         patience, waiting = self.settings["DRAIN_TIMEOUT"], self.ledger.counts().pending
         end = time.monotonic() + patience
-        ran = self.ledger.drain(lambda: events.put(_DONE))
+        ran = self.ledger.drain(lambda: events.put(_DONE), patience)
         message = "%s: draining, %d running and %d waiting, for %g s at most"
         log.info(message, name, len(ran), waiting, patience)
         event = _next_event(events, patience)

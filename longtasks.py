@@ -175,6 +175,7 @@ SETTINGS = (
         "HANDLERS", "", str, "Python file that registers task types", "FILE", os.pathsep
     ),
     Setting("COMMANDS", "", str, "program that becomes a task type", "NAME=LINE", "\n"),
+    Setting("EXECUTOR", "", str, "where isolated handlers run instead", "FILE:FACTORY"),
     Setting("DB", "", str, "SQLite file that keeps the tasks, made if need be", "FILE"),
     Setting(
         "TASK_TIMEOUT",
@@ -738,6 +739,8 @@ class Handler(NamedTuple):
 
     def run(self, params: Dict[str, Any], context: Context) -> Any:
         """Call the function, wherever it runs; whatever it raises comes through."""
+        if self.isolated and EXECUTOR:
+            return run_elsewhere(self, params, context)
         if self.isolated:
             return run_isolated(self.name, params, context)
         return self.run_here(params, context)
@@ -1087,7 +1090,7 @@ def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submiss
     return submissions
 
 
-LOADED: List[str] = []  # the files of handlers, for child processes
+LOADED: Dict[str, str] = {}  # the files of handlers and their text, for other processes
 
 
 def load_handlers(file: str) -> None:
@@ -1096,8 +1099,13 @@ def load_handlers(file: str) -> None:
     `import longtasks` in it yields this very module, also when it runs as __main__.
     Modules that lie beside the file can be imported from it.
     """
+    module = _load_file("--handlers", file)
+    LOADED[file] = module.__loader__.get_source(module.__name__)
+
+
+def _load_file(flag: str, file: str) -> Any:
+    """Run a Python file and return it as a module."""
     sys.modules["longtasks"] = sys.modules[__name__]
-    LOADED.append(file)
     folder = os.path.dirname(os.path.abspath(file))
     if folder not in sys.path:
         sys.path.append(folder)  # last, so that it can't hide the standard library
@@ -1111,7 +1119,8 @@ def load_handlers(file: str) -> None:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
     except (Exception, SystemExit, GeneratorExit, Cancelled) as error:
-        raise HandlerError("--handlers %s: %s" % (file, _why(error, file))) from None
+        raise HandlerError("%s %s: %s" % (flag, file, _why(error, file))) from None
+    return module
 
 
 def _why(error: BaseException, file: str) -> str:
@@ -1294,7 +1303,7 @@ def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
 
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    about = to_json([LOADED, name, params, ctx.task_id, ctx.attempt])
+    about = to_json([list(LOADED), name, params, ctx.task_id, ctx.attempt])
     child = spawn.Process(target=isolated_child, args=(theirs, about), daemon=True)
     with _CHILDREN:
         child.start()
@@ -1570,6 +1579,115 @@ def register_command(line: str) -> None:
         raise HandlerError("--command %s: %s" % (shown(line), error)) from None
     made = Handler(program.name, program, program.schema, True, "ctx", {}, False)
     HANDLERS[program.name] = made
+
+
+# -- executors -------------------------------------------------------------
+#
+# Isolated handlers may run elsewhere: wherever an Executor of concurrent.futures takes
+# them. What it is given is eval() and text, which every one of them can carry, so that
+# nothing has to be installed where it runs.
+
+EXECUTOR: List[Any] = []  # the one, if there is one
+
+ELSEWHERE = """
+import json, sys, threading, traceback, types
+
+class Cancelled(BaseException):
+    pass
+
+class HandlerError(Exception):
+    pass
+
+class Retry(Exception):
+    def __init__(self, message="", after=None):
+        super().__init__(message)
+        self.after = after
+
+def load(files, Retry):
+    found, stub = {}, types.ModuleType("longtasks")
+    def handler(name, **rules):
+        return lambda function: found.setdefault(name, function)
+    stub.Context = type("Context", (), {})
+    stub.handler, stub.Retry, stub.Cancelled, stub.HandlerError = (
+        handler, Retry, Cancelled, HandlerError)
+    before = sys.modules.get("longtasks")
+    sys.modules["longtasks"] = stub
+    try:
+        for number, (path, text) in enumerate(sorted(files.items())):
+            module = types.ModuleType("longtasks_elsewhere_%d" % number)
+            module.__file__ = path
+            sys.modules[module.__name__] = module
+            exec(compile(text, path, "exec"), module.__dict__)
+    finally:
+        del sys.modules["longtasks"]
+        if before:
+            sys.modules["longtasks"] = before
+    return found
+
+def run(files, name, params, whole):
+    kept = sys.modules.setdefault("longtasks_elsewhere", types.ModuleType("kept"))
+    lock = kept.__dict__.setdefault("lock", threading.Lock())
+    kept.__dict__.setdefault("Retry", Retry)
+    try:
+        with lock:  # the files are run once in a process
+            if kept.__dict__.get("files") != files:
+                kept.found, kept.files = load(files, kept.Retry), files
+        function, params = kept.found[name], json.loads(params)
+        value = function(params=params) if whole else function(**params)
+        return json.dumps(["result", json.dumps(value, allow_nan=False)])
+    except kept.Retry as error:
+        return json.dumps(["retry", [str(error), error.after]])
+    except BaseException as error:
+        line = type(error).__name__ + (": %s" % error if str(error) else "")
+        return json.dumps(["failed", [line, traceback.format_exc()[-10000:]]])
+"""
+
+
+def load_executor(text: str) -> None:
+    """Make the executor that FILE:FACTORY stands for; raises HandlerError."""
+    file, colon, name = text.rpartition(":")
+    if not colon:
+        raise HandlerError("--executor %s: write FILE:FACTORY" % shown(text))
+    module = _load_file("--executor", file)
+    try:
+        executor = getattr(module, name)()
+    except Exception as error:
+        raise HandlerError("--executor %s: %s" % (text, describe(error))) from None
+    if not callable(getattr(executor, "submit", None)):
+        raise HandlerError("--executor %s: it made no Executor" % text)
+    for known in HANDLERS.values():
+        if known.isolated and known.context:
+            detail = "the isolated task type %s takes a Context, and none goes there"
+            raise HandlerError("--executor %s: %s" % (text, detail % shown(known.name)))
+    EXECUTOR[:] = [executor]
+
+
+def run_elsewhere(known: Handler, params: Mapping[str, Any], ctx: Context) -> Any:
+    """Run a handler by the executor, as if it ran here."""
+    call = "(exec(source, scope), scope['run'](files, name, params, whole))[1]"
+    values = {
+        "source": ELSEWHERE,
+        "scope": {},
+        "files": dict(LOADED),
+        "name": known.name,
+        "params": json.dumps(params),
+        "whole": known.whole,
+    }
+    future = EXECUTOR[0].submit(eval, call, values)
+    done = threading.Event()
+    future.add_done_callback(lambda _: done.set())
+
+    def stop() -> None:  # cancel() may have to ask another host
+        threading.Thread(target=future.cancel, daemon=True).start()
+        done.set()
+
+    ctx.on_stop(stop)
+    done.wait()
+    ctx.on_stop(None)
+    if not future.done() or future.cancelled():
+        ctx.check()  # what runs there may go on; nobody listens any more
+        raise Failure("the executor has cancelled it")
+    return _as_said(json.loads(future.result()), 0, ctx)
 
 
 # ======================================================================
@@ -2322,9 +2440,8 @@ class Ledger:
         """Decide that a task runs. Assumes the lock."""
         now, attempt = self._clock(), task.attempt + 1
         context = Context(task.id, attempt, self._tell)
-        context.grace = (
-            self.limits.grace / 2
-        )  # so that it is over before it is given up
+        # Half of it, so that what can be killed is over before it is given up.
+        context.grace = self.limits.grace / 2
         self._running[task.id] = context
         self._active[context] = task.type
         self._active_types[task.type] += 1
@@ -4258,13 +4375,27 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             load_handlers(file)
         for line in settings["COMMANDS"]:
             register_command(line)
+        if settings["EXECUTOR"]:
+            load_executor(settings["EXECUTOR"])
         service = Service(settings)
         events = _record_signals()
         service.start()
     except (SettingsError, HandlerError, JournalError) as error:
         print("longtasks: %s" % _escaped(str(error)), file=sys.stderr)
         return 2
-    return service.run(events)
+    code = service.run(events)
+    _end_children()
+    return code
+
+
+def _end_children() -> None:
+    """End what an executor or an isolated handler has left, since we don't wait."""
+    for executor in EXECUTOR:
+        with contextlib.suppress(Exception):
+            executor.shutdown(wait=False)
+    if "multiprocessing" in sys.modules:
+        for child in sys.modules["multiprocessing"].active_children():
+            child.kill()  # forked ones would ignore SIGTERM, as this process does
 
 
 def _record_signals() -> Events:

@@ -227,6 +227,7 @@ def test_defaults_are_those_that_were_promised():
         "LOG_LEVEL": "info",
         "HANDLERS": [],
         "COMMANDS": [],
+        "EXECUTOR": "",
         "DB": "",
         "TASK_TIMEOUT": 0,
         "GRACE": 3,
@@ -3932,7 +3933,7 @@ def test_a_drain_finishes_running_and_queued_tasks_and_refuses_new_ones(tmp_path
 
 
 def test_past_the_drain_timeout_tasks_are_given_up_and_told(tmp_path, held):
-    env = {**held["env"], "WORKER_COUNT": "2", "DRAIN_TIMEOUT": "0.2"}
+    env = {**held["env"], "WORKER_COUNT": "2", "DRAIN_TIMEOUT": "0.2", "GRACE": "0.3"}
     with process(*held["flags"], env=env) as running:
         for type, name in [("polite", "a"), ("deaf", "b"), ("deaf", "é")]:
             submitted(running.port, type, {"name": name})
@@ -3941,7 +3942,7 @@ def test_past_the_drain_timeout_tasks_are_given_up_and_told(tmp_path, held):
         begin = time.monotonic()
         running.signal()
         assert running.wait() == 1
-        assert time.monotonic() - begin < 3 + 10
+        assert time.monotonic() - begin < 10
         running.logged("3 tasks given up")
         lines = [line for line in running.lines if "given up: " in line]
         given_up = [json.loads(line[line.index("{") :]) for line in lines]
@@ -4273,6 +4274,247 @@ def test_isolated_handlers_end_with_the_service_that_is_killed(tmp_path):
         until(lambda: not alive(pid))
 
 
+# -- executors -------------------------------------------------------------
+
+ELSEWHERE = """
+import concurrent.futures, os, threading, time
+from longtasks import Context, Retry, handler
+
+def processes():
+    return concurrent.futures.ProcessPoolExecutor(2)
+
+def threads():
+    return concurrent.futures.ThreadPoolExecutor(4)
+
+def broken():
+    raise OSError("no scheduler")
+
+def nothing():
+    return None
+
+def helper(n):
+    return 2 * n
+
+TRIED = []
+
+@handler("double", isolated=True, retries=0)
+def double(n: int, wait: float = 0):
+    time.sleep(wait)
+    return {"n": helper(n), "pid": os.getpid()}
+
+@handler("whole", isolated=True)
+def whole(params: dict):
+    return params
+
+@handler("bad", isolated=True)
+def bad():
+    raise ValueError("no")
+
+@handler("odd", isolated=True)
+def odd():
+    return {1}
+
+@handler("again", isolated=True)
+def again():
+    TRIED.append(1)
+    if len(TRIED) < 2:
+        raise Retry("later", after=0.01)
+    return len(TRIED)
+
+@handler("here")
+def here():
+    return os.getpid()
+"""
+
+
+def elsewhere(tmp_path, factory, text=ELSEWHERE):
+    file = write(tmp_path, text)
+    return [
+        "--handlers",
+        file,
+        "--executor",
+        write(tmp_path, text_of_factories(text), "f.py") + ":" + factory,
+    ]
+
+
+def text_of_factories(text):
+    """The part of a file that makes executors, without the handlers."""
+    return text.partition("def helper")[0]
+
+
+@pytest.mark.parametrize("factory", ["processes", "threads"])
+def test_isolated_handlers_run_where_the_executor_says(factory, tmp_path):
+    with process(*elsewhere(tmp_path, factory)) as running:
+        done = outcome(running, "double", {"n": 21})["result"]
+        assert done["n"] == 42
+        assert (done["pid"] == running.process.pid) == (factory == "threads")
+        assert outcome(running, "here")["result"] == running.process.pid
+        assert outcome(running, "whole", {"a": [1]})["result"] == {"a": [1]}
+        assert outcome(running, "bad")["error"] == "ValueError: no"
+        assert "not JSON serializable" in outcome(running, "odd")["error"]
+        if factory == "threads":  # processes would not share what was tried
+            assert outcome(running, "again")["result"] == 2
+        cancelled = outcome(running, "double", {"n": 1, "wait": 3}, timeout=0.1)
+        assert cancelled["error"] == "timed out after 0.1 s"
+        assert not [line for line in running.lines if "stuck" in line]
+        running.signal()
+        assert running.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "executor, why",
+    [
+        ("f.py", "write FILE:FACTORY"),
+        ("missing.py:f", "No such file"),
+        ("f.py:missing", "has no attribute 'missing'"),
+        ("f.py:broken", "OSError: no scheduler"),
+        ("f.py:nothing", "it made no Executor"),
+        ("f.py:threads", 'the isolated task type "ctx" takes a Context'),
+    ],
+)
+def test_an_executor_that_cannot_be_used_is_one_line_and_code_2(
+    executor, why, tmp_path, registry, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, text_of_factories(ELSEWHERE), "f.py")
+    with_context = handler("ctx", isolated=True)
+
+    @with_context
+    def takes_context(ctx: Context):
+        pass
+
+    assert longtasks.main(["--port", "0", "--executor", executor]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert why in err
+    assert not longtasks.EXECUTOR
+
+
+DASK = """
+from distributed import Client
+
+def connect():
+    return Client(scheduler_file="scheduler.json").get_executor()
+"""
+
+
+def test_work_outgrows_the_machine_on_dask(tmp_path, monkeypatch):
+    """A real scheduler and two real workers, one of which is killed in the middle."""
+    pytest.importorskip("distributed")
+    monkeypatch.chdir(tmp_path)
+    file = ["--scheduler-file", "scheduler.json"]
+    run = [sys.executable, "-m"]
+    scheduler = [
+        *run,
+        "distributed.cli.dask_scheduler",
+        "--port",
+        "0",
+        "--no-show",
+        *file,
+    ]
+    worker = [
+        *run,
+        "distributed.cli.dask_worker",
+        "--no-nanny",
+        "--nthreads",
+        "4",
+        *file,
+    ]
+    with contextlib.ExitStack() as stack:
+        for command in (scheduler, worker, worker):
+            started = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            stack.callback(started.wait)
+            stack.callback(started.kill)
+        (last_worker,) = [started]
+        flags = [
+            "--handlers",
+            write(tmp_path, ELSEWHERE.replace("ProcessPool", "Thread")),
+        ]
+        flags += ["--executor", write(tmp_path, DASK, "dask_executor.py") + ":connect"]
+        until(lambda: Path("scheduler.json").exists(), "the scheduler")
+        running = stack.enter_context(process(*flags, "--worker-count", "50"))
+        first = {outcome(running, "double", {"n": 1})["result"]["pid"]}
+        assert running.process.pid not in first
+        batch = [
+            {"type": "double", "params": {"n": n, "wait": 0.05}} for n in range(200)
+        ]
+        tasks = call(running, "POST", "/api/v1/tasks", batch).json
+        done = "/api/v1/tasks?status=completed&limit=1000"
+        until(lambda: len(call(running, "GET", done).json["tasks"]) > 50)
+        last_worker.kill()
+        results = [result_of(running.port, task["id"]) for task in tasks]
+        assert [r["result"]["n"] for r in results] == [2 * n for n in range(200)]
+        assert len({r["result"]["pid"] for r in results}) == 2
+
+
+# -- several instances -----------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="there is no nginx here")
+def test_nginx_sends_all_requests_of_a_task_to_one_instance(tmp_path):
+    """The lines of the README, in front of two real instances."""
+    lines = readme_block("Several instances", "nginx")
+    with process() as one, process() as other, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        for old, new in [(8081, one.port), (8082, other.port), (80, port)]:
+            lines = re.sub(r"\b%d\b" % old, str(new), lines)
+        lines = lines.replace("listen ", "listen 127.0.0.1:")
+        paths = "".join(
+            "%s_temp_path %s;\n" % (name, tmp_path / name)
+            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        conf = "daemon off; master_process off; pid %s;\nerror_log %s;\nevents {}\n"
+        conf %= (tmp_path / "pid", tmp_path / "errors")
+        conf += "http {\naccess_log off;\n%s%s}\n" % (paths, lines)
+        command = ["nginx", "-p", str(tmp_path), "-c", write(tmp_path, conf, "n.conf")]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as nginx:
+            try:
+                until(lambda: answers(port), "nginx")
+                check_spread(port, one, other)
+            finally:
+                nginx.terminate()
+
+
+def answers(port):
+    with contextlib.suppress(OSError):
+        return call(port, "GET", "/healthz").status == 200
+    return False
+
+
+def check_spread(port, *instances):
+    """A thousand tasks through nginx: each is found again, and they are shared out."""
+    document = {"type": "long_computation", "params": {"duration": 0}}
+    body = json.dumps(document)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
+
+    def ask(method, path, body=None):
+        connection.request(method, path, body, JSON_BODY if body else {})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+    ids = [str(uuid.uuid4()) for _ in range(1000)]
+    for task_id in ids:
+        status, task = ask("PUT", "/api/v1/tasks/" + task_id, body)
+        assert (status, task["id"]) == (202, task_id)
+    for task_id in ids:
+        path = "/api/v1/tasks/" + task_id
+        assert ask("GET", path + "?wait=10")[1]["status"] == "completed"
+        assert ask("GET", path + "/result")[0] == 200
+    counts = [
+        len(call(each, "GET", "/api/v1/tasks?limit=1000").json["tasks"])
+        for each in instances
+    ]
+    assert sum(counts) == 1000
+    assert min(counts) > 300
+
+
+def readme_block(heading, language):
+    section = readme().split("\n## " + heading + "\n")[1].split("\n## ")[0]
+    return re.search(r"```%s\n(.*?)```" % language, section, re.DOTALL).group(1)
+
+
 # -- with a journal, for real ----------------------------------------------
 
 CRASHES = int(os.environ.get("LONGTASKS_CRASHES", "30"))
@@ -4364,7 +4606,7 @@ def test_nothing_acknowledged_is_lost_however_often_the_process_is_killed(
             clients = Submitters(running.port, acknowledged)
             known = dice.sample(sorted(seen), min(len(seen), 50))
             with contextlib.suppress(subprocess.TimeoutExpired):
-                running.process.wait(dice.uniform(0.02, 0.2))
+                running.process.wait(dice.uniform(0.02, 0.15))
             for task_id, body in results_of(running.port, known).items():
                 assert body == seen[task_id]
             some = dice.sample(sorted(acknowledged), min(len(acknowledged), 50))
@@ -4476,7 +4718,7 @@ def test_past_the_drain_timeout_what_runs_is_put_back(
     type, tmp_path, held, monkeypatch
 ):
     path = tmp_path / "tasks.db"
-    env = {**held["env"], "DRAIN_TIMEOUT": "0"}
+    env = {**held["env"], "DRAIN_TIMEOUT": "0", "GRACE": "0.3"}
     with process(*held["flags"], "--db", str(path), env=env) as running:
         task_id = submitted(running.port, type, {"name": "a"})
         began(tmp_path, "a")

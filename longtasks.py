@@ -787,6 +787,8 @@ def handler(
         _check_name(name)
         try:
             _check_rules(rules)
+            if isolated and not hasattr(os, "killpg"):
+                raise HandlerError("this system has no process groups to isolate it in")
             made = _inspected(name, function, limits or {}, rules)
             HANDLERS[name] = made._replace(isolated=isolated)
         except HandlerError as error:
@@ -1268,8 +1270,13 @@ def killable(group: int, ctx: Context, ask: Callable[[], None]) -> Iterator[None
 
 def _signal_group(group: int, number: int) -> None:
     if GUARD.knows(group):  # else it is over, and its number may be another's
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        try:
             os.killpg(group, number)
+        except (
+            OSError
+        ):  # a child that has just been started has no group of its own yet
+            with contextlib.suppress(OSError):
+                os.kill(group, number)
 
 
 def ending(code: int) -> str:

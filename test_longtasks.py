@@ -4265,6 +4265,14 @@ def test_an_isolated_handler_that_does_not_listen_is_killed(isolated):
     assert not [line for line in isolated.lines if "stuck" in line]
 
 
+def test_an_isolated_handler_is_stopped_even_while_its_process_starts(isolated):
+    for pause in (0, 0.02, 0.05, 0.1, 0.2):
+        done = outcome(isolated, "burn", timeout=max(pause, 0.001))
+        assert done["error"].startswith("timed out")
+        assert isolated.process.poll() is None
+    assert not [line for line in isolated.lines if "stuck" in line]
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
 def test_isolated_handlers_end_with_the_service_that_is_killed(tmp_path):
     with process("--handlers", write(tmp_path, ISOLATED)) as running:

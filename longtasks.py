@@ -16,13 +16,22 @@ Submit a task, get its id at once, follow it, collect its result:
 A task goes one way:
 
     pending -> processing -> completed | failed | cancelled
+    pending -> cancelled     processing -> pending (to be run again)
 
-Add your own task types in a file and name it with --handlers:
+Wait for it, follow it live, cancel it:
+
+    curl "http://localhost:8080/api/v1/tasks/ID?wait=60"
+    curl -N http://localhost:8080/api/v1/tasks/ID/events
+    curl -X POST http://localhost:8080/api/v1/tasks/ID/cancel
+
+Make a program a task type with --command, or write task types of your own into a
+file and name it with --handlers:
 
     from longtasks import Context, handler
 
     @handler("greet")
     def greet(name: str, times: int = 1, *, ctx: Context):
+        ctx.progress(0.5, "half way")
         return {"greeting": ", ".join(["hello " + name] * times)}
 
 With --db tasks.db every task survives the process; without, they live in memory.
@@ -3664,10 +3673,15 @@ Submit a task and keep its id:
        -H "Content-Type: application/json" \\
        -d '{"type": "long_computation", "params": {"duration": 5}}')
 
-Follow it, and collect its result once it is completed:
+Follow it, wait for it, and collect its result:
 
   curl %(url)s/api/v1/tasks/$id
-  curl %(url)s/api/v1/tasks/$id/result
+  curl -N %(url)s/api/v1/tasks/$id/events
+  curl "%(url)s/api/v1/tasks/$id/result?wait=60"
+
+Cancel it:
+
+  curl -X POST %(url)s/api/v1/tasks/$id/cancel
 
 Task types, with their params at %(url)s/api/v1/types:
 

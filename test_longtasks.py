@@ -2533,6 +2533,16 @@ def test_a_percentage_in_its_output_is_its_progress(text, percent, message):
     assert progress == expected
 
 
+def test_progress_shows_while_the_line_is_being_written():
+    context = Listener()
+    line = "t=sh -c 'printf 40%%; exec sleep 1000'"
+    done = background(lambda: run_program(line, context=context))
+    until(lambda: context.progress_document())
+    assert context.progress_document() == {"percent": 40.0, "message": "40%"}
+    context.cancel()
+    assert done.result(LONG)[0].status == "cancelled"
+
+
 @pytest.mark.parametrize(
     "script, error",
     [
@@ -3045,7 +3055,7 @@ def test_the_index_has_lines_for_this_host_and_all_types_and_routes(service):
     answer = call(service, "GET", "/", Host="tasks.example:99")
     assert answer.media == "text/plain; charset=utf-8"
     text = answer.body.decode()
-    assert "curl http://tasks.example:99/api/v1/tasks/$id/result" in text
+    assert 'curl "http://tasks.example:99/api/v1/tasks/$id/result?wait=60"' in text
     assert "long_computation" in text
     for route in longtasks.ROUTES:
         assert "  %-6s %s " % (route.method, route.path) in text

@@ -1211,6 +1211,11 @@ for group in groups:
         self._groups: Set[int] = set()
         self._process: Any = None
 
+    def ready(self) -> None:
+        """Start the process, unless it runs."""
+        with self._lock:
+            self._write("")
+
     def add(self, group: int) -> None:
         """Watch over a process group."""
         with self._lock:
@@ -1231,6 +1236,8 @@ for group in groups:
         """Tell the process, which is started again if it died. Assumes the lock."""
         for _ in range(2):
             try:
+                if self._process.poll() is not None:
+                    raise OSError("it has died")
                 self._process.stdin.write(text.encode())
                 self._process.stdin.flush()
                 return
@@ -1498,6 +1505,7 @@ class Program:
         import subprocess
 
         environ = {k: v for k, v in os.environ.items() if k not in SECRETS}
+        GUARD.ready()  # it takes a while to start; nothing may run unguarded so long
         process = subprocess.Popen(
             self.arguments(params),
             stdin=subprocess.DEVNULL,
@@ -1506,8 +1514,8 @@ class Program:
             env=dict(environ, LONGTASKS_TASK_ID=ctx.task_id),
             start_new_session=True,  # a process group of its own
         )
-        output = ProgramOutput(process.stdout, ctx)
         with killable(process.pid, ctx, lambda: _signal_group(process.pid, TERM)):
+            output = ProgramOutput(process.stdout, ctx)
             if hasattr(os, "waitid"):  # has ended then, but its number is not free yet
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             else:

@@ -1288,9 +1288,7 @@ def _signal_group(group: int, number: int) -> None:
     if GUARD.knows(group):  # else it is over, and its number may be another's
         try:
             os.killpg(group, number)
-        except (
-            OSError
-        ):  # a child that has just been started has no group of its own yet
+        except OSError:  # a child that is just starting has no group of its own yet
             with contextlib.suppress(OSError):
                 os.kill(group, number)
 
@@ -2085,7 +2083,7 @@ class Limits(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How many tasks there are, by status, and runs that don't end."""
+    """How many tasks there are, by status."""
 
     pending: int
     processing: int
@@ -2671,8 +2669,8 @@ class Ledger:
         self.on_stuck(context)
 
     def _expire_regularly(self) -> None:
+        self.expire()
         with self._lock:
-            self._drop_old(self._clock())
             self._plan(None, 60, self._expire_regularly)
 
     # -- deciding, writing, showing; all of these assume the lock ----------
@@ -3418,9 +3416,7 @@ def submit_task(app: App, request: Request) -> Reply:
     key = request.headers.get("idempotency-key")
     if isinstance(document, list):
         return submit_batch(app, request, document, media)
-    if not isinstance(document, dict):
-        raise Malformed("the body must be an object, not " + shown(document))
-    wanted = check_submission(document, app.handlers)
+    wanted = read_submission(app, request, document)
     if key is None:
         task = app.ledger.submit(*wanted)
     else:
@@ -3447,12 +3443,17 @@ def put_task(app: App, request: Request) -> Reply:
     media = request.accepts(JSON, TEXT)
     if not _UUID.fullmatch(request.task_id):
         raise HTTPError(400, "the id must be a UUID, such as " + new_id())
-    document = request.json()
-    if not isinstance(document, dict):
-        raise Malformed("the body must be an object, not " + shown(document))
-    wanted = check_submission(document, app.handlers)
+    wanted = read_submission(app, request, request.json())
     task, new = app.ledger.submit_once(request.task_id, wanted)
     return submitted_reply(app, request, task, 202 if new else 200, media)
+
+
+def read_submission(app: App, request: Request, document: Any) -> Submission:
+    """Return what a request to submit one task asks for, all of it checked."""
+    patience_of(app, request)  # a wait that can't be is refused before anything is done
+    if not isinstance(document, dict):
+        raise Malformed("the body must be an object, not " + shown(document))
+    return check_submission(document, app.handlers)
 
 
 def submitted_reply(

@@ -3311,6 +3311,14 @@ def test_a_thousand_waiters_do_not_keep_others_from_their_answers(gate):
                 client.close()
 
 
+def test_a_submit_with_a_wait_that_is_no_time_changes_nothing(service):
+    document = {"type": "long_computation", "params": {"duration": 0}}
+    for method, below in [("POST", ""), ("PUT", "/" + str(uuid.uuid4()))]:
+        answer = call(service, method, "/api/v1/tasks%s?wait=abc" % below, document)
+        assert_problem(answer, 400, "wait must be")
+    assert service.ledger.counts() == (0, 0, 0)
+
+
 def test_a_batch_is_submitted_over_http(service):
     one = {"type": "long_computation", "params": {"duration": 0}}
     answer = call(service, "POST", "/api/v1/tasks", [one, dict(one, priority=1)])

@@ -2812,19 +2812,28 @@ class Ledger:
         return self._running.get(task_id)  # one step, as in get()
 
     def page(
-        self, limit: int, after: int = 0, status: str = "", type: str = ""
+        self,
+        limit: int,
+        after: int = 0,
+        status: str = "",
+        type: str = "",
+        newest_first: bool = False,
     ) -> Tuple[List[Task], Optional[int]]:
         """Return up to `limit` tasks in the order of submission, and where to go on.
 
         `after` is the seq behind which to start; what comes back second is the
         `after` of the next page, None when this was the last. Empty filters let
-        everything through.
+        everything through. With `newest_first` it goes the other way.
         """
         with self._lock:
             self._drop_old(self._clock())
             tasks = list(self._tasks.values())
+        if newest_first:  # a task begins with its seq
+            tasks = tasks[: bisect_left(tasks, (after or math.inf,))][::-1]
+        else:
+            tasks = tasks[bisect_left(tasks, (after + 1,)) :]
         found: List[Task] = []
-        for task in tasks[bisect_left(tasks, (after + 1,)) :]:  # it begins with seq
+        for task in tasks:
             if status in ("", task.status) and type in ("", task.type):
                 if len(found) == limit:
                     return found, found[-1].seq
@@ -2839,6 +2848,11 @@ class Ledger:
     def _count(self) -> Counts:
         pending, processing = self._counts[PENDING], self._counts[PROCESSING]
         return Counts(pending, processing, len(self._tasks) - pending - processing)
+
+    def totals(self) -> Dict[str, int]:
+        """How many tasks have each of the statuses."""
+        with self._lock:
+            return dict(self._counts)
 
     def stuck(self) -> int:
         """How many handlers run on though their tasks have ended."""
@@ -3384,6 +3398,13 @@ def status_document(task: Task, context: Optional[Context] = None) -> Dict[str, 
     return {name: value for name, value in document.items() if value is not None}
 
 
+def submission_document(task: Task) -> Dict[str, Any]:
+    """What was submitted, so that it can be submitted again."""
+    plain = NO_OPTIONS._asdict()
+    given = {n: v for n, v in task.options._asdict().items() if v != plain[n]}
+    return {"type": task.type, "params": json.loads(task.params), **given}
+
+
 def result_document(task: Task) -> bytes:
     """The JSON of how a finished task ended."""
     head = to_json({"task_id": task.id, "status": task.status})
@@ -3511,9 +3532,15 @@ def list_tasks(app: App, request: Request) -> Reply:
         raise HTTPError(400, "status must be one of " + ", ".join(EXITS))
     limit = _number_in(query, "limit", 1, 1000, 100)
     after = _number_in(query, "after", 0, 10**17, 0)
-    tasks, behind = app.ledger.page(limit, after, status, query.get("type", ""))
+    order = query.get("order", "asc")
+    if order not in ("asc", "desc"):
+        raise HTTPError(400, "order must be asc or desc, by submission")
+    tasks, behind = app.ledger.page(
+        limit, after, status, query.get("type", ""), order == "desc"
+    )
     documents = [status_document(task, app.ledger.context(task.id)) for task in tasks]
-    return json_reply({"tasks": documents, "next": behind})
+    counts = app.ledger.totals()
+    return json_reply({"tasks": documents, "next": behind, "counts": counts})
 
 
 def await_end(app: App, request: Request, patience: float) -> Task:
@@ -3539,6 +3566,11 @@ def show_task(app: App, request: Request) -> Reply:
         return text_reply(task.status, 200, headers)
     document = status_document(task, app.ledger.context(task.id))
     return json_reply(document, 200, headers)
+
+
+def show_submission(app: App, request: Request) -> Reply:
+    """Give what was submitted: a document to submit the same again."""
+    return json_reply(submission_document(app.ledger.get(request.task_id)))
 
 
 def show_result(app: App, request: Request) -> Reply:
@@ -3732,9 +3764,15 @@ class Route(NamedTuple):
 ROUTES = (
     Route("GET", "/", show_index),
     Route("POST", "/api/v1/tasks", submit_task, ("wait",)),
-    Route("GET", "/api/v1/tasks", list_tasks, ("status", "type", "limit", "after")),
+    Route(
+        "GET",
+        "/api/v1/tasks",
+        list_tasks,
+        ("status", "type", "limit", "after", "order"),
+    ),
     Route("GET", "/api/v1/tasks/{id}", show_task, ("wait",)),
     Route("PUT", "/api/v1/tasks/{id}", put_task, ("wait",)),
+    Route("GET", "/api/v1/tasks/{id}/submission", show_submission),
     Route("GET", "/api/v1/tasks/{id}/result", show_result, ("wait",)),
     Route("GET", "/api/v1/tasks/{id}/log", show_log),
     Route("GET", "/api/v1/tasks/{id}/events", task_events),
@@ -4299,10 +4337,7 @@ class Service:
             log.info(message, len(ran) - put_back, put_back, len(left) - put_back)
             return 0 if saved else 1
         for task in left:
-            line = {"id": task.id, "type": task.type, "params": json.loads(task.params)}
-            for name, value in task.options._asdict().items():
-                if value != NO_OPTIONS._asdict()[name]:
-                    line[name] = value
+            line = {"id": task.id, **submission_document(task)}
             text = json.dumps(line).replace("\x7f", "\\u007f")  # still JSON in the log
             log.error("given up: %s", text)
         log.info("stopped, %d tasks given up", len(left))

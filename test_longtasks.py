@@ -1297,6 +1297,20 @@ def test_a_list_is_cut_into_pages_and_filtered():
     assert ledger.page(10)[1] is None
 
 
+def test_a_list_may_begin_with_the_newest():
+    ledger = new_ledger()
+    tasks = [finished_task(ledger) for _ in range(7)]
+    ids = [task.id for task in tasks][::-1]
+    page, behind = ledger.page(3, newest_first=True)
+    assert [task.id for task in page] == ids[:3]
+    ledger.delete(page[-1].id)
+    ledger.submit("new", b"{}")
+    page, behind = ledger.page(3, behind, newest_first=True)
+    assert [task.id for task in page] == ids[3:6]
+    page, behind = ledger.page(3, behind, newest_first=True)
+    assert ([task.id for task in page], behind) == (ids[6:], None)
+
+
 def test_a_page_goes_on_behind_a_task_that_has_gone():
     ledger = new_ledger()
     tasks = [finished_task(ledger) for _ in range(6)]
@@ -3007,6 +3021,33 @@ def test_the_list_pages_and_filters(registry):
             "tasks"
         ]
         assert [task["id"] for task in typed] == ids[::2]
+        newest = call(service, "GET", "/api/v1/tasks?order=desc&limit=2").json
+        assert [task["id"] for task in newest["tasks"]] == ids[:-3:-1]
+        assert newest["counts"] == {
+            "pending": 0,
+            "processing": 0,
+            "completed": 3,
+            "failed": 3,
+            "cancelled": 0,
+        }
+
+
+def test_what_was_submitted_can_be_submitted_again(registry):
+    @handler("whole")
+    def whole(params: dict):
+        return params
+
+    params = {"n": 2**70, "x": 1.0, "text": "<é\u2028>"}
+    wanted = {"type": "whole", "params": params, "priority": 7, "timeout": 5}
+    with serving() as service:
+        task_id = call(service, "POST", "/api/v1/tasks", wanted).json["id"]
+        path = "/api/v1/tasks/%s/submission"
+        answer = call(service, "GET", path % task_id)
+        assert (answer.status, answer.json) == (200, wanted)
+        again = call(service, "POST", "/api/v1/tasks", answer.body)
+        assert again.status == 202
+        assert call(service, "GET", path % again.json["id"]).body == answer.body
+        assert_problem(call(service, "GET", path % uuid.uuid4()), 404)
 
 
 @pytest.mark.parametrize(
@@ -3018,7 +3059,8 @@ def test_the_list_pages_and_filters(registry):
         ("limit=", "limit"),
         ("after=-1", "after"),
         ("status=done", "pending, processing, completed, failed, cancelled"),
-        ("state=failed", "known: status, type, limit, after"),
+        ("state=failed", "known: status, type, limit, after, order"),
+        ("order=newest", "order must be asc or desc"),
         ("limit=1&limit=2", "twice"),
         ("type=%ff", "can't be read"),
         ("&".join("a%d=1" % n for n in range(30)), "can't be read"),
@@ -4938,7 +4980,9 @@ def test_the_lines_about_steering_in_the_readme_do_what_they_say(registry):
         assert limits.count('"status": "failed"') == 1
         assert limits.count('"status": "pending"') == 3
         assert batch.count('"status": "pending"') == 2
-        assert len(json.loads(listed)["tasks"]) == 2
+        some, newest, again = map(json.loads, listed.splitlines())
+        assert (len(some["tasks"]), len(newest["tasks"])) == (2, 1)
+        assert again["status"] == "pending"
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")

@@ -142,6 +142,18 @@ def address(text: str) -> str:
     return text
 
 
+def switch(text: str) -> bool:
+    """Check whether something is wanted: yes or no, or 1 or 0."""
+    return one_of("yes", "no", "1", "0")(text) in ("yes", "1")
+
+
+def token(text: str) -> str:
+    """Check what clients must send; empty text stands for nothing."""
+    if text and not re.fullmatch("[!-~]{16,255}", text):
+        raise ValueError("16 to 255 visible ASCII characters")
+    return text
+
+
 class Setting(NamedTuple):
     """One row of SETTINGS: NAME in the environment, --name on the command line."""
 
@@ -151,10 +163,16 @@ class Setting(NamedTuple):
     help: str
     metavar: str = "N"
     many: str = ""  # of a flag that may repeat: what separates in the environment
+    secret: bool = False  # stands in the environment only, and in no message
 
     @property
     def flag(self) -> str:
-        """The command line's name: --worker-count for WORKER_COUNT, one --command."""
+        """The command line's name: --worker-count for WORKER_COUNT, one --command.
+
+        A secret has none, since everybody on the host can see command lines.
+        """
+        if self.secret:
+            return ""
         name = self.name[:-1] if self.name == "COMMANDS" else self.name
         return "--" + name.lower().replace("_", "-")
 
@@ -163,6 +181,8 @@ class Setting(NamedTuple):
         try:
             return self.check(text)
         except ValueError as right:
+            if self.secret:
+                raise SettingsError("%s must be %s" % (self.name, right)) from None
             raise SettingsError(
                 "%s (%s) must be %s, not %s"
                 % (self.name, self.flag, right, shown(text))
@@ -172,6 +192,9 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("PORT", "8080", whole(0, 65535), "port to listen on; 0 picks a free one"),
     Setting("HOST", "127.0.0.1", address, "address to listen on", "ADDRESS"),
+    Setting("API_TOKEN", "", token, "token that clients must send", secret=True),
+    Setting("API_TOKEN_FILE", "", str, "file that holds this token", "FILE"),
+    Setting("INSECURE", "no", switch, "let everybody in, on any HOST, without a token"),
     Setting("WORKER_COUNT", "10", whole(1, 100_000), "tasks that may run at once"),
     Setting(
         "LOG_LEVEL",
@@ -246,7 +269,7 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     given = vars(_argument_parser().parse_args(list(argv)))
     settings = Settings()
     for setting in SETTINGS:
-        flag, variable = given[setting.name], environ.get(setting.name)
+        flag, variable = given.get(setting.name), environ.get(setting.name)
         if setting.many:
             texts = flag or (variable or setting.default).split(setting.many)
             settings[setting.name] = [setting.read(text) for text in texts if text]
@@ -256,6 +279,26 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     return settings
 
 
+def read_token(settings: Settings) -> str:
+    """Return the token that clients must send, "" for none; raises SettingsError."""
+    file = settings["API_TOKEN_FILE"]
+    if not file:
+        return str(settings["API_TOKEN"])
+    if settings["API_TOKEN"]:
+        raise SettingsError("API_TOKEN and API_TOKEN_FILE are both set: leave one")
+    try:
+        with open(file, encoding="latin-1") as opened:
+            found = token(opened.read(4096).strip())
+    except OSError as error:
+        text = "API_TOKEN_FILE %s: %s" % (file, error.strerror)
+        raise SettingsError(text) from None
+    except ValueError as right:
+        raise SettingsError("API_TOKEN_FILE %s must hold %s" % (file, right)) from None
+    if not found:
+        raise SettingsError("API_TOKEN_FILE %s is empty" % file)
+    return found
+
+
 def _argument_parser() -> Any:
     import argparse  # costs start-up time, so only where it is needed
 
@@ -263,21 +306,28 @@ def _argument_parser() -> Any:
         def error(self, message: str) -> typing.NoReturn:
             raise SettingsError(message + "; --help lists the flags")
 
+    secrets = [setting for setting in SETTINGS if setting.secret]
     parser = Parser(
         prog="longtasks.py",
         description="Long tasks over HTTP: submit, follow, collect the result.",
-        epilog="Each setting may stand in the environment, by the name in brackets.",
+        epilog="Each setting may stand in the environment, by the name in brackets. "
+        + " ".join("%s (%s) stands only there." % (s.name, s.help) for s in secrets),
         allow_abbrev=False,
     )
     parser.add_argument(
         "--version", action="version", version="longtasks " + __version__
     )
     for setting in SETTINGS:
+        if setting.secret:
+            continue
+        how: Dict[str, Any] = {"action": "append" if setting.many else "store"}
+        if setting.check is switch:
+            how = {"action": "store_const", "const": "yes"}
         parser.add_argument(
             setting.flag,
             dest=setting.name,
             metavar=setting.metavar,
-            action="append" if setting.many else "store",
+            **how,
             help="%s [%s%s]"
             % (setting.help, setting.name, setting.default and "=" + setting.default),
         )
@@ -1428,7 +1478,8 @@ def _obey(theirs: Any, ctx: Context) -> None:
 
 MAX_ARGUMENT = 4096  # characters of a placeholder's value
 MAX_OUTPUT = 16 << 10  # characters of a program's output that go into its result
-SECRETS = frozenset({"API_TOKEN"})  # of the environment, no business of a program's
+# Of the environment, but no business of a program's.
+SECRETS = frozenset(setting.name for setting in SETTINGS if setting.secret)
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?:=([^{}]*))?\}")
 _PERCENT = re.compile(r"([0-9]{1,3}(?:[.,][0-9]+)?) ?%")
@@ -3174,9 +3225,10 @@ class Pool:
 # 7. HTTP
 #
 # A request is read and checked by this room itself, strictly (RFC 9112),
-# on a thread per connection. Endpoints are small functions from a request
-# to a reply; ROUTES is the whole API, and ERRORS says how a refusal is
-# told. The server knows how to stop without cutting off an answer.
+# on a thread per connection. Access says who gets an answer at all. Endpoints
+# are small functions from a request to a reply; ROUTES is the whole API, and
+# ERRORS says how a refusal is told. The server knows how to stop without
+# cutting off an answer.
 # ======================================================================
 
 MAX_TARGET = 8 << 10  # bytes of a request's target
@@ -3427,6 +3479,7 @@ class App(NamedTuple):
 
     ledger: Ledger
     handlers: Mapping[str, Handler]
+    access: "Access"
     max_wait: float = 300  # seconds
 
 
@@ -3701,7 +3754,8 @@ def show_index(app: App, request: Request) -> Reply:
     )
     types = ["  %-20s %s" % (n, h.description) for n, h in sorted(app.handlers.items())]
     routes = ["  %-6s %-28s %s" % (r.method, r.path, r.help) for r in ROUTES]
-    parts = {"url": url, "types": "\n".join(types), "routes": "\n".join(routes)}
+    parts = {"types": "\n".join(types), "routes": "\n".join(routes)}
+    parts.update(url=url, curl=app.access.curl)
     return text_reply(INDEX % parts)
 
 
@@ -3710,19 +3764,19 @@ longtasks: long jobs over HTTP
 
 Submit a task and keep its id:
 
-  id=$(curl -s %(url)s/api/v1/tasks -H "Accept: text/plain" \\
+  id=$(%(curl)s -s %(url)s/api/v1/tasks -H "Accept: text/plain" \\
        -H "Content-Type: application/json" \\
        -d '{"type": "long_computation", "params": {"duration": 5}}')
 
 Follow it, wait for it, and collect its result:
 
-  curl %(url)s/api/v1/tasks/$id
-  curl -N %(url)s/api/v1/tasks/$id/events
-  curl "%(url)s/api/v1/tasks/$id/result?wait=60"
+  %(curl)s %(url)s/api/v1/tasks/$id
+  %(curl)s -N %(url)s/api/v1/tasks/$id/events
+  %(curl)s "%(url)s/api/v1/tasks/$id/result?wait=60"
 
 Cancel it:
 
-  curl -X POST %(url)s/api/v1/tasks/$id/cancel
+  %(curl)s -X POST %(url)s/api/v1/tasks/$id/cancel
 
 Task types, with their params at %(url)s/api/v1/types:
 
@@ -3754,6 +3808,7 @@ class Route(NamedTuple):
     path: str
     endpoint: Callable[[App, Request], Reply]
     query: Tuple[str, ...] = ()  # the parameters that it knows
+    open: bool = False  # to everybody, since it tells nothing
 
     @property
     def help(self) -> str:
@@ -3780,8 +3835,8 @@ ROUTES = (
     Route("DELETE", "/api/v1/tasks/{id}", delete_task),
     Route("GET", "/api/v1/events", all_events),
     Route("GET", "/api/v1/types", list_types),
-    Route("GET", "/healthz", show_health),
-    Route("GET", "/readyz", show_readiness),
+    Route("GET", "/healthz", show_health, open=True),
+    Route("GET", "/readyz", show_readiness, open=True),
 )
 
 # path -> method -> route, with HEAD wherever there is GET
@@ -3858,6 +3913,98 @@ def respond(app: App, request: Request) -> Reply:
         )
 
 
+# -- who may ---------------------------------------------------------------
+
+OPEN = frozenset(route.path for route in ROUTES if route.open)
+
+_LOOPBACK = re.compile(
+    r"(([a-z0-9-]+\.)*localhost\.?|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?",
+    re.IGNORECASE,
+)
+
+
+class Access:
+    """Who gets an answer: who has the token or, without one, who is on this host."""
+
+    def __init__(self, token: str = "", insecure: bool = False) -> None:
+        self.insecure = insecure
+        self.local = False  # nobody but those on this host can get here
+        self.token = b""
+        if token:
+            self.take(token)
+
+    def take(self, token: str) -> None:
+        """From now on this is the token."""
+        from hmac import compare_digest  # costs start-up time
+
+        self._same = compare_digest  # in a time that tells nothing of where they differ
+        self.token = token.encode()
+
+    @property
+    def curl(self) -> str:
+        """The beginning of a line of curl that gets an answer."""
+        return "curl" + ' -H "Authorization: Bearer $API_TOKEN"' * bool(self.token)
+
+    def listen_on(self, host: str) -> None:
+        """Learn which address is listened on; raises SettingsError if it may not be."""
+        self.local = host.startswith("127.") or host == "::1"
+        if not (self.local or self.token or self.insecure):
+            raise SettingsError(
+                "HOST %s lets in others than this host: set API_TOKEN or "
+                "API_TOKEN_FILE to what they must send, or --insecure to insist" % host
+            )
+
+    def check(self, request: Request) -> None:
+        """Raise HTTPError unless this request is to be answered."""
+        if request.path in OPEN:
+            return
+        headers = request.headers
+        if self.token:
+            self._check_token(headers.get("authorization", ""))
+        elif self.local:
+            check_host(headers.get("host", ""))
+        if ("origin" in headers or "sec-fetch-site" in headers) and is_foreign(request):
+            raise HTTPError(403, "a web page of another origin may not ask this")
+
+    def _check_token(self, credentials: str) -> None:
+        """Compare a request's token with ours (RFC 6750)."""
+        scheme, _, given = credentials.partition(" ")
+        challenge = 'Bearer realm="longtasks"'
+        if scheme.lower() != "bearer":
+            detail = "send the token, as the header Authorization: Bearer TOKEN"
+            raise HTTPError(401, detail, WWW_Authenticate=challenge)
+        if not self._same(given.strip(" ").encode("latin-1"), self.token):
+            challenge += ', error="invalid_token"'
+            raise HTTPError(401, "this is not the token", WWW_Authenticate=challenge)
+
+
+@functools.lru_cache(maxsize=64)
+def check_host(host: str) -> None:
+    """Raise HTTPError unless the header Host names this very host.
+
+    A web page elsewhere can have its own name lead to 127.0.0.1 (DNS rebinding). The
+    browser then takes this service for a part of that page, but tells its name.
+    """
+    if host and not _LOOPBACK.fullmatch(host):
+        detail = "without a token only localhost is answered for, not " + shown(host)
+        raise HTTPError(421, detail)
+
+
+def is_foreign(request: Request) -> bool:
+    """Whether a browser asks on behalf of a web page of another origin.
+
+    Sec-Fetch-Site tells, where there is one; a link that is followed is the user's own
+    wish. Browsers leave it out towards plain HTTP on other hosts; there Origin tells.
+    """
+    headers = request.headers
+    site = headers.get("sec-fetch-site")
+    if site is None:
+        return headers["origin"].partition("://")[2] != (headers.get("host") or "-")
+    if headers.get("sec-fetch-dest") == "document" and request.method == "GET":
+        return False
+    return site not in ("same-origin", "none")
+
+
 # -- the wire --------------------------------------------------------------
 
 _REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (\S+) HTTP/([0-9])\.([0-9])")
@@ -3871,6 +4018,8 @@ _HOST = re.compile(r"([A-Za-z0-9._~%!$&'()*+;=-]+|\[[0-9A-Fa-f:.]+\])?(:[0-9]*)?
 # Two of these are a contradiction; two of another header are a list.
 _ONCE = (
     "host",
+    "authorization",
+    "origin",
     "idempotency-key",
     "content-length",
     "content-type",
@@ -4018,6 +4167,7 @@ class Connection(socketserver.BaseRequestHandler):
             return None
         self.bare = head.startswith(b"HEAD ")
         request = parse_head(head)
+        self.server.app.access.check(request)  # before anything is done or told
         length = request.length()
         if length > self.server.max_body:
             raise HTTPError(
@@ -4139,7 +4289,7 @@ class Server(ThreadingHTTPServer):
     reserve = 32  # connections past the limit, to be told so, and for probes
 
     def __init__(
-        self, host: str, port: int, app: App, max_body: int, max_connections: int
+        self, address: Any, app: App, max_body: int, max_connections: int
     ) -> None:
         self.app = app
         self.max_body = max_body
@@ -4150,13 +4300,14 @@ class Server(ThreadingHTTPServer):
         self._connections: Dict[socket.socket, Optional[Connection]] = {}
         self._crowded: Set[socket.socket] = set()  # those that came past the limit
         self._date = (0, "")
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Connection)
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, Connection)
 
     def server_bind(self) -> None:
         """Bind, without the look-up of the host's name that could take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore
+        self.app.access.listen_on(self.server_name)  # the address that it really is
 
     @property
     def url(self) -> str:
@@ -4290,16 +4441,18 @@ class Service:
             grace=settings["GRACE"],
             stuck=settings["STUCK_LIMIT"],
         )
+        access = Access(read_token(settings), settings["INSECURE"])
         rules = functools.partial(rules_of, handlers, settings["TASK_TIMEOUT"])
         self.ledger = Ledger(limits, journal=self.journal, rules=rules)
         self.pool = Pool(self.ledger, handlers, settings["WORKER_COUNT"])
-        self.server = self._listen(App(self.ledger, handlers, settings["MAX_WAIT"]))
+        app = App(self.ledger, handlers, access, settings["MAX_WAIT"])
+        self.server = self._listen(app)
 
     def _listen(self, app: App) -> Server:
         host, port = self.settings["HOST"], self.settings["PORT"]
         most = self.settings["MAX_BODY"], self.settings["MAX_CONNECTIONS"]
         try:
-            return Server(host, port, app, *most)
+            return Server((host, port), app, *most)
         except OSError as error:
             where = "HOST %s, PORT %d" % (host, port)
             raise SettingsError(

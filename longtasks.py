@@ -62,6 +62,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import struct
 import sys
 import threading
 import time
@@ -489,13 +490,24 @@ class Task(NamedTuple):
     @property
     def weight(self) -> int:
         """Bytes of params and result, and characters of the error."""
-        return len(self.params) + len(self.result or b"") + len(self.error or "")
+        # On the way of every move, so without a call for what is mostly not there.
+        weight = len(self.params)
+        if self.result is not None:
+            weight += len(self.result)
+        if self.error is not None:
+            weight += len(self.error)
+        return weight
 
     def moved_to(self, status: str, **changes: Any) -> "Task":
         """Return the task after a move; raises IllegalMove if there is no such move."""
         if status not in EXITS[self.status]:
             raise IllegalMove("task %s is %s, not %s" % (self.id, self.status, status))
-        return self._replace(status=status, **changes)
+        # As _replace() does, in half the time: every task comes by here twice.
+        values = list(self)
+        values[_PLACES["status"]] = status
+        for name, value in changes.items():
+            values[_PLACES[name]] = value
+        return Task._make(values)
 
     def put_back(self, **changes: Any) -> "Task":
         """Return the task as it waits for another run."""
@@ -513,6 +525,8 @@ class Task(NamedTuple):
         error = "interrupted %d times: the process died while it ran"
         return task.moved_to(FAILED, ended_at=now, error=error % MAX_INTERRUPTIONS)
 
+
+_PLACES = {name: place for place, name in enumerate(Task._fields)}
 
 CANCELLED_WAITING = "cancelled before it ran"
 CANCELLED_BETWEEN = "cancelled while it waited to be run again"
@@ -532,19 +546,30 @@ class Outcome(NamedTuple):
     after: Optional[float] = None
 
 
+# Digits for the next ids, since asking the system for them takes longer than the rest.
+# Threads share it without a lock: what a deque's pop() returns, no other one returns.
+_DIGITS: Deque[str] = deque()
+_VARIANT = dict(zip("0123456789abcdef", "89ab" * 4))
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_DIGITS.clear)  # or both would make the same ids
+
+
 def new_id() -> str:
     """Return a random UUID, version 4 (RFC 9562)."""
-    # As uuid.uuid4() does, in half the time and without its import.
-    digits = os.urandom(16).hex()
-    variant = "89ab"[int(digits[16], 16) & 3]
-    return "-".join(
-        (
-            digits[:8],
-            digits[8:12],
-            "4" + digits[13:16],
-            variant + digits[17:20],
-            digits[20:],
-        )
+    try:
+        digits = _DIGITS.pop()
+    except IndexError:
+        block = os.urandom(4096).hex()
+        _DIGITS.extend(block[at : at + 32] for at in range(32, len(block), 32))
+        digits = block[:32]
+    return "%s-%s-4%s-%s%s-%s" % (
+        digits[:8],
+        digits[8:12],
+        digits[13:16],
+        _VARIANT[digits[16]],
+        digits[17:20],
+        digits[20:],
     )
 
 
@@ -768,6 +793,7 @@ class Context:
 
 
 Schema = Union[bool, Dict[str, Any]]  # False allows nothing, {} allows all
+Check = Callable[[Any], Sequence[Problem]]  # what is wrong with a value, and where
 
 
 class Rules(NamedTuple):
@@ -789,6 +815,7 @@ class Handler(NamedTuple):
     context: Optional[str]  # the parameter that is handed the Context
     rules: Dict[str, float]  # what Rules it has of its own
     isolated: bool  # runs in a child process
+    check: Check  # tells what is wrong with params
 
     @property
     def description(self) -> str:
@@ -903,7 +930,8 @@ def _inspected(
     context, params, rest = _sorted_parameters(function)
     if len(params) == 1 and not rest and _takes_all(params[0]):
         whole = schema_of(params[0].annotation)
-        return Handler(name, function, whole, True, context, rules, False)
+        check = checker(whole)
+        return Handler(name, function, whole, True, context, rules, False, check)
     schema: Dict[str, Any] = {
         "type": "object",
         "properties": {param.name: _param_schema(param) for param in params},
@@ -914,7 +942,8 @@ def _inspected(
         schema["properties"][context] = False  # its place is taken
     for param, limit in limits.items():
         _narrow(schema["properties"], param, limit)
-    return Handler(name, function, schema, False, context, rules, False)
+    check = checker(schema)
+    return Handler(name, function, schema, False, context, rules, False, check)
 
 
 def _sorted_parameters(
@@ -959,7 +988,7 @@ def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
     if param.default is param.empty:
         return schema
     # `x: int = None` means Optional[int]; typing said so itself before Python 3.11.
-    if param.default is None and schema and list(problems(None, schema)):
+    if param.default is None and checker(schema)(None):
         schema = {"anyOf": [schema, {"type": "null"}]}
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         schema = dict(schema, default=json.loads(to_json(param.default)))
@@ -1019,7 +1048,7 @@ def _narrow(properties: Dict[str, Any], param: str, limit: Mapping[str, float]) 
 
 
 # The exact types that the JSON reader makes: a bool is no int.
-_JSON_TYPES = {
+_JSON_TYPES: Dict[str, Tuple[Tuple[type, ...], str]] = {
     "boolean": ((bool,), "true or false"),
     "integer": ((int,), "a whole number"),
     "number": ((int, float), "a number"),
@@ -1030,58 +1059,99 @@ _JSON_TYPES = {
 }
 
 
-def problems(value: Any, schema: Schema, path: Path = ()) -> Iterator[Problem]:
-    """Yield what is wrong with a value from JSON: the one reader of schemas here.
+def checker(schema: Schema) -> Check:
+    """Make the function that tells what is wrong with a value from JSON: nothing, ().
 
-    It knows the words of JSON Schema (draft 2020-12) that this file writes: type,
-    enum, anyOf, minimum, maximum, maxLength, pattern, properties, required,
-    additionalProperties, items.
+    The one reader of schemas here. It knows the words of JSON Schema (draft 2020-12)
+    that this file writes: type, enum, anyOf, minimum, maximum, maxLength, pattern,
+    properties, required, additionalProperties, items.
     """
     if not isinstance(schema, dict):
-        if not schema:
-            yield path, " is not allowed"
-    elif not _fits(value, schema):
-        yield path, " must be %s, not %s" % (_in_words(schema), shown(value))
-    elif isinstance(value, dict) and schema.get("type") == "object":
-        yield from _object_problems(value, schema, path)
-    elif isinstance(value, list):
-        for index, item in enumerate(value if "items" in schema else ()):
-            yield from problems(item, schema["items"], (*path, index))
+        return lambda value: () if schema else [((), " is not allowed")]
+    fits, deeper = _test(schema), None
+    if schema.get("type") == "object":
+        deeper = _object_checker(schema)
+    elif "items" in schema:
+        deeper = _array_checker(schema["items"])
+
+    def check(value: Any) -> Sequence[Problem]:
+        if fits(value):
+            return deeper(value) if deeper else ()
+        return [((), " must be %s, not %s" % (_in_words(schema), shown(value)))]
+
+    return check
 
 
-def _object_problems(
-    value: Dict[str, Any], schema: Dict[str, Any], path: Path
-) -> Iterator[Problem]:
-    known = schema.get("properties", {})
+def _object_checker(schema: Dict[str, Any]) -> Check:
+    properties = schema.get("properties", {})
+    checks = {name: checker(below) for name, below in properties.items()}
     others = schema.get("additionalProperties", True)
-    for name in schema.get("required", ()):
-        if name not in value:
-            yield (*path, name), " is missing"
-    for name, item in value.items():
-        if name not in known and others is False:
-            names = ", ".join(known) or "none"
-            yield (*path, name), " is unknown; known here: " + names
-        else:
-            yield from problems(item, known.get(name, others), (*path, name))
+    other = None if others is False else checker(others)
+    required = schema.get("required", ())
+    unknown = " is unknown; known here: " + (", ".join(properties) or "none")
+
+    def check(value: Dict[str, Any]) -> Sequence[Problem]:
+        found: List[Problem] = []
+        for name in required:
+            if name not in value:
+                found.append(((name,), " is missing"))
+        for name, item in value.items():
+            test = checks.get(name, other)
+            below = test(item) if test else [((), unknown)]
+            if below:
+                found += _below(name, below)
+        return found
+
+    return check
 
 
-def _fits(value: Any, schema: Dict[str, Any]) -> bool:
-    """Whether the value itself, not yet what is in it, is as the schema says."""
-    if "anyOf" in schema and all(any(problems(value, s)) for s in schema["anyOf"]):
-        return False
-    if "enum" in schema and (type(value), value) not in [
-        (type(e), e) for e in schema["enum"]
-    ]:
-        return False
-    if "type" in schema and type(value) not in _JSON_TYPES[schema["type"]][0]:
-        return False
-    if type(value) is str:
-        most, pattern = schema.get("maxLength", len(value)), schema.get("pattern", "")
-        return len(value) <= most and bool(re.search(pattern, value))
-    if type(value) in (int, float):
-        low, high = schema.get("minimum", value), schema.get("maximum", value)
-        return bool(low <= value <= high)
-    return True
+def _array_checker(items: Schema) -> Check:
+    test = checker(items)
+
+    def check(value: List[Any]) -> Sequence[Problem]:
+        found: List[Problem] = []
+        for index, item in enumerate(value):
+            below = test(item)
+            if below:
+                found += _below(index, below)
+        return found
+
+    return check
+
+
+def _below(step: Union[str, int], found: Sequence[Problem]) -> Sequence[Problem]:
+    """Write problems found at a place below as those of the place above."""
+    return [((step, *path), message) for path, message in found]
+
+
+def _test(schema: Dict[str, Any]) -> Callable[[Any], bool]:
+    """Make the test of a value itself, not yet of what is in it."""
+    tests: List[Callable[[Any], bool]] = []
+    if "type" in schema:
+        types = _JSON_TYPES[schema["type"]][0]
+        tests.append(lambda value: type(value) in types)
+    if "enum" in schema:
+        values = [(type(value), value) for value in schema["enum"]]
+        tests.append(lambda value: (type(value), value) in values)
+    if "anyOf" in schema:
+        checks = [checker(below) for below in schema["anyOf"]]
+        tests.append(lambda value: any(not check(value) for check in checks))
+    if "maxLength" in schema or "pattern" in schema:
+        most, pattern = schema.get("maxLength", math.inf), schema.get("pattern", "")
+        search = re.compile(pattern).search
+        tests.append(
+            lambda value: (
+                type(value) is not str or (len(value) <= most and bool(search(value)))
+            )
+        )
+    if "minimum" in schema or "maximum" in schema:
+        low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+        tests.append(
+            lambda value: type(value) not in (int, float) or low <= value <= high
+        )
+    if len(tests) == 1:
+        return tests[0]
+    return lambda value: all(test(value) for test in tests)
 
 
 def _in_words(schema: Dict[str, Any]) -> str:
@@ -1117,22 +1187,26 @@ SUBMISSION: Dict[str, Any] = {
 }
 
 
-def check_submission(
-    document: Any, handlers: Mapping[str, Handler], path: Path = ()
-) -> Submission:
+_check_submission = checker(SUBMISSION)
+
+
+def check_submission(document: Any, handlers: Mapping[str, Handler]) -> Submission:
     """Return what a submitted document asks for; raises Invalid."""
-    found = list(problems(document, SUBMISSION, path))
-    if not found and document["type"] not in handlers:
-        known = {"enum": sorted(handlers)}
-        found = list(problems(document["type"], known, (*path, "type")))
-    if not found:
-        schema = handlers[document["type"]].schema
-        found = list(problems(document["params"], schema, (*path, "params")))
+    found = _check_submission(document)
     if found:
         raise Invalid(found)
-    given = {name: document[name] for name in Options._fields if name in document}
-    options = Options(**given) if given else NO_OPTIONS
-    return Submission(document["type"], to_json(document["params"]), options)
+    known = handlers.get(document["type"])
+    if known is None:
+        names = {"enum": sorted(handlers)}
+        raise Invalid(_below("type", checker(names)(document["type"])))
+    params = document["params"]
+    found = known.check(params)
+    if found:
+        raise Invalid(_below("params", found))
+    options = NO_OPTIONS
+    if len(document) > 2:
+        options = Options(**{k: document[k] for k in Options._fields if k in document})
+    return Submission(document["type"], to_json(params), options)
 
 
 def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submission]:
@@ -1140,12 +1214,13 @@ def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submiss
     if not 0 < len(documents) <= MAX_BATCH:
         text = " must hold 1 to %d tasks, not %d" % (MAX_BATCH, len(documents))
         raise Invalid([((), text)])
-    submissions, found = [], []
+    submissions: List[Submission] = []
+    found: List[Problem] = []
     for index, document in enumerate(documents):
         try:
-            submissions.append(check_submission(document, handlers, (index,)))
+            submissions.append(check_submission(document, handlers))
         except Invalid as error:
-            found += error.problems
+            found += _below(index, error.problems)
     if found:
         raise Invalid(found)
     return submissions
@@ -1650,8 +1725,9 @@ def register_command(line: str) -> None:
         _check_name(program.name)
     except HandlerError as error:
         raise HandlerError("--command %s: %s" % (shown(line), error)) from None
-    made = Handler(program.name, program, program.schema, True, "ctx", {}, False)
-    HANDLERS[program.name] = made
+    name, schema = program.name, program.schema
+    check = checker(schema)
+    HANDLERS[name] = Handler(name, program, schema, True, "ctx", {}, False, check)
 
 
 # -- executors -------------------------------------------------------------
@@ -2205,6 +2281,9 @@ class Feed:
 
     def __init__(self) -> None:
         self.life = "%x" % int(time.time() * 1000)  # of this process, in events' ids
+        # Whether anybody has ever watched: until then nothing needs to be kept, since
+        # nobody can have missed it.
+        self.followed = False
         # The lock guards everything below. Whoever holds the ledger's lock may take it,
         # and nobody who holds it takes another.
         self._lock = threading.Lock()
@@ -2217,6 +2296,8 @@ class Feed:
 
     def publish(self, task_id: str, kind: str, what: Any) -> None:
         """Tell those who watch."""
+        if not self.followed:
+            return
         with self._lock:
             self._last += 1
             event = Event(self._last, task_id, kind, what)
@@ -2233,6 +2314,7 @@ class Feed:
         """
         watch = Watch()
         with self._lock:
+            self.followed = True
             watch.over = self._closed
             if after is not None:
                 recent = [event for event in self._recent if event.number > after]
@@ -2396,8 +2478,8 @@ class Ledger:
 
     def submit_all(self, submissions: Sequence[Submission]) -> List[Task]:
         """Take in all of these as pending, or none; raises as submit() does."""
+        wanted = [(new_id(), submission) for submission in submissions]
         with self._lock:
-            wanted = [(new_id(), submission) for submission in submissions]
             tasks, batch = self._take_in(wanted)
         self._await_written(tasks, batch)
         return tasks
@@ -2736,7 +2818,8 @@ class Ledger:
         """Settle on a task's next state; what is returned tells when it is on disk."""
         if self._journal is None:
             self._publish(task)
-            self._drop_old(self._clock())
+            if task.finished:
+                self._drop_old(task.ended_at or 0)
             return None
         batch = self._journal.append(True, task)
         self._deciding[task.id] = task, batch
@@ -2749,7 +2832,8 @@ class Ledger:
             self._add(before, -1)
         self._tasks[task.id] = task
         self._add(task, 1)
-        self.feed.publish(task.id, "status", task._replace(params=b"", result=None))
+        if self.feed.followed:
+            self.feed.publish(task.id, "status", task._replace(params=b"", result=None))
         if task.status == PENDING:
             self._enqueue(task)
             return
@@ -2782,11 +2866,12 @@ class Ledger:
 
     def _add(self, task: Task, one: int) -> None:
         """Count a task in, or out where `one` is -1."""
-        self._counts[task.status] += one
-        if task.finished:
-            self._held += one * task.weight
-        elif task.status == PENDING:
+        status = task.status
+        self._counts[status] += one
+        if status == PENDING:
             self._queued += one * task.weight
+        elif status != PROCESSING:
+            self._held += one * task.weight
 
     def _written(self, records: Sequence[Record]) -> None:
         """Show what has reached the disk; called by the journal, without the lock."""
@@ -2970,10 +3055,12 @@ class Ledger:
             self._ended.popleft()
 
     def _too_many(self) -> bool:
-        finished = self._count().finished
-        if finished == 1:  # the last one may be larger than all should be
-            return False
-        return finished > self.limits.results or self._held > self.limits.result_bytes
+        counts, limits = self._counts, self.limits
+        finished = len(self._tasks) - counts[PENDING] - counts[PROCESSING]
+        if finished > limits.results:
+            return True
+        # The last one may be larger than all should be.
+        return finished > 1 and self._held > limits.result_bytes
 
     def _forget(self, task: Task) -> None:
         self._add(self._tasks.pop(task.id), -1)
@@ -3081,7 +3168,7 @@ def run_one(
             text = "no task type %s is registered any more; known: %s"
             return Outcome(FAILED, error=text % (shown(task.type), known))
         context.check()  # it may have been cancelled before it could begin
-        value = handlers[task.type].run(json.loads(task.params), context)
+        value = handlers[task.type].run(json.loads(task.params.decode()), context)
     except Cancelled:
         if context.cancelled:
             return Outcome(CANCELLED)
@@ -3268,6 +3355,9 @@ class Request:
         "headers",
         "body",
         "task_id",
+        "route",
+        "keep",
+        "length",
         "is_gone",
     )
 
@@ -3281,10 +3371,12 @@ class Request:
         self.headers = headers
         self.body = b""
         self.task_id = ""  # where the path has one
+        self.route: Optional[Route] = None  # once it is found
+        self.keep = self._keeps_alive()
+        self.length = self._length()
         self.is_gone: Callable[[], bool] = lambda: False  # the client, meanwhile
 
-    @property
-    def keeps_alive(self) -> bool:
+    def _keeps_alive(self) -> bool:
         """Whether the client means to go on using the connection (RFC 9112, 9.3)."""
         listed = self.headers.get("connection", "").lower().split(",")
         options = [option.strip(" \t") for option in listed]
@@ -3292,7 +3384,7 @@ class Request:
             return False
         return self.version != "1.0" or "keep-alive" in options
 
-    def length(self) -> int:
+    def _length(self) -> int:
         """The body's length in bytes, 0 without one; raises HTTPError."""
         length = self.headers.get("content-length", "0")
         if "transfer-encoding" in self.headers:
@@ -3323,8 +3415,8 @@ class Request:
 
         The first one wins among equals. Raises HTTPError 406.
         """
-        accept = self.headers.get("accept", "*/*")
-        if accept in ("*/*", ""):
+        accept = self.headers.get("accept")
+        if not accept or accept == "*/*":
             return offers[0]
         best = max(offers, key=lambda offer: _quality(accept, offer))
         if not _quality(accept, best):
@@ -3420,34 +3512,57 @@ def _pointer(path: Path) -> str:
 # -- documents -------------------------------------------------------------
 
 
-def timestamp(when: Optional[float]) -> Optional[str]:
-    """Write a time as RFC 3339 in UTC with milliseconds; None stays None."""
-    if when is None:
-        return None
-    whole_seconds, millis = divmod(int(when * 1000), 1000)
-    date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole_seconds))
-    return "%s.%03dZ" % (date, millis)
+@functools.lru_cache(maxsize=1000)  # who asks for a task asks for it again
+def timestamp(when: float) -> str:
+    """Write a time as RFC 3339 in UTC with milliseconds."""
+    millis = int(when * 1000)
+    return "%s.%03dZ" % (_second(millis // 1000), millis % 1000)
 
 
-def status_document(task: Task, context: Optional[Context] = None) -> Dict[str, Any]:
-    """What a client is told of a task's state; what doesn't apply is left out."""
-    document: Dict[str, Any] = {
-        "id": task.id,
-        "status": task.status,
-        "type": task.type,
-        "created_at": timestamp(task.created_at),
-        "started_at": timestamp(task.started_at),
-        "ended_at": timestamp(task.ended_at),
-        "attempt": task.attempt or None,
-        "priority": task.options.priority or None,
-        "next_attempt_at": timestamp(task.due_at),
-    }
-    if task.status == PENDING:
-        document["last_error"] = task.error
-    if task.status == PROCESSING:
-        document["cancel_requested"] = bool(task.cancel_requested) or None
-        document["progress"] = context.progress_document() if context else None
-    return {name: value for name, value in document.items() if value is not None}
+@functools.lru_cache(maxsize=1000)
+def _second(when: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when))
+
+
+@functools.lru_cache(maxsize=1000)
+def json_text(text: str) -> str:
+    """Write what occurs again and again, such as a task type's name, as JSON."""
+    return to_json(text).decode()
+
+
+def status_json(task: Task, context: Optional[Context] = None) -> str:
+    """Return what a client is told of a task's state; what doesn't apply is left out.
+
+    Written out, since this is the answer that is asked for most.
+    """
+    parts = [
+        '{"id": "%s", "status": "%s", "type": %s, "created_at": "%s"'
+        % (task.id, task.status, json_text(task.type), timestamp(task.created_at))
+    ]
+    if task.started_at is not None:
+        parts.append('"started_at": "%s"' % timestamp(task.started_at))
+    if task.ended_at is not None:
+        parts.append('"ended_at": "%s"' % timestamp(task.ended_at))
+    if task.attempt:
+        parts.append('"attempt": %d' % task.attempt)
+    if task.options.priority:
+        parts.append('"priority": %d' % task.options.priority)
+    if not task.finished:
+        parts += _open_parts(task, context)
+    return ", ".join(parts) + "}"
+
+
+def _open_parts(task: Task, context: Optional[Context]) -> Iterator[str]:
+    """Yield what is told of a task that has not finished."""
+    if task.due_at is not None:
+        yield '"next_attempt_at": "%s"' % timestamp(task.due_at)
+    if task.status == PENDING and task.error is not None:
+        yield '"last_error": ' + to_json(task.error).decode()
+    if task.cancel_requested:
+        yield '"cancel_requested": true'
+    progress = context.progress_document() if context else None
+    if task.status == PROCESSING and progress:
+        yield '"progress": ' + to_json(progress).decode()
 
 
 def submission_document(task: Task) -> Dict[str, Any]:
@@ -3457,16 +3572,25 @@ def submission_document(task: Task) -> Dict[str, Any]:
     return {"type": task.type, "params": json.loads(task.params), **given}
 
 
-def result_document(task: Task) -> bytes:
-    """The JSON of how a finished task ended."""
-    head = to_json({"task_id": task.id, "status": task.status})
+def status_reply(
+    app: "App", task: Task, status: int = 200, headers: Mapping[str, str] = {}
+) -> "Reply":
+    """Answer with a task's state."""
+    text = status_json(task, app.ledger.context(task.id)) + "\n"
+    return Reply(status, text.encode("utf-8"), JSON, headers)
+
+
+def result_json(task: Task) -> bytes:
+    """Return how a finished task ended, as JSON."""
     if task.status == COMPLETED:
-        outcome = b'"result": %s' % (task.result or b"null")
+        outcome = b'"result": %b' % (task.result or b"null")
     else:
-        outcome = b'"error": %s' % to_json(task.error)
-    names = ("created_at", "started_at", "ended_at")
-    times = {name: timestamp(getattr(task, name)) for name in names}
-    return b"%s, %s, %s\n" % (head[:-1], outcome, to_json(times)[1:])
+        outcome = b'"error": %b' % to_json(task.error)
+    head = '{"task_id": "%s", "status": "%s", ' % (task.id, task.status)
+    moments = (task.created_at, task.started_at, task.ended_at)
+    texts = ['"%s"' % timestamp(when) if when else "null" for when in moments]
+    times = ', "created_at": %s, "started_at": %s, "ended_at": %s}\n' % tuple(texts)
+    return b"".join((head.encode(), outcome, times.encode()))
 
 
 # -- endpoints -------------------------------------------------------------
@@ -3535,23 +3659,25 @@ def submitted_reply(
 ) -> Reply:
     """Answer a submit with the task's id, or with its status if it ends in time."""
     patience, headers = patience_of(app, request)
-    headers["Location"] = "/api/v1/tasks/" + task.id
+    headers = dict(headers, Location="/api/v1/tasks/" + task.id)
     if patience:
         with contextlib.suppress(UnknownTask, ForgottenTask):  # it was taken in, anyway
-            request.task_id = task.id
-            task = await_end(app, request, patience)
+            task = await_end(app, request, task.id, patience)
     if media == TEXT:
         return text_reply(task.id, status, headers)
     if patience and task.finished:
-        return json_reply(status_document(task), 200, headers)
-    return json_reply({"id": task.id, "status": task.status}, status, headers)
+        return status_reply(app, task, 200, headers)
+    text = '{"id": "%s", "status": "%s"}\n' % (task.id, task.status)
+    return Reply(status, text.encode(), JSON, headers)
 
 
-def patience_of(app: App, request: Request) -> Tuple[float, Dict[str, str]]:
+def patience_of(app: App, request: Request) -> Tuple[float, Mapping[str, str]]:
     """Return for how many seconds a client wants to wait, and headers that say so.
 
     That is said as ?wait=SECONDS or as the header Prefer: wait=SECONDS (RFC 7240).
     """
+    if not request.query and "prefer" not in request.headers:
+        return 0, {}
     try:
         if "wait" in request.query:
             return min(seconds(request.query["wait"]), app.max_wait), {}
@@ -3591,17 +3717,19 @@ def list_tasks(app: App, request: Request) -> Reply:
     tasks, behind = app.ledger.page(
         limit, after, status, query.get("type", ""), order == "desc"
     )
-    documents = [status_document(task, app.ledger.context(task.id)) for task in tasks]
-    counts = app.ledger.totals()
-    return json_reply({"tasks": documents, "next": behind, "counts": counts})
+    texts = [status_json(task, app.ledger.context(task.id)) for task in tasks]
+    about = to_json({"next": behind, "counts": app.ledger.totals()}).decode()
+    return Reply(200, ('{"tasks": [%s], %s\n' % (", ".join(texts), about[1:])).encode())
 
 
-def await_end(app: App, request: Request, patience: float) -> Task:
-    """Wait for the end of a request's task, as long as the client does."""
+def await_end(app: App, request: Request, task_id: str, patience: float) -> Task:
+    """Wait for the end of a task, as long as the client does."""
+    if not patience:
+        return app.ledger.get(task_id)
     end = time.monotonic() + patience
     while True:
         left = end - time.monotonic()
-        task = app.ledger.wait(request.task_id, min(left, LOOK_AFTER))
+        task = app.ledger.wait(task_id, min(left, LOOK_AFTER))
         if (
             task.finished
             or left <= LOOK_AFTER
@@ -3614,11 +3742,10 @@ def await_end(app: App, request: Request, patience: float) -> Task:
 def show_task(app: App, request: Request) -> Reply:
     """Tell a task's status; with ?wait=SECONDS, once it is finished."""
     patience, headers = patience_of(app, request)
-    task = await_end(app, request, patience)
+    task = await_end(app, request, request.task_id, patience)
     if request.accepts(JSON, TEXT) == TEXT:
         return text_reply(task.status, 200, headers)
-    document = status_document(task, app.ledger.context(task.id))
-    return json_reply(document, 200, headers)
+    return status_reply(app, task, 200, headers)
 
 
 def show_submission(app: App, request: Request) -> Reply:
@@ -3629,12 +3756,12 @@ def show_submission(app: App, request: Request) -> Reply:
 def show_result(app: App, request: Request) -> Reply:
     """Give a finished task's result or error; with ?wait=SECONDS, wait for it."""
     patience, headers = patience_of(app, request)
-    task = await_end(app, request, patience)
+    task = await_end(app, request, request.task_id, patience)
     if not task.finished:
         text = "task %s is %s; it has no result yet"
         raise Unfinished(text % (task.id, task.status))
     if request.accepts(JSON, TEXT) == JSON:
-        return Reply(200, result_document(task), JSON, headers)
+        return Reply(200, result_json(task), JSON, headers)
     if task.status != COMPLETED:  # a script must not take an error for a result
         raise HTTPError(406, "the task is %s; as JSON there is more" % task.status)
     return Reply(200, (task.result or b"null") + b"\n", TEXT, headers)
@@ -3653,8 +3780,7 @@ def show_log(app: App, request: Request) -> Reply:
 def cancel_task(app: App, request: Request) -> Reply:
     """Cancel a task: one that waits at once; one that runs is asked to stop."""
     task = app.ledger.cancel(request.task_id)
-    document = status_document(task, app.ledger.context(task.id))
-    return json_reply(document, 200 if task.finished else 202)
+    return status_reply(app, task, 200 if task.finished else 202)
 
 
 def task_events(app: App, request: Request) -> Reply:
@@ -3701,8 +3827,8 @@ def event_stream(
         if task and any(ends_stream(event) for event in missed):
             return
         if task and (task.finished or after is None or lacks):
-            document = status_document(task, app.ledger.context(task.id))
-            yield b"event: status\ndata: %s\n\n" % to_json(document)
+            text = status_json(task, app.ledger.context(task.id))
+            yield b"event: status\ndata: %b\n\n" % text.encode()
             if task.finished:
                 return
         while not watch.over:
@@ -3722,13 +3848,13 @@ def ends_stream(event: Event) -> bool:
 def encode_event(life: str, event: Event) -> bytes:
     """Write an event as it goes out."""
     if event.kind == "status":
-        document = status_document(event.what)
+        data = status_json(event.what).encode()
     elif event.kind == "log":
-        document = {"id": event.task_id, "line": event.what}
+        data = to_json({"id": event.task_id, "line": event.what})
     else:
-        document = dict(event.what or {}, id=event.task_id)
-    text = b"id: %s-%d\nevent: %s\ndata: %s\n\n"
-    return text % (life.encode(), event.number, event.kind.encode(), to_json(document))
+        data = to_json(dict(event.what or {}, id=event.task_id))
+    text = b"id: %b-%d\nevent: %b\ndata: %b\n\n"
+    return text % (life.encode(), event.number, event.kind.encode(), data)
 
 
 def delete_task(app: App, request: Request) -> Reply:
@@ -3867,6 +3993,7 @@ def find_route(request: Request) -> Route:
     route = methods[request.method]
     if request.query_text:
         request.query = read_query(request.query_text, route.query)
+    request.route = route
     return route
 
 
@@ -3900,7 +4027,8 @@ def _number_in(
 def respond(app: App, request: Request) -> Reply:
     """Answer a request. Whatever happens, it comes back with a reply."""
     try:
-        return find_route(request).endpoint(app, request)
+        route = request.route or find_route(request)
+        return route.endpoint(app, request)
     except (TaskError, HTTPError) as error:
         return refusal(error)
     except Exception:
@@ -4034,6 +4162,8 @@ def parse_head(head: bytes) -> Request:
     Stricter than RFC 9112 asks for, since what two readers understand differently can
     be used to smuggle a request past one of them. This is no proxy: a target is a path.
     """
+    if head.count(b"\n") != head.count(b"\r\n"):
+        raise HTTPError(400, "lines must end in CR LF")
     line, _, block = head.decode("latin-1").partition("\r\n")
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
@@ -4056,7 +4186,8 @@ def parse_head(head: bytes) -> Request:
     return request
 
 
-def _headers(block: str) -> Dict[str, str]:
+@functools.lru_cache(maxsize=128)  # clients of a kind send the same ones
+def _headers(block: str) -> Mapping[str, str]:
     fields = _HEADER.findall(block)
     if len(fields) > MAX_HEADERS:
         raise HTTPError(431, "more than %d headers" % MAX_HEADERS)
@@ -4076,23 +4207,31 @@ def _headers(block: str) -> Dict[str, str]:
 
 def encode_head(reply: Reply, date: str, version: str, keep: bool) -> bytes:
     """Return a reply's head as it goes out, to a client that spoke this version."""
+    connection = "close" if not keep else "keep-alive" if version == "1.0" else ""
+    sized = reply.stream is None and reply.status != 204
+    text = _head_form(reply.status, reply.media, sized, connection)
+    text %= (date, len(reply.body)) if sized else (date,)
+    for header in reply.headers.items():
+        text += "%s: %s\r\n" % header
+    return (text + "\r\n").encode("latin-1")
+
+
+@functools.lru_cache(maxsize=256)
+def _head_form(status: int, media: str, sized: bool, connection: str) -> str:
     lines = [
-        "HTTP/1.1 %d %s" % (reply.status, HTTPStatus(reply.status).phrase),
+        "HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase),
         "Server: longtasks",
-        "Date: " + date,
+        "Date: %s",
     ]
-    if reply.status != 204:
-        lines.append("Content-Type: " + reply.media)
-        if reply.stream is None:
-            lines.append("Content-Length: %d" % len(reply.body))
+    if status != 204:
+        lines.append("Content-Type: " + media)
         lines.append("Cache-Control: no-store")
         lines.append("X-Content-Type-Options: nosniff")
-    lines += ["%s: %s" % header for header in reply.headers.items()]
-    if not keep:
-        lines.append("Connection: close")
-    elif version == "1.0":
-        lines.append("Connection: keep-alive")
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+    if sized:
+        lines.append("Content-Length: %d")
+    if connection:
+        lines.append("Connection: " + connection)
+    return "\r\n".join(lines) + "\r\n"
 
 
 class Connection(socketserver.BaseRequestHandler):
@@ -4103,20 +4242,31 @@ class Connection(socketserver.BaseRequestHandler):
     def setup(self) -> None:
         """Prepare to read; called by socketserver."""
         self.buffer = b""
+        self.unsent = b""  # answers to what came in one piece go out in one piece
+        # The request before, since clients repeat themselves, and what it was made of.
+        self.last: Optional[Request] = None
+        self.last_head = self.last_token = b""
         self.idle = False  # waits for a request of which nothing has come yet
         self.deadline = 0.0  # of the request that is being read
         self.bare = False  # it is a HEAD, so that its answer has no body
         self.sending = False
+        self.blocks = False  # the socket waits as _block() says
         self.crowded = not self.server.admit(self.request, self)
         with contextlib.suppress(OSError):
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.patience: Optional[float] = self.server.idle_timeout
+        if self.crowded:
+            self.patience = min(self.server.idle_timeout, 1.0)
+        patience = self.patience, self.server.send_timeout
+        if set_kernel_timeouts(self.request, *patience):
+            self.patience = None
 
     def handle(self) -> None:
         """Serve until one side is done; called by socketserver."""
         try:
             while self._serve_one():
                 pass
-        except socket.timeout:
+        except (socket.timeout, BlockingIOError):
             log.debug("%s was too slow", self.client_address)
         except OSError as error:
             log.debug("%s is gone: %s", self.client_address, error)
@@ -4126,17 +4276,18 @@ class Connection(socketserver.BaseRequestHandler):
         try:
             request = self._read_request()
         except HTTPError as error:
-            self._send(refusal(error), "1.1", False, self.bare)
+            self._answer(refusal(error), "1.1", False)
             self._linger()
             return False
         if request is None:
             return False
-        request.is_gone = self._is_gone
+        if self.unsent and (request.query_text or "prefer" in request.headers):
+            self._flush()  # since this one may wait
         reply = self._reply_to(request)
         log.debug("%s %s: %d", request.method, request.path, reply.status)
-        keep = request.keeps_alive and not self.crowded and not self.server.closing
+        keep = request.keep and not self.crowded and not self.server.closing
         keep = keep and reply.stream is None
-        self._send(reply, request.version, keep, self.bare)
+        self._answer(reply, request.version, keep)
         if reply.stream is not None:
             self._send_stream(reply.stream)
         return keep
@@ -4145,8 +4296,8 @@ class Connection(socketserver.BaseRequestHandler):
         """Whether the client has closed its side."""
         if self.buffer:  # it has sent another request
             return False
+        self._wait_at_most(0)
         try:
-            self.request.setblocking(False)
             return not self.request.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
@@ -4158,6 +4309,18 @@ class Connection(socketserver.BaseRequestHandler):
             return self.server.crowded_reply()
         return respond(self.server.app, request)
 
+    # -- waiting
+
+    def _block(self) -> None:
+        """Have the socket wait for the next request, and for a client to read."""
+        self.request.settimeout(self.patience)
+        self.blocks = True
+
+    def _wait_at_most(self, seconds: float) -> None:
+        """Have the socket wait so many seconds."""
+        self.request.settimeout(seconds)
+        self.blocks = False
+
     # -- reading
 
     def _read_request(self) -> Optional[Request]:
@@ -4165,21 +4328,30 @@ class Connection(socketserver.BaseRequestHandler):
         head = self._read_head()
         if head is None:
             return None
+        request, token = self.last, self.server.app.access.token
+        if request is None or head != self.last_head or token is not self.last_token:
+            request = self.last = self._understand(head)
+            self.last_head, self.last_token = head, token
+        if request.length:
+            if request.length > len(self.buffer) and "expect" in request.headers:
+                self._flush()
+                if request.version != "1.0":
+                    self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.body = self._read_body(request.length)
+        return request
+
+    def _understand(self, head: bytes) -> Request:
+        """Read a head; raises HTTPError."""
         self.bare = head.startswith(b"HEAD ")
         request = parse_head(head)
         self.server.app.access.check(request)  # before anything is done or told
-        length = request.length()
-        if length > self.server.max_body:
+        if request.length > self.server.max_body:
             raise HTTPError(
                 413, "the body is larger than %d bytes" % self.server.max_body
             )
-        expected = request.headers.get("expect", "").lower()
-        if expected not in ("", "100-continue"):
+        if request.headers.get("expect", "100-continue").lower() != "100-continue":
             raise HTTPError(417, "only 100-continue can be expected")
-        if expected and length > len(self.buffer) and request.version != "1.0":
-            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if length:
-            request.body = self._read_body(length)
+        request.is_gone = self._is_gone
         return request
 
     def _read_head(self) -> Optional[bytes]:
@@ -4193,17 +4365,17 @@ class Connection(socketserver.BaseRequestHandler):
             head, end, rest = self.buffer.partition(b"\r\n\r\n")
             if len(head) > MAX_HEAD:
                 raise self._too_long(head)
-            if head.count(b"\n") != head.count(b"\r\n"):
-                raise HTTPError(400, "lines must end in CR LF")
             if end:
                 self.buffer = rest
                 return head
+            if head.count(b"\n") != head.count(b"\r\n"):
+                raise HTTPError(400, "lines must end in CR LF")
             self.buffer += self._receive()
 
     def _await_request(self) -> bool:
         """Wait for a request's first bytes; False when none come."""
-        patience = self.server.idle_timeout
-        self.request.settimeout(min(patience, 1.0) if self.crowded else patience)
+        if not self.blocks:
+            self._block()
         self.idle = True
         if self.server.closing:  # looked at after idle was set: see Server.close
             self.request.shutdown(socket.SHUT_RD)
@@ -4212,9 +4384,11 @@ class Connection(socketserver.BaseRequestHandler):
         return bool(self.buffer)
 
     def _read_body(self, length: int) -> bytes:
+        body, self.buffer = self.buffer[:length], self.buffer[length:]
+        if len(body) == length:
+            return body
         self.deadline += length / self.server.slowest
-        parts, missing = [self.buffer[:length]], length - len(self.buffer)
-        self.buffer = self.buffer[length:]
+        parts, missing = [body], length - len(body)
         while missing > 0:
             parts.append(self._receive(min(missing, 65536)))
             missing -= len(parts[-1])
@@ -4222,11 +4396,12 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _receive(self, most: int = 65536) -> bytes:
         """Read more of a request that has begun; raises HTTPError when it is late."""
+        self._flush()
         try:
             left = self.deadline - time.monotonic()
             if left <= 0:
                 raise socket.timeout
-            self.request.settimeout(left)
+            self._wait_at_most(left)
             data = bytes(self.request.recv(most))
         except socket.timeout:
             raise HTTPError(408, "the request took too long to arrive") from None
@@ -4244,20 +4419,31 @@ class Connection(socketserver.BaseRequestHandler):
 
     # -- writing
 
-    def _send(self, reply: Reply, version: str, keep: bool, bare: bool = False) -> None:
-        """Send a reply, its head and body in one piece; `bare` leaves out the body."""
-        data = encode_head(reply, self.server.date(), version, keep)
-        data = data if bare else data + reply.body
-        patience = self.server.send_timeout + len(data) / self.server.slowest
-        self.request.settimeout(patience)
+    def _answer(self, reply: Reply, version: str, keep: bool) -> None:
+        """Send a reply in one piece, or keep it for those to the requests behind."""
+        self.unsent += encode_head(reply, self.server.date(), version, keep)
+        if not self.bare:
+            self.unsent += reply.body
+        if not keep or not self.buffer or len(self.unsent) > 65536:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send what is unsent; who does not take it in time is dropped."""
+        data, self.unsent = self.unsent, b""
+        if not data:
+            return
         self.sending = True
-        self.request.sendall(data)
+        sent = self.request.send(data) if self.blocks else 0
+        if sent < len(data):
+            patience = self.server.send_timeout + len(data) / self.server.slowest
+            self._wait_at_most(patience)
+            self.request.sendall(data[sent:])
         self.sending = False
 
     def _send_stream(self, stream: Iterator[bytes]) -> None:
         """Send what comes, as it comes; who does not read it is dropped."""
         with contextlib.closing(stream):  # type: ignore
-            self.request.settimeout(self.server.stream_timeout)
+            self._wait_at_most(self.server.stream_timeout)
             for data in () if self.bare else stream:
                 self.request.sendall(data)
 
@@ -4266,9 +4452,26 @@ class Connection(socketserver.BaseRequestHandler):
         self.request.shutdown(socket.SHUT_WR)
         end = time.monotonic() + self.server.linger_timeout
         while time.monotonic() < end:
-            self.request.settimeout(self.server.linger_timeout)
+            self._wait_at_most(self.server.linger_timeout)
             if not self.request.recv(65536):
                 return
+
+
+def set_kernel_timeouts(client: socket.socket, read: float, write: float) -> bool:
+    """Have the kernel end a blocking read or write after so many seconds, if it can.
+
+    With settimeout() each of them is two calls, and the GIL has to be waited for after
+    either. Returns whether that is so now.
+    """
+    if os.name != "posix" or type(client) is not socket.socket:
+        return False
+    try:
+        for option, seconds in (("SO_RCVTIMEO", read), ("SO_SNDTIMEO", write)):
+            timeval = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+            client.setsockopt(socket.SOL_SOCKET, getattr(socket, option), timeval)
+    except OSError:  # a system whose timeval is not two longs
+        return False
+    return True
 
 
 class Server(ThreadingHTTPServer):

@@ -74,6 +74,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Deque, Dict, FrozenSet, Iterator, List, Mapping
+from typing import MutableMapping
 from typing import NamedTuple, Optional, Sequence, Set, Tuple, Union
 from urllib.parse import parse_qsl, quote
 
@@ -203,6 +204,13 @@ SETTINGS = (
         one_of("debug", "info", "warning", "error"),
         "debug, info, warning or error",
         "LEVEL",
+    ),
+    Setting(
+        "LOG_FORMAT",
+        "text",
+        one_of("text", "json"),
+        "text for people, or json: an object a line",
+        "FORMAT",
     ),
     Setting(
         "HANDLERS", "", str, "Python file that registers task types", "FILE", os.pathsep
@@ -706,6 +714,7 @@ class Context:
     __slots__ = (
         "task_id",
         "attempt",
+        "type",
         "grace",
         "why",
         "_progress",
@@ -716,9 +725,14 @@ class Context:
     )
 
     def __init__(
-        self, task_id: str, attempt: int = 1, tell: Tell = lambda *told: None
+        self,
+        task_id: str,
+        attempt: int = 1,
+        tell: Tell = lambda *told: None,
+        type: str = "",
     ) -> None:
         self.task_id = task_id
+        self.type = type
         # 1 in the first run. A task is run again when the process died while it ran:
         # at least once, that is, so that a handler should bear to be run twice.
         self.attempt = attempt
@@ -747,7 +761,7 @@ class Context:
 
     def log(self, text: str, level: int = logging.INFO) -> None:
         """Add a line to the task's log, and to the service's."""
-        log.log(level, "task %s: %s", self.task_id, text)
+        log_run(level, self, "%s", text)
         self._tell(self, "log", str(text))
 
     def sleep(self, seconds: float) -> None:
@@ -790,6 +804,18 @@ class Context:
             return None
         fraction, message = self._progress
         return {"percent": round(fraction * 100, 1), "message": message}
+
+
+def log_run(
+    level: int, ctx: Context, text: str, *args: Any, exc_info: bool = False, **more: Any
+) -> None:
+    """Log a line about a run of a task.
+
+    Which run it is, and what `more` tells of it, are fields of the line's own: the
+    formatter for people puts them into the text.
+    """
+    fields = {"task_id": ctx.task_id, "type": ctx.type, "attempt": ctx.attempt, **more}
+    log.log(level, text, *args, exc_info=exc_info, extra={"fields": fields})
 
 
 Schema = Union[bool, Dict[str, Any]]  # False allows nothing, {} allows all
@@ -1443,6 +1469,20 @@ class Encoded(bytes):
 _CHILDREN = threading.Lock()
 
 
+def check_isolated() -> None:
+    """See that handlers can run in child processes, if some do; raises HandlerError."""
+    isolated = [name for name, known in HANDLERS.items() if known.isolated]
+    if not isolated or EXECUTOR:
+        return
+    try:
+        import multiprocessing.connection  # noqa: F401 (a small host may lack it)
+    except ImportError:
+        text = (
+            "the isolated task type %s needs Python's multiprocessing, which is missing"
+        )
+        raise HandlerError(text % shown(isolated[0])) from None
+
+
 def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
     """Run a handler in a child process, as if it ran here."""
     import multiprocessing
@@ -1496,9 +1536,7 @@ def _as_said(said: Any, code: int, ctx: Context) -> Any:
         raise Retry(*what)
     if kind == "cancelled":
         raise Cancelled
-    log.warning(
-        "task %s raised in its process", ctx.task_id, extra={"traceback": what[1]}
-    )
+    log_run(logging.WARNING, ctx, "raised in its process", traceback=what[1])
     raise Failure(what[0])
 
 
@@ -1512,6 +1550,7 @@ def isolated_child(theirs: Any, about: bytes) -> None:
         with lock:
             theirs.send_bytes(to_json([kind, what]))
 
+    log.disabled = True  # the parent logs what it is told
     files, name, params, task_id, attempt = json.loads(about)
     ctx = Context(task_id, attempt, lambda ctx, kind, what: say(kind, what))
     threading.Thread(target=_obey, args=(theirs, ctx), daemon=True).start()
@@ -2594,7 +2633,7 @@ class Ledger:
     def _start(self, task: Task) -> Tuple[Task, Context, Optional[Batch]]:
         """Decide that a task runs. Assumes the lock."""
         now, attempt = self._clock(), task.attempt + 1
-        context = Context(task.id, attempt, self._tell)
+        context = Context(task.id, attempt, self._tell, task.type)
         # Half of it, so that what can be killed is over before it is given up.
         context.grace = self.limits.grace / 2
         self._running[task.id] = context
@@ -2797,8 +2836,8 @@ class Ledger:
             task = self._end(context, Outcome(CANCELLED))
             stuck = len(self._active) - len(self._running)
             self._tell_if_done()
-        message = "task %s (%s) is %s, but its handler does not stop; %d are stuck"
-        log.error(message, task.id, task.type, task.status, stuck)
+        message = "is %s, but its handler does not stop; %d are stuck"
+        log_run(logging.ERROR, context, message, task.status, stuck)
         self.on_stuck(context)
 
     def _expire_regularly(self) -> None:
@@ -3028,6 +3067,13 @@ class Ledger:
             raise ForgottenTask("task %s was deleted or has expired" % task_id)
         raise UnknownTask("there is no task %s" % shown(task_id))
 
+    def responds(self, patience: float) -> bool:
+        """Whether the ledger's lock is to be had within so many seconds."""
+        if self._lock.acquire(timeout=patience):
+            self._lock.release()
+            return True
+        return False
+
     # -- forgetting --------------------------------------------------------
 
     def expire(self) -> None:
@@ -3179,7 +3225,7 @@ def run_one(
         return Outcome(PENDING, error=describe(error), after=_seconds(error.after))
     except BaseException as error:  # SystemExit too: it must not end the worker
         if not isinstance(error, Failure):
-            _log_raised(task)
+            _log_raised(context)
         return Outcome(FAILED, error=describe(error))
     return _outcome_of(value, max_result)
 
@@ -3203,9 +3249,9 @@ def _seconds(value: Any) -> Optional[float]:
     return None
 
 
-def _log_raised(task: Task) -> None:
+def _log_raised(context: Context) -> None:
     with contextlib.suppress(BaseException):  # traceback can fail, too, on odd errors
-        log.warning("task %s (%s) raised", task.id, task.type, exc_info=True)
+        log_run(logging.WARNING, context, "raised", exc_info=True)
 
 
 class Pool:
@@ -3233,7 +3279,8 @@ class Pool:
             self._start_thread()
             if not self._threads:
                 raise SettingsError("no thread can be started; tasks would never run")
-        threading.Thread(target=self._keep_time, name="timer", daemon=True).start()
+        self.timer = threading.Thread(target=self._keep_time, name="timer", daemon=True)
+        self.timer.start()
 
     def _start_thread(self) -> None:
         """Start one worker. Assumes the lock."""
@@ -3293,19 +3340,19 @@ class Pool:
 
     def _run(self, task: Task, context: Context) -> None:
         """Run a task and record how that ended, whatever it was."""
-        log.debug("task %s (%s) started, attempt %d", task.id, task.type, task.attempt)
+        log_run(logging.DEBUG, context, "attempt %d started", task.attempt)
         max_result = self._ledger.limits.result_bytes
         outcome = run_one(task, context, self._handlers, max_result)
         try:
             ended = self._ledger.finish(context, outcome)
         except IllegalMove:
-            log.warning("task %s (%s): its handler came back late", task.id, task.type)
+            log_run(logging.WARNING, context, "its handler came back late")
             return
         word = ended.status
         if word == PENDING:
             word = "failed, to be run again," if ended.due_at else "put back"
         took = (ended.ended_at or time.time()) - (task.started_at or 0)
-        log.info("task %s (%s) %s after %.3f s", task.id, task.type, word, took)
+        log_run(logging.INFO, context, word, duration=round(took, 3))
 
 
 # ======================================================================
@@ -4247,10 +4294,12 @@ class Connection(socketserver.BaseRequestHandler):
         self.last: Optional[Request] = None
         self.last_head = self.last_token = b""
         self.idle = False  # waits for a request of which nothing has come yet
-        self.deadline = 0.0  # of the request that is being read
+        self.began = self.deadline = 0.0  # of the request that is being read
         self.bare = False  # it is a HEAD, so that its answer has no body
         self.sending = False
         self.blocks = False  # the socket waits as _block() says
+        self.refused: Optional[Request] = None  # understood, but not let in
+        self.streamed = 0  # bytes
         self.crowded = not self.server.admit(self.request, self)
         with contextlib.suppress(OSError):
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -4276,7 +4325,9 @@ class Connection(socketserver.BaseRequestHandler):
         try:
             request = self._read_request()
         except HTTPError as error:
-            self._answer(refusal(error), "1.1", False)
+            reply = refusal(error)
+            self._answer(reply, "1.1", False)
+            self._log_access(self.refused, reply)
             self._linger()
             return False
         if request is None:
@@ -4284,13 +4335,33 @@ class Connection(socketserver.BaseRequestHandler):
         if self.unsent and (request.query_text or "prefer" in request.headers):
             self._flush()  # since this one may wait
         reply = self._reply_to(request)
-        log.debug("%s %s: %d", request.method, request.path, reply.status)
         keep = request.keep and not self.crowded and not self.server.closing
         keep = keep and reply.stream is None
-        self._answer(reply, request.version, keep)
-        if reply.stream is not None:
-            self._send_stream(reply.stream)
+        try:
+            self._answer(reply, request.version, keep)
+            if reply.stream is not None:
+                self._send_stream(reply.stream)
+        finally:
+            self._log_access(request, reply)
         return keep
+
+    def _log_access(self, request: Optional[Request], reply: Reply) -> None:
+        """Log an answer, and what it answers if that could be read.
+
+        Neither query nor headers are told, since a secret may be there.
+        """
+        if not log.isEnabledFor(logging.DEBUG):
+            return
+        fields = {
+            "client": self.client_address[0],
+            "method": request.method if request else "-",
+            "path": request.path if request else "-",
+            "status": reply.status,
+            "bytes": 0 if self.bare else len(reply.body) + self.streamed,
+            "duration": round(time.monotonic() - self.began, 6),
+        }
+        text = "%(client)s %(method)s %(path)s: %(status)d, %(bytes)d bytes" % fields
+        log.debug("%s", text, extra={"fields": fields})
 
     def _is_gone(self) -> bool:
         """Whether the client has closed its side."""
@@ -4343,7 +4414,7 @@ class Connection(socketserver.BaseRequestHandler):
     def _understand(self, head: bytes) -> Request:
         """Read a head; raises HTTPError."""
         self.bare = head.startswith(b"HEAD ")
-        request = parse_head(head)
+        request = self.refused = parse_head(head)
         self.server.app.access.check(request)  # before anything is done or told
         if request.length > self.server.max_body:
             raise HTTPError(
@@ -4351,6 +4422,7 @@ class Connection(socketserver.BaseRequestHandler):
             )
         if request.headers.get("expect", "100-continue").lower() != "100-continue":
             raise HTTPError(417, "only 100-continue can be expected")
+        self.refused = None
         request.is_gone = self._is_gone
         return request
 
@@ -4358,7 +4430,8 @@ class Connection(socketserver.BaseRequestHandler):
         """Read up to the empty line that ends a head; None when nothing comes."""
         if not self.buffer and not self._await_request():
             return None
-        self.deadline = time.monotonic() + self.server.request_timeout
+        self.began = time.monotonic()
+        self.deadline = self.began + self.server.request_timeout
         if self.buffer.startswith(b"\r\n"):  # left over by some clients (RFC 9112, 2.2)
             self.buffer = self.buffer[2:]
         while True:
@@ -4446,6 +4519,7 @@ class Connection(socketserver.BaseRequestHandler):
             self._wait_at_most(self.server.stream_timeout)
             for data in () if self.bare else stream:
                 self.request.sendall(data)
+                self.streamed += len(data)
 
     def _linger(self) -> None:
         """Drop what still comes: closing now would destroy our answer on its way."""
@@ -4492,12 +4566,18 @@ class Server(ThreadingHTTPServer):
     reserve = 32  # connections past the limit, to be told so, and for probes
 
     def __init__(
-        self, address: Any, app: App, max_body: int, max_connections: int
+        self,
+        address: Any,
+        app: App,
+        max_body: int,
+        max_connections: int,
+        listener: Optional[socket.socket] = None,
     ) -> None:
         self.app = app
         self.max_body = max_body
         self.max_connections = max_connections
         self.closing = False
+        self._listener = listener  # a socket that listens already
         # The lock guards which connections are open; it notifies when one has ended.
         self._changed = threading.Condition()
         self._connections: Dict[socket.socket, Optional[Connection]] = {}
@@ -4508,7 +4588,12 @@ class Server(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind, without the look-up of the host's name that could take seconds."""
-        socketserver.TCPServer.server_bind(self)
+        if self._listener is None:
+            socketserver.TCPServer.server_bind(self)
+        else:
+            self.socket.close()
+            self.socket = self._listener
+            self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore
         self.app.access.listen_on(self.server_name)  # the address that it really is
 
@@ -4586,7 +4671,8 @@ class Server(ThreadingHTTPServer):
         """
         self.closing = True
         self.shutdown()
-        self._accept_rest()
+        if self._listener is None:  # else they are for whoever listens there next
+            self._accept_rest()
         self.server_close()
         with self._changed:
             for request, connection in self._connections.items():
@@ -4627,13 +4713,71 @@ _CLOSED = "the server is closed"
 Events = Any  # a queue.SimpleQueue of signal numbers and these
 
 
+class Supervisor:
+    """The line to a service manager, such as systemd, if one listens.
+
+    It speaks by the environment (sd_notify(3), sd_watchdog_enabled(3) and
+    sd_listen_fds(3)), where it is taken at its word once: no child is to believe that
+    it is meant. Raises SettingsError for a socket that can't be served.
+    """
+
+    first_fd = 3  # of those that are handed over
+    extension = 30  # seconds more until the end of the drain, each time it is told
+
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        me = str(os.getpid())
+        path = environ.pop("NOTIFY_SOCKET", "")
+        self._path = "\0" + path[1:] if path.startswith("@") else path  # abstract
+        usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", me)
+        self.watches = usec.isdigit() and pid == me
+        self._pause = min(5.0, int(usec) / 3e6) if self.watches else 5.0
+        self._due = 0.0
+        count, pid = environ.pop("LISTEN_FDS", "0"), environ.pop("LISTEN_PID", "")
+        environ.pop("LISTEN_FDNAMES", None)
+        self.listener = self._take_over(count) if pid == me and count != "0" else None
+
+    def _take_over(self, count: str) -> socket.socket:
+        """Return the listening socket that was handed over."""
+        try:
+            os.set_inheritable(self.first_fd, False)
+            listener = socket.socket(fileno=self.first_fd)
+            listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if count == "1" and listens and listener.family != socket.AF_UNIX:
+                return listener
+        except OSError:
+            pass
+        raise SettingsError("LISTEN_FDS must be 1: a TCP socket that listens")
+
+    def is_due(self) -> bool:
+        """Whether it is time, for one who listens, to tell something again."""
+        now = time.monotonic()
+        if not self._path or now < self._due:
+            return False
+        self._due = now + self._pause
+        return True
+
+    def tell(self, *lines: str) -> None:
+        """Send lines such as READY=1; that nobody hears them is no reason to fail."""
+        if not self._path:
+            return
+        with contextlib.suppress(OSError), socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM
+        ) as line:
+            line.settimeout(1.0)
+            line.sendto("\n".join(lines).encode(), self._path)
+
+
 class Service:
     """The whole service: what main runs, and tests too."""
 
     def __init__(
-        self, settings: Settings, handlers: Mapping[str, Handler] = HANDLERS
+        self,
+        settings: Settings,
+        handlers: Mapping[str, Handler] = HANDLERS,
+        supervisor: Optional[Supervisor] = None,
     ) -> None:
         self.settings = settings
+        self.supervisor = supervisor or Supervisor({})
         self.journal = Journal(settings["DB"]) if settings["DB"] else None
         limits = Limits(
             settings["QUEUE_LIMIT"],
@@ -4655,7 +4799,7 @@ class Service:
         host, port = self.settings["HOST"], self.settings["PORT"]
         most = self.settings["MAX_BODY"], self.settings["MAX_CONNECTIONS"]
         try:
-            return Server((host, port), app, *most)
+            return Server((host, port), app, *most, self.supervisor.listener)
         except OSError as error:
             where = "HOST %s, PORT %d" % (host, port)
             raise SettingsError(
@@ -4673,16 +4817,19 @@ class Service:
             log.info(text, self.journal.path, *found)
         self.pool.start()
         # In a thread of its own, so that shutdown() may wait for it.
-        threading.Thread(
+        self._acceptor = threading.Thread(
             target=self.server.serve_forever,
             args=(self.server.poll_interval,),
             name="server",
             daemon=True,
-        ).start()
+        )
+        self._acceptor.start()
+        self.supervisor.tell("READY=1")
 
     def run(self, events: Events) -> int:
         """Serve until a signal is recorded in `events`; return the exit code."""
-        number = _next_event(events, None)
+        number = self._next_event(events, None)
+        self.supervisor.tell("STOPPING=1")
         ran, left = self._drain(signal.Signals(number).name, events)
         put_back = sum(task.id in ran for task in left)
         if self.journal:
@@ -4694,8 +4841,8 @@ class Service:
             return 0 if saved else 1
         for task in left:
             line = {"id": task.id, **submission_document(task)}
-            text = json.dumps(line).replace("\x7f", "\\u007f")  # still JSON in the log
-            log.error("given up: %s", text)
+            fields = {"task_id": task.id, "type": task.type, "task": line}
+            log.error("given up", extra={"fields": fields})
         log.info("stopped, %d tasks given up", len(left))
         return 1 if left else 0
 
@@ -4706,7 +4853,7 @@ class Service:
         ran = self.ledger.drain(lambda: events.put(_DONE), patience)
         message = "%s: draining, %d running and %d waiting, for %g s at most"
         log.info(message, name, len(ran), waiting, patience)
-        event = _next_event(events, patience)
+        event = self._next_event(events, patience)
         if event != _DONE:
             log.warning(
                 "%s: handlers are told to stop",
@@ -4714,7 +4861,7 @@ class Service:
             )
             self.ledger.halt()
             if event is None:
-                event = _next_event(events, self.settings["GRACE"])
+                event = self._next_event(events, self.settings["GRACE"])
         left = self.ledger.give_up()
         self.ledger.feed.close()
         if event in (None, _DONE):  # else a second signal: no time for courtesy
@@ -4731,8 +4878,50 @@ class Service:
                 events.put(_CLOSED)
 
         threading.Thread(target=close, name="closer", daemon=True).start()
-        while _next_event(events, None) == _DONE:  # it may have been told twice
+        while self._next_event(events, None) == _DONE:  # it may have been told twice
             pass
+
+    def _next_event(self, events: Events, patience: Optional[float]) -> Any:
+        """Wait for what is recorded next; None when that takes longer than `patience`.
+
+        Meanwhile the supervisor is told how things are.
+        """
+        end = math.inf if patience is None else time.monotonic() + patience
+        while True:
+            if self.supervisor.is_due():
+                self._report()
+            # By and by, since a signal that the system gave to another thread does not
+            # end this one's wait, and its handler runs only once this thread goes on.
+            wait = min(0.25, end - time.monotonic())
+            with contextlib.suppress(queue.Empty):
+                return events.get(timeout=max(0, wait))
+            if wait < 0.25:
+                return None
+
+    def _report(self) -> None:
+        """Tell the supervisor how things are, unless they are at a standstill."""
+        draining = self.ledger.draining
+        threads = [] if draining else [self.pool.timer, self._acceptor]
+        dead = [thread.name for thread in threads if not thread.is_alive()]
+        if dead or not self.ledger.responds(1.0):
+            log.error("at a standstill: %s", ", ".join(dead) or "the ledger's lock")
+            return
+        counts = self.ledger.counts()
+        text = "STATUS=%s%d running, %d waiting, %d finished"
+        lines = [
+            text
+            % (
+                "draining, " if draining else "",
+                counts.processing,
+                counts.pending,
+                counts.finished,
+            )
+        ]
+        if self.supervisor.watches:
+            lines.append("WATCHDOG=1")
+        if draining:
+            lines.append("EXTEND_TIMEOUT_USEC=%d" % (self.supervisor.extension * 10**6))
+        self.supervisor.tell(*lines)
 
     def close(self) -> None:
         """Stop at once: handlers are told to stop, requests in flight are answered."""
@@ -4744,31 +4933,44 @@ class Service:
             self.journal.close(JOURNAL_PATIENCE)
 
 
-def _next_event(events: Events, patience: Optional[float]) -> Any:
-    """Wait for what is recorded next; None when that takes longer than `patience`."""
-    end = math.inf if patience is None else time.monotonic() + patience
-    while True:
-        # By and by, since a signal that the system gave to another thread does not end
-        # this one's wait, and its handler runs only once this thread goes on.
-        wait = min(0.25, end - time.monotonic())
-        with contextlib.suppress(queue.Empty):
-            return events.get(timeout=max(0, wait))
-        if wait < 0.25:
-            return None
-
-
 class LogFormatter(logging.Formatter):
     """A line an event: time in UTC, level, message. No character a terminal obeys."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record's lines; only a traceback has more than one."""
-        first = "%-7s %s" % (record.levelname, record.getMessage())
-        text = "%s %s" % (timestamp(record.created), _escaped(first))
-        more = getattr(record, "traceback", "")  # of a child process
-        if record.exc_info:
-            more = self.formatException(record.exc_info)
-        lines = more.splitlines()
-        return text + "".join("\n  " + _escaped(line[:2000]) for line in lines)
+        fields, text = _fields_of(record), record.getMessage()
+        if "task" in fields:  # as JSON, to be submitted again
+            text += ": " + _ascii_json(fields["task"])
+        elif "task_id" in fields:
+            text = "task %s (%s): %s" % (fields["task_id"], fields["type"], text)
+        if "duration" in fields:
+            text += " after %.3f s" % fields["duration"]
+        first = _escaped("%-7s %s" % (record.levelname, text))
+        lines = fields.get("traceback", "").splitlines()
+        more = "".join("\n  " + _escaped(line[:2000]) for line in lines)
+        return "%s %s%s" % (timestamp(record.created), first, more)
+
+
+class JSONLogFormatter(logging.Formatter):
+    """A JSON object an event, in a line of ASCII; a traceback is one of its fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's line."""
+        time, level = timestamp(record.created), record.levelname.lower()
+        about = {"time": time, "level": level, "message": record.getMessage()}
+        return _ascii_json({**about, **_fields_of(record)})
+
+
+def _fields_of(record: logging.LogRecord) -> Dict[str, Any]:
+    """What a line tells beside its message."""
+    fields = dict(getattr(record, "fields", {}))
+    if record.exc_info and record.exc_info[0]:
+        fields["traceback"] = "".join(traceback.format_exception(*record.exc_info))
+    return fields
+
+
+def _ascii_json(value: Any) -> str:
+    return json.dumps(value).replace("\x7f", "\\u007f")
 
 
 def _escaped(text: str) -> str:
@@ -4777,10 +4979,10 @@ def _escaped(text: str) -> str:
     )
 
 
-def start_logging(level: str) -> None:
-    """Log to stderr from this level on."""
+def start_logging(level: str, format: str = "text") -> None:
+    """Log to stderr from this level on, as text or as JSON."""
     output = logging.StreamHandler()
-    output.setFormatter(LogFormatter())
+    output.setFormatter(LogFormatter() if format == "text" else JSONLogFormatter())
     log.handlers[:] = [output]
     log.propagate = False
     log.setLevel(level.upper())
@@ -4791,14 +4993,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the service until it is told to stop; return the exit code."""
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
-        start_logging(settings["LOG_LEVEL"])
+        start_logging(settings["LOG_LEVEL"], settings["LOG_FORMAT"])
+        supervisor = Supervisor(os.environ)
         for file in settings["HANDLERS"]:
             load_handlers(file)
         for line in settings["COMMANDS"]:
             register_command(line)
         if settings["EXECUTOR"]:
             load_executor(settings["EXECUTOR"])
-        service = Service(settings)
+        check_isolated()
+        service = Service(settings, supervisor=supervisor)
         events = _record_signals()
         service.start()
     except (SettingsError, HandlerError, JournalError) as error:
@@ -4814,8 +5018,9 @@ def _end_children() -> None:
     for executor in EXECUTOR:
         with contextlib.suppress(Exception):
             executor.shutdown(wait=False)
-    if "multiprocessing" in sys.modules:
-        for child in sys.modules["multiprocessing"].active_children():
+    multiprocessing = sys.modules.get("multiprocessing")
+    if multiprocessing:
+        for child in multiprocessing.active_children():
             child.kill()  # forked ones would ignore SIGTERM, as this process does
 
 

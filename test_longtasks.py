@@ -9,6 +9,7 @@ import contextlib
 import hmac
 import http.client
 import json
+import logging
 import os
 import random
 import re
@@ -229,6 +230,7 @@ def test_defaults_are_those_that_were_promised():
         "INSECURE": False,
         "WORKER_COUNT": 10,
         "LOG_LEVEL": "info",
+        "LOG_FORMAT": "text",
         "HANDLERS": [],
         "COMMANDS": [],
         "EXECUTOR": "",
@@ -4133,12 +4135,13 @@ def test_a_connection_ends_without_leaving_a_thread(service):
 class Process:
     """A real `python longtasks.py` on a free port."""
 
-    def __init__(self, *flags, env=None):
+    def __init__(self, *flags, env=None, command=(sys.executable, SCRIPT)):
         environ = {k: v for k, v in os.environ.items() if k not in NAMES}
         self.lines: List[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, SCRIPT, *flags],
+            [*command, *flags],
             stderr=subprocess.PIPE,
+            close_fds=False,  # what is inheritable is meant to be inherited
             env={**environ, "PORT": "0", **(env or {})},
             universal_newlines=True,
         )
@@ -4171,8 +4174,8 @@ NAMES = {setting.name for setting in longtasks.SETTINGS}
 
 
 @contextlib.contextmanager
-def process(*flags, env=None):
-    running = Process(*flags, env=env)
+def process(*flags, **options):
+    running = Process(*flags, **options)
     try:
         yield running
     finally:
@@ -4261,7 +4264,7 @@ def test_a_drain_finishes_running_and_queued_tasks_and_refuses_new_ones(tmp_path
         began(tmp_path, "b")
         (tmp_path / "b").touch()
         assert running.wait() == 0
-        assert "(deaf) completed" in running.logged(queued)
+        assert "(deaf): completed" in running.logged(queued)
         assert not (tmp_path / "c.began").exists()
 
 
@@ -4295,7 +4298,7 @@ def test_a_handler_that_stops_when_it_is_told_ends_the_drain(tmp_path, held):
         began(tmp_path, "a")
         running.signal()
         assert running.wait() == 1
-        assert "(polite) put back" in running.logged(task_id)
+        assert "(polite): put back" in running.logged(task_id)
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path, held):
@@ -4394,6 +4397,127 @@ def test_a_log_line_has_no_character_that_a_terminal_obeys():
     assert re.fullmatch(TIME + r" INFO    a\\x1b\[31m\\r\\nb é ☃", line)
 
 
+@contextlib.contextmanager
+def records(level="DEBUG"):
+    """What is logged meanwhile, as a list of records."""
+    kept, before = [], longtasks.log.level
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            kept.append(record)
+
+    keep = Keep()
+    longtasks.log.addHandler(keep)
+    longtasks.log.setLevel(level)
+    try:
+        yield kept
+    finally:
+        longtasks.log.removeHandler(keep)
+        longtasks.log.setLevel(before)
+
+
+def as_json(record):
+    line = longtasks.JSONLogFormatter().format(record)
+    assert re.fullmatch("[ -~]+", line)
+    return json.loads(line)
+
+
+def test_a_run_is_told_with_its_fields_in_json_and_in_words_as_text(registry):
+    @handler("talk")
+    def talk(ctx: Context):
+        ctx.log("hi\x7f")
+
+    with records() as kept, serving() as service:
+        task_id = submitted(service, "talk")
+        until(lambda: any(r.getMessage() == "completed" for r in kept))
+    lines = [as_json(record) for record in kept]
+    about = [line for line in lines if "task_id" in line]
+    assert [a["message"] for a in about] == ["attempt 1 started", "hi\x7f", "completed"]
+    for line in about:
+        assert (line["task_id"], line["type"], line["attempt"]) == (task_id, "talk", 1)
+        assert re.fullmatch(TIME, line["time"])
+    assert [line["level"] for line in about] == ["debug", "info", "info"]
+    assert 0 <= about[2]["duration"] < LONG
+    text = [longtasks.LogFormatter().format(record) for record in kept]
+    words = r" INFO    task %s \(talk\): completed after \d+\.\d{3} s" % task_id
+    assert any(re.fullmatch(TIME + words, line) for line in text)
+
+
+def test_a_traceback_is_a_field_in_json(registry):
+    @handler("bad")
+    def bad():
+        raise ValueError("no\n\x1b")
+
+    with records() as kept, serving() as service:
+        result_of(service, submitted(service, "bad"))
+    (line,) = [as_json(r) for r in kept if r.getMessage() == "raised"]
+    assert line["level"] == "warning"
+    assert line["type"] == "bad"
+    assert line["traceback"].endswith("ValueError: no\n\x1b\n")
+
+
+def test_a_request_is_logged_at_debug_without_a_secret(registry):
+    params = {"duration": 0}
+    with records() as kept, serving() as service:
+        headers = {"Authorization": "Bearer s3cret", "X-Key": "s3cret"}
+        submit(service, "long_computation", params, **headers)
+        call(service, "GET", "/healthz?token=s3cret", **headers)
+        call(service, "HEAD", "/healthz")
+        raw(service, b"GET s3cret\r\n\r\n")
+        call(service, "GET", "/", Host="s3cret")
+        with Stream(service, "/api/v1/events") as stream:
+            stream.response.readline()
+    lines = [as_json(record) for record in kept]
+    asked = [line for line in lines if "client" in line]
+    for line in asked:
+        assert line["client"] == "127.0.0.1"
+        assert 0 <= line["duration"] < LONG
+    assert [(a["method"], a["path"], a["status"]) for a in asked] == [
+        ("POST", "/api/v1/tasks", 202),
+        ("GET", "/healthz", 400),
+        ("HEAD", "/healthz", 200),
+        ("-", "-", 400),
+        ("GET", "/", 421),
+        ("GET", "/api/v1/events", 200),
+    ]
+    assert [line["bytes"] > 0 for line in asked] == [
+        True,
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]
+    texts = [longtasks.LogFormatter().format(record) for record in kept]
+    assert "s3cret" not in "\n".join(texts) + json.dumps(lines)
+    assert "duration" not in "\n".join(texts), "a task's params are nobody's business"
+    words = r"127.0.0.1 HEAD /healthz: 200, 0 bytes after \d\.\d{3} s"
+    assert any(re.search(words, text) for text in texts)
+
+
+def test_a_request_is_not_logged_at_info(registry):
+    with records("INFO") as kept, serving() as service:
+        call(service, "GET", "/healthz")
+    assert not [record for record in kept if "client" in as_json(record)]
+
+
+def test_each_line_of_the_service_is_json_where_that_is_asked_for(tmp_path, held):
+    env = {**held["env"], "LOG_FORMAT": "json", "DRAIN_TIMEOUT": "0"}
+    with process(*held["flags"], env=env) as running:
+        task_id = submitted(running.port, "polite", {"name": "a\x7f"})
+        began(tmp_path, "a\x7f")
+        running.signal()
+        assert running.wait() == 1
+        running.logged("stopped")
+    lines = [json.loads(line) for line in running.lines]
+    assert all(list(line)[:3] == ["time", "level", "message"] for line in lines)
+    (given_up,) = [line for line in lines if line["message"] == "given up"]
+    task = {"id": task_id, "type": "polite", "params": {"name": "a\x7f"}}
+    assert given_up["task"] == task
+    assert given_up["task_id"] == task_id
+    assert all(re.fullmatch("[ -~]+\n", line) for line in running.lines)
+
+
 def test_a_traceback_goes_to_the_log(registry):
     try:
         raise ValueError("bad\x1b")
@@ -4456,6 +4580,271 @@ def leave(text: str):
     threading.Thread(target=threading.Event().wait, daemon=False).start()
     return text
 """
+
+
+class Manager:
+    """What a service manager does: it listens to what a service tells of itself."""
+
+    def __init__(self, path):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.settimeout(LONG)
+        self.socket.bind(path)
+        self.env = {"NOTIFY_SOCKET": path.replace("\0", "@")}
+        self.heard = []
+
+    def hear(self, word):
+        while not any(word in line for line in self.heard):
+            self.heard += self.socket.recv(65536).decode().split("\n")
+        return next(line for line in self.heard if word in line)
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request, tmp_path):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("systemd is for Linux")
+    name = "\0longtasks-test-%d" % os.getpid()
+    manager = Manager(name if request.param == "abstract" else str(tmp_path / "s"))
+    with manager.socket:
+        yield manager
+
+
+def test_a_service_manager_is_told_of_readiness_state_and_end(manager, tmp_path, held):
+    env = {**held["env"], **manager.env, "DRAIN_TIMEOUT": "60"}
+    with process(*held["flags"], env=env) as running:
+        manager.hear("READY=1")
+        assert call(running.port, "GET", "/readyz").status == 200
+        assert manager.hear("STATUS=") == "STATUS=0 running, 0 waiting, 0 finished"
+        assert "WATCHDOG=1" not in manager.heard  # nobody asked for it
+        submitted(running.port, "deaf", {"name": "a"})
+        began(tmp_path, "a")
+        running.signal()
+        manager.hear("STOPPING=1")
+        manager.hear("STATUS=draining, 1 running, 0 waiting, 0 finished")
+        manager.hear("EXTEND_TIMEOUT_USEC=30000000")
+        (tmp_path / "a").touch()
+        assert running.wait() == 0
+
+
+def test_programs_do_not_take_themselves_for_the_service(manager):
+    names = [*manager.env, "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"]
+    env = dict.fromkeys([*names, "LISTEN_FDNAMES"], "0")
+    with process("--command", "env=env", env={**env, **manager.env}) as running:
+        manager.hear("READY=1")
+        output = outcome(running, "env")["result"]["output"]
+        assert "LONGTASKS_TASK_ID=" in output
+        assert not [name for name in env if name + "=" in output]
+
+
+def test_the_watchdog_hears_of_a_service_that_lives(manager):
+    with process(env={**manager.env, "WATCHDOG_USEC": "300000"}):
+        manager.hear("WATCHDOG=1")
+        del manager.heard[:]
+        manager.hear("WATCHDOG=1")  # long before the five seconds of a plain status
+
+
+@contextlib.contextmanager
+def supervised(manager, **env):
+    """A service with a supervisor that says when it is asked to report."""
+    supervisor = longtasks.Supervisor({**manager.env, "WATCHDOG_USEC": "9", **env})
+    settings = longtasks.read_settings(["--port=0"], {})
+    service = longtasks.Service(settings, longtasks.HANDLERS, supervisor)
+    service.start()
+    manager.hear("READY=1")
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+def silent(manager):
+    manager.socket.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        manager.socket.recv(65536)
+    return True
+
+
+def test_the_watchdog_hears_nothing_when_the_ledger_stands_still(registry, manager):
+    with records() as kept, supervised(manager) as service:
+        with service.ledger._lock:
+            service._report()
+        assert silent(manager)
+        assert kept[-1].getMessage() == "at a standstill: the ledger's lock"
+        service._report()
+        assert b"WATCHDOG=1" in manager.socket.recv(65536)
+
+
+@pytest.mark.parametrize("name", ["timer", "server"])
+def test_the_watchdog_hears_nothing_when_a_thread_is_dead(name, registry, manager):
+    with records() as kept, supervised(manager) as service:
+        dead = threading.Thread(name=name)
+        holder = service.pool if name == "timer" else service
+        setattr(holder, "timer" if name == "timer" else "_acceptor", dead)
+        service._report()
+        assert silent(manager)
+        assert kept[-1].getMessage() == "at a standstill: " + name
+
+
+def test_a_watchdog_of_another_process_is_not_told(registry, manager):
+    with supervised(manager, WATCHDOG_PID="1") as service:
+        service._report()
+        assert b"WATCHDOG" not in manager.socket.recv(65536)
+
+
+def test_a_manager_that_is_gone_is_no_reason_to_fail(tmp_path):
+    with process(env={"NOTIFY_SOCKET": str(tmp_path / "gone")}) as running:
+        assert call(running.port, "GET", "/healthz").status == 200
+        running.signal()
+        assert running.wait() == 0
+
+
+ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no socket to hand over")
+def test_a_listening_socket_that_is_handed_over_is_served_again_and_again():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(5)
+        listener.set_inheritable(True)
+        port, number = listener.getsockname()[1], str(listener.fileno())
+        command = (sys.executable, "-c", ACTIVATE, number, SCRIPT)
+        for _ in range(2):  # who connects before or between the two is served as well
+            client = socket.create_connection(("127.0.0.1", port), LONG)
+            client.sendall(GET + b"\r\n")
+            with client, process(command=command) as running:
+                assert running.port == port
+                assert client.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+                running.signal()
+                assert running.wait() == 0
+
+
+@pytest.mark.parametrize("kind", ["a connection", "two", "no socket"])
+def test_what_cannot_be_listened_on_is_one_line(kind, tmp_path, monkeypatch):
+    with socket.socket() as bound, open(str(tmp_path / "file"), "w") as file:
+        bound.bind(("127.0.0.1", 0))
+        if kind == "two":
+            bound.listen(5)
+        number = os.dup((file if kind == "no socket" else bound).fileno())
+        monkeypatch.setattr(longtasks.Supervisor, "first_fd", number)
+        count = "2" if kind == "two" else "1"
+        env = {"LISTEN_FDS": count, "LISTEN_PID": str(os.getpid())}
+        with pytest.raises(longtasks.SettingsError, match="LISTEN_FDS must be 1"):
+            longtasks.Supervisor(env)
+
+
+def test_a_socket_for_another_process_is_left_alone():
+    env = {"LISTEN_FDS": "1", "LISTEN_PID": "1"}
+    assert longtasks.Supervisor(env).listener is None
+    assert env == {}
+
+
+LACKING = """
+import runpy, sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def lacking(*names):
+    """How to start the service by a Python that was built without these modules."""
+    return (sys.executable, "-c", LACKING, ",".join(names), SCRIPT)
+
+
+MISSING = "sqlite3", "ssl", "multiprocessing", "ctypes", "readline", "curses", "fcntl"
+
+
+def test_a_python_without_this_and_that_does_for_what_does_not_need_it():
+    with process("--command", "say=echo {word}", command=lacking(*MISSING)) as running:
+        task_id = submitted(running.port, "long_computation", {"duration": 0})
+        assert result_of(running.port, task_id)["status"] == "completed"
+        assert outcome(running, "say", {"word": "hi"})["result"]["output"] == "hi\n"
+        running.signal()
+        assert running.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "name, flag, text",
+    [
+        ("sqlite3", "--db", "DB needs Python's sqlite3, which is missing"),
+        (
+            "multiprocessing",
+            "--handlers",
+            'the isolated task type "alone" needs Python\'s multiprocessing, '
+            "which is missing",
+        ),
+    ],
+)
+def test_what_needs_a_missing_module_is_one_line_and_code_2(name, flag, text, tmp_path):
+    code = (
+        "import longtasks\n@longtasks.handler('alone', isolated=True)\ndef f(): pass\n"
+    )
+    value = write(tmp_path, code) if flag == "--handlers" else str(tmp_path / "x.db")
+    command = [*lacking(name), "--port", "0", flag, value]
+    done = subprocess.run(command, stderr=subprocess.PIPE, timeout=LONG)
+    assert (done.returncode, done.stderr.decode()) == (2, "longtasks: %s\n" % text)
+
+
+def test_it_runs_isolated_with_an_empty_environment_and_no_home():
+    command = ("env", "-i", "PORT=0", sys.executable, "-I", "-B", SCRIPT)
+    with process(command=command) as running:
+        task_id = submitted(running.port, "long_computation", {"duration": 0})
+        assert result_of(running.port, task_id)["status"] == "completed"
+
+
+LOCKED = """
+set -e
+mount -t tmpfs tmpfs /mnt
+cp "$2" /mnt/longtasks.py
+cp "$3" /mnt/mine.py
+mount -o remount,ro /mnt
+mount -o remount,ro,bind /
+cd /
+exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs \\
+    --bounding-set=-all env -i PORT=0 \\
+    "$1" -I /mnt/longtasks.py --handlers /mnt/mine.py --command say='echo {word}'
+"""
+
+
+def can_lock():
+    """Whether a file system can be made read-only here, for one process."""
+    if not all(map(shutil.which, ["unshare", "setpriv", "mount"])):
+        return False
+    probe = ["unshare", "-m", "mount", "-o", "remount,ro,bind", "/"]
+    return subprocess.run(probe, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def test_it_runs_as_nobody_on_a_file_system_that_is_read_only(tmp_path):
+    python = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")
+    if not python or not can_lock():
+        pytest.skip("only root can take its rights away")
+    code = "import longtasks\n@longtasks.handler('alone', isolated=True)\n"
+    file = write(tmp_path, code + "def alone():\n    open('/mnt/x', 'w')\n")
+    command = ("unshare", "-m", "sh", "-c", LOCKED, "sh", python, SCRIPT, file)
+    with process(command=command) as running:
+        assert outcome(running, "say", {"word": "hi"})["status"] == "completed"
+        error = outcome(running, "alone")["error"]
+        assert "Read-only file system: '/mnt/x'" in error
+        running.signal()
+        assert running.wait() == 0
+
+
+def test_64_mib_of_memory_are_enough_for_the_work_of_a_small_host():
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("how much memory it takes can't be read here")
+    with process() as running:
+        batch = [{"type": "long_computation", "params": {"duration": 0}}] * 1000
+        for _ in range(5):
+            assert call(running.port, "POST", "/api/v1/tasks", batch).status == 202
+        together(50, lambda i: call(running.port, "GET", "/api/v1/tasks?limit=1000"))
+        status = Path("/proc/%d/status" % running.process.pid).read_text()
+        assert int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) < 64 * 1024
 
 
 def test_threads_that_a_handler_left_behind_do_not_hold_up_the_exit(tmp_path):
@@ -5025,7 +5414,7 @@ def test_a_full_disk_refuses_new_tasks_and_loses_nothing(tmp_path, held):
         assert_problem(answer, 503, "nothing can be written: ")
         assert_problem(call(running.port, "GET", "/readyz"), 503, "nothing can be")
         (tmp_path / "a").touch()  # its handler goes on, and ends
-        running.logged("(deaf) completed")
+        running.logged("(deaf): completed")
         status = call(running.port, "GET", "/api/v1/tasks/" + before)
         assert status.json["status"] == "processing"  # as far as is on disk
         resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)

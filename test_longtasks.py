@@ -4986,7 +4986,7 @@ def test_an_isolated_handler_that_does_not_listen_is_killed(isolated):
     assert done["error"] == "timed out after 0.5 s"
     pid = pid_of(isolated, done["task_id"])
     until(lambda: not alive(pid))
-    isolated.logged("(burn) failed")  # by the handler's end, not because it is stuck
+    isolated.logged("(burn): failed")  # by the handler's end, not because it is stuck
     assert not [line for line in isolated.lines if "stuck" in line]
 
 

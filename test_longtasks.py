@@ -4863,6 +4863,7 @@ def test_whatever_is_given_up_is_told_in_json(tmp_path, held):
         submitted(running.port, "polite", {"name": text})
         running.signal()
         assert running.wait() == 1
+        running.logged("2 tasks given up")
         line = [line for line in running.lines if "given up: " in line][-1]
         assert json.loads(line[line.index("{") :])["params"] == {"name": text}
 

@@ -62,6 +62,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import stat
 import struct
 import sys
 import threading
@@ -194,9 +195,12 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("PORT", "8080", whole(0, 65535), "port to listen on; 0 picks a free one"),
     Setting("HOST", "127.0.0.1", address, "address to listen on", "ADDRESS"),
+    Setting("UNIX_SOCKET", "", str, "Unix socket to listen on instead", "PATH"),
     Setting("API_TOKEN", "", token, "token that clients must send", secret=True),
     Setting("API_TOKEN_FILE", "", str, "file that holds this token", "FILE"),
     Setting("INSECURE", "no", switch, "let everybody in, on any HOST, without a token"),
+    Setting("TLS_CERT", "", str, "certificate to speak TLS with, PEM", "FILE"),
+    Setting("TLS_KEY", "", str, "its key, unless it is in the same file", "FILE"),
     Setting("WORKER_COUNT", "10", whole(1, 100_000), "tasks that may run at once"),
     Setting(
         "LOG_LEVEL",
@@ -3652,6 +3656,7 @@ class App(NamedTuple):
     handlers: Mapping[str, Handler]
     access: "Access"
     max_wait: float = 300  # seconds
+    scheme: str = "http"
 
 
 def submit_task(app: App, request: Request) -> Reply:
@@ -3922,8 +3927,9 @@ def list_types(app: App, request: Request) -> Reply:
 def show_index(app: App, request: Request) -> Reply:
     """Say how to use this service, in lines of curl to copy."""
     host = request.headers.get("host", "localhost")
-    url = "http://%s" % (
-        host if re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII) else "localhost"
+    url = "%s://%s" % (
+        app.scheme,
+        host if re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII) else "localhost",
     )
     types = ["  %-20s %s" % (n, h.description) for n, h in sorted(app.handlers.items())]
     routes = ["  %-6s %-28s %s" % (r.method, r.path, r.help) for r in ROUTES]
@@ -4104,6 +4110,7 @@ class Access:
     def __init__(self, token: str = "", insecure: bool = False) -> None:
         self.insecure = insecure
         self.local = False  # nobody but those on this host can get here
+        self.path = ""  # of the Unix socket
         self.token = b""
         if token:
             self.take(token)
@@ -4118,7 +4125,12 @@ class Access:
     @property
     def curl(self) -> str:
         """The beginning of a line of curl that gets an answer."""
-        return "curl" + ' -H "Authorization: Bearer $API_TOKEN"' * bool(self.token)
+        words = ["curl"]
+        if self.path:
+            words += ["--unix-socket", shlex.quote(self.path)]
+        if self.token:
+            words += ['-H "Authorization: Bearer $API_TOKEN"']
+        return " ".join(words)
 
     def listen_on(self, host: str) -> None:
         """Learn which address is listened on; raises SettingsError if it may not be."""
@@ -4313,6 +4325,10 @@ class Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Serve until one side is done; called by socketserver."""
         try:
+            if self.server.tls:
+                # Here, so that who says nothing keeps nobody else waiting.
+                self._wait_at_most(1.0 if self.crowded else self.server.request_timeout)
+                self.request.do_handshake()
             while self._serve_one():
                 pass
         except (socket.timeout, BlockingIOError):
@@ -4385,7 +4401,7 @@ class Connection(socketserver.BaseRequestHandler):
     def _block(self) -> None:
         """Have the socket wait for the next request, and for a client to read."""
         self.request.settimeout(self.patience)
-        self.blocks = True
+        self.blocks = self.patience is None  # else sending needs a time of its own
 
     def _wait_at_most(self, seconds: float) -> None:
         """Have the socket wait so many seconds."""
@@ -4548,6 +4564,107 @@ def set_kernel_timeouts(client: socket.socket, read: float, write: float) -> boo
     return True
 
 
+def tls_context(settings: Settings) -> Any:
+    """Return an ssl.SSLContext, or None for plain HTTP; raises SettingsError."""
+    cert, key = settings["TLS_CERT"], settings["TLS_KEY"]
+    if key and not cert:
+        raise SettingsError("TLS_KEY needs TLS_CERT beside it")
+    if not cert:
+        return None
+    try:
+        import ssl  # costs start-up time, and a small host may lack it
+    except ImportError:
+        raise SettingsError("TLS_CERT needs Python's ssl, which is missing") from None
+    context = _empty_context(ssl)
+    try:
+        for file in filter(None, (cert, key)):
+            open(file, "rb").close()  # since only this tells which one is missing
+        context.load_cert_chain(cert, key or None, "")  # "": don't ask the terminal
+    except ssl.SSLError as error:
+        right = "a certificate and its key, in PEM and without a passphrase"
+        if error.reason == "KEY_VALUES_MISMATCH":
+            right = "a pair, but the key is that of another certificate"
+        text = "TLS_CERT %s and TLS_KEY %s must be %s"
+        raise SettingsError(text % (cert, key or cert, right)) from None
+    except OSError as error:
+        text = "TLS_CERT or TLS_KEY %s: %s"
+        raise SettingsError(text % (error.filename, error.strerror)) from None
+    return context
+
+
+def _empty_context(ssl: Any) -> Any:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for name in ("OP_NO_RENEGOTIATION", "OP_IGNORE_UNEXPECTED_EOF"):
+        context.options |= getattr(ssl, name, 0)  # HTTP knows itself what is cut off
+    context.sslsocket_class = _tls_socket_class(ssl)
+    return context
+
+
+def _tls_socket_class(ssl: Any) -> Any:
+    """Return a class of TLS sockets that serve a Connection as plain ones do."""
+
+    class TLSSocket(ssl.SSLSocket):  # type: ignore
+        peeked = b""
+
+        def recv(self, size: int = 1024, flags: int = 0) -> bytes:
+            """Receive, or only look what would be received if there are flags."""
+            try:
+                data = self.peeked or super().recv(size)
+            except ssl.SSLWantReadError:
+                raise BlockingIOError(errno.EAGAIN, "nothing has come") from None
+            self.peeked = data if flags else b""
+            return bytes(data)
+
+        def shutdown(self, how: int) -> None:
+            """Shut down one way; before the end of ours, say that it is no accident."""
+            if how == socket.SHUT_RD:
+                socket.socket.shutdown(self, how)  # super's would answer in plain text
+                return
+            with contextlib.suppress(OSError, ValueError):
+                self.setblocking(False)
+                self.unwrap()  # does not wait for an answer
+            super().shutdown(how)  # what still comes is not decrypted any more
+
+    return TLSSocket
+
+
+@contextlib.contextmanager
+def socket_place(path: str) -> Iterator[None]:
+    """While this lasts, a Unix socket can be bound to a path, for its owner only.
+
+    What a process that has died left there is removed. Raises OSError when something
+    else is there.
+    """
+    import fcntl
+
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    umask = os.umask(0o177)
+    try:
+        # Of two that start at once, the second one finds the first one listening.
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(FileNotFoundError):
+            _remove_stale(path)
+        yield
+    finally:
+        os.umask(umask)
+        os.close(folder)
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a Unix socket if nobody listens there; raises OSError."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise OSError(errno.EEXIST, "there is something else than a socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, "another process listens there")
+
+
 class Server(ThreadingHTTPServer):
     """Listens, and gives each client a thread."""
 
@@ -4573,7 +4690,10 @@ class Server(ThreadingHTTPServer):
         max_connections: int,
         listener: Optional[socket.socket] = None,
     ) -> None:
+        """`address` is a host and a port, or the path of a Unix socket."""
         self.app = app
+        self.tls: Any = None  # an ssl.SSLContext
+        self._file: Optional[os.stat_result] = None  # the Unix socket
         self.max_body = max_body
         self.max_connections = max_connections
         self.closing = False
@@ -4583,28 +4703,51 @@ class Server(ThreadingHTTPServer):
         self._connections: Dict[socket.socket, Optional[Connection]] = {}
         self._crowded: Set[socket.socket] = set()  # those that came past the limit
         self._date = (0, "")
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        if isinstance(address, str):
+            self.address_family = socket.AF_UNIX
+        else:
+            ipv6 = ":" in address[0]
+            self.address_family = socket.AF_INET6 if ipv6 else socket.AF_INET
         super().__init__(address, Connection)
 
     def server_bind(self) -> None:
         """Bind, without the look-up of the host's name that could take seconds."""
-        if self._listener is None:
-            socketserver.TCPServer.server_bind(self)
-        else:
+        if self._listener:
             self.socket.close()
             self.socket = self._listener
             self.server_address = self.socket.getsockname()
+        elif isinstance(self.server_address, str):
+            self._bind_unix(self.server_address)
+            return
+        else:
+            socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore
         self.app.access.listen_on(self.server_name)  # the address that it really is
+
+    def _bind_unix(self, path: str) -> None:
+        with socket_place(path):
+            self.socket.bind(path)
+            self.server_activate()  # who looks from now on finds it alive
+            self._file = os.lstat(path)
+        self.server_name, self.server_port = path, 0
+        self.app.access.path = os.path.abspath(path)
+
+    def server_close(self) -> None:
+        """Stop listening, and remove the Unix socket if it is still this one."""
+        super().server_close()
+        path = self.app.access.path
+        with contextlib.suppress(OSError):
+            if self._file and os.path.samestat(self._file, os.lstat(path)):
+                os.unlink(path)
 
     @property
     def url(self) -> str:
         """Where this server is to be reached."""
-        host = str(self.server_address[0])
-        return "http://%s:%d" % (
-            "[%s]" % host if ":" in host else host,
-            self.server_port,
-        )
+        if not self.server_port:
+            return "unix:" + self.server_name
+        host = self.server_name
+        host = "[%s]" % host if ":" in host else host
+        return "%s://%s:%d" % (self.app.scheme, host, self.server_port)
 
     def date(self) -> str:
         """The time for the header Date, made once a second."""
@@ -4616,7 +4759,12 @@ class Server(ThreadingHTTPServer):
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; called by socketserver."""
         try:
-            return super().get_request()
+            request, address = super().get_request()
+            if self.tls:
+                request = self.tls.wrap_socket(
+                    request, server_side=True, do_handshake_on_connect=False
+                )
+            return request, address or self.url  # a Unix socket's client has none
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 log.warning("can't accept: %s", error)
@@ -4691,7 +4839,7 @@ class Server(ThreadingHTTPServer):
         with contextlib.suppress(OSError, RuntimeError):  # nobody left, or no thread
             self.socket.setblocking(False)
             for _ in range(self.request_queue_size):  # no more, or it would never end
-                request, client_address = self.socket.accept()
+                request, client_address = self.get_request()
                 request.setblocking(True)
                 self.process_request(request, client_address)
 
@@ -4709,6 +4857,7 @@ JOURNAL_PATIENCE = 5.0  # seconds that the last writing may take
 # What is recorded in the place where signal handlers record their number.
 _DONE = "all tasks are done"
 _CLOSED = "the server is closed"
+_RELOAD = "the token and the certificate may be new"
 
 Events = Any  # a queue.SimpleQueue of signal numbers and these
 
@@ -4789,22 +4938,29 @@ class Service:
             stuck=settings["STUCK_LIMIT"],
         )
         access = Access(read_token(settings), settings["INSECURE"])
+        tls = tls_context(settings)
         rules = functools.partial(rules_of, handlers, settings["TASK_TIMEOUT"])
         self.ledger = Ledger(limits, journal=self.journal, rules=rules)
         self.pool = Pool(self.ledger, handlers, settings["WORKER_COUNT"])
-        app = App(self.ledger, handlers, access, settings["MAX_WAIT"])
+        scheme = "https" if tls else "http"
+        app = App(self.ledger, handlers, access, settings["MAX_WAIT"], scheme)
         self.server = self._listen(app)
+        self.server.tls = tls
 
     def _listen(self, app: App) -> Server:
         host, port = self.settings["HOST"], self.settings["PORT"]
         most = self.settings["MAX_BODY"], self.settings["MAX_CONNECTIONS"]
+        address, where = (host, port), "HOST %s, PORT %d" % (host, port)
+        if self.settings["UNIX_SOCKET"]:
+            address = self.settings["UNIX_SOCKET"]
+            where = "UNIX_SOCKET %s" % address
+            if not hasattr(socket, "AF_UNIX"):
+                raise SettingsError(where + ": this system has no such sockets")
         try:
-            return Server((host, port), app, *most, self.supervisor.listener)
+            return Server(address, app, *most, self.supervisor.listener)
         except OSError as error:
-            where = "HOST %s, PORT %d" % (host, port)
-            raise SettingsError(
-                "%s: can't listen: %s" % (where, error.strerror)
-            ) from None
+            text = error.strerror or error
+            raise SettingsError("%s: can't listen: %s" % (where, text)) from None
 
     def start(self) -> None:
         """Begin to work and to listen; raises SettingsError."""
@@ -4884,7 +5040,8 @@ class Service:
     def _next_event(self, events: Events, patience: Optional[float]) -> Any:
         """Wait for what is recorded next; None when that takes longer than `patience`.
 
-        Meanwhile the supervisor is told how things are.
+        Meanwhile the supervisor is told how things are, and what may have been renewed
+        is read again.
         """
         end = math.inf if patience is None else time.monotonic() + patience
         while True:
@@ -4894,7 +5051,11 @@ class Service:
             # end this one's wait, and its handler runs only once this thread goes on.
             wait = min(0.25, end - time.monotonic())
             with contextlib.suppress(queue.Empty):
-                return events.get(timeout=max(0, wait))
+                event = events.get(timeout=max(0, wait))
+                if event != _RELOAD:
+                    return event
+                self.reload()
+                continue
             if wait < 0.25:
                 return None
 
@@ -4922,6 +5083,18 @@ class Service:
         if draining:
             lines.append("EXTEND_TIMEOUT_USEC=%d" % (self.supervisor.extension * 10**6))
         self.supervisor.tell(*lines)
+
+    def reload(self) -> None:
+        """Read the token's file and the certificate again, for requests from now on."""
+        try:
+            token, tls = read_token(self.settings), tls_context(self.settings)
+        except SettingsError as error:
+            log.error("SIGHUP: nothing is changed: %s", error)
+            return
+        if token:
+            self.server.app.access.take(token)
+        self.server.tls = tls
+        log.info("SIGHUP: the token and the certificate are read again")
 
     def close(self) -> None:
         """Stop at once: handlers are told to stop, requests in flight are answered."""
@@ -5004,6 +5177,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         check_isolated()
         service = Service(settings, supervisor=supervisor)
         events = _record_signals()
+        if settings["API_TOKEN_FILE"] or settings["TLS_CERT"]:
+            # Else it ends the process when the terminal is closed.
+            signal.signal(signal.SIGHUP, lambda number, frame: events.put(_RELOAD))
         service.start()
     except (SettingsError, HandlerError, JournalError) as error:
         print("longtasks: %s" % _escaped(str(error)), file=sys.stderr)

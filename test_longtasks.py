@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -225,9 +226,12 @@ def test_defaults_are_those_that_were_promised():
     assert longtasks.read_settings([], {}) == {
         "PORT": 8080,
         "HOST": "127.0.0.1",
+        "UNIX_SOCKET": "",
         "API_TOKEN": "",
         "API_TOKEN_FILE": "",
         "INSECURE": False,
+        "TLS_CERT": "",
+        "TLS_KEY": "",
         "WORKER_COUNT": 10,
         "LOG_LEVEL": "info",
         "LOG_FORMAT": "text",
@@ -4127,6 +4131,469 @@ def test_a_connection_ends_without_leaving_a_thread(service):
     until(lambda: threading.active_count() <= before)
 
 
+# -- Unix sockets ----------------------------------------------------------
+
+needs_unix = pytest.mark.skipif(
+    not hasattr(socket, "AF_UNIX"), reason="there are no Unix sockets here"
+)
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """A client of a service on a Unix socket."""
+
+    def __init__(self, path):
+        super().__init__("any.example", timeout=LONG)
+        self.path = str(path)
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(LONG)
+        self.sock.connect(self.path)
+
+
+def ask(connection, method="GET", path="/api/v1/types", body=None, **headers):
+    """One request on this connection, whatever kind it is of."""
+    headers = {**(JSON_BODY if body else {}), **headers}
+    connection.request(method, path, body and json.dumps(body), headers)
+    response = connection.getresponse()
+    return Answer(response.status, response.headers, response.read())
+
+
+@needs_unix
+def test_it_listens_on_a_unix_socket_instead(registry, tmp_path, caplog):
+    longtasks.log.propagate = True
+    caplog.set_level("DEBUG", "longtasks")
+    path = str(tmp_path / "a socket")
+    with serving(UNIX_SOCKET=path, HOST="0.0.0.0") as service:
+        assert service.server.url == "unix:" + path
+        with contextlib.closing(UnixConnection(path)) as connection:
+            body = {"type": "long_computation", "params": {"duration": 0}}
+            assert ask(connection, "POST", "/api/v1/tasks", body).status == 202
+            index = ask(connection, path="/").body.decode()
+            assert "curl --unix-socket '%s' http://any.example/api/v1" % path in index
+        with contextlib.closing(UnixConnection(path)) as connection:
+            connection.connect()
+            connection.sock.sendall(b"x")
+    until(lambda: "unix:%s is gone" % path in caplog.text)
+
+
+@needs_unix
+@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+def test_curl_can_use_a_unix_socket(registry, tmp_path):
+    path = str(tmp_path / "socket")
+    with serving(UNIX_SOCKET=path):
+        command = ["curl", "-s", "--unix-socket", path, "http://localhost/readyz"]
+        assert b"ready" in subprocess.check_output(command, timeout=LONG)
+
+
+@needs_unix
+def test_a_unix_socket_is_its_owners_from_the_first_moment(
+    registry, tmp_path, monkeypatch
+):
+    path, modes = tmp_path / "socket", []
+    bind = socket.socket.bind
+
+    def watched(one, address):
+        bind(one, address)
+        modes.append(path.stat().st_mode & 0o777)
+
+    monkeypatch.setattr(socket.socket, "bind", watched)
+    before = os.umask(0)
+    try:
+        with serving(UNIX_SOCKET=str(path)):
+            assert modes == [0o600]
+        assert os.umask(0) == 0
+    finally:
+        os.umask(before)
+
+
+@needs_unix
+def test_a_unix_socket_that_was_left_behind_is_replaced(registry, tmp_path):
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(path)
+    with serving(UNIX_SOCKET=path), contextlib.closing(UnixConnection(path)) as one:
+        assert ask(one).status == 200
+    assert not os.path.lexists(path)
+
+
+@needs_unix
+def test_a_unix_socket_that_is_in_use_is_refused(registry, tmp_path, capsys):
+    path = str(tmp_path / "socket")
+    with serving(UNIX_SOCKET=path), contextlib.closing(UnixConnection(path)) as one:
+        assert longtasks.main(["--unix-socket", path]) == 2
+        expected = (
+            "longtasks: UNIX_SOCKET %s: can't listen: another process listens there"
+        )
+        assert capsys.readouterr().err == expected % path + "\n"
+        assert ask(one).status == 200
+        assert ask(UnixConnection(path)).status == 200
+
+
+def file_at(path):
+    path.write_text("kept")
+
+
+def link_at(path):
+    left = path.with_name("left")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(left))
+    path.symlink_to(left)
+
+
+@needs_unix
+@pytest.mark.parametrize("put", [file_at, link_at, Path.mkdir])
+def test_what_is_no_unix_socket_is_left_alone(put, tmp_path, capsys):
+    path = tmp_path / "socket"
+    put(path)
+    before = path.lstat()
+    assert longtasks.main(["--unix-socket", str(path)]) == 2
+    assert capsys.readouterr().err.endswith(
+        "can't listen: there is something else than a socket\n"
+    )
+    assert path.lstat() == before
+
+
+@needs_unix
+@pytest.mark.parametrize("name", ["none/socket", "a" * 120])
+def test_a_place_where_no_unix_socket_can_be_is_one_line(name, tmp_path, capsys):
+    assert longtasks.main(["--unix-socket", str(tmp_path / name)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("longtasks: UNIX_SOCKET /")
+    assert err.count("\n") == 1
+
+
+@needs_unix
+def test_the_unix_socket_of_another_stays_at_the_end(registry, tmp_path):
+    path = str(tmp_path / "socket")
+    with serving(UNIX_SOCKET=path):
+        os.rename(path, path + ".old")
+        with socket.socket(socket.AF_UNIX) as another:
+            another.bind(path)
+    assert os.path.exists(path)
+
+
+@needs_unix
+def test_of_two_that_start_at_once_one_gets_the_unix_socket(tmp_path):
+    path = str(tmp_path / "socket")
+
+    def start(_):
+        return subprocess.Popen(
+            [sys.executable, SCRIPT, "--unix-socket", path], stderr=subprocess.PIPE
+        )
+
+    running = together(3, start)
+    try:
+        lines = [one.stderr.readline() for one in running]
+        assert sum(b"listening on unix:" in line for line in lines) == 1, lines
+        assert sum(b"can't listen" in line for line in lines) == 2
+        assert ask(UnixConnection(path)).status == 200
+    finally:
+        for one in running:
+            one.kill()
+            one.communicate()
+
+
+# -- TLS -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Two certificates and their keys, and files that aren't."""
+    if not shutil.which("openssl"):
+        pytest.skip("there is no openssl here")
+    folder = tmp_path_factory.mktemp("tls")
+    for name in ("one", "two"):
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes"]
+        command += ["-subj", "/CN=localhost", "-days", "2"]
+        command += ["-keyout", name + ".key", "-out", name + ".crt"]
+        subprocess.check_output(command, cwd=str(folder), stderr=subprocess.DEVNULL)
+    command = ["openssl", "rsa", "-aes128", "-passout", "pass:word"]
+    command += ["-in", "one.key", "-out", "locked.key"]
+    subprocess.check_output(command, cwd=str(folder), stderr=subprocess.DEVNULL)
+    both = (folder / "one.crt").read_text() + (folder / "one.key").read_text()
+    (folder / "both.pem").write_text(both)
+    (folder / "junk").write_text("no certificate")
+    return folder
+
+
+def tls_settings(folder, cert="one.crt", key="one.key"):
+    key = str(folder / key) if key else ""
+    return {"TLS_CERT": str(folder / cert), "TLS_KEY": key}
+
+
+@pytest.fixture
+def secure(registry, pairs):
+    """A service that speaks TLS."""
+    with serving(**tls_settings(pairs)) as service:
+        yield service
+
+
+def trust(folder, name="one.crt"):
+    """A client's context that trusts this certificate only."""
+    context = ssl.create_default_context(cafile=str(folder / name))
+    context.check_hostname = False
+    return context
+
+
+def knock(service, context, **options):
+    """A TLS connection, as a socket."""
+    port = getattr(service, "port", service)
+    port = port if isinstance(port, int) else service.server.server_port
+    client = socket.create_connection(("127.0.0.1", port), timeout=LONG)
+    return context.wrap_socket(client, **options)
+
+
+def https(service, context):
+    port = getattr(service, "port", service)
+    port = port if isinstance(port, int) else service.server.server_port
+    return http.client.HTTPSConnection("127.0.0.1", port, timeout=LONG, context=context)
+
+
+def until_closed(client):
+    """All that comes until the server says that nothing was cut off."""
+    parts = []
+    while not parts or parts[-1]:
+        parts.append(client.recv(65536))
+    return b"".join(parts)
+
+
+def test_it_speaks_tls(secure, pairs):
+    assert secure.server.url.startswith("https://127.0.0.1:")
+    with contextlib.closing(https(secure, trust(pairs))) as client:
+        body = {"type": "long_computation", "params": {"duration": 0}}
+        path = ask(client, "POST", "/api/v1/tasks", body).headers["Location"]
+        assert ask(client, path=path + "?wait=10").json["status"] == "completed"
+        assert "curl https://127.0.0.1:" in ask(client, path="/").body.decode()
+        assert client.sock.version() in ("TLSv1.2", "TLSv1.3")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+def test_curl_can_use_tls_and_sees_how_streams_end(secure, pairs):
+    port, cert = secure.server.server_port, str(pairs / "one.crt")
+    curl = ["curl", "-sS", "--cacert", cert, "--connect-to", "::127.0.0.1:%d" % port]
+    task_id = secure.ledger.submit("long_computation", b'{"duration": 0.2}').id
+    url = "https://localhost/api/v1/tasks/%s/events" % task_id
+    out = subprocess.check_output([*curl, "-N", url], timeout=LONG)
+    assert b'"status": "completed"' in out
+    out = subprocess.check_output(
+        [*curl, "--http2", "-o", os.devnull, "-w", "%{http_version}", url]
+    )
+    assert out == b"1.1"
+
+
+def test_certificate_and_key_may_be_in_one_file(registry, pairs):
+    settings = tls_settings(pairs, "both.pem", "")
+    with serving(**settings) as service, knock(service, trust(pairs)) as client:
+        assert client.getpeercert(True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tls_older_than_1_2_is_refused(secure, pairs):
+    old = trust(pairs)
+    old.set_ciphers("ALL:@SECLEVEL=0")
+    old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+    with pytest.raises(ssl.SSLError):
+        knock(secure, old)
+    assert secure.server.tls.minimum_version == ssl.TLSVersion.TLSv1_2
+    new = trust(pairs)
+    new.maximum_version = ssl.TLSVersion.TLSv1_2
+    knock(secure, new).close()
+
+
+def test_http_2_is_not_offered(secure, pairs):
+    context = trust(pairs)
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with knock(secure, context) as client:
+        assert client.selected_alpn_protocol() is None
+
+
+def test_who_does_not_begin_tls_keeps_nobody_waiting(secure, pairs, monkeypatch):
+    address = ("127.0.0.1", secure.server.server_port)
+    with socket.create_connection(address, LONG) as silent:
+        until(lambda: len(secure.server._connections) == 1)
+        with contextlib.closing(https(secure, trust(pairs))) as client:
+            assert ask(client).status == 200
+        monkeypatch.setattr(secure.server, "request_timeout", 0.1)
+        with socket.create_connection(address, LONG) as another:
+            assert another.recv(1) == b""
+        silent.close()
+        until(lambda: not secure.server._connections)
+
+
+def test_who_begins_tls_too_slowly_is_dropped(secure, monkeypatch):
+    monkeypatch.setattr(secure.server, "request_timeout", 0.2)
+    address = ("127.0.0.1", secure.server.server_port)
+    with socket.create_connection(address, 0.02) as client:
+        client.sendall(b"\x16\x03\x01\x40\x00\x01")
+        for _ in range(1000):
+            with contextlib.suppress(socket.timeout):
+                client.sendall(b"x")
+                assert client.recv(1) == b""
+                break
+            if not secure.server._connections:
+                break
+    until(lambda: not secure.server._connections)
+
+
+@pytest.mark.parametrize("sent", [GET + b"\r\n", b"\x16\x03\x01", b"\0" * 999, b""])
+def test_what_is_no_tls_ends_without_a_word_in_the_log(sent, secure, caplog):
+    longtasks.log.propagate = True
+    with socket.create_connection(("127.0.0.1", secure.server.server_port)) as client:
+        client.sendall(sent)
+        with contextlib.suppress(OSError):  # it may have hung up already
+            client.shutdown(socket.SHUT_WR)
+            assert b"HTTP" not in client.recv(65536)
+    until(lambda: not secure.server._connections)
+    assert caplog.records == []
+
+
+def test_the_end_of_a_stream_over_tls_is_told(secure, pairs):
+    task_id = secure.ledger.submit("long_computation", b'{"duration": 0.1}').id
+    with knock(secure, trust(pairs), suppress_ragged_eofs=False) as client:
+        path = "/api/v1/tasks/%s/events" % task_id
+        client.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
+        assert b'"status": "completed"' in until_closed(client)
+
+
+def test_a_refused_upload_over_tls_still_gets_its_answer(secure, pairs):
+    with knock(secure, trust(pairs), suppress_ragged_eofs=False) as client:
+        client.sendall(SUBMIT + b"Content-Length: 5000000\r\n\r\n" + b"x" * 5_000_000)
+        assert until_closed(client).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize("leave", [ssl.SSLSocket.unwrap, ssl.SSLSocket.close])
+def test_a_waiter_over_tls_that_has_gone_frees_its_place(
+    leave, gate, pairs, monkeypatch
+):
+    monkeypatch.setattr(longtasks, "LOOK_AFTER", 0.01)
+    with serving(**tls_settings(pairs)) as service:
+        task_id = submitted_to(service)
+        client = knock(service, trust(pairs))
+        path = "/api/v1/tasks/%s?wait=100" % task_id
+        client.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
+        until(lambda: task_id in service.ledger._waiting)
+        client.settimeout(0.1)
+        with contextlib.suppress(OSError):
+            leave(client)
+        until(lambda: not service.server._connections)
+        client.close()
+
+
+def submitted_to(service, type="gate"):
+    return service.ledger.submit(type, b"{}").id
+
+
+def test_what_comes_over_tls_while_one_waits_is_answered(gate, pairs, monkeypatch):
+    monkeypatch.setattr(longtasks, "LOOK_AFTER", 0.01)
+    with serving(**tls_settings(pairs)) as service:
+        task_id = submitted_to(service)
+        with knock(service, trust(pairs)) as client:
+            head = b"GET /api/v1/tasks/%s%s HTTP/1.1\r\nHost: localhost\r\n"
+            client.sendall(head % (task_id.encode(), b"?wait=100") + b"\r\n")
+            until(lambda: task_id in service.ledger._waiting)
+            more = head % (task_id.encode(), b"") + b"Connection: close\r\n\r\n"
+            client.sendall(more)
+            gate.release.set()
+            assert until_closed(client).count(b"HTTP/1.1 200 OK") == 2
+
+
+@pytest.mark.parametrize("pause", [None, 0.02])
+def test_a_client_over_tls_that_does_not_read_is_dropped(
+    pause, registry, pairs, monkeypatch
+):
+    handler("big")(lambda: "x" * 50_000_000)
+    with serving(**tls_settings(pairs)) as service:
+        monkeypatch.setattr(service.server, "send_timeout", 0.2)
+        monkeypatch.setattr(service.server, "slowest", 10**9)
+        task_id = submitted_to(service, "big")
+        until(lambda: service.ledger.counts().finished)
+        with knock(service, trust(pairs)) as client:
+            path = "/api/v1/tasks/%s/result" % task_id
+            client.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
+            until(lambda: len(service.server._connections) == 1)
+            begin = time.monotonic()
+            while service.server._connections and time.monotonic() < begin + 5:
+                if pause:  # it reads, but hardly
+                    client.recv(100)
+                time.sleep(pause or 0.01)
+            assert not service.server._connections
+
+
+def test_an_idle_connection_over_tls_does_not_hold_up_the_exit(secure, pairs):
+    with knock(secure, trust(pairs)) as client:
+        client.sendall(GET + b"\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        until(lambda: any(c.idle for c in secure.server._connections.values()))
+        begin = time.monotonic()
+        secure.server.close()
+        assert time.monotonic() - begin < 4
+        with contextlib.suppress(ssl.SSLError):  # from an older Python
+            assert client.recv(65536) == b""
+
+
+def test_a_connection_that_is_cut_off_does_not_go_on_in_plain_text(gate, pairs):
+    with serving(**tls_settings(pairs)) as service:
+        task_id = submitted_to(service)
+        with knock(service, trust(pairs)) as client:
+            path = "/api/v1/tasks/%s?wait=100" % task_id
+            client.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
+            until(lambda: task_id in service.ledger._waiting)
+            (ours,) = service.server._connections
+            ours.shutdown(socket.SHUT_RD)
+            gate.release.set()
+            assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_past_the_reserve_a_tls_client_does_not_hold_up_accepting(
+    registry, pairs, monkeypatch
+):
+    monkeypatch.setattr(longtasks.Server, "reserve", 0)
+    with serving(MAX_CONNECTIONS=1, **tls_settings(pairs)) as service:
+        with knock(service, trust(pairs)):
+            assert b"HTTP" not in raw(service, b"")
+        until(lambda: not service.server._connections)
+        with contextlib.closing(https(service, trust(pairs))) as client:
+            assert ask(client).status == 200
+
+
+@pytest.mark.parametrize(
+    "cert, key, why",
+    [
+        ("one.crt", "two.key", "the key is that of another certificate"),
+        ("one.crt", "", "one.crt must be a certificate and its key, in PEM"),
+        ("one.crt", "junk", "must be a certificate and its key, in PEM"),
+        ("one.crt", "locked.key", "without a passphrase"),
+        ("junk", "one.key", "must be a certificate and its key, in PEM"),
+        ("none.crt", "one.key", "none.crt: No such file or directory"),
+        ("one.crt", "none.key", "none.key: No such file or directory"),
+        ("", "one.key", "Is a directory"),
+    ],
+)
+def test_a_pair_that_cannot_be_used_is_one_line_and_code_2(
+    cert, key, why, pairs, capsys
+):
+    found = tls_settings(pairs, cert, key)
+    flags = ["--tls-cert", found["TLS_CERT"], "--tls-key", found["TLS_KEY"]]
+    assert longtasks.main(["--port=0", *flags[: 4 if key else 2]]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("longtasks: TLS_CERT ")
+    assert why in err
+    assert err.count("\n") == 1
+
+
+def test_a_key_without_a_certificate_is_told(capsys):
+    assert longtasks.main(["--port=0", "--tls-key", "x"]) == 2
+    assert capsys.readouterr().err == "longtasks: TLS_KEY needs TLS_CERT beside it\n"
+
+
+def test_a_python_without_ssl_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ssl", None)
+    assert longtasks.main(["--port=0", "--tls-cert", "x"]) == 2
+    expected = "longtasks: TLS_CERT needs Python's ssl, which is missing\n"
+    assert capsys.readouterr().err == expected
+
+
 # ======================================================================
 # 8. Command line and main
 # ======================================================================
@@ -4147,7 +4614,7 @@ class Process:
         )
         threading.Thread(target=self._read, daemon=True).start()
         until(lambda: self.lines or self.process.poll() is not None, "a first line")
-        found = re.search(r"listening on http://\S+:(\d+)", "".join(self.lines[:1]))
+        found = re.search(r"listening on https?://\S+:(\d+)", "".join(self.lines[:1]))
         if not found:
             self.process.kill()
         assert found, self.lines
@@ -4360,6 +4827,58 @@ def test_a_connection_in_the_backlog_is_still_answered(registry):
         service.start()
         service.close()
         assert client.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_sighup_has_certificate_and_token_read_again(pairs, tmp_path):
+    cert, key, token = (tmp_path / name for name in ("crt", "key", "token"))
+
+    def renew(name, text):
+        shutil.copy(str(pairs / (name + ".crt")), str(cert))
+        shutil.copy(str(pairs / (name + ".key")), str(key))
+        token.write_text(text)
+
+    def works(name, text):
+        with contextlib.closing(https(running, trust(pairs, name + ".crt"))) as client:
+            return ask(client, Authorization="Bearer " + text).status == 200
+
+    renew("one", "the-first-of-tokens")
+    flags = ["--tls-cert", str(cert), "--tls-key", str(key)]
+    with process(*flags, "--api-token-file", str(token)) as running:
+        assert works("one", "the-first-of-tokens")
+        renew("two", "the-second-of-tokens")
+        running.signal(signal.SIGHUP)
+        running.logged("SIGHUP: the token and the certificate are read again")
+        assert works("two", "the-second-of-tokens")
+        renew("one", "short")
+        running.signal(signal.SIGHUP)
+        assert "must hold 16 to 255" in running.logged("SIGHUP: nothing is changed")
+        assert works("two", "the-second-of-tokens")
+        running.signal()
+        assert running.wait() == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_with_nothing_to_read_again_sighup_ends_it():
+    with process() as running:
+        running.signal(signal.SIGHUP)
+        assert running.wait() == -signal.SIGHUP
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_sighup_does_not_hurry_a_drain(tmp_path, held):
+    flags = ["--api-token-file", write(tmp_path, TOKEN, "token")]
+    with process(*held["flags"], *flags, env=held["env"]) as running:
+        document = {"type": "deaf", "params": {"name": "a"}}
+        call(running, "POST", "/api/v1/tasks", document, Authorization=BEARER)
+        began(tmp_path, "a")
+        running.signal()
+        running.logged("draining")
+        running.signal(signal.SIGHUP)
+        running.logged("SIGHUP: ")
+        (tmp_path / "a").touch()
+        assert running.wait() == 0
+        assert not any("told to stop" in line for line in running.lines)
 
 
 def test_a_port_in_use_is_one_line_and_code_2(service, capsys):
@@ -5645,6 +6164,34 @@ def test_the_lines_about_steering_in_the_readme_do_what_they_say(registry):
         some, newest, again = map(json.loads, listed.splitlines())
         assert (len(some["tasks"]), len(newest["tasks"])) == (2, 1)
         assert again["status"] == "pending"
+
+
+@needs_unix
+@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+@pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl here")
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_lines_about_who_may_in_the_readme_do_what_they_say(number, tmp_path):
+    start, use = shell_blocks("Who may")[2 * number : 2 * number + 2]
+    start = start.replace("0.0.0.0", "127.0.0.1")
+    start = start.replace("python3 longtasks.py", '"$PYTHON" "$SCRIPT" --port 0')
+    # The token is taken along to the other terminal.
+    start = start.replace("32)", "32); echo $API_TOKEN > token").replace(
+        '"$PYTHON"', 'exec "$PYTHON"'
+    )
+    env = {"PYTHON": sys.executable, "SCRIPT": SCRIPT, "PATH": os.environ["PATH"]}
+    with subprocess.Popen(
+        ["sh", "-ec", start], cwd=str(tmp_path), env=env, stderr=subprocess.PIPE
+    ) as running:
+        try:
+            lines = iter(running.stderr.readline, b"")
+            first = next(line for line in lines if b"listening" in line).decode()
+            port = re.search(r":(\d*),", first + ":,").group(1)
+            use = "test ! -e token || API_TOKEN=$(cat token)\n" + use
+            use = use.replace("localhost:8080", "localhost:" + port)
+            out = subprocess.check_output(["sh", "-ec", use], cwd=str(tmp_path))
+            assert b"long_computation" in out
+        finally:
+            running.kill()
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")

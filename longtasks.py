@@ -4764,7 +4764,7 @@ class Server(ThreadingHTTPServer):
                 request = self.tls.wrap_socket(
                     request, server_side=True, do_handshake_on_connect=False
                 )
-            return request, address or self.url  # a Unix socket's client has none
+            return request, address or (self.url, 0)  # a Unix socket's has none
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 log.warning("can't accept: %s", error)

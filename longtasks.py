@@ -1932,8 +1932,35 @@ class Gone(NamedTuple):
 Record = Union[Task, Gone]  # the row as it is to be, or that it is to leave
 
 
+class Latch:
+    """Something that happens once, however many wait for it.
+
+    They pass through one lock, one after the other, as the GIL would have it anyway:
+    an Event makes a lock for each of them, and wakes them all at once.
+    """
+
+    __slots__ = ("done", "_door")
+
+    def __init__(self) -> None:
+        self.done = False
+        self._door = threading.Lock()
+        self._door.acquire()
+
+    def open(self) -> None:
+        """Let it have happened; only one thread may do so."""
+        if not self.done:
+            self.done = True
+            self._door.release()
+
+    def wait(self) -> None:
+        """Wait until it has happened."""
+        if not self.done:
+            with self._door:
+                pass
+
+
 class Batch:
-    """Records that reach the disk together, and the event that they did.
+    """Records that reach the disk together, and that they did.
 
     `keep` says what follows an error: another try, for what has happened already, or
     else to give up, for what was only asked.
@@ -1945,20 +1972,20 @@ class Batch:
         self.keep = keep
         self.records: List[Record] = []
         self.error = ""
-        self._tried = threading.Event()
-        self._written = threading.Event()
+        self._tried = Latch()
+        self._written = Latch()
 
     def settle(self, error: str = "") -> None:
         """Let those go on who wait: the records are on disk, or could not be."""
         self.error = error
         if not error:
-            self._written.set()
-        self._tried.set()
+            self._written.open()
+        self._tried.open()
 
     def wait(self) -> None:
         """Wait until the records are on disk; raises Unavailable if they can't be."""
         self._tried.wait()
-        if not self._written.is_set():
+        if not self._written.done:
             raise Unavailable("nothing can be written: " + self.error)
 
     def wait_written(self) -> None:
@@ -2604,14 +2631,13 @@ class Ledger:
                 if task is None:
                     continue
                 task, context, batch = self._start(task)
-            if batch:
-                batch.wait_written()  # or a task that kills the process always would
+                if batch is None:
+                    self._limit(task, context)
+                    return task, context
+            batch.wait_written()  # or a task that kills the process always would
             with self._lock:
                 if self._running.get(task.id) is context:
-                    if not context.cancelled and self._timeout(task):
-                        self._plan(
-                            context, self._timeout(task), self._time_out, context
-                        )
+                    self._limit(task, context)
                     return task, context
                 self._release(context)  # it was put back meanwhile
 
@@ -2647,6 +2673,12 @@ class Ledger:
             PROCESSING, started_at=now, attempt=attempt, due_at=None, error=None
         )
         return task, context, self._decide(task)
+
+    def _limit(self, task: Task, context: Context) -> None:
+        """Let a run's time begin, if it has one. Assumes the lock."""
+        timeout = self._timeout(task)
+        if timeout and not context.cancelled:
+            self._plan(context, timeout, self._time_out, context)
 
     def _timeout(self, task: Task) -> float:
         return task.options.timeout or self._rules(task.type).timeout
@@ -3394,6 +3426,9 @@ class HTTPError(Exception):
         self.headers = {name.replace("_", "-"): text for name, text in headers.items()}
 
 
+_IS_JSON = re.compile(r'%s *(;|; *charset=("?)utf-8\2 *)?' % JSON, re.IGNORECASE)
+
+
 class Request:
     """A request that has been read. Header names are in lower case."""
 
@@ -3451,11 +3486,8 @@ class Request:
         if "content-length" not in self.headers:
             raise HTTPError(411, "send a JSON body with its Content-Length")
         # Checked so that a web page elsewhere can't post here without asking first.
-        media, _, rest = self.headers.get("content-type", "").lower().partition(";")
-        if media.strip() != JSON or rest.strip().replace('"', "") not in (
-            "",
-            "charset=utf-8",
-        ):
+        media = self.headers.get("content-type", "")
+        if media != JSON and not _IS_JSON.fullmatch(media):
             raise HTTPError(415, "send JSON, with the header Content-Type: " + JSON)
         if not self.body:
             raise Malformed('the body is empty; send {"type": ..., "params": {...}}')
@@ -3668,14 +3700,15 @@ def submit_task(app: App, request: Request) -> Reply:
         return submit_batch(app, request, document, media)
     wanted = read_submission(app, request, document)
     if key is None:
-        task = app.ledger.submit(*wanted)
+        task = app.ledger.submit_all([wanted])[0]
     else:
         try:
             task = app.ledger.submit_once(id_of_key(key), wanted)[0]
         except DifferentRequest:
             detail = "this Idempotency-Key came with another task before"
             raise HTTPError(422, detail) from None
-    return submitted_reply(app, request, task._replace(status=PENDING), 202, media)
+        task = task._replace(status=PENDING)  # it is answered as it was the first time
+    return submitted_reply(app, request, task, 202, media)
 
 
 def submit_batch(app: App, request: Request, documents: Any, media: str) -> Reply:
@@ -3685,7 +3718,8 @@ def submit_batch(app: App, request: Request, documents: Any, media: str) -> Repl
     tasks = app.ledger.submit_all(check_batch(documents, app.handlers))
     if media == TEXT:
         return text_reply("\n".join(task.id for task in tasks), 202)
-    return json_reply([{"id": t.id, "status": PENDING} for t in tasks], 202)
+    texts = ['{"id": "%s", "status": "%s"}' % (task.id, PENDING) for task in tasks]
+    return Reply(202, ("[%s]\n" % ", ".join(texts)).encode())
 
 
 def put_task(app: App, request: Request) -> Reply:
@@ -3711,7 +3745,7 @@ def submitted_reply(
 ) -> Reply:
     """Answer a submit with the task's id, or with its status if it ends in time."""
     patience, headers = patience_of(app, request)
-    headers = dict(headers, Location="/api/v1/tasks/" + task.id)
+    headers = {"Location": "/api/v1/tasks/" + task.id, **headers}
     if patience:
         with contextlib.suppress(UnknownTask, ForgottenTask):  # it was taken in, anyway
             task = await_end(app, request, task.id, patience)
@@ -4939,7 +4973,9 @@ class Service:
         )
         access = Access(read_token(settings), settings["INSECURE"])
         tls = tls_context(settings)
-        rules = functools.partial(rules_of, handlers, settings["TASK_TIMEOUT"])
+        rules = functools.lru_cache(maxsize=1000)(
+            functools.partial(rules_of, handlers, settings["TASK_TIMEOUT"])
+        )
         self.ledger = Ledger(limits, journal=self.journal, rules=rules)
         self.pool = Pool(self.ledger, handlers, settings["WORKER_COUNT"])
         scheme = "https" if tls else "http"

@@ -6048,6 +6048,482 @@ def test_without_db_nothing_is_written(tmp_path):
 
 
 # ======================================================================
+# 9. The page
+# ======================================================================
+
+
+class Browser:
+    """A headless Chromium, driven through ChromeDriver (w3.org/TR/webdriver2)."""
+
+    flags = (
+        "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking --disable-component-update --disable-sync "
+        "--disable-dev-shm-usage --lang=en-US --window-size=1280,900 --user-data-dir="
+    )
+
+    def __init__(self, folder):
+        self.driver = subprocess.Popen(
+            ["chromedriver", "--port=0"],
+            stdout=subprocess.PIPE,
+            universal_newlines=True,
+        )
+        started = re.compile(r"started successfully on port (\d+)")
+        found = next(filter(None, map(started.search, self.driver.stdout)))
+        self.port, self.path = int(found.group(1)), "/session"
+        options = {"args": (self.flags + str(folder)).split()}
+        wanted = {"alwaysMatch": {"goog:chromeOptions": options}}
+        self.path += "/" + self.ask("POST", "", capabilities=wanted)["sessionId"]
+
+    def close(self):
+        self.ask("DELETE", "")
+        self.driver.terminate()
+        self.driver.wait(LONG)
+        self.driver.stdout.close()
+
+    def ask(self, method, path, **body):
+        body = body if method == "POST" else None
+        answer = call(self.port, method, self.path + path, body)
+        assert answer.status == 200, answer.body
+        return answer.json["value"]
+
+    def cdp(self, command, **params):
+        self.ask("POST", "/goog/cdp/execute", cmd=command, params=params)
+
+    def go(self, service):
+        port = getattr(service, "port", None) or service.server.server_port
+        self.ask("POST", "/url", url="http://127.0.0.1:%d/" % port)
+
+    def run(self, script, *args):
+        return self.ask("POST", "/execute/sync", script=script, args=args)
+
+    def elements(self, css):
+        found = self.ask("POST", "/elements", using="css selector", value=css)
+        return ["/element/" + next(iter(each.values())) for each in found]
+
+    def click(self, css):
+        self.ask("POST", self.elements(css)[0] + "/click")
+
+    def type(self, css, text):
+        self.ask("POST", self.elements(css)[0] + "/value", text=text)
+
+    def fill(self, css, text):
+        self.ask("POST", self.elements(css)[0] + "/clear")
+        self.type(css, text)
+
+    def text(self, css):
+        """What can be seen of an element; "" where it is not there or hidden."""
+        script = "const e = document.querySelector(arguments[0]);"
+        return self.run(script + "return e?.checkVisibility() ? e.innerText : ''", css)
+
+    def see(self, css, word):
+        seen = [self.text(css)]
+        with contextlib.suppress(AssertionError):
+            until(lambda: word in seen[-1] or seen.append(self.text(css)))
+        assert word in seen[-1], css
+
+    def choose(self, type):
+        """Choose a type in the form."""
+        until(lambda: self.run("return document.querySelector('#new-type').value"))
+        script = (
+            "const e = document.querySelector('#new-type'); e.value = arguments[0];"
+        )
+        self.run(script + "e.dispatchEvent(new Event('change'))", type)
+
+
+@pytest.fixture(scope="module")
+def browsers(tmp_path_factory):
+    """A browser, started for the first test that needs it."""
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("there is no chromium with its chromedriver here")
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(browsers):
+    """The browser, at its usual size and in its usual colours."""
+    for command in ("clearDeviceMetricsOverride", "setEmulatedMedia"):
+        browsers.cdp("Emulation." + command)
+    browsers.ask("POST", "/url", url="about:blank")
+    return browsers
+
+
+def row(task_id):
+    return '.task[title$="%s"]' % task_id
+
+
+def field(name):
+    return '[id="field#/params/%s"]' % name
+
+
+def newest(service):
+    (task,) = call(service, "GET", "/api/v1/tasks?order=desc&limit=1").json["tasks"]
+    return task["id"]
+
+
+def submission(service, task_id):
+    return call(service, "GET", "/api/v1/tasks/%s/submission" % task_id).body.decode()
+
+
+TAB, ESCAPE = "\ue004", "\ue00c"  # as WebDriver has them
+
+
+def test_the_page_is_for_browsers_and_may_run_nothing_but_itself(service):
+    accept = (
+        "text/html,application/xhtml+xml,application/xml;q=0.9,image/webp,*/*;q=0.8"
+    )
+    answer = call(service, "GET", "/", Accept=accept)
+    assert (answer.status, answer.media) == (200, "text/html; charset=utf-8")
+    assert len(answer.body) < 40_000
+    policy = answer.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    page = answer.body.decode()
+    assert not re.search(r"\son\w+=|\sstyle=|\ssrc=|innerHTML|insertAdjacent", page)
+    assert re.findall("https?://[^' ]*", page) == ["http://www.w3.org/2000/svg"]
+    for accept in ("*/*", "text/plain", "text/*"):
+        assert call(service, "GET", "/", Accept=accept).media.startswith("text/plain")
+
+
+def test_the_page_needs_no_token_and_the_rest_of_its_path_does(registry):
+    with serving(API_TOKEN=TOKEN) as service:
+        assert call(service, "GET", "/", Accept="text/html").status == 200
+        for method, accept in (("GET", "*/*"), ("POST", "text/html")):
+            assert_problem(call(service, method, "/", Accept=accept), 401)
+        for path in ("/api/v1/types", "/api/v1/events", "/nowhere"):
+            assert_problem(call(service, "GET", path, Accept="text/html"), 401)
+
+
+@pytest.fixture
+def steps(registry):
+    """A type that goes on a step with each release of its semaphore."""
+    semaphore = threading.Semaphore(0)
+
+    @handler("steps", limits={"count": {"minimum": 1, "maximum": 9}})
+    def steps(count: int = 4, label: str = "step", *, ctx: Context):
+        """Go on step by step."""
+        for n in range(count):
+            ctx.log("line %d" % n)
+            ctx.progress(n / count, "%s %d" % (label, n))
+            while not semaphore.acquire(timeout=0.05):
+                ctx.progress(n / count, "%s %d" % (label, n))
+        return {"steps": count, "big": 2**70, "one": 1.0}
+
+    return semaphore
+
+
+def test_a_task_is_submitted_followed_and_read_on_the_page(browser, steps):
+    bar = "return document.querySelector(arguments[0] + ' progress').value"
+    with serving() as service:
+        browser.go(service)
+        browser.see("#empty", "No tasks yet")
+        browser.choose("steps")
+        assert browser.text("#new-hint") == "Go on step by step."
+        browser.fill(field("label"), "<i>tile</i>")
+        browser.click("#form .main")
+        browser.see("#accepted", "Submitted")
+        task = row(newest(service))
+        for percent in (0, 25, 50):
+            browser.see(task, "%d %%" % percent)
+            assert browser.run(bar, task) == percent
+            steps.release()
+        browser.see(task, "<i>tile</i> 3")
+        browser.click(task + " .name")
+        browser.see(".submitted", '"label": "<i>tile</i>"')
+        browser.see(".log", "line 0\nline 1\nline 2\nline 3")
+        steps.release()
+        browser.see(task, "completed")
+        browser.see(".ended", '"big": 1180591620717411303424,\n  "one": 1.0')
+        browser.see("#statuses [value=completed]", "1")
+        browser.see("#finished-text", "1")
+
+
+def test_the_page_cancels_and_submits_again(browser, steps):
+    with serving() as service:
+        first = submitted(service, "steps", {"count": 9})
+        browser.go(service)
+        browser.see(row(first), "processing")
+        browser.click(row(first) + " .name")
+        browser.see(".submitted", '"count": 9')
+        browser.click(".cancel")
+        browser.see(row(first), "cancelled")
+        browser.see(".ended", "cancelled while it ran")
+        browser.click(".again")
+        until(lambda: newest(service) != first)
+        second = newest(service)
+        browser.see(row(second), "processing")
+        browser.see(".detail", second)
+        assert submission(service, second) == submission(service, first)
+
+
+def test_what_the_service_refuses_is_told_at_the_field(browser, steps):
+    with serving() as service:
+        browser.go(service)
+        browser.choose("steps")
+        browser.fill(field("count"), "10")
+        browser.click("#form .main")
+        why = "params.count must be a whole number from 1 to 9, not 10"
+        browser.see(field("count-wrong"), why)
+        focused = (
+            "return document.activeElement.id + document.activeElement.ariaInvalid"
+        )
+        assert browser.run(focused) == "field#/params/counttrue"
+        browser.fill(field("count"), "2")
+        browser.click("#form .main")
+        browser.see("#accepted", "Submitted")
+        assert not browser.text(field("count-wrong"))
+
+
+FIELDS = """
+return [...document.querySelectorAll("#params .field")].map((each) => {
+  const input = each.querySelector("input, select, textarea");
+  return [each.querySelector("label").innerText, input.type, input.value];
+});
+"""
+
+
+def test_the_form_has_the_right_input_for_each_param(browser, registry):
+    @handler("all")
+    def all_kinds(
+        text: str,
+        n: int,
+        x: float = 0.5,
+        on: bool = True,
+        mode: Literal["fit", "fill"] = "fill",
+        items: List[int] = [1],
+        maybe: Optional[int] = None,
+        **rest,
+    ):
+        return None
+
+    with serving() as service:
+        browser.go(service)
+        browser.choose("all")
+        assert browser.run(FIELDS) == [
+            ["text", "text", ""],
+            ["n", "number", ""],
+            ["x", "number", "0.5"],
+            ["on", "checkbox", "on"],
+            ["mode", "select-one", '"fill"'],
+            ["items", "textarea", "[1]"],
+            ["maybe", "number", ""],
+            ["other params", "textarea", ""],
+        ]
+        browser.type(field("text"), 'a "b" é')
+        browser.type(field("n"), "12345678901234567890")
+        browser.type('[id="field#/params"]', '{"more": [1.0]}')
+        browser.click("#form .main")
+        browser.see("#accepted", "Submitted")
+        assert submission(service, newest(service)) == (
+            '{"type": "all", "params": {"text": "a \\"b\\" é", '
+            '"n": 12345678901234567890, "x": 0.5, "on": true, "mode": "fill", '
+            '"items": [1], "more": [1.0]}}\n'
+        )
+        browser.fill(field("items"), "[1")
+        browser.click("#form .main")
+        browser.see(field("items-wrong"), "JSON")
+
+
+def test_whatever_comes_from_the_service_is_shown_as_text(browser, registry):
+    evil = "<script>hacked = 1</script><img src=x onerror='hacked = 1'>"
+
+    @handler(evil)
+    def bad(value: str, ctx: Context):
+        """Show <b>bold</b> text."""
+        ctx.log(evil + " logged")
+        ctx.progress(0.5, evil)
+        if value != evil:
+            return {evil: value}
+        raise ValueError(evil)
+
+    with serving() as service:
+        browser.go(service)
+        for value, ending in ((evil, "ValueError: " + evil), ("fine", "fine")):
+            task = row(submitted(service, evil, {"value": value}))
+            browser.see(task, evil)
+            browser.click(task + " .name")
+            browser.see(".ended", ending)
+            browser.see(".log", evil + " logged")
+            browser.see(".submitted", json.dumps(value))
+        browser.see("#new-hint", "Show <b>bold</b> text.")
+        count = (
+            "return [window.hacked, document.images.length, document.scripts.length]"
+        )
+        assert browser.run(count) == [None, 0, 1]
+
+
+def test_the_list_on_the_page_is_filtered_by_status_and_type(browser, registry):
+    handler("a")(lambda: 1)
+    handler("b")(raising(ValueError("x")))
+    with serving() as service:
+        browser.go(service)
+        ids = [submitted(service, "ab"[n % 2]) for n in range(4)]
+        browser.see("#statuses [value=failed]", "2")
+        browser.see("#statuses [value='']", "4")
+        browser.click("#statuses [value=failed]")
+        until(lambda: not browser.text(row(ids[0])))
+        assert browser.text(row(ids[1]))
+        browser.click("#type option[value=a]")
+        browser.see("#empty", "There are no failed tasks of type a here.")
+        browser.click("#statuses [value='']")
+        browser.see(row(ids[0]), "completed")
+        assert not browser.text(row(ids[1]))
+        browser.see(row(submitted(service, "a")), "completed")
+
+
+def test_the_page_tells_of_a_drain_and_finds_the_service_again(browser, tmp_path, held):
+    flags = [*held["flags"], "--db", str(tmp_path / "tasks.db")]
+    with process(*flags, env=held["env"]) as running:
+        task_id = submitted(running.port, "polite", {"name": "a"})
+        began(tmp_path, "a")
+        browser.go(running)
+        browser.see(row(task_id), "processing")
+        running.signal()
+        browser.see("#unready", "the service is shutting down")
+        (tmp_path / "a").touch()
+        assert running.wait() == 0
+        browser.see("#lost", "The service does not answer")
+        browser.see("#link", "not connected")
+    with process(*flags, env={**held["env"], "PORT": str(running.port)}) as running:
+        browser.see("#link", "live")
+        assert not browser.text("#notices")
+        browser.see(row(task_id), "completed")
+        other = submitted(running.port, "polite", {"name": "b"})
+        browser.see(row(other), "processing")
+
+
+def test_the_page_asks_for_the_token_until_it_is_right(browser, registry):
+    with serving(API_TOKEN=TOKEN) as service:
+        browser.go(service)
+        browser.see("#lock", "This service asks for a token")
+        browser.type("#token", ESCAPE)
+        browser.see("#locked", "asks for a token")
+        browser.click("#unlock")
+        browser.type("#token", "wrong\n")
+        browser.see("#denied", "not the right token")
+        browser.type("#token", TOKEN + "\n")
+        browser.see("#link", "live")
+        assert not browser.text("#lock") + browser.text("#locked")
+        browser.go(service)
+        browser.see("#link", "live")
+        assert not browser.text("#lock")
+
+
+LONGEST = """
+let before = performance.now();
+window.longest = 0;
+(function look() {
+  const now = performance.now();
+  longest = Math.max(longest, now - before);
+  before = now;
+  requestAnimationFrame(look);
+})();
+"""
+
+
+def test_ten_thousand_tasks_do_not_freeze_the_page(browser, registry):
+    handler("n")(lambda n: n)
+    with serving() as service:
+        browser.go(service)
+        browser.see("#link", "live")
+        browser.run(LONGEST)
+        batch = [longtasks.Submission("n", b'{"n": 1}')] * 1000
+        for _ in range(10):
+            service.ledger.submit_all(batch)
+        browser.see("#statuses [value=completed]", "10,000")
+        browser.click("#older")
+        browser.see("#place", "101 to 200")
+        assert len(browser.elements(".task")) == 100
+        browser.click("#newer")
+        browser.see("#place", "1 to 100")
+        assert browser.run("return longest") < 1000
+
+
+def test_the_page_is_worked_with_the_keyboard_alone(browser, steps):
+    focused = "return document.activeElement.getAttribute('aria-expanded')"
+    press = [{"type": kind, "value": TAB} for kind in ("keyDown", "keyUp")]
+    with serving() as service:
+        task = row(submitted(service, "steps"))
+        browser.go(service)
+        browser.see(task, "processing")
+        browser.run("document.querySelector('#type').focus()")
+        keys = {"type": "key", "id": "keys", "actions": press}
+        browser.ask("POST", "/actions", actions=[keys])
+        assert browser.run(focused) == "false"
+        browser.type(task + " .name", "\n")
+        browser.see(".submitted", "steps")
+        assert browser.run(focused) == "true"
+        browser.type(".cancel", ESCAPE)
+        assert not browser.text(".detail")
+        assert browser.run(focused) == "false"
+        browser.type(task + " .name", " ")
+        browser.see(".detail", "Submitted")
+
+
+def test_everything_on_the_page_has_a_role_and_a_name(browser, steps):
+    names = {}
+    with serving() as service:
+        task = row(submitted(service, "steps"))
+        browser.go(service)
+        browser.see(task, "0 %")
+        browser.click(task + " .name")
+        browser.click(".options summary")
+        inputs = "main :is(input, select, textarea, button, progress, pre, td)"
+        for each in browser.elements(inputs):
+            if browser.ask("GET", each + "/displayed"):
+                role = browser.ask("GET", each + "/computedrole")
+                name = browser.ask("GET", each + "/computedlabel")
+                names.setdefault(role, []).append(name)
+    assert names.pop("cell")
+    assert all(name for some in names.values() for name in some), names
+    assert {"button", "combobox", "progressbar", "spinbutton", "log"} < set(names)
+
+
+CONTRASTS = """
+const light = (rgb) => {
+  const [r, g, b] = rgb.match(/[0-9.]+/g).map((n) => n / 255).map(
+    (c) => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
+  return .2126 * r + .7152 * g + .0722 * b;
+};
+const behind = (e) => {
+  const color = getComputedStyle(e).backgroundColor;
+  return color === "rgba(0, 0, 0, 0)" ? behind(e.parentElement) : color;
+};
+return [...document.body.querySelectorAll("*")].filter((e) => e.checkVisibility() &&
+  !e.disabled && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
+.map((e) => {
+  const [a, b] = [light(getComputedStyle(e).color), light(behind(e))];
+  return [e.className || e.tagName, (Math.max(a, b) + .05) / (Math.min(a, b) + .05)];
+});
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_is_legible_in_light_and_dark_and_on_a_phone(
+    scheme, width, browser, registry
+):
+    handler("bad")(raising(ValueError("x")))
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.cdp("Emulation.setEmulatedMedia", features=features)
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.cdp("Emulation.setDeviceMetricsOverride", **size)
+    with serving(WORKER_COUNT=1) as service:
+        for type in ("bad", "long_computation", "long_computation"):
+            last = submitted(service, type)
+        cancel(service, submitted(service, "bad"))
+        browser.go(service)
+        browser.see("#statuses [value=cancelled]", "1")
+        browser.click(row(last) + " .name")
+        browser.see(".submitted", "{")
+        contrasts = browser.run(CONTRASTS)
+        assert len(contrasts) > 30
+        assert not [(what, ratio) for what, ratio in contrasts if ratio < 4.5]
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+
+
+# ======================================================================
 # README
 # ======================================================================
 

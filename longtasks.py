@@ -724,6 +724,7 @@ class Context:
         "why",
         "_progress",
         "_stop",
+        "_stopping",
         "_on_stop",
         "_tell",
         "_told_at",
@@ -747,6 +748,9 @@ class Context:
         self.why = ""  # it is to stop
         self._progress: Optional[Tuple[float, str]] = None
         self._stop = threading.Event()
+        # Guards `why` and _on_stop, which is called under it: once on_stop(None) has
+        # returned, what was to be done is not being done any more.
+        self._stopping = threading.Lock()
         self._on_stop: Optional[Callable[[], None]] = None
         self._tell = tell
         self._told_at = 0.0
@@ -760,7 +764,9 @@ class Context:
         # One tuple, stored in one step: a reader sees the old pair or the new one.
         self._progress = (min(1.0, max(0.0, float(fraction))), str(message)[:1000])
         now = time.monotonic()
-        if now - self._told_at >= 0.1:  # who watches can't read faster anyway
+        # Who watches can't read faster anyway. No lock: of a handler's own threads two
+        # may tell at the same moment, which does no harm.
+        if now - self._told_at >= 0.1:
             self._told_at = now
             self._tell(self, "progress", self.progress_document())
 
@@ -789,25 +795,28 @@ class Context:
 
         Of several reasons the first one counts.
         """
-        self.why = self.why or why
-        self._stop.set()
-        if self._on_stop:
-            self._on_stop()
+        with self._stopping:
+            self.why = self.why or why
+            self._stop.set()
+            if self._on_stop:
+                self._on_stop()
 
     def on_stop(self, do: Optional[Callable[[], None]]) -> None:
         """Have something done as soon as the task is to stop, perhaps now, even twice.
 
         It is called by whoever stops the task, so it must neither wait nor raise.
         """
-        self._on_stop = do
-        if do and self._stop.is_set():
-            do()
+        with self._stopping:
+            self._on_stop = do
+            if do and self._stop.is_set():
+                do()
 
     def progress_document(self) -> Optional[Dict[str, Any]]:
         """The latest progress, as a status document shows it; None at first."""
-        if self._progress is None:
+        latest = self._progress
+        if latest is None:
             return None
-        fraction, message = self._progress
+        fraction, message = latest
         return {"percent": round(fraction * 100, 1), "message": message}
 
 
@@ -870,7 +879,7 @@ class Handler(NamedTuple):
         return self.function(**params, **extra)
 
 
-HANDLERS: Dict[str, Handler] = {}
+HANDLERS: Dict[str, Handler] = {}  # filled before the service starts, then only read
 
 
 def handler(
@@ -1363,7 +1372,10 @@ for group in groups:
 """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards what follows, and the order of writing
+        # One lock guards the process and the order of writing; the other one _groups,
+        # and is never held for long. The groups change with both held.
+        self._lock = threading.Lock()
+        self._known = threading.Lock()
         self._groups: Set[int] = set()
         self._process: Any = None
 
@@ -1375,18 +1387,27 @@ for group in groups:
     def add(self, group: int) -> None:
         """Watch over a process group."""
         with self._lock:
-            self._groups.add(group)
+            with self._known:
+                self._groups.add(group)
             self._write("+%d\n" % group)
 
     def remove(self, group: int) -> None:
         """Let it go: it is over."""
         with self._lock:
-            self._groups.discard(group)
+            with self._known:
+                self._groups.discard(group)
             self._write("-%d\n" % group)
 
-    def knows(self, group: int) -> bool:
-        """Whether it is watched over."""
-        return group in self._groups
+    def signal(self, group: int, number: int) -> None:
+        """Send a signal to a group, unless it is over: its number may be another's."""
+        with self._known:  # so that it is not removed, and its number freed, meanwhile
+            if group not in self._groups:
+                return
+            try:
+                os.killpg(group, number)
+            except OSError:  # a child that is just starting has no group of its own yet
+                with contextlib.suppress(OSError):
+                    os.kill(group, number)
 
     def _write(self, text: str) -> None:
         """Tell the process, which is started again if it died. Assumes the lock."""
@@ -1423,30 +1444,23 @@ def killable(group: int, ctx: Context, ask: Callable[[], None]) -> Iterator[None
     When the task is to stop, `ask` is called, and after ctx.grace the group is killed;
     at the end, too, since nobody may be left behind.
     """
+    killer = threading.Timer(ctx.grace, GUARD.signal, (group, KILL))
+    killer.daemon = True
 
     def stop() -> None:
         ask()
-        timer = threading.Timer(ctx.grace, _signal_group, (group, KILL))
-        timer.daemon = True
-        timer.start()
+        with contextlib.suppress(RuntimeError):  # it was started, or no thread is left
+            killer.start()
 
     GUARD.add(group)
     try:
         ctx.on_stop(stop)
         yield
     finally:
-        _signal_group(group, KILL)
+        GUARD.signal(group, KILL)
         GUARD.remove(group)
         ctx.on_stop(None)
-
-
-def _signal_group(group: int, number: int) -> None:
-    if GUARD.knows(group):  # else it is over, and its number may be another's
-        try:
-            os.killpg(group, number)
-        except OSError:  # a child that is just starting has no group of its own yet
-            with contextlib.suppress(OSError):
-                os.kill(group, number)
+        killer.cancel()  # or it would kill whoever has the group's number then
 
 
 def ending(code: int) -> str:
@@ -1682,7 +1696,7 @@ class Program:
             env=dict(environ, LONGTASKS_TASK_ID=ctx.task_id),
             start_new_session=True,  # a process group of its own
         )
-        with killable(process.pid, ctx, lambda: _signal_group(process.pid, TERM)):
+        with killable(process.pid, ctx, lambda: GUARD.signal(process.pid, TERM)):
             output = ProgramOutput(process.stdout, ctx)
             if hasattr(os, "waitid"):  # has ended then, but its number is not free yet
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -1703,7 +1717,8 @@ class ProgramOutput:
     def __init__(self, file: Any, ctx: Context) -> None:
         self._file = file
         self._ctx = ctx
-        self._over = False
+        self._over = False  # only ever set, and looked at again and again
+        # What follows is the thread's alone until end() has joined it.
         self._rest = ""  # of a line that is not complete
         self._tail: Deque[str] = deque()
         self._tail_size = 0
@@ -1978,7 +1993,7 @@ class Batch:
 
     def settle(self, error: str = "") -> None:
         """Let those go on who wait: the records are on disk, or could not be."""
-        self.error = error
+        self.error = error  # before the events, behind which it is read
         if not error:
             self._written.open()
         self._tried.open()
@@ -2001,7 +2016,9 @@ class Journal:
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)  # so that a link to it finds the same lock
-        self.error = ""  # why nothing can be written now
+        # Why nothing can be written now. The writer's; others look once at a time, and
+        # whoever looks too early learns the rest from its batch.
+        self.error = ""
         # The lock guards the batches that are open for more records, of one kind
         # each, and is notified when there is something to do for the writer.
         self._changed = threading.Condition()
@@ -2171,6 +2188,8 @@ class Journal:
         return not self._held
 
     def _write_on(self) -> None:
+        # Looked at without the lock: should either change now, the wait for the next
+        # batches, under the lock, is over at once.
         while not self._closing or any(batch.records for batch in self._open):
             self._held = self._write(self._held + self._next_batches())
             if self._held and self._closing:
@@ -2294,6 +2313,8 @@ class Watch:
     most = 10_000  # events that may gather; who is that far behind is dropped
 
     def __init__(self) -> None:
+        # Filled under the feed's lock, emptied without it by the one who follows: a
+        # deque's two ends can be used at once. `over` is only ever set, before `told`.
         self.news: Deque[Event] = deque()
         self.told = threading.Event()
         self.over = False  # too slow, or the service stops
@@ -3017,11 +3038,12 @@ class Ledger:
     @property
     def draining(self) -> bool:
         """Whether the service is about to end."""
+        # Two flags that are only ever set: right without the lock, if perhaps late.
         return self._halted or self._when_done is not None
 
     def context(self, task_id: str) -> Optional[Context]:
         """Return the context of a running task, None of any other."""
-        return self._running.get(task_id)  # one step, as in get()
+        return self._running.get(task_id)  # without the lock, as in get()
 
     def page(
         self,
@@ -3093,8 +3115,9 @@ class Ledger:
             raise Unavailable("%d handlers do not stop; restart the service" % stuck)
 
     def _check_journal(self) -> None:
-        if self._journal and self._journal.error:
-            raise Unavailable("nothing can be written: " + self._journal.error)
+        error = self._journal and self._journal.error
+        if error:
+            raise Unavailable("nothing can be written: " + error)
 
     def _find(self, task_id: str) -> Task:
         """Return the task or say truly why there is none. Assumes the lock."""
@@ -4531,7 +4554,9 @@ class Connection(socketserver.BaseRequestHandler):
         if not self.blocks:
             self._block()
         self.idle = True
-        if self.server.closing:  # looked at after idle was set: see Server.close
+        # Looked at after idle was set, as Server.close() looks at idle after it has set
+        # closing, with locks between: one of the two sees what the other has done.
+        if self.server.closing:
             self.request.shutdown(socket.SHUT_RD)
         self.buffer = self.request.recv(65536)
         self.idle = False
@@ -4816,10 +4841,11 @@ class Server(ThreadingHTTPServer):
 
     def date(self) -> str:
         """The time for the header Date, made once a second."""
-        now = int(time.time())
-        if self._date[0] != now:
-            self._date = (now, formatdate(now, usegmt=True))
-        return self._date[1]
+        # No lock: of several that make it at once, each is right.
+        now, made = int(time.time()), self._date
+        if made[0] != now:
+            self._date = made = (now, formatdate(now, usegmt=True))
+        return made[1]
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; called by socketserver."""
@@ -4897,6 +4923,7 @@ class Server(ThreadingHTTPServer):
             self._changed.wait_for(lambda: not self._are_sending(), patience)
 
     def _are_sending(self) -> bool:
+        """Whether answers are on their way. Assumes the lock."""
         return any(c and c.sending for c in self._connections.values())
 
     def _accept_rest(self) -> None:

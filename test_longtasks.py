@@ -192,11 +192,14 @@ def raw(service, data, port=None):
 
 def together(count, work):
     """Run work(0), work(1), … in threads that begin at the same moment."""
-    barrier, results = threading.Barrier(count), [None] * count
+    barrier, results, errors = threading.Barrier(count), [None] * count, []
 
     def one(index):
         barrier.wait(LONG)
-        results[index] = work(index)
+        try:
+            results[index] = work(index)
+        except BaseException as error:
+            errors.append(error)
 
     threads = [threading.Thread(target=one, args=(index,)) for index in range(count)]
     for thread in threads:
@@ -204,6 +207,8 @@ def together(count, work):
     for thread in threads:
         thread.join(LONG)
         assert not thread.is_alive()
+    for error in errors:
+        raise error
     return results
 
 
@@ -707,6 +712,28 @@ def test_a_sleeping_handler_wakes_when_it_is_cancelled():
         return True
 
     assert together(2, lambda i: (sleeper, canceller)[i](i)) == [True, True]
+
+
+def is_held_up(call):
+    """Whether a call, made in a thread, has to wait for something."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(0.1)
+    return thread.is_alive()
+
+
+def test_what_is_done_on_a_stop_is_over_once_that_was_taken_back():
+    context, held_up = Context("id"), []
+    context.on_stop(lambda: held_up.append(is_held_up(lambda: context.on_stop(None))))
+    context.cancel()
+    assert held_up == [True]
+
+
+def test_the_reason_that_came_first_counts():
+    context = Context("id")
+    for why in ("first", "second"):
+        context.cancel(why)
+    assert context.why == "first"
 
 
 def test_except_exception_does_not_swallow_a_cancel():
@@ -2721,6 +2748,35 @@ def test_the_guard_is_started_again_when_it_died():
     assert guard._process.wait(LONG) == 0
 
 
+def test_a_group_is_not_let_go_while_it_is_signalled(monkeypatch):
+    guard, held_up = longtasks.Guard(), []
+
+    def kill(group, number):
+        held_up.append(is_held_up(lambda: guard.remove(group)))
+
+    monkeypatch.setattr(os, "killpg", kill)
+    guard.add(2**22 + 1)
+    guard.signal(2**22 + 1, signal.SIGTERM)
+    until(lambda: not guard._groups)
+    guard.signal(2**22 + 1, signal.SIGTERM)
+    assert held_up == [True]
+    guard._process.stdin.close()
+    assert guard._process.wait(LONG) == 0
+
+
+def test_nobody_is_left_who_would_kill_a_group_that_is_over():
+    def timers():
+        return [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+
+    context = Context("id")
+    context.grace = 1000
+    with longtasks.killable(2**22 + 2, context, lambda: None):
+        context.cancel()
+        context.cancel("again")
+        assert timers()
+    until(lambda: not timers())
+
+
 def test_a_program_that_times_out_says_so(registry):
     longtasks.register_command("nap=sleep {seconds}")
     with serving() as service:
@@ -2733,6 +2789,163 @@ def test_a_program_that_times_out_says_so(registry):
             "description": "sleep {seconds}",
             "params": registry["nap"].schema,
         }
+
+
+# -- many at once
+
+
+HALF = {"percent": 50.0, "message": "half"}
+KINDS = ["quick", "talks", "sleeps", "fails", "again"]
+
+
+def register_all_kinds():
+    """Register types that end in each of the ways there are."""
+
+    @handler("quick")
+    def quick():
+        return 1
+
+    @handler("talks", max_running=2)
+    def talk(ctx: Context):
+        ctx.log("a line")
+        ctx.progress(0.5, "half")
+
+    @handler("sleeps", timeout=0.02)
+    def sleep(ctx: Context):
+        ctx.sleep(0.001 if ctx.attempt % 2 else LONG)
+
+    @handler("fails", retries=1, backoff=0)
+    def fail():
+        raise longtasks.Failure("as it should")
+
+    @handler("again")
+    def again(ctx: Context):
+        if ctx.attempt == 1:
+            raise longtasks.Retry(after=0.001)
+
+
+class Visitor:
+    """Does at random what can be done with a ledger, and keeps what it was told."""
+
+    def __init__(self, ledger, seed):
+        self.ledger, self.dice = ledger, random.Random(seed)
+        self.ids, self.ends = [], {}
+
+    def visit(self, times):
+        acts = [self.look, self.wait, self.cancel, self.delete, self.list, self.watch]
+        refusals = longtasks.Finished, longtasks.Unfinished, longtasks.ForgottenTask
+        for _ in range(times):
+            self.submit()
+            for act in self.dice.sample(acts, 2):
+                with contextlib.suppress(*refusals):
+                    act(self.dice.choice(self.ids))
+
+    def submit(self):
+        delay, priority = self.dice.choice([0, 0, 0.002]), self.dice.randrange(3)
+        options = longtasks.Options(delay=delay, priority=priority)
+        kind = self.dice.choice(KINDS)
+        self.ids.append(self.ledger.submit(kind, b"{}", options).id)
+
+    def look(self, task_id):
+        task, context = self.ledger.get(task_id), self.ledger.context(task_id)
+        assert (context or Context("")).progress_document() in (None, HALF)
+        if task.finished:  # and nothing may change it
+            assert self.ends.setdefault(task_id, task) == task
+
+    def wait(self, task_id):
+        task = self.ledger.wait(task_id, 0.005)
+        if task.finished:
+            assert self.ends.setdefault(task_id, task) == task
+
+    def cancel(self, task_id):
+        assert self.ledger.cancel(task_id).status in ("cancelled", "processing")
+
+    def delete(self, task_id):
+        self.ledger.delete(task_id)
+        with pytest.raises(longtasks.ForgottenTask):
+            self.ledger.get(task_id)
+
+    def list(self, task_id):
+        seqs = [task.seq for task in self.ledger.page(1000)[0]]
+        assert seqs == sorted(set(seqs))
+
+    def watch(self, task_id):
+        _, watch, _ = self.ledger.watch(task_id, after=0)
+        assert {event.task_id for event in watch.take(0.001)} <= {task_id}
+        self.ledger.feed.leave(task_id, watch)
+
+
+@contextlib.contextmanager
+def all_news(ledger):
+    """A list of all events, which fills while this lasts and is complete then."""
+    news, over = [], threading.Event()
+    _, watch, _ = ledger.watch("")
+
+    def follow():
+        while not over.is_set():
+            news.extend(watch.take(0.01))
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        yield news
+    finally:
+        over.set()
+        thread.join(LONG)
+        news.extend(watch.take(0))
+        assert not watch.over
+        ledger.feed.leave("", watch)
+
+
+def check_books(ledger, ids, news):
+    """See that a ledger where all is over holds together, and has lost nothing."""
+    tasks = ledger.page(10**6)[0]
+    ends = [e.task_id for e in news if e.kind == "status" and e.what.finished]
+    gone = [event.task_id for event in news if event.kind == "gone"]
+    assert sorted(ends) == sorted(ids)  # each once
+    assert sorted(gone + [task.id for task in tasks]) == sorted(ids)
+    assert [event.number for event in news] == list(range(1, len(news) + 1))
+    assert {t.status for t in tasks} <= longtasks.FINISHED
+    assert ledger.counts() == (0, 0, len(tasks))
+    assert (ledger._queued, ledger._held) == (0, sum(t.weight for t in tasks))
+    assert len(ledger._ended) >= len(tasks)
+    left = [ledger._running, ledger._active, ledger._deciding, ledger._submitting]
+    left += [ledger._waiting, ledger._beyond, ledger.feed._watches]
+    left += ledger._parked.values()
+    assert not any(left)
+    assert not any(ledger._active_types.values())
+    assert list(ledger._timer_of) == [None]
+
+
+@pytest.fixture
+def restless():
+    """Where threads take turns, they do so as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("db", ["", "tasks.db"])
+def test_many_who_do_everything_at_once_leave_the_books_balanced(
+    db, registry, restless, tmp_path
+):
+    register_all_kinds()
+    path = db and str(tmp_path / db)
+    with serving(DB=path, WORKER_COUNT=6, RESULT_LIMIT=300, GRACE=LONG) as service:
+        ledger = service.ledger
+        visitors = [Visitor(ledger, seed) for seed in range(8)]
+        with all_news(ledger) as news:
+            together(8, lambda index: visitors[index].visit(100))
+            until(lambda: ledger.counts()[:2] == (0, 0) and not ledger._deciding)
+            until(lambda: not ledger._active)
+        check_books(ledger, [id for v in visitors for id in v.ids], news)
+        shown = ledger.page(10**6)[0]
+    if path:
+        journal = longtasks.Journal(path)
+        assert sorted(journal.load()) == shown
+        journal.start(lambda records: None)
+        assert journal.close(LONG)
 
 
 # ======================================================================
@@ -4590,6 +4803,52 @@ def test_a_python_without_ssl_says_so(monkeypatch, capsys):
     assert longtasks.main(["--port=0", "--tls-cert", "x"]) == 2
     expected = "longtasks: TLS_CERT needs Python's ssl, which is missing\n"
     assert capsys.readouterr().err == expected
+
+
+# -- many at once
+
+
+def visit_by_http(service, seed):
+    """Do at random what a client can, on one connection; return ids it was given."""
+    dice, ids = random.Random(seed), []
+    port = service.server.server_port
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
+    acts = {
+        ("GET", "?wait=0.005"): (200, 410),
+        ("GET", "/result"): (200, 409, 410),
+        ("GET", "/log"): (200, 410),
+        ("POST", "/cancel"): (200, 202, 409, 410),
+        ("DELETE", ""): (204, 409, 410),
+    }
+
+    def ask(method, path, body=None):
+        connection.request(method, "/api/v1/tasks" + path, body, JSON_BODY)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+    for _ in range(50):
+        kind = dice.choice(KINDS)
+        status, answer = ask("POST", "", '{"type": "%s", "params": {}}' % kind)
+        assert status == 202
+        ids.append(json.loads(answer)["id"])
+        for method, path in dice.sample(sorted(acts), 3):
+            status, answer = ask(method, "/%s%s" % (dice.choice(ids), path))
+            assert status in acts[method, path], answer
+        assert ask("GET", "")[0] == 200
+    connection.close()
+    return ids
+
+
+def test_many_clients_at_once_leave_the_books_balanced(registry, restless):
+    register_all_kinds()
+    with serving(WORKER_COUNT=6, RESULT_LIMIT=100, GRACE=LONG) as service:
+        ledger = service.ledger
+        with all_news(ledger) as news:
+            given = together(8, lambda seed: visit_by_http(service, seed))
+            until(lambda: ledger.counts()[:2] == (0, 0))
+            until(lambda: not ledger._active)
+        check_books(ledger, [id for ids in given for id in ids], news)
+        assert len(service.server._connections) <= 8
 
 
 # ======================================================================

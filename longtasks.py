@@ -2315,6 +2315,7 @@ class Watch:
     def __init__(self) -> None:
         # Filled under the feed's lock, emptied without it by the one who follows: a
         # deque's two ends can be used at once. `over` is only ever set, before `told`.
+        self.missed: List[Event] = []  # what is told again; from before it began
         self.news: Deque[Event] = deque()
         self.told = threading.Event()
         self.over = False  # too slow, or the service stops
@@ -2374,7 +2375,8 @@ class Feed:
     def __init__(self) -> None:
         self.life = "%x" % int(time.time() * 1000)  # of this process, in events' ids
         # Whether anybody has ever watched: until then nothing needs to be kept, since
-        # nobody can have missed it.
+        # nobody can have missed it. The ledger's lock guards it: under that one all
+        # watches begin, and all events are published.
         self.followed = False
         # The lock guards everything below. Whoever holds the ledger's lock may take it,
         # and nobody who holds it takes another.
@@ -2410,8 +2412,7 @@ class Feed:
             watch.over = self._closed
             if after is not None:
                 recent = [event for event in self._recent if event.number > after]
-                watch.news.extend(e for e in recent if task_id in ("", e.task_id))
-                watch.told.set()
+                watch.missed = [e for e in recent if task_id in ("", e.task_id)]
             oldest = self._recent[0].number if self._recent else self._last + 1
             self._watches.setdefault(task_id, set()).add(watch)
             known = after is None or oldest - 1 <= after <= self._last
@@ -3940,10 +3941,11 @@ def event_stream(
         yield b"retry: 1000\n\n"
         if lacks or not known:
             yield b'event: gap\ndata: {"detail": "some events are no longer kept"}\n\n'
-        missed = watch.take(0)
-        yield b"".join(encode_event(feed.life, event) for event in missed)
-        if task and any(ends_stream(event) for event in missed):
+        yield b"".join(encode_event(feed.life, event) for event in watch.missed)
+        if task and any(ends_stream(event) for event in watch.missed):
             return
+        # The task as it was when the watch began: behind what was missed, and before
+        # anything that is new.
         if task and (task.finished or after is None or lacks):
             text = status_json(task, app.ledger.context(task.id))
             yield b"event: status\ndata: %b\n\n" % text.encode()

@@ -2327,12 +2327,14 @@ def test_who_comes_back_is_told_what_was_missed_or_that_something_is():
     for n in range(10):
         feed.publish("a" if n % 2 else "b", "log", n)
     watch, lacks = feed.watch("a", 6)
-    assert [event.what for event in watch.take(0)] == [7, 9]
+    feed.publish("a", "log", 10)
+    assert [event.what for event in watch.missed] == [7, 9]
+    assert [event.what for event in watch.take(0)] == [10]
     assert not lacks
     for n in range(feed.kept):
         feed.publish("b", "log", n)
     assert feed.watch("a", 9) == (feed.watch("a", 9)[0], True) or feed.watch("a", 9)[1]
-    assert not feed.watch("a", 10)[1]
+    assert not feed.watch("a", 11)[1]
     assert feed.watch("a", 10**9)[1], "that is no event of this feed"
 
 
@@ -2871,7 +2873,9 @@ class Visitor:
 
     def watch(self, task_id):
         _, watch, _ = self.ledger.watch(task_id, after=0)
-        assert {event.task_id for event in watch.take(0.001)} <= {task_id}
+        events = watch.missed + watch.take(0.001)
+        assert {event.task_id for event in events} <= {task_id}
+        assert len({e.number for e in events}) == len(events)
         self.ledger.feed.leave(task_id, watch)
 
 
@@ -3778,6 +3782,18 @@ def test_who_comes_back_too_late_is_told_that_something_is_missing(last, service
     path = "/api/v1/tasks/%s/events" % task_id
     with Stream(service, path, Last_Event_ID=last) as stream:
         assert [stream.event()["event"] for _ in range(2)] == ["gap", "status"]
+
+
+def test_a_stream_begins_with_the_task_as_it_was_and_goes_on_from_there(gate, service):
+    app, gate_id = service.server.app, submitted(service, "gate")
+    gate.wait_started()
+    stream = longtasks.event_stream(app, gate_id, None, True)
+    next(stream)  # it watches from here on
+    gate.release.set()
+    until(lambda: service.ledger.get(gate_id).finished)
+    blocks = b"".join(stream).split(b"\n\n")
+    statuses = [re.search(rb'"status": "(\w+)"', block) for block in blocks]
+    assert [m.group(1) for m in statuses if m] == [b"processing", b"completed"]
 
 
 def test_a_silent_stream_sends_comments(service, monkeypatch):

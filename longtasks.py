@@ -586,7 +586,23 @@ def new_id() -> str:
     )
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+def _encoder() -> Callable[[Any], str]:
+    """Return what writes JSON: json's own encoder, made once.
+
+    JSONEncoder.encode() makes it anew for each value, which takes longer than most
+    values do. Where that encoder is not to be had as it is known, encode() serves.
+    """
+    plain = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+    text, options = json.encoder.encode_basestring, (": ", ", ", False, False, False)
+    with contextlib.suppress(AttributeError, TypeError):
+        made_by = json.encoder.c_make_encoder  # type: ignore
+        write = made_by(None, plain.default, text, None, *options)
+        "".join(write({}, 0))  # raises now what it would later
+        return lambda value: "".join(write(value, 0))
+    return plain.encode
+
+
+_encode = _encoder()
 
 
 def to_json(value: Any) -> bytes:
@@ -595,7 +611,7 @@ def to_json(value: Any) -> bytes:
     Raises TypeError, ValueError or RecursionError for what JSON can't hold. A lone
     surrogate, which UTF-8 can't hold, goes out as its escape.
     """
-    return _ENCODER.encode(value).encode("utf-8", "backslashreplace")
+    return _encode(value).encode("utf-8", "backslashreplace")
 
 
 def from_json(data: bytes) -> Any:
@@ -608,31 +624,41 @@ def from_json(data: bytes) -> Any:
         text = data.decode("utf-8")
         if _too_deep(text):
             raise ValueError("nested more than %d levels deep" % MAX_DEPTH)
-        return _DECODER.decode(text)
+        value = _QUICK.decode(text)
+        # Without a colon in a string there is one for each key: fewer keys, and one of
+        # them occurred twice. To tell that from colons in strings takes longer.
+        return value if _keys(value) == text.count(":") else _CAREFUL.decode(text)
     except UnicodeDecodeError as error:
         raise Malformed("not UTF-8: byte %d is wrong" % error.start) from None
     except ValueError as error:
         raise Malformed("not JSON: %s" % error) from None
 
 
-# A string, closed or not, or a bracket. No branch of it can fail late, so that
-# the time it takes grows only with the length of the text.
-_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|([\[{])|[\]}]', re.DOTALL)
+# A string, closed or not. No branch of it can fail late, so that the time it takes
+# grows only with the length of the text.
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def _too_deep(text: str) -> bool:
     """Whether JSON is nested beyond MAX_DEPTH, before the parser recurses into it."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return False
-    depth = 0
-    for match in _STRING_OR_BRACKET.finditer(text):
-        if match.group(1):
-            depth += 1
-            if depth > MAX_DEPTH:
-                return True
-        elif match.group() in "]}":
-            depth -= 1
-    return False
+    brackets = _STRING.sub("", text).encode().translate(_BRACKETS, _NO_BRACKETS)
+    for depth in range(MAX_DEPTH + 1):  # each time without what is innermost
+        rest = brackets.replace(b"[]", b"")
+        if len(rest) == len(brackets):  # all gone, or what is left has no partner
+            return depth + rest.count(b"[") > MAX_DEPTH
+        brackets = rest
+    return True
+
+
+def _keys(value: Any) -> int:
+    """Count the keys of all objects in a value."""
+    if type(value) is dict:
+        return len(value) + sum(map(_keys, value.values()))
+    return sum(map(_keys, value)) if type(value) is list else 0
 
 
 def _read_int(text: str) -> int:
@@ -660,12 +686,13 @@ def _read_object(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(
-    parse_int=_read_int,
-    parse_float=_read_float,
-    parse_constant=_read_constant,
-    object_pairs_hook=_read_object,
-)
+_READERS: Dict[str, Any] = {
+    "parse_int": _read_int,
+    "parse_float": _read_float,
+    "parse_constant": _read_constant,
+}
+_QUICK = json.JSONDecoder(**_READERS)
+_CAREFUL = json.JSONDecoder(object_pairs_hook=_read_object, **_READERS)
 
 
 # ======================================================================

@@ -443,6 +443,13 @@ def test_ids_are_random_uuids_of_version_4():
         (b"[1e999]", "too large"),
         (b"1" * 1001, "more than 1000 digits"),
         (b'{"a": 1, "b": 2, "a": 3}', 'the key "a" occurs twice'),
+        (b'{"a": ":", "a": ":"}', 'the key "a" occurs twice'),
+        (b'{":": [{"::": 1, "::": 2}]}', 'the key "::" occurs twice'),
+        (b'[{"a": 1}, {"a": {"b": 1, "b": 1}}]', 'the key "b" occurs twice'),
+        (b'{"a": 1, "\\u0061": 2}', 'the key "a" occurs twice'),
+        (b"]" * 200 + b"[" * 100, "not JSON: Expecting value"),
+        (b"[" * 60 + b"]]][[[" + b"[" * 60, "not JSON: (Extra|Expecting)|100 levels"),
+        (b"[" + b'["]",' * 100 + b"1" + b"]" * 101, "100 levels"),
         (b"[" * 101 + b"]" * 101, "100 levels"),
         (b"[" * 1_000_000, "100 levels"),
         (b'{"a":' * 1_000_000, "100 levels"),
@@ -469,6 +476,28 @@ def test_json_that_is_not_strictly_json_is_refused(data, why):
 )
 def test_json_within_bounds_is_read(data, value):
     assert longtasks.from_json(data) == (json.loads(data) if value is None else value)
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"a": "http://x:80"}', b'{":": {":": "::"}}', b'[":", {"a": [":"]}]']
+)
+def test_a_colon_in_a_string_is_no_key(data):
+    assert longtasks.from_json(data) == json.loads(data)
+
+
+def test_json_is_written_as_the_standard_library_writes_it():
+    value = {
+        "é": [1, 2.5, True, None, '\u2028"\n', {}, [], -0.0, 10**30],
+        "b": {"c": ()},
+    }
+    assert longtasks.to_json(value) == json.dumps(value, ensure_ascii=False).encode()
+    for wrong in (float("nan"), {1, 2}, object()):
+        with pytest.raises((ValueError, TypeError)):
+            longtasks.to_json([wrong])
+    endless = []
+    endless.append(endless)
+    with pytest.raises((ValueError, RecursionError)):
+        longtasks.to_json(endless)
 
 
 def test_text_survives_the_way_through_json():

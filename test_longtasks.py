@@ -335,7 +335,7 @@ def test_a_token_may_stand_in_a_file(tmp_path):
         (" \n", {}, "is empty"),
         ("0123456789abcde\n", {}, "must hold 16 to 255 visible ASCII characters"),
         ("0123456789 abcdef", {}, "must hold 16 to 255 visible ASCII characters"),
-        ("0123456789abcdef\xff", {}, "must hold 16 to 255 visible ASCII characters"),
+        ("0123456789abcdef\udcff", {}, "must hold 16 to 255 visible ASCII characters"),
         (None, {}, "No such file or directory"),
         ("0123456789abcdef", {"API_TOKEN": "a" * 16}, "are both set"),
     ],
@@ -343,7 +343,7 @@ def test_a_token_may_stand_in_a_file(tmp_path):
 def test_a_file_that_holds_no_token_is_told(text, more, why, tmp_path):
     path = str(tmp_path / "token")
     if text is not None:
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_bytes(text.encode("utf-8", "surrogateescape"))
     settings = longtasks.read_settings([], {"API_TOKEN_FILE": path, **more})
     with pytest.raises(longtasks.SettingsError, match=why) as error:
         longtasks.read_token(settings)
@@ -4009,6 +4009,13 @@ def test_the_index_shows_how_to_send_the_token(registry):
         assert TOKEN not in text
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.10", "::1"])
+def test_this_host_may_always_be_listened_to(host):
+    access = longtasks.Access()
+    access.listen_on(host)
+    assert access.local
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "fe80::1", "1.127.0.0"])
 def test_without_a_token_only_this_host_is_listened_to(host):
     with pytest.raises(longtasks.SettingsError, match="set API_TOKEN or API_TOKEN_FIL"):
@@ -5162,9 +5169,13 @@ def test_sighup_has_certificate_and_token_read_again(pairs, tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
 def test_with_nothing_to_read_again_sighup_ends_it():
-    with process() as running:
-        running.signal(signal.SIGHUP)
-        assert running.wait() == -signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    try:
+        with process() as running:
+            running.signal(signal.SIGHUP)
+            assert running.wait() == -signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")

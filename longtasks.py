@@ -3537,9 +3537,10 @@ class Request:
     @property
     def is_for_page(self) -> bool:
         """Whether a browser asks for the page, which is the same for everybody."""
+        if self.path != "/" or self.method not in ("GET", "HEAD"):
+            return False
         accept = self.headers.get("accept", "")
-        likes = _quality(accept, HTML) > _quality(accept, TEXT)
-        return likes and self.path == "/" and self.method in ("GET", "HEAD")
+        return _quality(accept, HTML) > _quality(accept, TEXT)
 
     def json(self) -> Any:
         """The body, read as JSON; raises HTTPError or Malformed."""
@@ -4263,8 +4264,9 @@ class Access:
         if request.path in OPEN:
             return
         headers = request.headers
-        if self.token and not request.is_for_page:  # it is what asks for the token
-            self._check_token(headers.get("authorization", ""))
+        if self.token:
+            if not request.is_for_page:  # that is what asks for the token
+                self._check_token(headers.get("authorization", ""))
         elif self.local:
             check_host(headers.get("host", ""))
         if ("origin" in headers or "sec-fetch-site" in headers) and is_foreign(request):
@@ -4323,7 +4325,6 @@ _HOST = re.compile(r"([A-Za-z0-9._~%!$&'()*+;=-]+|\[[0-9A-Fa-f:.]+\])?(:[0-9]*)?
 _ONCE = (
     "host",
     "authorization",
-    "origin",
     "idempotency-key",
     "content-length",
     "content-type",
@@ -4445,6 +4446,7 @@ class Connection(socketserver.BaseRequestHandler):
             if self.server.tls:
                 # Here, so that who says nothing keeps nobody else waiting.
                 self._wait_at_most(1.0 if self.crowded else self.server.request_timeout)
+                self._become_idle()
                 self.request.do_handshake()
             while self._serve_one():
                 pass
@@ -4582,14 +4584,17 @@ class Connection(socketserver.BaseRequestHandler):
         """Wait for a request's first bytes; False when none come."""
         if not self.blocks:
             self._block()
+        self._become_idle()
+        self.buffer = self.request.recv(65536)
+        self.idle = False
+        return bool(self.buffer)
+
+    def _become_idle(self) -> None:
         self.idle = True
         # Looked at after idle was set, as Server.close() looks at idle after it has set
         # closing, with locks between: one of the two sees what the other has done.
         if self.server.closing:
             self.request.shutdown(socket.SHUT_RD)
-        self.buffer = self.request.recv(65536)
-        self.idle = False
-        return bool(self.buffer)
 
     def _read_body(self, length: int) -> bytes:
         body, self.buffer = self.buffer[:length], self.buffer[length:]
@@ -5299,10 +5304,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             load_executor(settings["EXECUTOR"])
         check_isolated()
         service = Service(settings, supervisor=supervisor)
-        events = _record_signals()
-        if settings["API_TOKEN_FILE"] or settings["TLS_CERT"]:
-            # Else it ends the process when the terminal is closed.
-            signal.signal(signal.SIGHUP, lambda number, frame: events.put(_RELOAD))
+        events = _record_signals(settings["API_TOKEN_FILE"] or settings["TLS_CERT"])
         service.start()
     except (SettingsError, HandlerError, JournalError) as error:
         print("longtasks: %s" % _escaped(str(error)), file=sys.stderr)
@@ -5323,13 +5325,15 @@ def _end_children() -> None:
             child.kill()  # forked ones would ignore SIGTERM, as this process does
 
 
-def _record_signals() -> Events:
+def _record_signals(reloads: bool) -> Events:
     """Have signals recorded, and return where."""
     # A signal handler only records: it may run in the midst of anything, and put()
     # of a SimpleQueue is one of the few things that are safe there.
     events: Events = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: events.put(number))
+    if reloads and hasattr(signal, "SIGHUP"):  # else it is the end, as it is by default
+        signal.signal(signal.SIGHUP, lambda number, frame: events.put(_RELOAD))
     return events
 
 

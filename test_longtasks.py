@@ -4073,6 +4073,8 @@ def test_with_a_token_any_name_will_do(registry):
     with serving(API_TOKEN=TOKEN) as service:
         headers = {"Host": "tasks.example", "Authorization": BEARER}
         assert call(service, "GET", "/api/v1/types", **headers).status == 200
+        page = {"Host": "tasks.example", "Accept": "text/html"}
+        assert call(service, "GET", "/", **page).status == 200
 
 
 FOREIGN = [
@@ -4719,9 +4721,19 @@ def test_the_end_of_a_stream_over_tls_is_told(secure, pairs):
         assert b'"status": "completed"' in until_closed(client)
 
 
-def test_a_refused_upload_over_tls_still_gets_its_answer(secure, pairs):
+def test_a_refused_upload_over_tls_still_gets_its_answer(secure, pairs, monkeypatch):
+    some_sent, linger = threading.Event(), longtasks.Connection._linger
+
+    def linger_then(connection):
+        assert some_sent.wait(LONG)
+        linger(connection)
+
+    monkeypatch.setattr(longtasks.Connection, "_linger", linger_then)
     with knock(secure, trust(pairs), suppress_ragged_eofs=False) as client:
-        client.sendall(SUBMIT + b"Content-Length: 5000000\r\n\r\n" + b"x" * 5_000_000)
+        head = SUBMIT + b"Content-Length: 5000000\r\n\r\n"
+        client.sendall(head + b"x" * 100_000)
+        some_sent.set()
+        client.sendall(b"x" * 4_900_000)
         assert until_closed(client).startswith(b"HTTP/1.1 413 ")
 
 
@@ -4748,17 +4760,27 @@ def submitted_to(service, type="gate"):
 
 
 def test_what_comes_over_tls_while_one_waits_is_answered(gate, pairs, monkeypatch):
+    looks, is_gone = [], longtasks.Connection._is_gone
+
+    def look(connection):
+        looks.append(is_gone(connection))
+        return looks[-1]
+
     monkeypatch.setattr(longtasks, "LOOK_AFTER", 0.01)
+    monkeypatch.setattr(longtasks.Connection, "_is_gone", look)
     with serving(**tls_settings(pairs)) as service:
         task_id = submitted_to(service)
         with knock(service, trust(pairs)) as client:
             head = b"GET /api/v1/tasks/%s%s HTTP/1.1\r\nHost: localhost\r\n"
             client.sendall(head % (task_id.encode(), b"?wait=100") + b"\r\n")
             until(lambda: task_id in service.ledger._waiting)
+            until(lambda: looks)
             more = head % (task_id.encode(), b"") + b"Connection: close\r\n\r\n"
             client.sendall(more)
+            (ours,) = service.server._connections
+            until(lambda: ours.peeked)
             gate.release.set()
-            assert until_closed(client).count(b"HTTP/1.1 200 OK") == 2
+            assert until_closed(client).count(b'"status": "completed"') == 2
 
 
 @pytest.mark.parametrize("pause", [None, 0.02])
@@ -4787,12 +4809,29 @@ def test_an_idle_connection_over_tls_does_not_hold_up_the_exit(secure, pairs):
     with knock(secure, trust(pairs)) as client:
         client.sendall(GET + b"\r\n")
         assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
-        until(lambda: any(c.idle for c in secure.server._connections.values()))
+        until(lambda: any(c and c.idle for c in secure.server._connections.values()))
         begin = time.monotonic()
         secure.server.close()
         assert time.monotonic() - begin < 4
         with contextlib.suppress(ssl.SSLError):  # from an older Python
             assert client.recv(65536) == b""
+
+
+def test_the_end_over_tls_waits_for_no_answer(secure, pairs):
+    with knock(secure, trust(pairs)) as client:
+        client.sendall(GET + b"Connection: close\r\n\r\n")
+        until(lambda: not secure.server._connections)
+        assert until_closed(client).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_who_has_not_begun_tls_does_not_hold_up_the_exit(secure):
+    address = ("127.0.0.1", secure.server.server_port)
+    with socket.create_connection(address, LONG) as client:
+        until(lambda: any(c and c.idle for c in secure.server._connections.values()))
+        begin = time.monotonic()
+        secure.server.close()
+        assert time.monotonic() - begin < 4
+        assert client.recv(1) == b""
 
 
 def test_a_connection_that_is_cut_off_does_not_go_on_in_plain_text(gate, pairs):

@@ -5706,28 +5706,22 @@ let view = { status: "", type: "", after: [] }; // with where its pages begin
 let tasks = new Map(); // what is shown, newest first, and what is opened
 let counts = {}, next = null;
 let opened = null;
-let turn = 0, news = null; // news: what happened since the list was asked for
+let turn = 0; // of several answers only that to the last question counts
 
 async function load() {
-  const mine = ++turn, missed = news = [];
-  try {
-    const query = new URLSearchParams({ order: "desc", limit: ROWS });
-    const { status, type, after } = view;
-    for (const [name, value] of Object.entries({ status, type, after: after.at(-1) }))
-      if (value) query.set(name, value);
-    const list = await getJSON("/api/v1/tasks?" + query);
-    if (mine !== turn) return;
-    const kept = tasks.get(opened?.id);
-    tasks = new Map(list.tasks.map((task) => [task.id, task]));
-    if (kept && !tasks.has(kept.id)) tasks.set(kept.id, kept);
-    ({ counts, next } = list);
-    missed.forEach(apply);
-    advance();
-    waiting[SLOTS - 1] = Math.max(waiting[SLOTS - 1], counts.pending);
-    draw();
-  } finally {
-    if (mine === turn) news = null;
-  }
+  const mine = ++turn, { status, type, after } = view;
+  const query = new URLSearchParams({ order: "desc", limit: ROWS });
+  for (const [name, value] of Object.entries({ status, type, after: after.at(-1) }))
+    if (value) query.set(name, value);
+  const list = await getJSON("/api/v1/tasks?" + query);
+  if (mine !== turn) return;
+  const kept = tasks.get(opened?.id);
+  tasks = new Map(list.tasks.map((task) => [task.id, task]));
+  if (kept && !tasks.has(kept.id)) tasks.set(kept.id, kept);
+  ({ counts, next } = list);
+  advance();
+  waiting[SLOTS - 1] = Math.max(waiting[SLOTS - 1], counts.pending);
+  draw();
 }
 
 const refresh = spaced(1, load);
@@ -5738,21 +5732,16 @@ function look(change) {
   load().catch(() => {});
 }
 
-function happened(event) {
-  const { kind, data } = event;
-  news?.push(event);
-  apply(event);
+// What is shown changes at once; what else follows from an event, the list tells.
+function happened(kind, data) {
+  const known = tasks.get(data.id);
+  if (known && kind === "status")
+    tasks.set(data.id, { progress: known.progress, ...data });
+  if (known && kind === "progress") known.progress = data;
+  if (known) draw();
   if (ENDED.includes(data.status)) count(seconds(data.ended_at));
   if (kind !== "progress" && kind !== "log") refresh();
   if (opened && opened.id === data.id) opened.happened(kind);
-}
-
-function apply({ kind, data }) {
-  const known = tasks.get(data.id);
-  if (!known) return;
-  if (kind === "status") tasks.set(data.id, { progress: known.progress, ...data });
-  if (kind === "progress") known.progress = data;
-  draw();
 }
 
 // -- drawing: at most once a frame, and only what has changed
@@ -6221,7 +6210,7 @@ async function read(body) {
       const lines = block.split("\n").map((line) => line.split(/: (.*)/s));
       const { id = last, event: kind, data } = Object.fromEntries(lines);
       last = id;
-      if (kind) happened({ kind, data: JSON.parse(data) });
+      if (kind) happened(kind, JSON.parse(data));
     }
   }
 }

@@ -6598,6 +6598,7 @@ def test_the_page_cancels_and_submits_again(browser, steps):
         first = submitted(service, "steps", {"count": 9})
         browser.go(service)
         browser.see(row(first), "processing")
+        browser.click("#statuses [value=processing]")
         browser.click(row(first) + " .name")
         browser.see(".submitted", '"count": 9')
         browser.click(".cancel")
@@ -6608,6 +6609,7 @@ def test_the_page_cancels_and_submits_again(browser, steps):
         second = newest(service)
         browser.see(row(second), "processing")
         browser.see(".detail", second)
+        until(lambda: not browser.text(row(first)))  # it stayed while it was open
         assert submission(service, second) == submission(service, first)
 
 
@@ -6724,6 +6726,40 @@ def test_the_list_on_the_page_is_filtered_by_status_and_type(browser, registry):
         browser.see(row(ids[0]), "completed")
         assert not browser.text(row(ids[1]))
         browser.see(row(submitted(service, "a")), "completed")
+
+
+def test_the_page_tells_what_a_task_waits_for_and_that_one_is_gone(browser, registry):
+    handler("flaky", retries=1, backoff=60)(raising(OSError("no line")))
+    with serving() as service:
+        waits, gone = submitted(service, "flaky"), submitted(service, "flaky")
+        browser.go(service)
+        browser.see(row(waits), "again in")
+        browser.see(row(waits), "OSError: no line")
+        browser.click(row(gone) + " .name")
+        browser.see(".detail", "Next attempt")
+        assert cancel(service, gone).status == 200
+        browser.see(".ended", "cancelled while it waited to be run again")
+        assert call(service, "DELETE", "/api/v1/tasks/" + gone).status == 204
+        browser.see(".detail .wrong", "has forgotten this task")
+
+
+def test_a_page_that_nobody_sees_holds_no_connection(browser, service, monkeypatch):
+    monkeypatch.setattr(longtasks, "KEEP_ALIVE", 0.02)  # so that the end is noticed
+    browser.go(service)
+    browser.see("#link", "live")
+    submitted(service, "long_computation", {"duration": 0})
+    browser.see("#finished-text", "1")
+    watches = service.ledger.feed._watches
+    assert watches
+    page = browser.ask("GET", "/window")
+    other = browser.ask("POST", "/window/new", type="tab")["handle"]
+    browser.ask("POST", "/window", handle=other)
+    until(lambda: not watches, "the end of the stream")
+    submitted(service, "long_computation", {"duration": 0})
+    browser.ask("DELETE", "/window")
+    browser.ask("POST", "/window", handle=page)
+    browser.see("#statuses [value=completed]", "2")
+    browser.see("#finished-text", "2")
 
 
 def test_the_page_tells_of_a_drain_and_finds_the_service_again(browser, tmp_path, held):

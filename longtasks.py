@@ -5377,8 +5377,8 @@ body { background: var(--ground); color: var(--ink); }
 body { font: 14px/1.45 system-ui, sans-serif; }
 h1 { font-size: 18px; }
 h2 { font-size: 14px; display: inline; }
-h3, th, dt, .hint, figcaption { font-size: 12px; color: var(--quiet); }
-h3, th, .field > label { font-weight: 600; }
+.detail h2, th, dt, .hint, figcaption { font-size: 12px; color: var(--quiet); }
+th, .field > label { font-weight: 600; }
 code, pre, textarea { font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; }
 .number { text-align: right; }
 .number, b, dd { font-variant-numeric: tabular-nums; }
@@ -5396,7 +5396,7 @@ button, input, select, textarea {
 button, summary, .task { cursor: pointer; }
 button:hover:enabled { background: var(--raised); }
 button:disabled { opacity: .5; cursor: default; }
-button.main, button.main:hover { background: var(--accent); color: var(--on-accent); }
+button.main { background: var(--accent) !important; color: var(--on-accent); }
 .link, .name { border: 0; background: none !important; padding: 0; }
 .link { color: var(--accent); text-decoration: underline; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
@@ -5471,7 +5471,7 @@ summary { padding: 10px 14px; border-radius: 10px; }
 fieldset { border: 0; padding: 0; min-width: 0; }
 .options summary { padding: 0 0 8px; color: var(--quiet); }
 .options fieldset { grid-template-columns: 1fr 1fr; }
-.field :is(.hint, .wrong) { display: block; }
+.field :is(.hint, .wrong) { display: block; margin-top: 3px; }
 .field :is(input, select, textarea) { width: 100%; margin-top: 3px; }
 .field [type=checkbox] { width: auto; margin: 0 6px 0 0; vertical-align: -1px; }
 .field textarea { resize: vertical; }
@@ -5492,15 +5492,15 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
   thead { display: none; }
   table, tbody, .detail, .detail td { display: block; }
   .task { display: grid; grid-template-columns: 1fr 1.3fr 76px; padding: 7px 12px; }
-  .task, .detail, .pair { border-top: 1px solid var(--line); }
+  .task { border-top: 1px solid var(--line); }
   .task td { width: auto; height: 24px; padding: 0; border: 0; }
   .task td:first-child { grid-column: 1 / 3; }
   .task .running { grid-area: 1 / 3; }
   .task .age::after { content: " old"; }
   .message { display: none; }
   progress { flex: 1; }
-  .detail td { padding-left: 12px; }
-  .pair { grid-template-columns: minmax(0, 1fr); border: 0; }
+  .detail td { height: auto; padding-left: 12px; }
+  .pair { grid-template-columns: minmax(0, 1fr); }
 }
 </style>
 </head>
@@ -5592,13 +5592,13 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
     <section aria-label="The opened task">
       <dl></dl>
       <div class="pair">
-        <div><h3>Submitted</h3>
+        <div><h2>Submitted</h2>
           <pre class="submitted" tabindex="0" aria-label="Submitted"></pre></div>
-        <div><h3 class="ending">Result</h3>
+        <div><h2 class="ending">Result</h2>
           <pre class="ended" tabindex="0" aria-label="How it ended"
             data-empty="not yet"></pre></div>
       </div>
-      <div><h3>Log</h3>
+      <div><h2>Log</h2>
         <pre class="log" tabindex="0" role="log" aria-label="Log"
           data-empty="nothing so far"></pre></div>
       <div class="actions"><button class="cancel">Cancel</button>

@@ -6889,6 +6889,12 @@ return [...document.body.querySelectorAll("*")].filter((e) => e.checkVisibility(
 """
 
 
+BELOW = """
+const place = (css) => document.querySelector(css).getBoundingClientRect();
+return place(".detail + .task").top - place(".again").bottom;
+"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_is_legible_in_light_and_dark_and_on_a_phone(
@@ -6901,16 +6907,17 @@ def test_the_page_is_legible_in_light_and_dark_and_on_a_phone(
     browser.cdp("Emulation.setDeviceMetricsOverride", **size)
     with serving(WORKER_COUNT=1) as service:
         for type in ("bad", "long_computation", "long_computation"):
-            last = submitted(service, type)
+            task_id = submitted(service, type)
         cancel(service, submitted(service, "bad"))
         browser.go(service)
         browser.see("#statuses [value=cancelled]", "1")
-        browser.click(row(last) + " .name")
+        browser.click(row(task_id) + " .name")
         browser.see(".submitted", "{")
         contrasts = browser.run(CONTRASTS)
         assert len(contrasts) > 30
         assert not [(what, ratio) for what, ratio in contrasts if ratio < 4.5]
         assert browser.run("return document.documentElement.scrollWidth") <= width
+        assert browser.run(BELOW) >= 0, "the opened row covers the next"
 
 
 # ======================================================================

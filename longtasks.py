@@ -13,7 +13,7 @@ Submit a task, get its id at once, follow it, collect its result:
     curl http://localhost:8080/api/v1/tasks/ID
     curl http://localhost:8080/api/v1/tasks/ID/result
 
-A task goes one way:
+Or see and do all that in a browser, at http://localhost:8080/. A task goes one way:
 
     pending -> processing -> completed | failed | cancelled
     pending -> cancelled     processing -> pending (to be run again)

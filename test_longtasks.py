@@ -6856,10 +6856,10 @@ def test_the_page_is_worked_with_the_keyboard_alone(browser, steps):
         assert browser.run(focused) == "false"
         browser.type(task + " .name", "\n")
         browser.see(".submitted", "steps")
-        assert browser.run(focused) == "true"
+        until(lambda: browser.run(focused) == "true", "a row that says it is open")
         browser.type(".cancel", ESCAPE)
         assert not browser.text(".detail")
-        assert browser.run(focused) == "false"
+        until(lambda: browser.run(focused) == "false", "the focus on the row")
         browser.type(task + " .name", " ")
         browser.see(".detail", "Submitted")
 

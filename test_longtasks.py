@@ -6454,7 +6454,7 @@ class Browser:
         return answer
 
     def cdp(self, command, **params):
-        self.ask("POST", "/goog/cdp/execute", cmd=command, params=params)
+        return self.ask("POST", "/goog/cdp/execute", cmd=command, params=params)
 
     def go(self, service):
         port = getattr(service, "port", None) or service.server.server_port
@@ -6514,6 +6514,15 @@ def browser(browsers):
         browsers.cdp("Emulation." + command)
     browsers.ask("POST", "/url", url="about:blank")
     return browsers
+
+
+@pytest.fixture
+def by_events(browser):
+    """The browser, in which a page does nothing regularly and goes by events alone."""
+    command, source = "ScriptToEvaluateOnNewDocument", "window.setInterval = () => 0"
+    script = browser.cdp("Page.add" + command, source=source)
+    yield browser
+    browser.cdp("Page.remove" + command, **script)
 
 
 def row(task_id):
@@ -6580,8 +6589,8 @@ def steps(registry):
     return semaphore
 
 
-def test_a_task_is_submitted_followed_and_read_on_the_page(browser, steps):
-    bar = "return document.querySelector(arguments[0] + ' progress').value"
+def test_a_task_is_submitted_followed_and_read_on_the_page(by_events, steps):
+    browser, bar = by_events, "return document.querySelector('.open progress').value"
     with serving() as service:
         browser.go(service)
         browser.see("#empty", "No tasks yet")
@@ -6590,17 +6599,14 @@ def test_a_task_is_submitted_followed_and_read_on_the_page(browser, steps):
         browser.fill(field("label"), "<i>tile</i>")
         browser.click("#form .main")
         browser.see("#accepted", "Submitted")
-        task = row(newest(service))
-        for percent in (0, 25, 50):
-            browser.see(task, "%d %%" % percent)
-            assert browser.run(bar, task) == percent
-            steps.release()
-        browser.see(task, "<i>tile</i> 3")
-        browser.click(task + " .name")
+        browser.click("#accepted button")
         browser.see(".submitted", '"label": "<i>tile</i>"')
-        browser.see(".log", "line 0\nline 1\nline 2\nline 3")
-        steps.release()
-        browser.see(task, "completed")
+        for n in range(4):
+            browser.see(".task.open", "%d %%\n<i>tile</i> %d" % (25 * n, n))
+            browser.see(".log", "line %d" % n)
+            assert browser.run(bar) == 25 * n
+            steps.release()
+        browser.see(".task.open", "completed")
         browser.see(".ended", '"big": 1180591620717411303424,\n  "one": 1.0')
         browser.see("#statuses [value=completed]", "1")
         browser.see("#finished-text", "1")
@@ -6722,7 +6728,8 @@ def test_whatever_comes_from_the_service_is_shown_as_text(browser, registry):
         assert browser.run(count) == [None, 0, 1]
 
 
-def test_the_list_on_the_page_is_filtered_by_status_and_type(browser, registry):
+def test_the_list_on_the_page_is_filtered_by_status_and_type(by_events, registry):
+    browser = by_events
     handler("a")(lambda: 1)
     handler("b")(raising(ValueError("x")))
     with serving() as service:
@@ -6739,6 +6746,7 @@ def test_the_list_on_the_page_is_filtered_by_status_and_type(browser, registry):
         browser.see(row(ids[0]), "completed")
         assert not browser.text(row(ids[1]))
         browser.see(row(submitted(service, "a")), "completed")
+        browser.see("#statuses [value='']", "5")
 
 
 def test_the_page_tells_what_a_task_waits_for_and_that_one_is_gone(browser, registry):

@@ -280,7 +280,7 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     Raises SettingsError for a value or flag that can't be used, and SystemExit(0)
     after --help or --version. An empty environment variable counts as unset.
     """
-    given = vars(_argument_parser().parse_args(list(argv)))
+    given = vars(_argument_parser().parse_args(list(argv))) if argv else {}
     settings = Settings()
     for setting in SETTINGS:
         flag, variable = given.get(setting.name), environ.get(setting.name)
@@ -5135,6 +5135,7 @@ class Service:
         patience, waiting = self.settings["DRAIN_TIMEOUT"], self.ledger.counts().pending
         end = time.monotonic() + patience
         ran = self.ledger.drain(lambda: events.put(_DONE), patience)
+        self._report()
         message = "%s: draining, %d running and %d waiting, for %g s at most"
         log.info(message, name, len(ran), waiting, patience)
         event = self._next_event(events, patience)

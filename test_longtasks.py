@@ -5389,6 +5389,23 @@ def test_each_line_of_the_service_is_json_where_that_is_asked_for(tmp_path, held
     assert all(re.fullmatch("[ -~]+\n", line) for line in running.lines)
 
 
+SHOUT = """
+from longtasks import Context, handler
+
+@handler("shout", isolated=True)
+def shout(ctx: Context):
+    ctx.log("beware", 30)
+"""
+
+
+def test_what_an_isolated_handler_logs_is_in_the_log_once(tmp_path):
+    flags = ["--handlers", write(tmp_path, SHOUT), "--log-format", "json"]
+    with process(*flags) as running:
+        outcome(running, "shout")
+        running.logged("completed")
+        assert [json.loads(line)["message"] for line in running.lines if "bew" in line]
+
+
 def test_a_traceback_goes_to_the_log(registry):
     try:
         raise ValueError("bad\x1b")
@@ -5509,8 +5526,10 @@ def test_programs_do_not_take_themselves_for_the_service(manager):
 def test_the_watchdog_hears_of_a_service_that_lives(manager):
     with process(env={**manager.env, "WATCHDOG_USEC": "300000"}):
         manager.hear("WATCHDOG=1")
+        begin = time.monotonic()
         del manager.heard[:]
-        manager.hear("WATCHDOG=1")  # long before the five seconds of a plain status
+        manager.hear("WATCHDOG=1")
+        assert time.monotonic() - begin < 4  # before the five seconds of a status
 
 
 @contextlib.contextmanager
@@ -5555,6 +5574,16 @@ def test_the_watchdog_hears_nothing_when_a_thread_is_dead(name, registry, manage
         assert kept[-1].getMessage() == "at a standstill: " + name
 
 
+def test_in_a_drain_it_asks_for_more_time_though_nobody_accepts(registry, manager):
+    with supervised(manager) as service:
+        service.ledger.drain(lambda: None)
+        service._acceptor = threading.Thread(name="dead")
+        service._report()
+        told = manager.socket.recv(65536).decode().split("\n")
+        assert told[0].startswith("STATUS=draining, ")
+        assert "EXTEND_TIMEOUT_USEC=30000000" in told
+
+
 def test_a_watchdog_of_another_process_is_not_told(registry, manager):
     with supervised(manager, WATCHDOG_PID="1") as service:
         service._report()
@@ -5594,6 +5623,20 @@ def test_a_listening_socket_that_is_handed_over_is_served_again_and_again():
                 assert running.wait() == 0
 
 
+def test_who_waits_at_a_socket_that_was_handed_over_is_left_to_the_next():
+    supervisor = longtasks.Supervisor({})
+    supervisor.listener = socket.create_server(("127.0.0.1", 0))
+    settings, address = (
+        longtasks.read_settings([], {}),
+        supervisor.listener.getsockname(),
+    )
+    with supervisor.listener.dup() as kept, socket.create_connection(address) as client:
+        service = longtasks.Service(settings, longtasks.HANDLERS, supervisor)
+        service.server.shutdown = lambda: None  # it has never begun to accept
+        service.close()
+        assert kept.accept()[1] == client.getsockname()
+
+
 @pytest.mark.parametrize("kind", ["a connection", "two", "no socket"])
 def test_what_cannot_be_listened_on_is_one_line(kind, tmp_path, monkeypatch):
     with socket.socket() as bound, open(str(tmp_path / "file"), "w") as file:
@@ -5628,16 +5671,37 @@ def lacking(*names):
     return (sys.executable, "-c", LACKING, ",".join(names), SCRIPT)
 
 
-MISSING = "sqlite3", "ssl", "multiprocessing", "ctypes", "readline", "curses", "fcntl"
+MISSING = "sqlite3", "ssl", "multiprocessing", "ctypes", "curses", "fcntl", "argparse"
 
 
 def test_a_python_without_this_and_that_does_for_what_does_not_need_it():
-    with process("--command", "say=echo {word}", command=lacking(*MISSING)) as running:
+    env = {"COMMANDS": "say=echo {word}"}
+    with process(command=lacking(*MISSING), env=env) as running:
         task_id = submitted(running.port, "long_computation", {"duration": 0})
         assert result_of(running.port, task_id)["status"] == "completed"
         assert outcome(running, "say", {"word": "hi"})["result"]["output"] == "hi\n"
         running.signal()
         assert running.wait() == 0
+
+
+ALONE = """
+import longtasks
+from concurrent.futures import ThreadPoolExecutor
+
+@longtasks.handler("alone", isolated=True)
+def alone():
+    return 1
+"""
+
+
+def test_without_multiprocessing_isolated_handlers_still_run_elsewhere(tmp_path):
+    file = write(tmp_path, ALONE)
+    where = write(
+        tmp_path, "from concurrent.futures import ThreadPoolExecutor\n", "where.py"
+    )
+    flags = ["--handlers", file, "--executor", where + ":ThreadPoolExecutor"]
+    with process(*flags, command=lacking("multiprocessing")) as running:
+        assert outcome(running, "alone")["result"] == 1
 
 
 @pytest.mark.parametrize(
@@ -5653,10 +5717,7 @@ def test_a_python_without_this_and_that_does_for_what_does_not_need_it():
     ],
 )
 def test_what_needs_a_missing_module_is_one_line_and_code_2(name, flag, text, tmp_path):
-    code = (
-        "import longtasks\n@longtasks.handler('alone', isolated=True)\ndef f(): pass\n"
-    )
-    value = write(tmp_path, code) if flag == "--handlers" else str(tmp_path / "x.db")
+    value = write(tmp_path, ALONE) if flag == "--handlers" else str(tmp_path / "x.db")
     command = [*lacking(name), "--port", "0", flag, value]
     done = subprocess.run(command, stderr=subprocess.PIPE, timeout=LONG)
     assert (done.returncode, done.stderr.decode()) == (2, "longtasks: %s\n" % text)
@@ -5683,6 +5744,12 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs \\
 """
 
 
+HEAVY = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+HEAVY += (
+    b"Content-Type: application/json\r\nContent-Length: 65536\r\n\r\n" + b"[" * 65536
+)
+
+
 def can_lock():
     """Whether a file system can be made read-only here, for one process."""
     if not all(map(shutil.which, ["unshare", "setpriv", "mount"])):
@@ -5706,16 +5773,21 @@ def test_it_runs_as_nobody_on_a_file_system_that_is_read_only(tmp_path):
         assert running.wait() == 0
 
 
-def test_64_mib_of_memory_are_enough_for_the_work_of_a_small_host():
+def test_64_mib_are_enough_whatever_clients_do_with_the_limits_of_the_readme():
     if not os.path.exists("/proc/self/status"):
         pytest.skip("how much memory it takes can't be read here")
-    with process() as running:
-        batch = [{"type": "long_computation", "params": {"duration": 0}}] * 1000
-        for _ in range(5):
-            assert call(running.port, "POST", "/api/v1/tasks", batch).status == 202
-        together(50, lambda i: call(running.port, "GET", "/api/v1/tasks?limit=1000"))
+    (lines,) = shell_blocks("On a small host")
+    env = dict(re.findall("([A-Z_]+)=([0-9A-Za-z]+)", lines))
+    with process(env=env) as running:
+        task = {"type": "long_computation", "params": {"duration": 0}}
+        for delay in (0, 3600):
+            batch = [dict(task, delay=delay)] * 450
+            for _ in range(20):
+                call(running.port, "POST", "/api/v1/tasks", batch)
+        together(int(env["MAX_CONNECTIONS"]), lambda i: raw(None, HEAVY, running.port))
         status = Path("/proc/%d/status" % running.process.pid).read_text()
         assert int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) < 64 * 1024
+        assert call(running.port, "GET", "/healthz").status == 200
 
 
 def test_threads_that_a_handler_left_behind_do_not_hold_up_the_exit(tmp_path):
@@ -7106,6 +7178,34 @@ def test_given_up_tasks_are_submitted_again_by_the_line_of_the_readme(tmp_path, 
         assert result_of(running.port, task_id)["status"] == "completed"
         path = "/api/v1/tasks/" + task_id
         assert call(running.port, "GET", path).json["priority"] == 7
+
+
+def unit(folder):
+    """The unit file of the README, with a program that every system has."""
+    section = readme().split("\n## Under systemd\n")[1].split("\n## ")[0]
+    text = re.search("```ini\n(.*?)```", section, re.DOTALL).group(1)
+    text = re.sub("^ExecStart=[^ ]+", "ExecStart=/bin/sh", text, flags=re.MULTILINE)
+    return write(folder, text, "longtasks.service"), text
+
+
+@pytest.mark.skipif(
+    not shutil.which("systemd-analyze"), reason="there is no systemd here"
+)
+def test_the_unit_of_the_readme_is_one_that_systemd_takes_and_finds_safe(tmp_path):
+    path, _ = unit(tmp_path)
+    done = subprocess.run(["systemd-analyze", "verify", path], stderr=subprocess.PIPE)
+    assert (done.returncode, b"longtasks" in done.stderr) == (0, False), done.stderr
+    safe = ["systemd-analyze", "security", "--offline=true", "--threshold=20", path]
+    assert subprocess.run(safe, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_those_who_start_it_wait_longer_than_its_drain_may_take(tmp_path):
+    limits = re.findall(r"(?:TimeoutStopSec=|GracePeriodSeconds: )(\d+)", readme())
+    drains = re.findall(r"DRAIN_TIMEOUT=(\d+)", readme())
+    grace = longtasks.read_settings([], {})["GRACE"]
+    assert len(limits) == len(drains) == 2
+    for limit, drain in zip(limits, drains):
+        assert int(limit) > int(drain) + grace + longtasks.JOURNAL_PATIENCE
 
 
 def readme_handlers(tmp_path):

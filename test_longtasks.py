@@ -5481,7 +5481,9 @@ class Manager:
         self.heard = []
 
     def hear(self, word):
+        end = time.monotonic() + LONG
         while not any(word in line for line in self.heard):
+            assert time.monotonic() < end, self.heard
             self.heard += self.socket.recv(65536).decode().split("\n")
         return next(line for line in self.heard if word in line)
 

@@ -4559,6 +4559,36 @@ def test_of_two_that_start_at_once_one_gets_the_unix_socket(tmp_path):
             one.communicate()
 
 
+@needs_unix
+def test_who_starts_while_another_does_keeps_off_the_unix_socket(tmp_path, capsys):
+    import fcntl
+
+    folder = os.open(str(tmp_path), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        assert longtasks.main(["--unix-socket", str(tmp_path / "socket")]) == 2
+        assert "can't listen: " in capsys.readouterr().err
+    finally:
+        os.close(folder)
+
+
+@needs_unix
+def test_a_unix_socket_is_listened_to_before_another_may_look(
+    registry, tmp_path, monkeypatch
+):
+    place = longtasks.socket_place
+
+    @contextlib.contextmanager
+    def look_at_the_end(path):
+        with place(path), socket.socket(socket.AF_UNIX) as other:
+            yield
+            other.connect(path)
+
+    monkeypatch.setattr(longtasks, "socket_place", look_at_the_end)
+    with serving(UNIX_SOCKET=str(tmp_path / "socket")):
+        pass
+
+
 # -- TLS -------------------------------------------------------------------
 
 

@@ -1979,7 +1979,8 @@ class Latch:
     """Something that happens once, however many wait for it.
 
     They pass through one lock, one after the other, as the GIL would have it anyway:
-    an Event makes a lock for each of them, and wakes them all at once.
+    an Event makes a lock for each of them, and wakes them all at once. `done` is only
+    ever set, so it can be looked at freely: who sees it late finds the door open.
     """
 
     __slots__ = ("done", "_door")
@@ -2981,6 +2982,8 @@ class Ledger:
 
     def _prune_queue(self) -> None:
         """Drop entries of tasks that wait no longer, when most are such."""
+        # The queue's own lock is needed only to change it: workers take from it, but a
+        # few entries more or less make no difference to how many are too many.
         for entries in [self._ready.queue, *self._parked.values()]:
             if len(entries) > 2 * (self._counts[PENDING] + 100):
                 with self._ready.mutex:
@@ -4238,7 +4241,7 @@ class Access:
         from hmac import compare_digest  # costs start-up time
 
         self._same = compare_digest  # in a time that tells nothing of where they differ
-        self.token = token.encode()
+        self.token = token.encode()  # in one step: whoever asks now meets either one
 
     @property
     def curl(self) -> str:
@@ -4426,7 +4429,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.idle = False  # waits for a request of which nothing has come yet
         self.began = self.deadline = 0.0  # of the request that is being read
         self.bare = False  # it is a HEAD, so that its answer has no body
-        self.sending = False
+        self.sending = False  # looked at by Server.close(), for which late is no harm
         self.blocks = False  # the socket waits as _block() says
         self.refused: Optional[Request] = None  # understood, but not let in
         self.streamed = 0  # bytes

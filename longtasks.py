@@ -2218,9 +2218,10 @@ class Journal:
     def _write_on(self) -> None:
         # Looked at without the lock: should either change now, the wait for the next
         # batches, under the lock, is over at once.
-        while not self._closing or any(batch.records for batch in self._open):
+        while not self._closing or self._held or any(b.records for b in self._open):
+            last = self._closing  # not asked afterwards: what failed before is tried
             self._held = self._write(self._held + self._next_batches())
-            if self._held and self._closing:
+            if self._held and last:
                 return
 
     def _next_batches(self) -> List[Batch]:

@@ -2229,6 +2229,29 @@ def test_a_cancel_that_cannot_be_written_is_told_so(tmp_path):
             cancelled.result(LONG)
 
 
+def test_what_failed_just_before_the_end_is_tried_once_more(tmp_path):
+    class Unlucky(longtasks.Journal):
+        def _commit(self, records):
+            if not self._closing:
+                raise OSError("full")
+            super()._commit(records)
+
+        def _write(self, batches):
+            held = super()._write(batches)
+            if held:
+                self.closed = background(lambda: self.close(LONG))
+                until(lambda: self._closing)
+            return held
+
+    journal = Unlucky(str(tmp_path / "tasks.db"))
+    journal.start(lambda records: None)
+    journal.append(
+        True, longtasks.Task(1, "id", "t", b"{}", "pending", 1.0)
+    ).wait_written()
+    assert journal.closed.result(LONG)
+    assert rows_of(tmp_path / "tasks.db")
+
+
 def test_a_journal_with_nothing_unwritten_is_closed_in_peace(tmp_path):
     journal = longtasks.Journal(str(tmp_path / "tasks.db"))
     ledger = longtasks.Ledger(journal=journal)

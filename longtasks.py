@@ -75,8 +75,8 @@ from collections import Counter, OrderedDict, deque
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import Any, Callable, Deque, Dict, FrozenSet, Iterator, List, Mapping
-from typing import MutableMapping
+from typing import Any, Callable, Container, Deque, Dict, FrozenSet, Iterator
+from typing import List, Mapping, MutableMapping
 from typing import NamedTuple, Optional, Sequence, Set, Tuple, Union
 from urllib.parse import parse_qsl, quote
 
@@ -1130,8 +1130,8 @@ def checker(schema: Schema) -> Check:
     """Make the function that tells what is wrong with a value from JSON: nothing, ().
 
     The one reader of schemas here. It knows the words of JSON Schema (draft 2020-12)
-    that this file writes: type, enum, anyOf, minimum, maximum, maxLength, pattern,
-    properties, required, additionalProperties, items.
+    that this file writes: type, enum, anyOf, minimum, maximum, pattern and, beside it,
+    maxLength, properties, required, additionalProperties, items.
     """
     if not isinstance(schema, dict):
         return lambda value: () if schema else [((), " is not allowed")]
@@ -1203,14 +1203,8 @@ def _test(schema: Dict[str, Any]) -> Callable[[Any], bool]:
     if "anyOf" in schema:
         checks = [checker(below) for below in schema["anyOf"]]
         tests.append(lambda value: any(not check(value) for check in checks))
-    if "maxLength" in schema or "pattern" in schema:
-        most, pattern = schema.get("maxLength", math.inf), schema.get("pattern", "")
-        search = re.compile(pattern).search
-        tests.append(
-            lambda value: (
-                type(value) is not str or (len(value) <= most and bool(search(value)))
-            )
-        )
+    if "pattern" in schema:
+        tests.append(_text_test(schema))
     if "minimum" in schema or "maximum" in schema:
         low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
         tests.append(
@@ -1219,6 +1213,23 @@ def _test(schema: Dict[str, Any]) -> Callable[[Any], bool]:
     if len(tests) == 1:
         return tests[0]
     return lambda value: all(test(value) for test in tests)
+
+
+def _text_test(schema: Dict[str, Any]) -> Callable[[Any], bool]:
+    most = schema.get("maxLength", math.inf)
+    search = re.compile(schema["pattern"]).search
+
+    def test(value: Any) -> bool:
+        if type(value) is not str:
+            return True
+        # No pattern matches half a character, since most readers of schemas, to whom
+        # this one is shown, can't speak of it.
+        return bool(len(value) <= most and search(value) and not _HALF.search(value))
+
+    return test
+
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def _in_words(schema: Dict[str, Any]) -> str:
@@ -1259,21 +1270,51 @@ _check_submission = checker(SUBMISSION)
 
 def check_submission(document: Any, handlers: Mapping[str, Handler]) -> Submission:
     """Return what a submitted document asks for; raises Invalid."""
-    found = _check_submission(document)
-    if found:
-        raise Invalid(found)
+    document = _checked(document, SUBMISSION, _check_submission)
     known = handlers.get(document["type"])
     if known is None:
         names = {"enum": sorted(handlers)}
         raise Invalid(_below("type", checker(names)(document["type"])))
-    params = document["params"]
-    found = known.check(params)
-    if found:
-        raise Invalid(_below("params", found))
+    try:
+        params = _checked(document["params"], known.schema, known.check)
+    except Invalid as error:
+        raise Invalid(_below("params", error.problems)) from None
     options = NO_OPTIONS
     if len(document) > 2:
         options = Options(**{k: document[k] for k in Options._fields if k in document})
     return Submission(document["type"], to_json(params), options)
+
+
+def _checked(value: Any, schema: Schema, check: Check) -> Any:
+    """Return a value as its schema asks for it; raises Invalid."""
+    found = check(value)
+    if found:
+        value = with_integers(value, schema)
+        found = check(value)
+        if found:
+            raise Invalid(found)
+    return value
+
+
+def with_integers(value: Any, schema: Schema) -> Any:
+    """Return a value with 3.0 as 3 where an integer is asked for: to JSON it is one."""
+    if not isinstance(schema, dict):
+        return value
+    for below in schema.get("anyOf", ()):
+        tried = with_integers(value, below)
+        if not checker(below)(tried):
+            return tried
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        others = schema.get("additionalProperties", True)
+        return {n: with_integers(v, known.get(n, others)) for n, v in value.items()}
+    if isinstance(value, list):
+        return [with_integers(item, schema.get("items", True)) for item in value]
+    if type(value) is float and value.is_integer():
+        return (
+            int(value) if schema.get("type") == "integer" or "enum" in schema else value
+        )
+    return value
 
 
 def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submission]:
@@ -1646,12 +1687,12 @@ _PERCENT = re.compile(r"([0-9]{1,3}(?:[.,][0-9]+)?) ?%")
 _WORD: Dict[str, Any] = {
     "type": "string",
     "maxLength": MAX_ARGUMENT,
-    "pattern": r"^[^\x00\ud800-\udfff]*$",
+    "pattern": r"^[^\x00]*$",
     "description": "of at most %d characters, without NUL" % MAX_ARGUMENT,
 }
 _FIRST_WORD = dict(
     _WORD,
-    pattern=r"^(?!-)[^\x00\ud800-\udfff]*$",
+    pattern=r"^(?!-)[^\x00]*$",
     description=_WORD["description"] + ", that does not begin with -",
 )
 
@@ -1965,6 +2006,31 @@ class JournalError(Exception):
     """A file that can't be used as a journal; the text says which and why."""
 
 
+class Histogram:
+    """How many times, in seconds, were how long."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)  # of times up to each; longer ones last
+        self.sum = 0.0
+
+    def add(self, time: float) -> None:
+        """Count one. What is negative, since a clock was set, counts as none at all."""
+        self.counts[bisect_left(self.bounds, time)] += 1
+        self.sum += max(0.0, time)
+
+    def copy(self) -> "Histogram":
+        """The same, as it is now."""
+        made = Histogram(self.bounds)
+        made.sum, made.counts = self.sum, self.counts.copy()
+        return made
+
+
+COMMIT_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
+
+
 class Gone(NamedTuple):
     """The record of a task that was let go."""
 
@@ -2047,6 +2113,9 @@ class Journal:
         # Why nothing can be written now. The writer's; others look once at a time, and
         # whoever looks too early learns the rest from its batch.
         self.error = ""
+        # Only the thread that writes adds to it. Who copies it without a lock may see
+        # a commit's count before its time; the next look has both.
+        self.commit_times = Histogram(COMMIT_BOUNDS)
         # The lock guards the batches that are open for more records, of one kind
         # each, and is notified when there is something to do for the writer.
         self._changed = threading.Condition()
@@ -2238,8 +2307,10 @@ class Journal:
 
     def _write(self, batches: Sequence[Batch]) -> List[Batch]:
         """Write all in one transaction; return those that are to be tried again."""
+        begin = time.perf_counter()
         try:
             self._commit([record for batch in batches for record in batch.records])
+            self.commit_times.add(time.perf_counter() - begin)
         except Exception as error:  # whatever it is, this thread must live
             text = getattr(error, "strerror", "") or str(error) or type(error).__name__
             if text != self.error:
@@ -2334,6 +2405,47 @@ class Counts(NamedTuple):
     pending: int
     processing: int
     finished: int
+
+
+RUN_BOUNDS = (0.01, 0.1, 1, 5, 15, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
+
+
+class Tally:
+    """What has been counted since the start, by task type.
+
+    Only these types are told apart: others, which an old journal may hold, are one.
+    """
+
+    others = "(not registered)"
+
+    def __init__(self, types: Container[str]) -> None:
+        self._types = types
+        self.ended: Counter[Tuple[str, str]] = Counter()  # tasks, by type and status
+        self.times: Dict[Tuple[str, str], Histogram] = {}  # by what took it, and type
+
+    def end(self, task: Task) -> None:
+        """Count a task that has finished."""
+        self.ended[self._label(task), task.status] += 1
+
+    def add(self, what: str, task: Task, time: float) -> None:
+        """Count the seconds that a task was "waiting" or "running"."""
+        key = what, self._label(task)
+        if key not in self.times:
+            self.times[key] = Histogram(RUN_BOUNDS)
+        self.times[key].add(time)
+
+    def _label(self, task: Task) -> str:
+        return task.type if task.type in self._types else self.others
+
+
+class Measures(NamedTuple):
+    """What a ledger tells of itself, all of one moment."""
+
+    counts: Counts
+    stuck: int
+    ended: Mapping[Tuple[str, str], int]  # as a Tally has it
+    times: Mapping[Tuple[str, str], Histogram]
+    journal: Optional[Journal]
 
 
 class Watch:
@@ -2518,7 +2630,7 @@ class Ledger:
 
     `clock` gives the time in seconds since 1970, and `ticks` one that is never set.
     What is in the journal is taken up, and from then on everything goes into it.
-    `rules` gives the rules of a type.
+    `rules` gives the rules of a type, and `types` are those that are counted apart.
     """
 
     def __init__(
@@ -2528,6 +2640,7 @@ class Ledger:
         journal: Optional[Journal] = None,
         rules: Callable[[str], Rules] = lambda type: Rules(),
         ticks: Callable[[], float] = time.monotonic,
+        types: Container[str] = HANDLERS,
     ) -> None:
         self.limits = limits
         self.feed = Feed()
@@ -2548,7 +2661,8 @@ class Ledger:
         # what of it still is, by the run's context or the waiting task's id; _ended
         # every finished task, in the order of ending, and perhaps ids of deleted ones;
         # _waiting the events to set when a task is finished; _beyond what can't start
-        # before the end of the drain; the numbers count what is in _tasks.
+        # before the end of the drain; the numbers count what is in _tasks, and _tally
+        # what was decided.
         self._lock = threading.Lock()
         self._tasks: Dict[str, Task] = {}
         self._submitting: Dict[str, Tuple[Task, Batch]] = {}
@@ -2565,6 +2679,7 @@ class Ledger:
         self._waiting: Dict[str, threading.Event] = {}
         self._beyond: Set[str] = set()
         self._counts = dict.fromkeys(EXITS, 0)
+        self._tally = Tally(types)
         self._queued = 0  # bytes of pending tasks
         self._held = 0  # bytes of finished tasks
         # Counts on from the time, so that a list's `after` still holds after a restart.
@@ -2586,6 +2701,8 @@ class Ledger:
                 if now is not task:
                     journal.append(True, now)
                     self.interrupted += 1
+                    if now.finished:
+                        self._tally.end(now)
                 self._drop_old(self._clock())
             in_order = sorted(self._tasks.values(), key=lambda task: task.seq)
             self._tasks = {task.id: task for task in in_order}
@@ -2721,6 +2838,8 @@ class Ledger:
         self._running[task.id] = context
         self._active[context] = task.type
         self._active_types[task.type] += 1
+        if task.due_at or attempt == 1:  # else the process has died since
+            self._tally.add("waiting", task, now - (task.due_at or task.created_at))
         task = task.moved_to(
             PROCESSING, started_at=now, attempt=attempt, due_at=None, error=None
         )
@@ -2810,7 +2929,9 @@ class Ledger:
         """Decide what becomes of a task whose run is over."""
         del self._running[context.task_id]
         self._unplan(context)
-        task = self._after(self._current(context.task_id), context.why, outcome)
+        ran = self._current(context.task_id)
+        self._tally.add("running", ran, self._clock() - (ran.started_at or 0))
+        task = self._after(ran, context.why, outcome)
         self._decide(task)
         return task
 
@@ -2943,6 +3064,8 @@ class Ledger:
 
     def _decide(self, task: Task) -> Optional[Batch]:
         """Settle on a task's next state; what is returned tells when it is on disk."""
+        if task.finished:
+            self._tally.end(task)
         if self._journal is None:
             self._publish(task)
             if task.finished:
@@ -3124,6 +3247,14 @@ class Ledger:
         """How many handlers run on though their tasks have ended."""
         with self._lock:
             return len(self._active) - len(self._running)
+
+    def measure(self) -> Measures:
+        """Return what is to be told of all of it."""
+        with self._lock:
+            stuck = len(self._active) - len(self._running)
+            times = {key: kept.copy() for key, kept in self._tally.times.items()}
+            ended = self._tally.ended.copy()
+            return Measures(self._count(), stuck, ended, times, self._journal)
 
     def check_open(self) -> None:
         """Raise what submit() would raise now: a TaskError or nothing."""
@@ -3466,12 +3597,15 @@ PROBLEM = "application/problem+json"  # RFC 9457
 TEXT = "text/plain; charset=utf-8"
 HTML = "text/html; charset=utf-8"
 SSE = "text/event-stream"
+METRICS = "text/plain; version=0.0.4; charset=utf-8"  # prometheus.io/docs/instrumenting
 LOOK_AFTER = 5.0  # seconds after which to see whether a client still waits
 KEEP_ALIVE = 15.0  # seconds after which a silent stream sends a comment
 
+OTHER = "other"  # what metrics call a path or method that is not known
+
 METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
-)
+) | {"QUERY"}
 
 
 class HTTPError(Exception):
@@ -3499,6 +3633,7 @@ class Request:
         "body",
         "task_id",
         "route",
+        "label",
         "keep",
         "length",
         "is_gone",
@@ -3514,6 +3649,7 @@ class Request:
         self.headers = headers
         self.body = b""
         self.task_id = ""  # where the path has one
+        self.label = OTHER  # the path, with {id} for the id; one for all unknown ones
         self.route: Optional[Route] = None  # once it is found
         self.keep = self._keeps_alive()
         self.length = self._length()
@@ -3746,6 +3882,14 @@ def result_json(task: Task) -> bytes:
 _UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
+class Traffic(NamedTuple):
+    """What has come in over HTTP."""
+
+    requests: Mapping[Tuple[str, str, int], int] = {}  # method, route and status
+    connections: int = 0  # that are open
+    most: int = 0  # that may be
+
+
 class App(NamedTuple):
     """What endpoints work with."""
 
@@ -3754,6 +3898,7 @@ class App(NamedTuple):
     access: "Access"
     max_wait: float = 300  # seconds
     scheme: str = "http"
+    traffic: Callable[[], Traffic] = Traffic  # a server puts its own here
 
 
 def submit_task(app: App, request: Request) -> Reply:
@@ -3860,8 +4005,7 @@ def list_tasks(app: App, request: Request) -> Reply:
     status = query.get("status", "")
     if status and status not in EXITS:
         raise HTTPError(400, "status must be one of " + ", ".join(EXITS))
-    limit = _number_in(query, "limit", 1, 1000, 100)
-    after = _number_in(query, "after", 0, 10**17, 0)
+    limit, after = _number_in(query, "limit"), _number_in(query, "after")
     order = query.get("order", "asc")
     if order not in ("asc", "desc"):
         raise HTTPError(400, "order must be asc or desc, by submission")
@@ -4099,6 +4243,341 @@ def show_readiness(app: App, request: Request) -> Reply:
     return json_reply({"status": "ready"})
 
 
+# -- metrics ---------------------------------------------------------------
+#
+# Prometheus' text format 0.0.4. No label has a task's id, nor anything else that
+# clients make up.
+
+BEGAN = time.time()
+Labels = Mapping[str, str]
+Metric = List[str]  # its lines
+
+
+def show_metrics(app: App, request: Request) -> Reply:
+    """Give the metrics, for Prometheus."""
+    metrics = itertools.chain(task_metrics(app), http_metrics(app), process_metrics())
+    return Reply(
+        200, "".join(line + "\n" for m in metrics for line in m).encode(), METRICS
+    )
+
+
+def task_metrics(app: App) -> Iterator[Metric]:
+    """Yield what there is to tell of tasks and the journal."""
+    counts, stuck, ended, times, journal = app.ledger.measure()
+    finished = {(type, status): 0 for type in app.handlers for status in FINISHED}
+    name, about = "longtasks_tasks_finished_total", "Tasks that have finished."
+    yield counter(name, about, ("type", "status"), {**finished, **ended})
+    yield gauge("longtasks_tasks_pending", "Tasks that wait.", counts.pending)
+    yield gauge("longtasks_tasks_processing", "Tasks that run.", counts.processing)
+    yield gauge("longtasks_tasks_kept", "Tasks kept after their end.", counts.finished)
+    yield gauge(
+        "longtasks_queue_limit", "Tasks that may wait.", app.ledger.limits.queue
+    )
+    yield gauge("longtasks_handlers_stuck", "Handlers that do not stop.", stuck)
+    for what, about in (
+        ("waiting", "Time from when a task could start to its start."),
+        ("running", "Time that a run of a task took."),
+    ):
+        found = [
+            ({"type": key[1]}, times[key]) for key in sorted(times) if key[0] == what
+        ]
+        yield histogram("longtasks_task_%s_seconds" % what, about, found)
+    if journal:
+        name, about = "longtasks_journal_commit_seconds", "Time that a commit took."
+        yield histogram(name, about, [({}, journal.commit_times.copy())])
+
+
+def http_metrics(app: App) -> Iterator[Metric]:
+    """Yield what there is to tell of requests and connections."""
+    requests, connections, most = app.traffic()
+    name, about = "longtasks_http_requests_total", "Requests that were answered."
+    yield counter(name, about, ("method", "route", "code"), requests)
+    yield gauge("longtasks_http_connections", "Clients connected.", connections)
+    yield gauge("longtasks_http_connections_limit", "Clients that may be.", most)
+
+
+def process_metrics() -> Iterator[Metric]:
+    """Yield what there is to tell of the process, as far as the system tells it."""
+    labels = {"version": __version__, "python": "%d.%d.%d" % sys.version_info[:3]}
+    yield gauge("longtasks_build_info", "What runs here.", 1, labels)
+    yield gauge("process_start_time_seconds", "When it began, since 1970.", BEGAN)
+    used = {(): time.process_time()}
+    yield counter("process_cpu_seconds_total", "Time on the processor.", (), used)
+    with contextlib.suppress(OSError):  # there is no /proc
+        with open("/proc/self/statm", encoding="ascii") as file:
+            virtual, resident = map(int, file.read().split()[:2])
+        page = os.sysconf("SC_PAGE_SIZE")
+        yield gauge("process_virtual_memory_bytes", "Address space.", virtual * page)
+        yield gauge("process_resident_memory_bytes", "Memory in use.", resident * page)
+        files = len(os.listdir("/proc/self/fd")) - 1  # without the one of this listing
+        yield gauge("process_open_fds", "Open file descriptors.", files)
+
+
+def sample(name: str, labels: Labels, value: float) -> str:
+    """Write one line of a metric."""
+    # A type's name is printable, so that it has no end of line.
+    pairs = [
+        '%s="%s"' % (label, re.sub(r'[\\"]', r"\\\g<0>", labels[label]))
+        for label in labels
+    ]
+    return "%s%s %r" % (name, "{%s}" % ",".join(pairs) if pairs else "", value)
+
+
+def _heading(name: str, about: str, kind: str) -> Metric:
+    return ["# HELP %s %s" % (name, about), "# TYPE %s %s" % (name, kind)]
+
+
+def gauge(name: str, about: str, value: float, labels: Labels = {}) -> Metric:
+    """Write a number that may go up and down."""
+    return [*_heading(name, about, "gauge"), sample(name, labels, value)]
+
+
+def counter(
+    name: str, about: str, labels: Sequence[str], counts: Mapping[Any, float]
+) -> Metric:
+    """Write numbers that only grow, by the values of these labels."""
+    return _heading(name, about, "counter") + [
+        sample(name, dict(zip(labels, map(str, values))), counts[values])
+        for values in sorted(counts)
+    ]
+
+
+def histogram(
+    name: str, about: str, found: Sequence[Tuple[Labels, Histogram]]
+) -> Metric:
+    """Write histograms, each with its labels."""
+    lines = _heading(name, about, "histogram")
+    for labels, kept in found:
+        bounds = ["%g" % bound for bound in kept.bounds] + ["+Inf"]
+        for bound, total in zip(bounds, itertools.accumulate(kept.counts)):
+            lines.append(sample(name + "_bucket", {**labels, "le": bound}, total))
+        lines.append(sample(name + "_sum", labels, kept.sum))
+        lines.append(sample(name + "_count", labels, sum(kept.counts)))
+    return lines
+
+
+# -- OpenAPI ---------------------------------------------------------------
+#
+# The document at /openapi.json (spec.openapis.org/oas/v3.1.0) is made from ROUTES, the
+# handlers' schemas and these tables.
+
+# What is answered beside JSON.
+MEDIA = {"text": TEXT, "html": HTML, "events": SSE, "metrics": METRICS}
+TEXTS: Dict[str, Any] = {"type": "string"}
+COUNT: Dict[str, Any] = {"type": "integer", "minimum": 0}
+TIME: Dict[str, Any] = {"type": "string", "format": "date-time"}
+ID = {"type": "string", "format": "uuid"}
+
+# Parameters: where they stand, what they may be, what they are for.
+# fmt: off
+PARAMETERS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
+    "id": ("path", ID, "The task's id."),
+    "wait": ("query", {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?$"},
+             "Seconds to wait for the task's end."),
+    "status": ("query", {"enum": ["", *EXITS]}, "Only tasks of this status."),
+    "type": ("query", TEXTS, "Only tasks of this type."),
+    "limit": ("query", {**COUNT, "minimum": 1, "maximum": 1000, "default": 100},
+              "How many tasks at most."),
+    "after": ("query", {**COUNT, "maximum": 10**17, "default": 0},
+              "The next of the page before."),
+    "order": ("query", {"enum": ["asc", "desc"]}, "Oldest first, or newest first."),
+    "Prefer": ("header", TEXTS, "wait=SECONDS (RFC 7240)."),
+    "Idempotency-Key": ("header", {"type": "string", "pattern": "^[!-~]{1,255}$"},
+                        "The same for the same task."),
+    "Last-Event-ID": ("header", TEXTS, "The id of the last event that is known."),
+}
+
+# Why requests are refused; ROUTES says where those do that not all routes have.
+REFUSALS = {
+    400: "Not HTTP, not JSON, or a query, a header or an id that can't be.",
+    401: "Send the token.",
+    403: "A web page of another origin may not ask this.",
+    404: "There is no task with this id.",
+    405: "The path does not take this method.",
+    406: "Not to be had in any form that Accept lists.",
+    408: "The request came too slowly.",
+    409: "The task's state does not allow it, or another task has this id.",
+    410: "The task was deleted or has expired.",
+    411: "A body must come with its Content-Length.",
+    413: "The body is too large.",
+    414: "The target is too long.",
+    415: "The body must be application/json.",
+    417: "Nothing but 100-continue can be expected.",
+    421: "Without a token only localhost is answered for.",
+    422: "JSON, but not a task that can be run; errors points to each problem.",
+    431: "The headers are too long.",
+    500: "An error of the service.",
+    501: "Nobody knows this method.",
+    503: "There is no room now, or the service shuts down.",
+    505: "This is HTTP/1.1.",
+}
+ANYWHERE = frozenset(REFUSALS) - {404, 406, 409, 410, 415, 422}
+
+# The headers that come with some answers.
+_BESIDE = {
+    "html": "Content-Security-Policy", "events": "X-Accel-Buffering",
+    401: "WWW-Authenticate", 405: "Allow", 409: "Retry-After", 503: "Retry-After",
+}
+# fmt: on
+
+
+def _array(items: Schema, **limits: int) -> Dict[str, Any]:
+    return {"type": "array", "items": items, **limits}
+
+
+def _ref(name: str, kind: str = "schemas") -> Dict[str, Any]:
+    return {"$ref": "#/components/%s/%s" % (kind, name)}
+
+
+def _object(names: str, **schemas: Schema) -> Dict[str, Any]:
+    """The schema of an object with these fields, where name? may be missing."""
+    fields, must = names.replace("?", "").split(), names.split()
+    return {
+        "type": "object",
+        "properties": {name: schemas.get(name, TEXTS) for name in fields},
+        "required": [name for name in fields if name in must],
+    }
+
+
+_TIMES = dict.fromkeys(
+    ["created_at", "started_at", "ended_at", "next_attempt_at"], TIME
+)
+_STATUS = {"enum": list(EXITS)}
+DOCUMENTS: Dict[str, Schema] = {
+    "Batch": _array(_ref("Submission"), minItems=1, maxItems=MAX_BATCH),
+    "Accepted": _object("id status", id=ID, status=_STATUS),
+    "BatchAccepted": _array(_ref("Accepted")),
+    "Status": _object(
+        "id status type created_at started_at? ended_at? attempt? priority? "
+        "next_attempt_at? last_error? cancel_requested? progress?",
+        id=ID,
+        status=_STATUS,
+        attempt=COUNT,
+        priority={"type": "integer"},
+        cancel_requested={"type": "boolean"},
+        progress=_object("percent message", percent={"type": "number"}),
+        **_TIMES,
+    ),
+    "Result": _object(
+        "task_id status result? error? created_at started_at ended_at",
+        task_id=ID,
+        status=_STATUS,
+        result={},
+        **dict(_TIMES, started_at={"anyOf": [TIME, {"type": "null"}]}),
+    ),
+    "List": _object(
+        "tasks next counts",
+        tasks=_array(_ref("Status")),
+        next={"anyOf": [COUNT, {"type": "null"}]},
+        counts=_object(" ".join(EXITS), **dict.fromkeys(EXITS, COUNT)),
+    ),
+    "Submitted": SUBMISSION,
+    "Types": _object(
+        "types",
+        types=_array(_object("type description params", params={"type": "object"})),
+    ),
+    "Probe": _object("status"),
+    "OpenAPI": {"type": "object"},
+    "Problem": _object(
+        "type title status detail errors?",
+        status=COUNT,
+        errors=_array(_object("pointer detail")),
+    ),
+}
+
+
+def show_openapi(app: App, request: Request) -> Reply:
+    """Describe all of this, as OpenAPI 3.1 has it."""
+    return json_reply(openapi(app.handlers, bool(app.access.token)))
+
+
+def openapi(handlers: Mapping[str, Handler], locked: bool) -> Dict[str, Any]:
+    """Return the OpenAPI document for these handlers; `locked`: a token is needed."""
+    known = [handlers[name] for name in sorted(handlers)]
+    components = {
+        "schemas": {"Submission": {"oneOf": [*map(_submission, known)]}, **DOCUMENTS},
+        "parameters": {name: _parameter(name) for name in PARAMETERS},
+        "responses": {str(status): _refused(status) for status in REFUSALS},
+        "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "longtasks", "version": __version__},
+        "security": [{"token": []}] if locked else [],
+        "paths": {
+            path: {name.lower(): operation(name, methods[name]) for name in methods}
+            for path, methods in _ROUTES.items()
+        },
+        "components": components,
+    }
+
+
+def operation(method: str, route: "Route") -> Dict[str, Any]:
+    """Return what the document says of a method of a path."""
+    names = ["id"] * ("{id}" in route.path) + [*route.query, *route.headers]
+    answers = {str(status): _given(route, status) for status in route.gives}
+    for status in sorted(ANYWHERE.union(route.refuses)):
+        answers[str(status)] = _ref(str(status), "responses")
+    described: Dict[str, Any] = {
+        "operationId": ("head_" if method == "HEAD" else "") + route.endpoint.__name__,
+        "summary": route.help,
+        "parameters": [_ref(name, "parameters") for name in names],
+        "responses": answers,
+    }
+    if route.open:
+        described["security"] = []
+    if route.takes:
+        described["requestBody"] = {"required": True, "content": _content(route.takes)}
+    return described
+
+
+def _submission(known: Handler) -> Dict[str, Any]:
+    own = {"type": {"const": known.name}, "params": known.schema}
+    about = {"title": known.name, "description": known.description}
+    return {**SUBMISSION, **about, "properties": {**SUBMISSION["properties"], **own}}
+
+
+def _parameter(name: str) -> Dict[str, Any]:
+    place, schema, about = PARAMETERS[name]
+    described = {"name": name, "in": place, "schema": schema, "description": about}
+    return {**described, "required": True} if place == "path" else described
+
+
+def _content(names: str) -> Dict[str, Any]:
+    """What a body may be: names of MEDIA and of DOCUMENTS."""
+    found: Dict[str, Any] = {}
+    for name in names.split():
+        if name in MEDIA:
+            found[MEDIA[name]] = {"schema": TEXTS}
+        else:
+            media = PROBLEM if name == "Problem" else JSON
+            found.setdefault(media, {"schema": {"anyOf": []}})
+            found[media]["schema"]["anyOf"].append(_ref(name))
+    return found
+
+
+def _given(route: "Route", status: int) -> Dict[str, Any]:
+    """What the document says of an answer that is no refusal."""
+    names = route.gives[status]
+    headers = [_BESIDE[name] for name in names.split() if name in _BESIDE]
+    headers += ["Location"] if route.takes else []
+    headers += ["Preference-Applied"] if "Prefer" in route.headers else []
+    return _answer(HTTPStatus(status).phrase, names, headers)
+
+
+def _refused(status: int) -> Dict[str, Any]:
+    headers = [_BESIDE[status]] if status in _BESIDE else []
+    return _answer(REFUSALS[status], "Problem", headers)
+
+
+def _answer(about: str, names: str, headers: Sequence[str]) -> Dict[str, Any]:
+    always = ["Server", "Date"]
+    always += ["Cache-Control", "X-Content-Type-Options"] if names else []
+    found = {name: {"schema": TEXTS, "required": True} for name in always}
+    found.update((name, {"schema": TEXTS}) for name in ["Connection", *headers])
+    return {"description": about, "headers": found, "content": _content(names)}
+
+
 # -- routes ----------------------------------------------------------------
 
 
@@ -4108,7 +4587,11 @@ class Route(NamedTuple):
     method: str
     path: str
     endpoint: Callable[[App, Request], Reply]
+    gives: Mapping[int, str]  # status -> the names in DOCUMENTS and MEDIA
+    refuses: Tuple[int, ...] = ()  # with what else than ANYWHERE
     query: Tuple[str, ...] = ()  # the parameters that it knows
+    headers: Tuple[str, ...] = ()  # and the headers, of its own
+    takes: str = ""  # the names in DOCUMENTS of its body
     open: bool = False  # to everybody, since it tells nothing
 
     @property
@@ -4117,28 +4600,39 @@ class Route(NamedTuple):
         return inspect.getdoc(self.endpoint) or ""
 
 
+_WAIT, _PREFER, _LAST_ID = ("wait",), ("Prefer",), ("Last-Event-ID",)
+
+# fmt: off
 ROUTES = (
-    Route("GET", "/", show_index),
-    Route("POST", "/api/v1/tasks", submit_task, ("wait",)),
-    Route(
-        "GET",
-        "/api/v1/tasks",
-        list_tasks,
-        ("status", "type", "limit", "after", "order"),
-    ),
-    Route("GET", "/api/v1/tasks/{id}", show_task, ("wait",)),
-    Route("PUT", "/api/v1/tasks/{id}", put_task, ("wait",)),
-    Route("GET", "/api/v1/tasks/{id}/submission", show_submission),
-    Route("GET", "/api/v1/tasks/{id}/result", show_result, ("wait",)),
-    Route("GET", "/api/v1/tasks/{id}/log", show_log),
-    Route("GET", "/api/v1/tasks/{id}/events", task_events),
-    Route("POST", "/api/v1/tasks/{id}/cancel", cancel_task),
-    Route("DELETE", "/api/v1/tasks/{id}", delete_task),
-    Route("GET", "/api/v1/events", all_events),
-    Route("GET", "/api/v1/types", list_types),
-    Route("GET", "/healthz", show_health, open=True),
-    Route("GET", "/readyz", show_readiness, open=True),
+    Route("GET", "/", show_index, {200: "text html"}),
+    Route("POST", "/api/v1/tasks", submit_task,
+          {200: "Status", 202: "Accepted BatchAccepted text"}, (406, 410, 415, 422),
+          _WAIT, ("Prefer", "Idempotency-Key"), "Submission Batch"),
+    Route("GET", "/api/v1/tasks", list_tasks, {200: "List"}, (),
+          ("status", "type", "limit", "after", "order")),
+    Route("GET", "/api/v1/tasks/{id}", show_task, {200: "Status text"},
+          (404, 406, 410), _WAIT, _PREFER),
+    Route("PUT", "/api/v1/tasks/{id}", put_task,
+          {200: "Accepted Status text", 202: "Accepted text"},
+          (406, 409, 410, 415, 422), _WAIT, _PREFER, "Submission"),
+    Route("GET", "/api/v1/tasks/{id}/submission", show_submission, {200: "Submitted"},
+          (404, 410)),
+    Route("GET", "/api/v1/tasks/{id}/result", show_result, {200: "Result text"},
+          (404, 406, 409, 410), _WAIT, _PREFER),
+    Route("GET", "/api/v1/tasks/{id}/log", show_log, {200: "text"}, (404, 410)),
+    Route("GET", "/api/v1/tasks/{id}/events", task_events, {200: "events"},
+          (404, 406, 410), (), _LAST_ID),
+    Route("POST", "/api/v1/tasks/{id}/cancel", cancel_task,
+          {200: "Status", 202: "Status"}, (404, 409, 410)),
+    Route("DELETE", "/api/v1/tasks/{id}", delete_task, {204: ""}, (404, 409, 410)),
+    Route("GET", "/api/v1/events", all_events, {200: "events"}, (406,), (), _LAST_ID),
+    Route("GET", "/api/v1/types", list_types, {200: "Types"}),
+    Route("GET", "/healthz", show_health, {200: "Probe"}, open=True),
+    Route("GET", "/readyz", show_readiness, {200: "Probe"}, open=True),
+    Route("GET", "/metrics", show_metrics, {200: "metrics"}),
+    Route("GET", "/openapi.json", show_openapi, {200: "OpenAPI"}),
 )
+# fmt: on
 
 # path -> method -> route, with HEAD wherever there is GET
 _ROUTES: Dict[str, Dict[str, Route]] = {}
@@ -4162,6 +4656,7 @@ def find_route(request: Request) -> Route:
         raise HTTPError(
             404, "there is nothing at %s; GET / lists what is" % request.path
         )
+    request.label = path
     if request.method not in methods:
         allowed = ", ".join(sorted(methods))
         raise HTTPError(405, "%s takes %s" % (request.path, allowed), Allow=allowed)
@@ -4190,11 +4685,11 @@ def read_query(text: str, known: Sequence[str]) -> Dict[str, str]:
     return dict(pairs)
 
 
-def _number_in(
-    query: Mapping[str, str], name: str, low: int, high: int, default: int
-) -> int:
+def _number_in(query: Mapping[str, str], name: str) -> int:
+    schema = PARAMETERS[name][1]
+    check = whole(schema["minimum"], schema["maximum"])
     try:
-        return whole(low, high)(query[name]) if name in query else default
+        return check(query[name]) if name in query else int(schema["default"])
     except ValueError as right:
         raise HTTPError(400, "%s must be %s" % (name, right)) from None
 
@@ -4422,6 +4917,8 @@ class Connection(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         """Prepare to read; called by socketserver."""
+        # Requests that were answered. Only this connection's thread adds to it.
+        self.counts: Dict[Tuple[str, str, int], int] = {}
         self.buffer = b""
         self.unsent = b""  # answers to what came in one piece go out in one piece
         # The request before, since clients repeat themselves, and what it was made of.
@@ -4465,6 +4962,7 @@ class Connection(socketserver.BaseRequestHandler):
             request = self._read_request()
         except HTTPError as error:
             reply = refusal(error)
+            self._count(OTHER, OTHER, error.status)
             self._answer(reply, "1.1", False)
             self._log_access(self.refused, reply)
             self._linger()
@@ -4474,6 +4972,7 @@ class Connection(socketserver.BaseRequestHandler):
         if self.unsent and (request.query_text or "prefer" in request.headers):
             self._flush()  # since this one may wait
         reply = self._reply_to(request)
+        self._count(request.method, request.label, reply.status)
         keep = request.keep and not self.crowded and not self.server.closing
         keep = keep and reply.stream is None
         try:
@@ -4483,6 +4982,10 @@ class Connection(socketserver.BaseRequestHandler):
         finally:
             self._log_access(request, reply)
         return keep
+
+    def _count(self, method: str, route: str, status: int) -> None:
+        key = (method if method in METHODS else OTHER, route, status)
+        self.counts[key] = self.counts.get(key, 0) + 1
 
     def _log_access(self, request: Optional[Request], reply: Reply) -> None:
         """Log an answer, and what it answers if that could be read.
@@ -4819,14 +5322,16 @@ class Server(ThreadingHTTPServer):
         listener: Optional[socket.socket] = None,
     ) -> None:
         """`address` is a host and a port, or the path of a Unix socket."""
-        self.app = app
+        self.app = app._replace(traffic=self.traffic)
         self.tls: Any = None  # an ssl.SSLContext
         self._file: Optional[os.stat_result] = None  # the Unix socket
         self.max_body = max_body
         self.max_connections = max_connections
         self.closing = False
         self._listener = listener  # a socket that listens already
-        # The lock guards which connections are open; it notifies when one has ended.
+        # The lock guards which connections are open, and what was counted by those that
+        # no longer are; it notifies when one has ended.
+        self._counts: Counter[Tuple[str, str, int]] = Counter()
         self._changed = threading.Condition()
         self._connections: Dict[socket.socket, Optional[Connection]] = {}
         self._crowded: Set[socket.socket] = set()  # those that came past the limit
@@ -4912,6 +5417,8 @@ class Server(ThreadingHTTPServer):
                 super().process_request(request, client_address)
                 return
         reply = self.crowded_reply()
+        with self._changed:
+            self._counts[OTHER, OTHER, reply.status] += 1
         request.setblocking(False)  # this is the thread that accepts: it must not wait
         with contextlib.suppress(OSError):
             request.send(encode_head(reply, self.date(), "1.1", False) + reply.body)
@@ -4932,9 +5439,20 @@ class Server(ThreadingHTTPServer):
         """Close a connection that has ended; called by socketserver."""
         super().shutdown_request(request)
         with self._changed:
-            self._connections.pop(request, None)
+            connection = self._connections.pop(request, None)
+            self._counts.update(connection.counts if connection else {})
             self._crowded.discard(request)
             self._changed.notify_all()
+
+    def traffic(self) -> Traffic:
+        """What has come in so far."""
+        with self._changed:
+            counts = self._counts.copy()
+            for connection in filter(None, self._connections.values()):
+                # Their threads go on counting. copy() is one step all the same, with
+                # the GIL and without it, so that it sees a dict that is whole.
+                counts.update(connection.counts.copy())
+            return Traffic(counts, len(self._connections), self.max_connections)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a connection did not expect; called by socketserver."""
@@ -5072,7 +5590,7 @@ class Service:
         rules = functools.lru_cache(maxsize=1000)(
             functools.partial(rules_of, handlers, settings["TASK_TIMEOUT"])
         )
-        self.ledger = Ledger(limits, journal=self.journal, rules=rules)
+        self.ledger = Ledger(limits, journal=self.journal, rules=rules, types=handlers)
         self.pool = Pool(self.ledger, handlers, settings["WORKER_COUNT"])
         scheme = "https" if tls else "http"
         app = App(self.ledger, handlers, access, settings["MAX_WAIT"], scheme)

@@ -6,10 +6,12 @@ by gates, clocks are handed in, and real processes are followed by what they say
 
 import concurrent.futures
 import contextlib
+import functools
 import hmac
 import http.client
 import json
 import logging
+import mmap
 import os
 import random
 import re
@@ -144,9 +146,58 @@ def call(service, method, path, body=None, **headers):
     try:
         connection.request(method, path, body, headers)
         response = connection.getresponse()
-        return Answer(response.status, response.headers, response.read())
+        answer = Answer(response.status, response.headers, response.read())
     finally:
         connection.close()
+    assert_described(method, path, answer)
+    return answer
+
+
+def resolved(schema, document):
+    """A schema of an OpenAPI document as the service's own reader of schemas takes it.
+
+    References are followed, and what is not described is not allowed.
+    """
+    if isinstance(schema, list):
+        return [resolved(part, document) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        _, _, kind, name = schema["$ref"].split("/")
+        return resolved(document["components"][kind][name], document)
+    made = {name: resolved(part, document) for name, part in schema.items()}
+    if "const" in made:
+        made["enum"] = [made.pop("const")]
+    if "oneOf" in made:
+        made["anyOf"] = made.pop("oneOf")
+    if "properties" in made:
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+@functools.lru_cache(maxsize=None)
+def told_of(method, path, status):
+    """What the OpenAPI document says of an answer, None of a path it has not."""
+    document = longtasks.openapi(longtasks.HANDLERS, True)
+    methods = document["paths"].get(path, {})
+    if method.lower() not in methods:
+        return None
+    return resolved(methods[method.lower()]["responses"][str(status)], document)
+
+
+def assert_described(method, path, answer):
+    """Every answer that a test gets is one that the OpenAPI document tells of."""
+    path = re.sub("^(/api/v1/tasks/)[^/]+", r"\1{id}", path.partition("?")[0])
+    told = told_of(method, path, answer.status)
+    if told is None:
+        return
+    must = {name for name, about in told["headers"].items() if about.get("required")}
+    found = set(answer.headers) - {"Content-Type", "Content-Length"}
+    assert must <= found <= set(told["headers"])
+    if answer.body:
+        schema = told["content"][answer.media]["schema"]
+        body = answer.json if "json" in answer.media else answer.body.decode()
+        assert longtasks.checker(schema)(body) == ()
 
 
 def submit(service, type, params=None, **headers):
@@ -526,7 +577,7 @@ def checked(function, params, registry, **options):
 @pytest.mark.parametrize(
     "annotation, good, bad",
     [
-        (int, [0, -5, 10**30], [1.0, True, "1", None]),
+        (int, [0, -5, 10**30, 1.0], [1.5, True, "1", None]),
         (float, [0, 1.5, -2], [True, "1.5", None]),
         (str, ["", "é"], [1, None, ["a"]]),
         (bool, [True, False], [0, 1, "true", None]),
@@ -578,6 +629,17 @@ def test_missing_and_extra_params_are_told(registry):
     assert told == "params.c is unknown; known here: a, b"
     told = checked(function, {"b": "x"}, registry)
     assert told == 'params.a is missing; params.b must be a whole number, not "x"'
+
+
+def test_a_whole_number_with_a_point_is_an_integer(registry):
+    @handler("t")
+    def function(a: int, b: Optional[List[Literal[1, 2]]] = None, c: float = 0):
+        return a
+
+    document = {"type": "t", "params": {"a": 3.0, "b": [2.0], "c": 3.0}, "retries": 1.0}
+    wanted = longtasks.check_submission(document, registry)
+    assert wanted.params == b'{"a": 3, "b": [2], "c": 3.0}'
+    assert repr(wanted.options.retries) == "1"
 
 
 def test_the_place_of_a_wrong_value_is_told(registry):
@@ -1173,6 +1235,30 @@ def test_what_has_happened_is_written_when_the_disk_is_back(error, tmp_path):
     ]
 
 
+def test_commits_are_counted_with_their_time(tmp_path):
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+        journal = ledger.measure().journal
+        journal.free()
+        ledger.submit("t", b"{}")
+        before = sum(journal.commit_times.counts)
+        ledger.submit("t", b"{}")
+        assert sum(journal.commit_times.counts) == before + 1
+        journal.failure = OSError("full")
+        with pytest.raises(longtasks.Unavailable):
+            ledger.submit("t", b"{}")
+        assert sum(journal.commit_times.counts) == before + 1
+        assert 0 < journal.commit_times.sum < LONG
+        journal.failure = None
+
+
+def test_a_histogram_has_each_time_under_the_first_bound_that_holds_it():
+    histogram = longtasks.Histogram((0.5, 1, 5))
+    for time_taken in (0.5, 0.6, 1, 1.1, 5, 5.1, 400, -3):
+        histogram.add(time_taken)
+    assert histogram.counts == [2, 2, 2, 2]
+    assert histogram.sum == pytest.approx(413.3)
+
+
 def test_rows_of_deleted_and_expired_tasks_leave_and_their_room_is_used_again(tmp_path):
     path, clock = tmp_path / "tasks.db", Clock()
     params = b'{"x": "%s"}' % (b"x" * 10_000)
@@ -1197,11 +1283,11 @@ def test_rows_of_deleted_and_expired_tasks_leave_and_their_room_is_used_again(tm
 DONE = longtasks.Outcome("completed", b"1")
 
 
-def new_ledger(clock=None, rules=None, **limits):
+def new_ledger(clock=None, rules=None, types=(), **limits):
     clock = clock or Clock()
     rules = longtasks.Rules(**(rules or {}))
     return longtasks.Ledger(
-        longtasks.Limits(**limits), clock, None, lambda type: rules, clock
+        longtasks.Limits(**limits), clock, None, lambda type: rules, clock, types
     )
 
 
@@ -1490,6 +1576,52 @@ def test_what_was_given_up_cannot_finish_any_more(outcome):
     with pytest.raises(longtasks.IllegalMove):
         ledger.finish(context, longtasks.Outcome(outcome, b"1"))
     assert ledger.get(running.id) == task
+
+
+def counted(ledger, what, type="t"):
+    """How many times of that kind were counted, and what they are in all."""
+    times = ledger.measure().times[what, type]
+    return sum(times.counts), times.sum
+
+
+def test_what_has_ended_waited_and_run_is_counted_by_type():
+    clock = Clock()
+    ledger = new_ledger(clock, types={"t"})
+    ledger.submit("t", b"{}", longtasks.Options(delay=10))
+    clock.now += 12
+    ledger.tick()
+    _, context = ledger.claim()
+    clock.now += 40
+    ledger.finish(context, DONE)
+    ledger.cancel(ledger.submit("t", b"{}").id)
+    assert ledger.measure().ended == {("t", "completed"): 1, ("t", "cancelled"): 1}
+    assert counted(ledger, "waiting") == (1, 2.0)
+    assert counted(ledger, "running") == (1, 40.0)
+
+
+def test_a_task_that_is_run_again_has_run_and_waited_twice_but_ended_once():
+    clock = Clock()
+    ledger = new_ledger(clock, types={"t"})
+    ledger.submit("t", b"{}", longtasks.Options(retries=1))
+    for _ in range(2):
+        clock.now += 1
+        _, context = ledger.claim()
+        clock.now += 3
+        clock.now = ledger.finish(context, FAILED).due_at or clock.now
+        ledger.tick()
+    assert ledger.measure().ended == {("t", "failed"): 1}
+    assert counted(ledger, "waiting") == (2, 2.0)
+    assert counted(ledger, "running") == (2, 6.0)
+
+
+def test_types_that_are_not_registered_count_as_one():
+    ledger = new_ledger(types={"t"})
+    for type in ("a", "b", "t"):
+        ledger.submit(type, b"{}")
+        ledger.finish(ledger.claim()[1], DONE)
+    ended = {("(not registered)", "completed"): 2, ("t", "completed"): 1}
+    assert ledger.measure().ended == ended
+    assert counted(ledger, "running", "(not registered)")[0] == 2
 
 
 # -- with a journal --------------------------------------------------------
@@ -1902,6 +2034,21 @@ def test_an_interruption_is_no_failure(tmp_path):
         ledger.claim()
     with journalled(path) as ledger:
         assert ledger.finish(ledger.claim()[1], FAILED).status == "pending"
+
+
+def test_what_is_taken_up_is_not_counted_again(tmp_path):
+    path = tmp_path / "tasks.db"
+    with journalled(path) as ledger:
+        finished_task(ledger)
+        stopped = ledger.submit("t", b"{}").id
+        ledger.claim()
+        ledger.cancel(stopped)
+        ledger.submit("t", b"{}")
+        ledger.claim()
+    with journalled(path) as ledger:
+        assert ledger.measure().ended == {("(not registered)", "cancelled"): 1}
+        ledger.claim()  # it has waited since a time that nobody knows
+        assert ledger.measure().times == {}
 
 
 def test_a_retry_that_a_handler_asks_for_is_granted():
@@ -3932,6 +4079,260 @@ def test_an_error_of_the_service_is_told_without_a_traceback(
     assert "Traceback" not in answer.body.decode()
     request_id = document["detail"].split()[-1]
     assert any(request_id in record.getMessage() for record in caplog.records)
+
+
+# -- metrics and OpenAPI ---------------------------------------------------
+
+
+def metrics_of(service):
+    """The value of each sample, by its name with its labels, once it is well formed."""
+    answer = call(service, "GET", "/metrics")
+    assert answer.media == "text/plain; version=0.0.4; charset=utf-8"
+    found, heads = {}, set()
+    for line in answer.body.decode().splitlines():
+        if line.startswith("# "):
+            heads.add(tuple(line.split()[1:3]))
+            continue
+        name, value = line.rsplit(" ", 1)
+        family = re.sub("_(bucket|sum|count)$", "", name.partition("{")[0])
+        assert {("HELP", family), ("TYPE", family)} <= heads
+        assert name not in found
+        found[name] = float(value)
+    return found
+
+
+def test_metrics_tell_of_tasks_and_of_the_process(gate):
+    with serving(WORKER_COUNT=1, QUEUE_LIMIT=7) as service:
+        result_of(service, submitted(service, "long_computation", {"duration": 0}))
+        for _ in range(3):
+            submitted(service, "gate")
+        gate.wait_started()
+        found = metrics_of(service)
+    name = 'longtasks_tasks_finished_total{type="%s",status="%s"}'
+    assert found[name % ("long_computation", "completed")] == 1
+    assert found[name % ("gate", "failed")] == 0
+    assert found["longtasks_tasks_pending"] == 2
+    assert found["longtasks_tasks_processing"] == 1
+    assert found["longtasks_tasks_kept"] == 1
+    assert found["longtasks_queue_limit"] == 7
+    assert found["longtasks_handlers_stuck"] == 0
+    assert abs(found["process_start_time_seconds"] - time.time()) < 3600
+    assert found["process_cpu_seconds_total"] > 0
+    about = 'longtasks_build_info{version="%s",python="%d.%d.%d"}'
+    assert found[about % (longtasks.__version__, *sys.version_info[:3])] == 1
+
+
+def test_every_histogram_agrees_with_itself(registry, tmp_path):
+    with serving(DB=str(tmp_path / "tasks.db")) as service:
+        for duration in (0, 0, 0.02):
+            task_id = submitted(service, "long_computation", {"duration": duration})
+            result_of(service, task_id)
+        found = metrics_of(service)
+    label = '{type="long_computation"}'
+    for name, labels in (
+        ("longtasks_task_waiting_seconds", label),
+        ("longtasks_task_running_seconds", label),
+        ("longtasks_journal_commit_seconds", ""),
+    ):
+        start = name + "_bucket{" + labels.strip("{}")
+        buckets = [found[key] for key in found if key.startswith(start)]
+        assert buckets == sorted(buckets)
+        assert buckets[-1] == found[name + "_count" + labels] >= 3
+        assert found[name + "_sum" + labels] > 0
+        assert 'le="+Inf"' in [key for key in found if key.startswith(start)][-1]
+    assert 0.02 < found["longtasks_task_running_seconds_sum" + label] < LONG
+
+
+def test_no_label_is_made_up_by_clients_and_all_are_escaped(registry):
+    handler('a "b" \\ é')(lambda: 1)
+    with serving() as service:
+        task_id = submitted(service, 'a "b" \\ é')
+        result_of(service, task_id)
+        call(service, "GET", "/nowhere/" + task_id)
+        call(service, "BREW", "/api/v1/tasks")
+        text = call(service, "GET", "/metrics").body.decode()
+    assert '{type="a \\"b\\" \\\\ é",status="completed"} 1\n' in text
+    for word in (task_id, "nowhere", "BREW"):
+        assert word not in text
+
+
+def requests_of(service):
+    """How many requests were answered, by method, route and code."""
+    found = metrics_of(service)
+    name = "longtasks_http_requests_total"
+    pattern = name + '{method="(.*)",route="(.*)",code="(.*)"}'
+    counts = {re.fullmatch(pattern, key): found[key] for key in found if name in key}
+    return {match.groups(): count for match, count in counts.items()}
+
+
+def test_requests_are_counted_by_route_and_code(service):
+    task = "/api/v1/tasks/" + str(uuid.UUID(int=1))
+    for method, path in [
+        ("GET", task),
+        ("HEAD", task + "/log"),
+        ("PATCH", task),
+        ("GET", "/x"),
+    ]:
+        call(service, method, path)
+    call(service, "BREW", "/healthz")
+    raw(service, b"x\r\n\r\n")
+    assert requests_of(service) == {
+        ("GET", "/api/v1/tasks/{id}", "404"): 1,
+        ("HEAD", "/api/v1/tasks/{id}/log", "404"): 1,
+        ("PATCH", "/api/v1/tasks/{id}", "405"): 1,
+        ("GET", "other", "404"): 1,
+        ("other", "other", "501"): 1,
+        ("other", "other", "400"): 1,
+    }
+
+
+def test_no_request_is_counted_twice_or_never_however_many_come_at_once(service):
+    done = threading.Event()
+    seen = []
+
+    def work(index):
+        if index == 0:
+            while not done.is_set():  # looks while the others count
+                key = ("GET", "/healthz", "200")
+                seen.append(requests_of(service).get(key, 0))
+            return
+        request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for _ in range(20):
+            raw(service, request * 20 + request.replace(b"1.1", b"1.0"))
+        if index == 1:
+            done.set()
+
+    together(6, work)
+    assert seen == sorted(seen)
+    assert requests_of(service)["GET", "/healthz", "200"] == 5 * 20 * 21
+
+
+def test_connections_are_counted_while_they_are_open(service):
+    address = ("127.0.0.1", service.server.server_port)
+    with socket.create_connection(address), socket.create_connection(address):
+        until(lambda: len(service.server._connections) == 2)
+        found = metrics_of(service)
+        assert found["longtasks_http_connections"] == 3
+        assert found["longtasks_http_connections_limit"] == 1000
+
+
+def test_without_proc_the_other_metrics_are_there(service, monkeypatch):
+    def no_open(*args, **options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(longtasks, "open", no_open, raising=False)
+    found = metrics_of(service)
+    assert "process_cpu_seconds_total" in found
+    assert "process_resident_memory_bytes" not in found
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="there is no /proc")
+def test_memory_is_what_the_process_uses(service):
+    found = metrics_of(service)
+    assert 1e6 < found["process_resident_memory_bytes"] < 1e10
+    before = found["process_virtual_memory_bytes"], found["process_open_fds"]
+    with open(SCRIPT), mmap.mmap(-1, 64 << 20):
+        found = metrics_of(service)
+    assert found["process_virtual_memory_bytes"] >= before[0] + (64 << 20)
+    assert found["process_open_fds"] > before[1]
+
+
+def test_openapi_tells_of_every_route_and_its_head(service):
+    document = call(service, "GET", "/openapi.json").json
+    told = {
+        (method.upper(), path)
+        for path, methods in document["paths"].items()
+        for method in methods
+    }
+    routes = {(route.method, route.path) for route in longtasks.ROUTES}
+    assert told == routes | {
+        ("HEAD", path) for method, path in routes if method == "GET"
+    }
+    operations = [o for m in document["paths"].values() for o in m.values()]
+    assert len({o["operationId"] for o in operations}) == len(operations)
+    assert document["openapi"] == "3.1.0"
+
+
+def test_openapi_has_no_reference_that_leads_nowhere_and_no_part_that_is_unused():
+    document = longtasks.openapi(longtasks.HANDLERS, False)
+    used = set(re.findall('"#/components/([a-z]+/[^"]+)"', json.dumps(document)))
+    there = {
+        kind + "/" + name
+        for kind in ("schemas", "parameters", "responses")
+        for name in document["components"][kind]
+    }
+    assert used == there
+
+
+def test_openapi_knows_every_query_parameter_that_is_taken(service):
+    document = call(service, "GET", "/openapi.json").json
+    for route in longtasks.ROUTES:
+        told = document["paths"][route.path][route.method.lower()]["parameters"]
+        told = [resolved(parameter, document) for parameter in told]
+        told = [p["name"] for p in told if p["in"] == "query"]
+        path = route.path.replace("{id}", str(uuid.UUID(int=1)))
+        detail = call(service, route.method, path + "?nothing=1").json["detail"]
+        assert detail.endswith("known: " + (", ".join(told) or "none"))
+
+
+@pytest.mark.parametrize(
+    "submission",
+    [
+        {"type": "t", "params": {"a": 1}},
+        {"type": "t", "params": {"a": 10}},
+        {"type": "t", "params": {"a": 1, "b": "x"}},
+        {"type": "t", "params": {"a": 1, "b": None, "c": 1}},
+        {"type": "t", "params": {}},
+        {"type": "t", "params": {"a": 1}, "retries": 2, "delay": 0.5},
+        {"type": "t", "params": {"a": 1}, "retries": -1},
+        {"type": "t", "params": {"a": 1}, "urgent": True},
+        {"type": "long_computation", "params": {}},
+        {"type": "long_computation", "params": {"a": 1}},
+        {"type": "u", "params": {}},
+        {"type": "t"},
+        [],
+        "t",
+    ],
+)
+def test_the_schema_of_a_submission_holds_for_what_is_taken(submission, registry):
+    @handler("t", limits={"a": {"maximum": 9}})
+    def function(a: int, b: Optional[str] = None):
+        return a
+
+    document = longtasks.openapi(registry, False)
+    schema = resolved(document["components"]["schemas"]["Submission"], document)
+    try:
+        longtasks.check_submission(submission, registry)
+        taken = True
+    except longtasks.Invalid:
+        taken = False
+    assert taken == (longtasks.checker(schema)(submission) == ())
+
+
+def test_openapi_tells_of_streams_too(service):
+    task_id = submitted(service, "long_computation", {"duration": 0})
+    answer = call(service, "GET", "/api/v1/tasks/%s/events" % task_id)  # to its end
+    assert answer.media == "text/event-stream"
+    port = service.server.server_port
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
+    with contextlib.closing(connection):
+        connection.request("GET", "/api/v1/events")
+        response = connection.getresponse()
+        begun = Answer(response.status, response.headers, response.read(4))
+        assert begun.media == "text/event-stream"
+        assert_described("GET", "/api/v1/events", begun)
+
+
+def test_openapi_asks_for_the_token_where_the_service_does(registry):
+    with serving(API_TOKEN="secret") as service:
+        token = {"Authorization": "Bearer secret"}
+        document = call(service, "GET", "/openapi.json", **token).json
+        for path, methods in document["paths"].items():
+            needed = methods.get("get", {}).get("security", document["security"])
+            real = path.replace("{id}", str(uuid.UUID(int=1)))
+            refused = call(service, "GET", real).status == 401
+            assert refused == (needed == [{"token": []}]), path
+    assert longtasks.openapi(registry, False)["security"] == []
 
 
 # -- who may ---------------------------------------------------------------
@@ -7106,13 +7507,13 @@ def test_the_readme_has_every_status():
     assert rows("Statuses") == STATUSES
 
 
-def test_the_readme_has_every_refusal():
+def test_the_readme_and_openapi_have_every_refusal():
     section = readme().split("\n## Errors\n")[1].split("\n## ")[0]
-    told = set(re.findall(r"`([45][0-9][0-9])`", section))
-    assert {str(status) for status, _ in longtasks.ERRORS.values()} < told
+    told = {int(code) for code in re.findall(r"`([45][0-9][0-9])`", section)}
+    assert told == set(longtasks.REFUSALS)
     source = Path(SCRIPT).read_text(encoding="utf-8")
-    used = set(re.findall(r"HTTPError\(\s*([0-9]+)", source)) - {"417", "505"}
-    assert used < told
+    used = {int(code) for code in re.findall(r"HTTPError\(\s*([0-9]+)", source)}
+    assert used | {status for status, _ in longtasks.ERRORS.values()} | {500} == told
 
 
 def test_the_readme_has_every_built_in_type():

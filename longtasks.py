@@ -590,7 +590,8 @@ def _encoder() -> Callable[[Any], str]:
     """Return what writes JSON: json's own encoder, made once.
 
     JSONEncoder.encode() makes it anew for each value, which takes longer than most
-    values do. Where that encoder is not to be had as it is known, encode() serves.
+    values do. It keeps nothing of a value, so that all threads can share it. Where it
+    is not to be had as it is known, encode() serves.
     """
     plain = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
     text, options = json.encoder.encode_basestring, (": ", ", ", False, False, False)

@@ -4948,6 +4948,7 @@ def test_a_place_where_no_unix_socket_can_be_is_one_line(name, tmp_path, capsys)
     assert longtasks.main(["--unix-socket", str(tmp_path / name)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("longtasks: UNIX_SOCKET /")
+    assert "No such file" in err or "too long" in err
     assert err.count("\n") == 1
 
 
@@ -5114,6 +5115,7 @@ def test_tls_older_than_1_2_is_refused(secure, pairs):
     with pytest.raises(ssl.SSLError):
         knock(secure, old)
     assert secure.server.tls.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert secure.server.tls.options & ssl.OP_NO_RENEGOTIATION
     new = trust(pairs)
     new.maximum_version = ssl.TLSVersion.TLSv1_2
     knock(secure, new).close()
@@ -5285,6 +5287,19 @@ def test_who_has_not_begun_tls_does_not_hold_up_the_exit(secure):
         secure.server.close()
         assert time.monotonic() - begin < 4
         assert client.recv(1) == b""
+
+
+def test_who_is_accepted_at_the_exit_still_needs_tls(registry, pairs, caplog):
+    longtasks.log.propagate = True
+    settings = longtasks.Settings(longtasks.read_settings([], {}), PORT=0)
+    service = longtasks.Service(longtasks.Settings(settings, **tls_settings(pairs)))
+    address = ("127.0.0.1", service.server.server_port)
+    with socket.create_connection(address, LONG) as client:
+        client.sendall(b"\0" * 99)
+        service.server._accept_rest()
+        until(lambda: not service.server._connections)
+    service.server.server_close()
+    assert caplog.records == []
 
 
 def test_a_connection_that_is_cut_off_does_not_go_on_in_plain_text(gate, pairs):

@@ -7210,12 +7210,14 @@ def test_the_form_has_the_right_input_for_each_param(browser, registry):
     @handler("all")
     def all_kinds(
         text: str,
+        *,
         n: int,
         x: float = 0.5,
         on: bool = True,
         mode: Literal["fit", "fill"] = "fill",
         items: List[int] = [1],
         maybe: Optional[int] = None,
+        note: str = "none",
         **rest,
     ):
         return None
@@ -7231,17 +7233,21 @@ def test_the_form_has_the_right_input_for_each_param(browser, registry):
             ["mode", "select-one", '"fill"'],
             ["items", "textarea", "[1]"],
             ["maybe", "number", ""],
+            ["note", "text", "none"],
             ["other params", "textarea", ""],
         ]
         browser.type(field("text"), 'a "b" é')
         browser.type(field("n"), "12345678901234567890")
+        browser.fill(field("note"), "")
         browser.type('[id="field#/params"]', '{"more": [1.0]}')
+        browser.click(".options summary")
+        browser.type('[id="field#/priority"]', "7")
         browser.click("#form .main")
         browser.see("#accepted", "Submitted")
         assert submission(service, newest(service)) == (
             '{"type": "all", "params": {"text": "a \\"b\\" é", '
             '"n": 12345678901234567890, "x": 0.5, "on": true, "mode": "fill", '
-            '"items": [1], "more": [1.0]}}\n'
+            '"items": [1], "note": "", "more": [1.0]}, "priority": 7}\n'
         )
         browser.fill(field("items"), "[1")
         browser.click("#form .main")
@@ -7394,6 +7400,9 @@ def test_ten_thousand_tasks_do_not_freeze_the_page(browser, registry):
         browser.click("#older")
         browser.see("#place", "101 to 200")
         assert len(browser.elements(".task")) == 100
+        tasks = call(service, "GET", "/api/v1/tasks?order=desc&limit=101").json["tasks"]
+        first = "return document.querySelector('.task').title"
+        assert browser.run(first) == "n " + tasks[100]["id"]
         browser.click("#newer")
         browser.see("#place", "1 to 100")
         assert browser.run("return longest") < 5000  # on a busy machine; else 100

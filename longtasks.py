@@ -36,9 +36,13 @@ file and name it with --handlers:
 
 With --db tasks.db every task survives the process; without, they live in memory.
 
+Without curl, the same file is the client: submit, follow and collect in one line:
+
+    python3 longtasks.py run long_computation duration=5
+
 The rooms of this house, each using only those above it: settings, tasks and
-their states, handlers, journal, ledger, workers, HTTP, command line and main. The
-page for browsers, which is a client of them, comes last.
+their states, handlers, journal, ledger, workers, HTTP, the client, command line
+and main. The page for browsers, which is a client of them, comes last.
 """
 
 import codecs
@@ -78,7 +82,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Container, Deque, Dict, FrozenSet, Iterator
 from typing import List, Mapping, MutableMapping
 from typing import NamedTuple, Optional, Sequence, Set, Tuple, Union
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl, quote, urlencode
 
 __version__ = "1.0.0"
 __all__ = ["Cancelled", "Context", "HandlerError", "Retry", "handler", "main"]
@@ -313,20 +317,27 @@ def read_token(settings: Settings) -> str:
     return found
 
 
-def _argument_parser() -> Any:
+def make_parser(hint: str, **about: Any) -> Any:
+    """Return a parser of arguments that raises SettingsError, with a hint."""
     import argparse  # costs start-up time, so only where it is needed
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> typing.NoReturn:
-            raise SettingsError(message + "; --help lists the flags")
+            raise SettingsError(message + hint)
 
+    return Parser(allow_abbrev=False, **about)
+
+
+def _argument_parser() -> Any:
     secrets = [setting for setting in SETTINGS if setting.secret]
-    parser = Parser(
+    parser = make_parser(
+        "; --help lists the flags",
         prog="longtasks.py",
         description="Long tasks over HTTP: submit, follow, collect the result.",
         epilog="Each setting may stand in the environment, by the name in brackets. "
-        + " ".join("%s (%s) stands only there." % (s.name, s.help) for s in secrets),
-        allow_abbrev=False,
+        + " ".join("%s (%s) stands only there." % (s.name, s.help) for s in secrets)
+        + " The client of a service that runs is in this file, too: "
+        "%(prog)s run, submit, status, result, cancel, list or types, and --help.",
     )
     parser.add_argument(
         "--version", action="version", version="longtasks " + __version__
@@ -355,6 +366,13 @@ def shown(value: Any) -> str:
     except (TypeError, ValueError, RecursionError):
         text = json.dumps(repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _escaped(text: str) -> str:
+    """Replace each character that a terminal would obey by its escape."""
+    return re.sub(
+        r"[^\t -~\xa0-\ud7ff\ue000-\U0010ffff]", lambda m: ascii(m.group())[1:-1], text
+    )
 
 
 # ======================================================================
@@ -5494,7 +5512,600 @@ class Server(ThreadingHTTPServer):
 
 
 # ======================================================================
-# 8. Command line and main
+# 8. The client
+#
+# The same API from the other side, for hosts without curl. CLIENT lists
+# the commands, each a small function over Client.answer(). What was asked
+# for goes to stdout, what is told beside it to stderr. Following a task
+# outlasts lost connections and restarts of the service.
+# ======================================================================
+
+EXIT_CODES = {
+    0: "the task is completed; for other commands: done",
+    1: "the task has failed",
+    2: "refused or not understood: nothing was done",
+    3: "the task is cancelled",
+    4: "no answer: the service can't be reached, takes in nothing now or has lost "
+    "the task, or the output can't be written",
+    130: "left by Ctrl-C; a task that was submitted goes on",
+}
+REFUSED, NO_ANSWER, LEFT = 2, 4, 130
+ENDS = {COMPLETED: 0, FAILED: 1, CANCELLED: 3}
+
+PATIENCE = 300.0  # seconds for which an answer that fails to come is asked for again
+PAUSE = 1.0  # seconds between two tries
+REACH = 10.0  # seconds that a connection may take
+SILENCE = 40.0  # seconds without a sign of life; streams send one every KEEP_ALIVE
+
+
+class ClientError(Exception):
+    """What a command ends with instead: lines for the user, and the exit code."""
+
+    def __init__(self, code: int, *lines: str, status: int = 0) -> None:
+        super().__init__(*lines)
+        self.code = code
+        self.status = status  # of the refusal, in HTTP
+
+
+class NoAnswer(ClientError):
+    """The service can't be reached or can't do it now; another try may help."""
+
+    def __init__(self, *lines: str, status: int = 0, sent: bool = False) -> None:
+        super().__init__(NO_ANSWER, *lines, status=status)
+        self.sent = sent  # so that it may be done, though nobody said so
+
+
+class Client:
+    """A service by its URL; everything here raises ClientError."""
+
+    urls = re.compile(
+        r"(https?)://([\w.-]+(?::\d+)?|\[[\w.:]+\](?::\d+)?)((?:/[\w.~%-]+)*)/?"
+        r"|unix:(/.+)",
+        re.ASCII,
+    )
+
+    def __init__(self, url: str, token: str = "") -> None:
+        match = self.urls.fullmatch(url)
+        if not match:
+            right = "http://HOST:PORT, https://HOST:PORT or unix:/PATH"
+            raise ClientError(REFUSED, "a URL is %s, not %s" % (right, shown(url)))
+        if match.group(4) and not hasattr(socket, "AF_UNIX"):
+            raise ClientError(REFUSED, "this system has no Unix sockets")
+        self.url = url
+        self._scheme, self._host, self._prefix, self._socket = match.groups("")
+        self._headers = {"Authorization": "Bearer " + token} if token else {}
+
+    def fetch(
+        self, method: str, path: str, document: Any = None, accept: str = JSON
+    ) -> bytes:
+        """Ask for something of the API; return the answer's body."""
+        with self.answer(method, path, document, accept) as response:
+            return bytes(response.read())
+
+    def get(self, path: str, name: str) -> Dict[str, Any]:
+        """Return the document at a path, in which there is to be this name."""
+        with contextlib.suppress(ValueError):
+            document = json.loads(self.fetch("GET", path))
+            if isinstance(document, dict) and name in document:
+                return document
+        raise ClientError(NO_ANSWER, "what answers at %s is not longtasks" % self.url)
+
+    @contextlib.contextmanager
+    def answer(
+        self,
+        method: str,
+        path: str,
+        document: Any = None,
+        accept: str = JSON,
+        **headers: str,
+    ) -> Iterator[Any]:
+        """Send a request; give the answer to be read, if it is a good one."""
+        from http.client import HTTPException
+
+        body, sent = None, False
+        headers.update(self._headers, Accept=accept, Connection="close")
+        if document is not None:
+            body, headers["Content-Type"] = to_json(document), JSON
+        try:
+            with contextlib.closing(self._connected()) as connection:
+                sent = True
+                connection.request(method, self._prefix + path, body, headers)
+                with connection.getresponse() as response:
+                    self._check(response, accept)
+                    yield response
+        except (OSError, HTTPException, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or str(error).strip()
+            text = "no answer from %s: %s" % (self.url, why)
+            raise NoAnswer(text, sent=sent) from None
+
+    def _connected(self) -> Any:
+        import http.client
+
+        name = "HTTPSConnection" if self._scheme == "https" else "HTTPConnection"
+        if not hasattr(http.client, name):
+            raise ClientError(REFUSED, "https needs Python's ssl, which is missing")
+        host = self._host or "localhost"
+        connection = getattr(http.client, name)(host, timeout=REACH)
+        if self._socket:
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.connect(self._socket)
+        else:
+            connection.connect()
+        connection.sock.settimeout(SILENCE)
+        return connection
+
+    def _check(self, response: Any, accept: str) -> None:
+        """Raise ClientError for a refusal, or when it is not longtasks that answers."""
+        status, media = response.status, response.headers.get_content_type()
+        if 200 <= status < 300 and media == accept:
+            return
+        text = "what answers at %s is not longtasks: %d %s"
+        code, lines = NO_ANSWER, [text % (self.url, status, response.reason)]
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            if media == PROBLEM:
+                found = json.loads(response.read())
+                lines = [each["detail"] for each in found.get("errors", [found])]
+                code = REFUSED
+        if status >= 500:
+            raise NoAnswer(*lines, status=status)
+        raise ClientError(code, *lines, status=status)
+
+
+def make_client(url: Optional[str], environ: Mapping[str, str]) -> Client:
+    """Return the client for a URL, with what the environment says beside it."""
+    names = ("PORT", "API_TOKEN", "API_TOKEN_FILE")
+    settings = read_settings([], {name: environ.get(name, "") for name in names})
+    here = "http://127.0.0.1:%d" % settings["PORT"]
+    return Client(url or environ.get("LONGTASKS_URL") or here, read_token(settings))
+
+
+def task_path(task_id: str, below: str = "") -> str:
+    """Return the path of a task, or of what is below it."""
+    return "/api/v1/tasks/" + quote(task_id, "", errors="surrogateescape") + below
+
+
+def persist(do: Callable[[], Any], tell: Callable[[str], None]) -> Any:
+    """Do it, again and again while there is no answer, until PATIENCE is at its end."""
+    end, told = time.monotonic() + PATIENCE, False
+    while True:
+        try:
+            return do()
+        except NoAnswer as error:
+            if time.monotonic() > end:
+                raise
+            if not told:
+                tell("%s; trying again" % error.args[0])
+            told = True
+        time.sleep(PAUSE)
+
+
+# -- what is told ----------------------------------------------------------
+
+
+def tell(text: str) -> None:
+    """Write on stderr, if anybody reads it."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+def put_out(what: Union[str, bytes]) -> None:
+    """Print on stdout, in UTF-8 as JSON is; quiet when nobody reads it."""
+    text = what if isinstance(what, str) else what.decode("utf-8", "replace").rstrip()
+    # What a terminal could obey is within a string of JSON, if anywhere.
+    text = re.sub("[\x7f-\x9f]", lambda m: "\\u%04x" % ord(m.group()), text)
+    try:
+        if sys.stdout:
+            sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
+            sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise ClientError(NO_ANSWER, "can't write: %s" % error.strerror) from None
+
+
+def put_table(*rows: Sequence[str]) -> None:
+    """Print rows on stdout, their columns below each other."""
+    safe = [[_escaped(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*safe)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in safe]
+    put_out("\n".join(lines))
+
+
+class Display:
+    """Tells how a task goes on: in a line that changes on a terminal, else in lines."""
+
+    step = 10.0  # percent or seconds, after which another line is worth it
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        capable = os.environ.get("TERM", "dumb") != "dumb"
+        self._live = capable and bool(sys.stderr) and sys.stderr.isatty()
+        self._told = ("", 0.0, 0.0)  # last: status, percent, and when
+
+    def show(self, document: Mapping[str, Any]) -> None:
+        """Tell of a status document, or of what an event says of progress."""
+        status = text = document.get("status", self._told[0])
+        progress = document if "percent" in document else document.get("progress")
+        percent = progress["percent"] if progress else 0.0
+        if progress:
+            text = ("%3d%% %s" % (percent, progress["message"])).rstrip()
+        before, past, when = self._told
+        now = self._clock()
+        if self._live:
+            self._draw(_escaped(text), percent if progress else None)
+        elif status == before and not (
+            progress and (percent >= past + self.step or now >= when + self.step)
+        ):
+            return  # not worth a line
+        else:
+            self.say(text)
+        self._told = status, percent, now
+
+    def _draw(self, text: str, percent: Optional[float]) -> None:
+        columns = 80
+        with contextlib.suppress(OSError, ValueError):
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+        if percent is not None:
+            full, room = int(percent / 100 * (columns // 4)), columns // 4
+            text = "[%s] %s" % (("#" * full).ljust(room, "-"), text)
+        # Cut here, and by the terminal itself where characters are wider than one.
+        tell("\r\x1b[K\x1b[?7l%s\x1b[?7h" % text[: columns - 1])
+
+    def say(self, line: str) -> None:
+        """Tell something in a line that stays."""
+        self.clear()
+        tell(_escaped(line) + "\n")
+
+    def clear(self) -> None:
+        """Take away the line that changes."""
+        if self._live:
+            tell("\r\x1b[K")
+
+
+# -- params ----------------------------------------------------------------
+
+
+def read_task(client: Client, args: Any) -> Dict[str, Any]:
+    """Return the document that the arguments of run and submit stand for."""
+    document = {"type": args.type, "params": read_params(client, args)}
+    for name in Options._fields:
+        text = getattr(args, name)
+        if text is not None:
+            document[name] = typed(text, SUBMISSION["properties"][name])
+    return document
+
+
+def read_params(client: Client, args: Any) -> Any:
+    """Return the params: those of --params, and over them key=value, key:=JSON."""
+    schema: Dict[str, Any] = {}
+    params = _from_source(args.params)
+    if args.words and not isinstance(params, dict):
+        raise ClientError(REFUSED, "--params must be an object, not " + shown(params))
+    for word in args.words:
+        match = re.fullmatch("([^=]+?)(:?=)(.*)", word, re.DOTALL)
+        if not match:
+            text = "a param is key=value or key:=JSON, not " + shown(word)
+            raise ClientError(REFUSED, text)
+        key, sign, text = match.groups()
+        if sign == ":=":
+            params[key] = _read_json(key, text.encode("utf-8", "surrogateescape"))
+        else:
+            schema = schema or schema_from(client, args.type)
+            others = schema.get("additionalProperties", True)
+            params[key] = typed(text, schema.get("properties", {}).get(key, others))
+    return params
+
+
+def schema_from(client: Client, type: str) -> Dict[str, Any]:
+    """The JSON Schema of a type's params as the service tells it, if it knows any."""
+    types = client.get("/api/v1/types", "types")["types"]
+    return next((each["params"] for each in types if each["type"] == type), {})
+
+
+def _from_source(text: Optional[str]) -> Any:
+    """Return what --params says: JSON, @FILE that has it, or - for that of stdin."""
+    if text is None:
+        return {}
+    if text == "-":
+        return _read_json("--params", sys.stdin.buffer.read())
+    data = text.encode("utf-8", "surrogateescape")
+    if text.startswith("@"):
+        try:
+            with open(text[1:], "rb") as file:
+                data = file.read()
+        except OSError as error:
+            lines = "--params %s: %s" % (text, error.strerror)
+            raise ClientError(REFUSED, lines) from None
+    return _read_json("--params", data)
+
+
+def _read_json(name: str, data: bytes) -> Any:
+    try:
+        return from_json(data)
+    except Malformed as error:
+        raise ClientError(REFUSED, "%s: %s" % (name, error)) from None
+
+
+def typed(text: str, schema: Schema) -> Any:
+    """Return the value that a word stands for where this schema holds.
+
+    A string where a string may stand, of several possibilities the first; what fits
+    nowhere is left to the service, which says so.
+    """
+    try:
+        values = [text, from_json(text.encode("utf-8", "surrogateescape"))]
+    except Malformed:
+        return text
+    if not isinstance(schema, dict):
+        return text
+    for each in schema.get("anyOf", [schema]):
+        for value in values:
+            if not checker(each)(value):
+                return value
+    return text if schema.get("type") == "string" else values[1]
+
+
+# -- following a task ------------------------------------------------------
+
+
+def read_events(lines: Iterator[bytes]) -> Iterator[Dict[str, str]]:
+    """Yield the fields of each Server-Sent Event, as this service sends them."""
+    fields: Dict[str, str] = {}
+    for line in lines:
+        name, _, text = line.decode("utf-8", "replace").rstrip("\r\n").partition(":")
+        if name:
+            fields[name] = text[text.startswith(" ") :]
+        elif not line.strip():
+            if "data" in fields:
+                yield fields
+            fields = {}
+
+
+def follow(client: Client, task_id: str, display: Display) -> None:
+    """Show how a task goes on, until it ends.
+
+    By its events, and while those don't come by asking again and again.
+    """
+    seen: Dict[str, str] = {}
+    try:
+        while True:
+            with contextlib.suppress(ClientError, ValueError):
+                listen(client, task_path(task_id, "/events"), display, seen)
+            document = persist(lambda: known(client, task_id), display.say)
+            display.show(document)
+            if document["status"] in FINISHED:
+                return
+            time.sleep(PAUSE)  # the stream has ended before the task
+    finally:
+        display.clear()
+
+
+def listen(client: Client, path: str, display: Display, seen: Dict[str, str]) -> None:
+    """Show events, behind the last one that was seen, until there are no more."""
+    with client.answer("GET", path, accept=SSE, **seen) as response:
+        for event in read_events(response):
+            if event.get("event") in ("status", "progress"):
+                display.show(json.loads(event["data"]))
+            if "id" in event:
+                seen["Last-Event-ID"] = event["id"]
+
+
+def known(client: Client, task_id: str) -> Dict[str, Any]:
+    """Return the status of a task that was there before."""
+    try:
+        return client.get(task_path(task_id), "status")
+    except ClientError as error:
+        if error.status in (404, 410):  # it is gone, and nobody knows how it ended
+            error.code = NO_ANSWER
+        raise
+
+
+# -- commands --------------------------------------------------------------
+
+
+def run_command(client: Client, args: Any) -> int:
+    """Submit a task, follow it, print its result; Ctrl-C asks to cancel."""
+    display, document, task_id = Display(), read_task(client, args), args.id or new_id()
+    try:
+        send_task(client, task_id, document, display)
+        display.say("task " + task_id)
+        follow(client, task_id, display)
+    except KeyboardInterrupt:
+        display.say("asking to cancel it; Ctrl-C again leaves at once")
+        send_task(client, task_id, document, display)  # if it was just that
+        path = task_path(task_id, "/cancel")
+        with contextlib.suppress(ClientError):  # it may just have ended
+            persist(lambda: client.fetch("POST", path), display.say)
+        follow(client, task_id, display)
+    return int(persist(lambda: print_result(client, task_id), display.say))
+
+
+def submit_command(client: Client, args: Any) -> int:
+    """Submit a task and print its id."""
+    task_id = args.id or new_id()
+    send_task(client, task_id, read_task(client, args), Display())
+    put_out(task_id)
+    return 0
+
+
+def send_task(client: Client, task_id: str, document: Any, display: Display) -> None:
+    """Submit a task; again where it may have been taken in but nobody said so."""
+
+    def put() -> bytes:
+        return client.fetch("PUT", task_path(task_id), document)
+
+    try:
+        put()
+    except NoAnswer as error:
+        if not error.sent:
+            raise
+        persist(put, display.say)
+
+
+def result_command(client: Client, args: Any) -> int:
+    """Print a finished task's result as JSON, or tell its error."""
+    if args.wait:
+        client.get(task_path(args.id), "status")
+        follow(client, args.id, Display())
+    return print_result(client, args.id)
+
+
+def print_result(client: Client, task_id: str) -> int:
+    """Print what a finished task ended with; return the exit code that tells of it."""
+    path = task_path(task_id, "/result")
+    try:
+        put_out(client.fetch("GET", path, accept="text/plain"))
+        return 0
+    except ClientError as error:
+        if error.status != 406:  # it has an error, which is not to be had as text
+            raise
+    document = client.get(path, "error")
+    lines = document["error"].splitlines() or [""]
+    raise ClientError(
+        ENDS[document["status"]], "%s: %s" % (document["status"], lines[0]), *lines[1:]
+    )
+
+
+def look(method: str, below: str) -> Callable[[Client, Any], int]:
+    """Make a command that prints what the service answers about a task."""
+
+    def command(client: Client, args: Any) -> int:
+        put_out(client.fetch(method, task_path(args.id, below)))
+        return 0
+
+    return command
+
+
+def list_command(client: Client, args: Any) -> int:
+    """List tasks, oldest first."""
+    try:
+        limit = whole(1, 10**6)(args.limit or "100")
+    except ValueError as right:
+        raise ClientError(REFUSED, "--limit must be %s" % right) from None
+    query = {"status": args.status, "type": args.type, "after": 0}
+    tasks: List[Dict[str, Any]] = []
+    while query["after"] is not None and len(tasks) < limit:
+        query["limit"] = min(1000, limit - len(tasks))
+        given = {name: value for name, value in query.items() if value}
+        text = urlencode(given, errors="surrogateescape")
+        page = client.get("/api/v1/tasks?" + text, "tasks")
+        tasks += page["tasks"]
+        query["after"] = page["next"]
+    if args.json:
+        put_out(to_json({"tasks": tasks, "next": query["after"]}))
+    else:
+        put_table(
+            ("ID", "STATUS", "SUBMITTED", "TYPE", "PROGRESS"), *map(task_row, tasks)
+        )
+    if query["after"] is not None:
+        tell("longtasks: there are more than these; --limit N lists up to N\n")
+    return 0
+
+
+def task_row(task: Mapping[str, Any]) -> Sequence[str]:
+    """What a list tells of a task."""
+    progress = task.get("progress")
+    how = "%g%% %s" % (progress["percent"], progress["message"]) if progress else ""
+    return task["id"], task["status"], task["created_at"][:19] + "Z", task["type"], how
+
+
+def types_command(client: Client, args: Any) -> int:
+    """List the task types, their params with defaults, and what they do."""
+    document = client.get("/api/v1/types", "types")
+    if args.json:
+        put_out(to_json(document))
+        return 0
+    rows = [("TYPE", "PARAMS", "WHAT IT DOES")]
+    for each in document["types"]:
+        params = each["params"].get("properties", {}).items()
+        words = [
+            name + ("=" + shown(param["default"]) if "default" in param else "")
+            for name, param in params
+            if param
+        ]
+        rows.append((each["type"], " ".join(words), each["description"]))
+    put_table(*rows)
+    return 0
+
+
+class Command(NamedTuple):
+    """One row of CLIENT."""
+
+    run: Callable[[Client, Any], int]
+    help: str
+    arguments: Sequence[Tuple[str, str, str]]  # name, what stands for its value, help
+
+
+_ID = ("id", "ID", "the task's id")
+_JSON = ("--json", "", "for machines")
+_URL = ("--url", "URL", "of the service [LONGTASKS_URL=http://127.0.0.1:PORT]")
+_TASK = (
+    ("type", "TYPE", "the task's type; `types` lists them"),
+    ("words*", "key=value", "a param, or key:=JSON for what is more than a word"),
+    ("--params", "JSON", "all params as an object, @FILE that has it, or - for stdin"),
+    ("--timeout", "SECONDS", "that each run may take"),
+    ("--retries", "N", "how often it is run again after an error"),
+    ("--delay", "SECONDS", "until it may start"),
+    ("--priority", "N", "higher ones first; 0 if not given"),
+    ("--id", "UUID", "an id of your own: submitted again, it is still one task"),
+)
+_LIST = (
+    ("--status", "STATUS", "only tasks that have it"),
+    ("--type", "TYPE", "only tasks of this type"),
+    ("--limit", "N", "how many at most; 100 if not given"),
+    _JSON,
+)
+_RESULT = (_ID, ("--wait", "", "until the task has ended"))
+
+CLIENT = {
+    "run": Command(run_command, "submit a task, follow it, print its result", _TASK),
+    "submit": Command(submit_command, "submit a task, print its id", _TASK),
+    "status": Command(look("GET", ""), "print a task's status", [_ID]),
+    "result": Command(result_command, "print a task's result", _RESULT),
+    "cancel": Command(look("POST", "/cancel"), "cancel a task", [_ID]),
+    "list": Command(list_command, "list tasks, oldest first", _LIST),
+    "types": Command(types_command, "list the task types", [_JSON]),
+}
+
+
+def client_main(name: str, argv: Sequence[str]) -> int:
+    """Run a command of the client; return the exit code."""
+    try:
+        args = client_parser(name).parse_intermixed_args(argv)
+        return CLIENT[name].run(make_client(args.url, os.environ), args)
+    except SettingsError as error:
+        failure = ClientError(REFUSED, str(error))
+    except ClientError as error:
+        failure = error
+    except KeyboardInterrupt:
+        return LEFT
+    for line in failure.args:
+        tell("longtasks: %s\n" % _escaped(line))
+    return failure.code
+
+
+def client_parser(name: str) -> Any:
+    """Return the parser of a command's arguments."""
+    parser = make_parser(
+        "; %s --help tells more" % name,
+        prog="longtasks.py " + name,
+        description=CLIENT[name].help.capitalize() + ".",
+        epilog="Exit codes: %s." % ". ".join("%d: %s" % e for e in EXIT_CODES.items()),
+    )
+    for argument, metavar, text in (*CLIENT[name].arguments, _URL):
+        about: Dict[str, Any] = {"metavar": metavar} if metavar else {}
+        if argument.endswith("*"):
+            about.update(nargs="*", default=[])
+        elif not metavar:
+            about.update(action="store_true")
+        parser.add_argument(argument.rstrip("*"), help=text, **about)
+    return parser
+
+
+# ======================================================================
+# 9. Command line and main
 #
 # Puts the rooms together, starts them, waits for a signal, drains, and
 # leaves with a code that tells the truth: 0 when nothing was lost, 1 when
@@ -5798,12 +6409,6 @@ def _ascii_json(value: Any) -> str:
     return json.dumps(value).replace("\x7f", "\\u007f")
 
 
-def _escaped(text: str) -> str:
-    return re.sub(
-        r"[^\t -~\xa0-\ud7ff\ue000-\U0010ffff]", lambda m: ascii(m.group())[1:-1], text
-    )
-
-
 def start_logging(level: str, format: str = "text") -> None:
     """Log to stderr from this level on, as text or as JSON."""
     output = logging.StreamHandler()
@@ -5815,9 +6420,15 @@ def start_logging(level: str, format: str = "text") -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the service until it is told to stop; return the exit code."""
+    """Run the service until it is told to stop, or a command of the client.
+
+    Returns the exit code.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in CLIENT:
+        return client_main(argv[0], argv[1:])
     try:
-        settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
+        settings = read_settings(argv, os.environ)
         start_logging(settings["LOG_LEVEL"], settings["LOG_FORMAT"])
         supervisor = Supervisor(os.environ)
         for file in settings["HANDLERS"]:
@@ -5862,7 +6473,7 @@ def _record_signals(reloads: bool) -> Events:
 
 
 # ======================================================================
-# 9. The page
+# 10. The page
 #
 # What a browser is given at GET /: a client of the API like any other.
 # Whatever the service tells is put there as text, never as HTML, and the
@@ -6777,6 +7388,7 @@ follow();
 
 if __name__ == "__main__":
     code = main()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, AttributeError):  # it may be closed
+        sys.stderr.flush()
     # Not sys.exit(), which would wait for threads that handlers have left behind.
     os._exit(code)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hmac
 import http.client
+import io
 import json
 import logging
 import mmap
@@ -20,6 +21,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -5411,7 +5413,825 @@ def test_many_clients_at_once_leave_the_books_balanced(registry, restless):
 
 
 # ======================================================================
-# 8. Command line and main
+# 8. The client
+# ======================================================================
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaints(self):
+        """What stderr says went wrong; logs of a service in this process aside."""
+        lines = self.err.splitlines()
+        return [line[11:] for line in lines if line.startswith("longtasks: ")]
+
+
+@pytest.fixture
+def client(monkeypatch, capsys, registry):
+    """Runs a command of the client in this process, against a service or a URL."""
+    for name in [*NAMES, "LONGTASKS_URL"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(longtasks, "PAUSE", 0.01)
+
+    def run(where, *words):
+        monkeypatch.setenv("LONGTASKS_URL", url_of(where))
+        code = longtasks.main(list(words))
+        return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+def url_of(where):
+    if isinstance(where, str):
+        return where
+    if hasattr(where, "server"):
+        return where.server.url
+    return "http://127.0.0.1:%d" % where.port
+
+
+class Scripted:
+    """A server that gives the answers it was told to, one a connection.
+
+    It notes what it was asked. Where there is None to give, it gives no answer.
+    """
+
+    def __init__(self, *answers):
+        self.asked = []
+        self.answers = answers
+        self.held = []
+        self.socket = socket.socket()
+        self.socket.bind(("127.0.0.1", 0))
+        self.socket.listen(5)
+        self.port = self.socket.getsockname()[1]
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+
+    def _serve(self):
+        for answer in self.answers:
+            connection = self.socket.accept()[0]
+            asked = connection.recv(65536)
+            if re.search(rb"\r\nContent-Length: [1-9][^{]*$", asked):  # without it yet
+                asked += connection.recv(65536)
+            self.asked.append(asked.decode("latin-1"))
+            if answer is None:
+                self.held.append(connection)
+                continue
+            with contextlib.suppress(OSError), connection:
+                connection.sendall(answer)
+        self.socket.close()
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        for one in (self.socket, *self.held):
+            one.close()
+
+
+def given(body, status="200 OK", media="application/json"):
+    head = "HTTP/1.1 %s\r\nContent-Type: %s\r\nConnection: close\r\n\r\n"
+    body = body if isinstance(body, str) else json.dumps(body)
+    return (head % (status, media) + body).encode()
+
+
+def refusing(status, detail="so"):
+    body = {"status": status, "detail": detail}
+    return given(body, "%d X" % status, "application/problem+json")
+
+
+TAKEN = given({"id": "x", "status": "pending"}, "202 Accepted")
+NO_EVENTS = refusing(404)
+ENDED = given({"id": "x", "status": "completed"})
+RESULT = given('{"a": 1}\n', media="text/plain; charset=utf-8")
+
+
+def tasks_of(service, **query):
+    text = "&".join("%s=%s" % pair for pair in query.items())
+    return call(service, "GET", "/api/v1/tasks?" + text).json["tasks"]
+
+
+def test_run_prints_the_result_and_tells_the_rest_on_stderr(client, service):
+    ran = client(service, "run", "long_computation", "duration=0.2")
+    assert ran.code == 0
+    assert json.loads(ran.out) == {
+        "message": "Long computation completed successfully",
+        "duration": 0.2,
+    }
+    assert re.fullmatch("task [0-9a-f-]{36}", ran.err.splitlines()[0])
+    assert ran.err.splitlines()[-1] == "completed"
+
+
+def test_run_of_a_task_that_fails_tells_its_error_and_exits_with_1(client, service):
+    @handler("failing")
+    def failing():
+        raise ValueError("first\nsecond \x1b[31m\x9b")
+
+    ran = client(service, "run", "failing")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.complaints == ["failed: ValueError: first", r"second \x1b[31m\x9b"]
+
+
+def test_run_of_a_task_that_is_cancelled_exits_with_3(client, service):
+    running = background(lambda: client(service, "run", "long_computation"))
+    until(lambda: tasks_of(service, status="processing"), "a task that runs")
+    (task,) = tasks_of(service)
+    call(service, "POST", "/api/v1/tasks/%s/cancel" % task["id"])
+    ran = running.result(LONG)
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.complaints == ["cancelled: cancelled while it ran"]
+
+
+@pytest.mark.parametrize(
+    "text, annotation, value",
+    [
+        ("5", int, 5),
+        ("5", float, 5),
+        ("5.50", float, 5.5),
+        ("5", str, "5"),
+        ("null", str, "null"),
+        ("", str, ""),
+        ("5", Any, "5"),
+        ("true", bool, True),
+        ("null", Optional[int], None),
+        ("7", Optional[int], 7),
+        ("7", Optional[str], "7"),
+        ("7", Union[int, str], 7),
+        ("x", Union[int, str], "x"),
+        ("7", Union[str, int], "7"),
+        ("b", Literal["a", "b"], "b"),
+        ("1", Literal["1", 1], "1"),
+        ("2", Literal["1", 2], 2),
+        ('["a"]', List[str], ["a"]),
+        ('{"a": 1}', Dict[str, int], {"a": 1}),
+        ("x", int, "x"),  # the service says what is wrong with it
+        ("1.5", int, 1.5),
+        ("NaN", float, "NaN"),
+    ],
+)
+def test_a_word_becomes_what_the_schema_says(text, annotation, value):
+    found = longtasks.typed(text, longtasks.schema_of(annotation))
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_string_that_is_refused_is_not_taken_for_a_number():
+    assert longtasks.typed("-5", longtasks._FIRST_WORD) == "-5"
+
+
+@pytest.fixture
+def echo(registry):
+    @handler("echo")
+    def echo(params: dict):
+        """Give back what comes."""
+        return params
+
+    @handler("typed")
+    def typed(number: float = 1, text: str = "x", items: List[int] = [1]):
+        return [number, text, items]
+
+    @handler("numbers")
+    def numbers(params: Dict[str, int], ctx: Context):
+        return params
+
+
+def test_params_are_words_json_or_a_whole_object(
+    client, service, echo, tmp_path, monkeypatch
+):
+    def result(*words):
+        return json.loads(client(service, "run", *words).out)
+
+    assert result("typed", "number=2", "text=2", "items=[2]") == [2, "2", [2]]
+    assert result("numbers", "a=5") == {"a": 5}
+    words = ["a=1", "b:=1", "c==:=", "d=\n", "é=ü"]
+    found = {"a": "1", "b": 1, "c": "=:=", "d": "\n", "é": "ü"}
+    assert result("echo", *words) == found
+    whole = '{"a": 1, "b": 2}'
+    assert result("echo", "--params", whole, "b=3") == {"a": 1, "b": "3"}
+    file = write(tmp_path, whole, "params.json")
+    assert result("echo", "--params", "@" + file) == {"a": 1, "b": 2}
+    stdin = io.TextIOWrapper(io.BytesIO(whole.encode()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert result("echo", "c:=[]", "--params", "-") == {"a": 1, "b": 2, "c": []}
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["run"], "the following arguments are required: TYPE; run --help tells more"),
+        (["status"], "the following arguments are required: ID; status --help tells"),
+        (["list", "--limt", "1"], "unrecognized arguments: --limt 1; list --help"),
+        (["run", "echo", "a"], 'a param is key=value or key:=JSON, not "a"'),
+        (["run", "echo", "=a"], 'a param is key=value or key:=JSON, not "=a"'),
+        (["run", "echo", "a:=b"], "a: not JSON: "),
+        (["run", "echo", "--params", "{"], "--params: not JSON: "),
+        (
+            ["run", "echo", "--params", "[]", "a=1"],
+            "--params must be an object, not []",
+        ),
+        (["run", "echo", "--params", "[]"], "params must be an object, not []"),
+        (["run", "echo", "--params", "@/none"], "--params @/none: No such file"),
+        (["run", "no\x1b", "a=b"], 'type must be one of "echo", "long_computation", '),
+        (["run", "echo", "--id", "x"], "the id must be a UUID, such as "),
+        (["run", "echo", "--retries", "x"], "retries must be a whole number from 0 to"),
+        (["list", "--limit", "0"], "--limit must be a whole number from 1 to 1000000"),
+        (["list", "--status", "x"], "status must be one of pending, processing, "),
+        (["status", "x/../y?z"], 'there is no task "x'),
+        (["result", "x", "--wait"], 'there is no task "x"'),
+        (["status", "\udcff"], 'there is no task "%ff"'),
+        (["types", "--url", "localhost:80"], "a URL is http://HOST:PORT, https://HOST"),
+    ],
+)
+def test_what_is_refused_is_one_line_and_code_2(
+    words, complaint, client, service, echo
+):
+    ran = client(service, *words)
+    assert (ran.code, ran.out, len(ran.complaints)) == (2, "", 1)
+    assert ran.complaints[0].startswith(complaint)
+    assert "\x1b" not in ran.err
+    assert tasks_of(service) == []
+
+
+def test_each_problem_with_the_params_is_a_line(client, service, echo):
+    ran = client(service, "run", "typed", "number=x", "items=[1.5]", "more=1")
+    assert ran.code == 2
+    assert sorted(ran.complaints) == [
+        "params.items[0] must be a whole number, not 1.5",
+        "params.more is unknown; known here: number, text, items",
+        'params.number must be a number, not "x"',
+    ]
+
+
+def test_options_go_along_with_a_task(client, service):
+    words = ["long_computation", "--delay", "60", "--priority=-5", "duration=1"]
+    task_id = client(service, "submit", *words, "--retries", "2").out.strip()
+    status = json.loads(client(service, "status", task_id).out)
+    assert (status["status"], status["priority"]) == ("pending", -5)
+    assert "next_attempt_at" in status
+    task = service.ledger.get(task_id)
+    assert (task.params, task.options.retries) == (b'{"duration": 1}', 2)
+    ran = client(service, "run", "long_computation", "--timeout", "0.01")
+    assert (ran.code, ran.complaints) == (1, ["failed: timed out after 0.01 s"])
+
+
+def test_a_task_with_an_id_of_ones_own_is_one_however_often_it_is_run(client, service):
+    task_id = str(uuid.uuid4())
+    words = ["long_computation", "--id", task_id]
+    assert client(service, "submit", *words, "duration=0").out == task_id + "\n"
+    assert client(service, "run", *words, "duration=0").code == 0
+    assert client(service, "run", *words, "duration=0").code == 0
+    assert len(tasks_of(service)) == 1
+    ran = client(service, "run", *words, "duration=1")
+    assert ran.code == 2
+    assert ran.complaints == [task_id + " was submitted with other content"]
+
+
+def test_a_submitted_task_can_be_looked_at_cancelled_and_collected(
+    client, service, gate
+):
+    task_id = client(service, "submit", "gate").out.strip()
+    gate.wait_started()
+    ran = client(service, "result", task_id)
+    assert ran.code == 2
+    assert ran.complaints == ["task %s is processing; it has no result yet" % task_id]
+    waiting = background(lambda: client(service, "result", task_id, "--wait"))
+    until(lambda: service.ledger.feed._watches, "someone who follows it")
+    gate.release.set()
+    assert waiting.result(LONG)[:2] == (0, "1\n")
+    assert client(service, "result", task_id).out == "1\n"
+    ran = client(service, "cancel", task_id)
+    assert (ran.code, ran.complaints) == (2, ["task %s is completed already" % task_id])
+    other = client(service, "submit", "long_computation", "--delay=60").out.strip()
+    assert json.loads(client(service, "cancel", other).out)["status"] == "cancelled"
+    ran = client(service, "result", other)
+    assert (ran.code, ran.complaints) == (3, ["cancelled: cancelled before it ran"])
+
+
+def test_a_list_is_aligned_for_people(client, service, echo):
+    client(service, "run", "echo")
+    client(service, "submit", "long_computation", "--delay=60")
+    first, second = tasks_of(service)
+    since = [task["created_at"][:19] + "Z" for task in (first, second)]
+    assert client(service, "list").out == (
+        "{0:36}  STATUS     SUBMITTED             TYPE              PROGRESS\n"
+        "{1:36}  completed  {3}  echo\n"
+        "{2:36}  pending    {4}  long_computation\n"
+    ).format("ID", first["id"], second["id"], *since)
+
+
+def test_a_list_tells_how_far_what_runs_is(client, service, gate):
+    @handler("half")
+    def half(ctx: Context):
+        ctx.progress(0.5, "a\tb\n\x1b")
+        gate()
+
+    client(service, "submit", "half")
+    gate.wait_started()
+    assert client(service, "list").out.endswith("Z  half  50% a\tb\\n\\x1b\n")
+
+
+def test_a_list_goes_on_from_page_to_page_up_to_its_limit(client, service):
+    document = {"type": "long_computation", "params": {}, "delay": 60}
+    for count in (1000, 10):
+        call(service, "POST", "/api/v1/tasks", [document] * count)
+    listed = json.loads(client(service, "list", "--json", "--limit=2000").out)
+    assert len({task["id"] for task in listed["tasks"]}) == 1010
+    assert listed["next"] is None
+    ran = client(service, "list", "--json", "--limit=1005")
+    assert len(json.loads(ran.out)["tasks"]) == 1005
+    assert json.loads(ran.out)["next"] is not None
+    assert ran.complaints == ["there are more than these; --limit N lists up to N"]
+
+
+def test_a_list_may_be_of_some_only(client, service, echo):
+    client(service, "run", "echo")
+    client(service, "submit", "long_computation", "--delay=60")
+
+    def types(*words):
+        listed = json.loads(client(service, "list", "--json", *words).out)
+        return [task["type"] for task in listed["tasks"]]
+
+    assert types("--status", "pending") == ["long_computation"]
+    assert types("--type", "long_computation") == ["long_computation"]
+    assert types("--status", "completed", "--type", "echo") == ["echo"]
+    assert client(service, "list", "--type", "\udcff").code == 2
+
+
+def test_types_tells_params_with_their_defaults(client, service, echo):
+    @handler("any")
+    def any(ctx: Context, **more):
+        pass
+
+    lines = client(service, "types").out.splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["TYPE", "PARAMS", "WHAT", "IT", "DOES"],
+        ["any"],
+        ["echo", "Give", "back", "what", "comes."],
+    ]
+    assert lines[5].split() == ["typed", "number=1", 'text="x"', "items=[1]"]
+    document = call(service, "GET", "/api/v1/types").json
+    assert json.loads(client(service, "types", "--json").out) == document
+
+
+def test_what_the_handler_returned_is_printed_as_it_came(client, service):
+    @handler("odd")
+    def odd():
+        return ["\x7f\x9b é ☃ \ud800", 10**400, 1.0, json.loads("[" * 90 + "]" * 90)]
+
+    out = client(service, "run", "odd").out
+    assert out.startswith(r'["\u007f\u009b é ☃ \ud800", 10000')
+    assert json.loads(out) == longtasks.HANDLERS["odd"].function()
+
+
+# -- when no good answer comes ---------------------------------------------
+
+
+def test_a_service_that_is_not_there_is_one_line_and_code_4(client):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = "http://127.0.0.1:%d" % free.getsockname()[1]
+        for words in (["types"], ["run", "long_computation"], ["status", "x"]):
+            ran = client(url, *words)
+            text = "no answer from %s: Connection refused" % url
+            assert (ran.code, ran.out, ran.complaints) == (4, "", [text])
+
+
+def test_a_full_service_is_told_with_code_4(client, registry):
+    with serving(QUEUE_LIMIT=1) as service:
+        client(service, "submit", "long_computation", "--delay=60")
+        ran = client(service, "run", "long_computation")
+        assert (ran.code, ran.complaints) == (4, ["the queue is full: 1 tasks wait"])
+
+
+@pytest.mark.parametrize(
+    "answered, why",
+    [
+        (given("<p>", media="text/html"), "is not longtasks: 200 OK"),
+        (given("", "302 Found\r\nLocation: /x", "text/html"), "longtasks: 302 Found"),
+        (given("{}", "404 Not Found"), "is not longtasks: 404 Not Found"),
+        (given("[]"), "is not longtasks"),
+        (given("{"), "is not longtasks"),
+        (given("[]", "400 X", "application/problem+json"), "is not longtasks: 400 X"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", ": SSH-2.0-OpenSSH_9.2"),
+        (b"", ": Remote end closed connection without response"),
+    ],
+)
+def test_something_else_that_answers_is_told_with_code_4(answered, why, client):
+    with Scripted(answered) as server:
+        ran = client(server, "types", "--json")
+        assert (ran.code, ran.out, len(ran.complaints)) == (4, "", 1)
+        assert url_of(server) in ran.complaints[0]
+        assert ran.complaints[0].endswith(why)
+    assert len(server.asked) == 1  # no redirect is followed
+
+
+def test_a_submit_without_an_answer_is_sent_again_under_the_same_id(client):
+    busy = refusing(503, "busy")
+    with Scripted(b"", busy, busy, TAKEN, NO_EVENTS, ENDED, RESULT) as server:
+        ran = client(server, "run", "t")
+    assert (ran.code, ran.out) == (0, '{"a": 1}\n')
+    puts = [asked.split(" HTTP")[0] for asked in server.asked[:4]]
+    assert len(set(puts)) == 1
+    assert re.fullmatch("PUT /api/v1/tasks/[0-9a-f-]{36}", puts[0])
+    assert ran.err.count("trying again") == 1
+
+
+def test_a_task_is_followed_without_events_where_there_are_none(
+    client, service, monkeypatch, gate
+):
+    def no_events(app, request):
+        gate.release.set()
+        raise longtasks.HTTPError(406, "no events today")
+
+    path = "/api/v1/tasks/{id}/events"
+    route = longtasks._ROUTES[path]["GET"]._replace(endpoint=no_events)
+    monkeypatch.setitem(longtasks._ROUTES[path], "GET", route)
+    assert client(service, "run", "gate")[:2] == (0, "1\n")
+
+
+def test_a_stream_that_broke_goes_on_behind_its_last_event(client):
+    event = 'id: a-7\nevent: progress\ndata: {"percent": 40, "message": "m"}\n\n'
+    odd = "event: progress\n\n", "id: a-8\nevent: progress\ndata: {\n\n"
+    stream = "retry: 1\n\n:\n\n" + odd[0] + event + odd[1]
+    runs = given({"id": "x", "status": "processing"})
+    events = given(stream, media="text/event-stream")
+    rest = given("", media="text/event-stream")
+    with Scripted(TAKEN, events, runs, rest, ENDED, b"", RESULT) as server:
+        ran = client(server, "run", "t")
+    assert (ran.code, ran.out) == (0, '{"a": 1}\n')
+    assert " 40% m\n" in ran.err
+    first, again = server.asked[1], server.asked[3]
+    assert "Last-Event-ID" not in first
+    assert "\r\nLast-Event-ID: a-7\r\n" in again
+
+
+def test_run_outlasts_a_restart_of_a_service_with_a_journal(tmp_path, held, client):
+    flags = [*held["flags"], "--db", str(tmp_path / "tasks.db")]
+    with process(*flags, env={**held["env"], "LOG_LEVEL": "debug"}) as before:
+        running = background(lambda: client(before, "run", "deaf", "name=a"))
+        began(tmp_path, "a")
+        before.process.kill()
+        before.wait()
+    (tmp_path / "a").touch()
+    with process(*flags, env={**held["env"], "PORT": str(before.port)}):
+        ran = running.result(LONG)
+    assert (ran.code, ran.out, ran.complaints) == (0, "null\n", [])
+
+
+def test_a_task_that_its_service_has_lost_is_told_with_code_4(client):
+    gone = refusing(404, "there is no task")
+    with Scripted(TAKEN, NO_EVENTS, gone) as server:
+        ran = client(server, "run", "t")
+    assert (ran.code, ran.out, ran.complaints) == (4, "", ["there is no task"])
+
+
+def test_a_service_that_falls_silent_is_told_with_code_4(client, monkeypatch):
+    monkeypatch.setattr(longtasks, "SILENCE", 0.05)
+    begin = time.monotonic()
+    with Scripted(None) as server:
+        ran = client(server, "types")
+        text = "no answer from %s: timed out" % url_of(server)
+        assert (ran.code, ran.complaints) == (4, [text])
+        assert time.monotonic() - begin < longtasks.REACH
+
+
+def test_a_host_that_cannot_be_looked_up_is_told_with_code_4(client):
+    ran = client("http://a..b", "types")
+    assert (ran.code, len(ran.complaints)) == (4, 1)
+    assert ran.complaints[0].startswith("no answer from http://a..b: ")
+
+
+def test_patience_has_an_end(client, monkeypatch):
+    monkeypatch.setattr(longtasks, "PATIENCE", 0.05)
+    with Scripted(TAKEN) as server:
+        ran = client(server, "run", "t")
+        assert ran.code == 4
+        assert "trying again" in ran.err
+        assert ran.complaints[-1].startswith("no answer from ")
+
+
+# -- where the service is, and who asks ------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "ftp://x", "http://", "http://a:b@c", "http://h/?q", "http://h#f", "unix:x"],
+)
+def test_a_url_that_is_none_is_refused(url):
+    with pytest.raises(longtasks.ClientError, match="a URL is http://HOST:PORT, "):
+        longtasks.Client(url)
+
+
+def test_the_port_of_the_environment_is_where_the_service_is():
+    environ = {"PORT": "81"}
+    assert longtasks.make_client(None, environ).url == "http://127.0.0.1:81"
+    assert longtasks.make_client(None, {}).url == "http://127.0.0.1:8080"
+    environ["LONGTASKS_URL"] = "http://[::1]:82/below"
+    assert longtasks.make_client(None, environ).url == environ["LONGTASKS_URL"]
+    assert longtasks.make_client("https://h", environ).url == "https://h"
+
+
+def test_a_url_may_have_a_path_before_that_of_the_api(client, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # not used, whatever it is
+    with Scripted(given({"types": []})) as server:
+        assert client(url_of(server) + "/a/b/", "types").code == 0
+    assert server.asked[0].startswith("GET /a/b/api/v1/types HTTP/1.1\r\n")
+
+
+@needs_unix
+def test_a_unix_socket_is_reached_by_its_path(client, registry, tmp_path):
+    path = str(tmp_path / "a socket")
+    with serving(UNIX_SOCKET=path) as service:
+        assert client(service, "run", "long_computation", "duration=0").code == 0
+    ran = client("unix:" + path, "types")
+    text = "no answer from unix:%s: No such file or directory" % path
+    assert (ran.code, ran.complaints) == (4, [text])
+
+
+def test_a_certificate_must_be_known_and_for_this_host(
+    client, secure, pairs, monkeypatch
+):
+    port = secure.server.server_port
+    ran = client(secure, "types")
+    assert ran.code == 4
+    assert "CERTIFICATE_VERIFY_FAILED" in ran.complaints[0]
+    monkeypatch.setenv("SSL_CERT_FILE", str(pairs / "one.crt"))
+    assert client("https://localhost:%d" % port, "types").code == 0
+    ran = client("https://127.0.0.1:%d" % port, "types")
+    assert ran.code == 4
+    assert "127.0.0.1" in ran.complaints[0]
+
+
+def test_https_where_there_is_none_or_no_ssl_is_one_line(client, monkeypatch):
+    with Scripted(b"HTTP/1.1 400 Bad Request\r\n\r\n") as server:
+        url = url_of(server).replace("http", "https")
+        ran = client(url, "types")
+        assert (ran.code, len(ran.complaints)) == (4, 1)
+        monkeypatch.delattr(http.client, "HTTPSConnection")
+        ran = client(url, "types")
+        assert ran.complaints == ["https needs Python's ssl, which is missing"]
+
+
+def test_the_token_of_the_environment_goes_along(client, monkeypatch, tmp_path):
+    token = "secret-secret-secret"
+    with serving(API_TOKEN=token) as service:
+        ran = client(service, "types")
+        assert (ran.code, len(ran.complaints)) == (2, 1)
+        monkeypatch.setenv("API_TOKEN", token)
+        assert client(service, "types").code == 0
+        monkeypatch.delenv("API_TOKEN")
+        monkeypatch.setenv("API_TOKEN_FILE", write(tmp_path, token + "\n"))
+        assert client(service, "types").code == 0
+
+
+@pytest.mark.parametrize(
+    "token", ["short", "a" * 20 + " b", "a" * 20 + "\nb", "é" * 20]
+)
+def test_a_token_that_cannot_be_one_is_not_shown(token, client, monkeypatch):
+    monkeypatch.setenv("API_TOKEN", token)
+    ran = client("http://127.0.0.1:1", "types")
+    assert (ran.code, len(ran.complaints)) == (2, 1)
+    assert token[:5] not in ran.err
+
+
+# -- Ctrl-C, pipes and terminals -------------------------------------------
+
+
+class Command:
+    """A real client in a process of its own, perhaps on a terminal, so wide."""
+
+    def __init__(self, port, *words, columns=None, **popen):
+        environ = {k: v for k, v in os.environ.items() if k not in NAMES}
+        environ.update(PORT=str(port), TERM="xterm")
+        environ.pop("LONGTASKS_URL", None)
+        popen.setdefault("stdout", subprocess.PIPE)
+        self.text = b""
+        if columns is None:
+            self.ours, theirs = os.pipe()
+        else:
+            self.ours, theirs = pytest.importorskip("pty").openpty()
+            size = struct.pack("HHHH", 24, columns, 0, 0)
+            fcntl = pytest.importorskip("fcntl")
+            fcntl.ioctl(theirs, pytest.importorskip("termios").TIOCSWINSZ, size)
+        self.process = subprocess.Popen(
+            [sys.executable, SCRIPT, *words],
+            stderr=theirs,
+            env=environ,
+            preexec_fn=hears_ctrl_c,  # noqa: PLW1509
+            **popen,
+        )
+        os.close(theirs)
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        with contextlib.suppress(OSError):  # what a terminal ends with
+            while True:
+                data = os.read(self.ours, 65536)
+                if not data:
+                    break
+                self.text += data
+
+    @property
+    def err(self):
+        return self.text.decode("utf-8", "replace").replace("\r\n", "\n")
+
+    def told(self, word):
+        until(lambda: word in self.err, "the word " + word)
+
+    def interrupt(self):
+        self.process.send_signal(signal.SIGINT)
+
+    def end(self):
+        """The exit code, and what came on stdout."""
+        code = self.process.wait(LONG)
+        self.reader.join(LONG)
+        return code, self.process.stdout.read().decode() if self.process.stdout else ""
+
+
+def hears_ctrl_c():
+    """So that it does even where the tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def command(port, *words, **options):
+    running = Command(port, *words, **options)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.wait()
+        running.reader.join(LONG)
+        os.close(running.ours)
+        if running.process.stdout:
+            running.process.stdout.close()
+
+
+@contextlib.contextmanager
+def a_run_of(type, tmp_path, held):
+    """A real service, and a client that follows a task of it that has begun."""
+    env = {**held["env"], "GRACE": "20"}
+    with process(*held["flags"], env=env) as running, command(
+        running.port, "run", type, "name=a"
+    ) as run:
+        began(tmp_path, "a")
+        run.told("task ")
+        yield running, run
+
+
+def test_ctrl_c_asks_to_cancel_and_waits_for_the_end(tmp_path, held):
+    with a_run_of("polite", tmp_path, held) as (_, run):
+        run.interrupt()
+        assert run.end() == (3, "")
+        assert "asking to cancel it; Ctrl-C again leaves at once\n" in run.err
+        assert run.err.endswith("longtasks: cancelled: cancelled while it ran\n")
+
+
+def test_ctrl_c_does_not_take_away_a_result(tmp_path, held):
+    with a_run_of("deaf", tmp_path, held) as (service, run):
+        run.interrupt()
+        until(lambda: "cancel_requested" in tasks_of(service)[0], "the wish to cancel")
+        (tmp_path / "a").touch()
+        assert run.end() == (0, "null\n")
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, held):
+    with a_run_of("deaf", tmp_path, held) as (service, run):
+        run.interrupt()
+        run.told("asking to cancel")
+        run.interrupt()
+        assert run.end() == (130, "")
+        assert "Traceback" not in run.err
+        assert tasks_of(service)[0]["status"] == "processing"
+
+
+def test_ctrl_c_during_the_submit_cancels_what_was_taken_in():
+    cancelled = given({"id": "x", "status": "cancelled"})
+    failure = given({"status": "cancelled", "error": "cancelled before it ran"})
+    then = [TAKEN, refusing(409), NO_EVENTS, cancelled, refusing(406), failure]
+    with Scripted(None, *then) as server, command(server.port, "run", "t") as run:
+        until(lambda: server.asked, "the submit")
+        run.interrupt()
+        assert run.end() == (3, "")
+    first, again, cancel = (asked.split(" HTTP")[0] for asked in server.asked[:3])
+    assert first == again
+    assert cancel == first.replace("PUT", "POST") + "/cancel"
+
+
+@pytest.mark.parametrize("words", [["types"], ["result", "x", "--wait"]])
+def test_ctrl_c_ends_other_commands_at_once(words):
+    with Scripted(None) as server, command(server.port, *words) as run:
+        until(lambda: server.asked, "a request")
+        run.interrupt()
+        assert run.end() == (130, "")
+        assert run.err == ""
+
+
+def test_output_that_nobody_reads_is_no_error(service):
+    reading, writing = os.pipe()
+    os.close(reading)
+    port = service.server.server_port
+    with command(port, "types", stdout=writing) as run:
+        os.close(writing)
+        assert run.end()[0] == 0
+        assert run.err == ""
+
+
+def test_what_is_told_to_nobody_does_not_change_the_end(service):
+    port = service.server.server_port
+    with command(port, "run", "long_computation", "duration=0.1") as run:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), run.ours)  # nobody reads stderr
+        assert run.end()[0] == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_that_cannot_be_written_is_told(service):
+    with open("/dev/full", "wb") as full:
+        port = service.server.server_port
+        with command(port, "types", stdout=full) as run:
+            assert run.end()[0] == 4
+            assert run.err == "longtasks: can't write: No space left on device\n"
+
+
+@pytest.mark.parametrize("columns", [80, 21, 1, 0])
+def test_a_terminal_shows_one_line_that_changes_and_fits(columns, service, gate):
+    @handler("odd")
+    def odd(ctx: Context):
+        ctx.progress(0.5, "\x1b[31m\r\n\x9b2J" + "漢字" * 50)
+        return gate()
+
+    with command(service.server.server_port, "run", "odd", columns=columns) as run:
+        run.told("50%" if columns != 1 else "\x1b[?7l")
+        gate.release.set()
+        assert run.end() == (0, "1\n")
+    before, *drawn = run.err.split("\r\x1b[K\x1b[?7l")
+    assert re.fullmatch("\r\x1b\\[Ktask [0-9a-f-]{36}\n", before)
+    lines = [text.partition("\x1b[?7h")[0] for text in drawn]  # not wrapped by it
+    width = columns or 80  # as one that doesn't know it says
+    assert all(len(line) < width and line.isprintable() for line in lines)
+    assert drawn[-1] == lines[-1] + "\x1b[?7h\r\x1b[K"
+    if width == 80:
+        bar = r"[##########----------]  50% \x1b[31m\r\n\x9b2J漢字"
+        assert any(line.startswith(bar) for line in lines)
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    longtasks.Display().show({"status": "processing"})
+    assert capsys.readouterr().err == "processing\n"
+
+
+def test_where_there_is_no_terminal_a_line_comes_only_now_and_then(capsys):
+    clock = Clock()
+    display = longtasks.Display(clock)
+
+    def lines(*documents):
+        for document in documents:
+            display.show(document)
+        return capsys.readouterr().err.splitlines()
+
+    def percent(number, message="m"):
+        return {"percent": number, "message": message}
+
+    assert lines({"status": "pending"}, {"status": "pending"}) == ["pending"]
+    assert lines({"status": "processing"}) == ["processing"]
+    many = [percent(n / 10) for n in range(1, 1001)]
+    assert lines(*many) == ["%3d%% m" % n for n in range(10, 101, 10)]
+    clock.now += 9
+    assert lines(percent(100, "still")) == []
+    clock.now += 1
+    assert lines(percent(100, "a\nb\x1b")) == [r"100% a\nb\x1b"]
+    assert lines({"status": "completed"}) == ["completed"]
+
+
+# -- help ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", longtasks.CLIENT)
+def test_each_command_helps(name, capsys):
+    with pytest.raises(SystemExit) as left:
+        longtasks.main([name, "--help"])
+    assert left.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for code, meaning in longtasks.EXIT_CODES.items():
+        assert "%d: %s." % (code, meaning) in text
+    for argument, metavar, about in longtasks.CLIENT[name].arguments:
+        assert (metavar or argument) in text
+        assert about in text
+
+
+def test_the_help_of_the_service_names_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        longtasks.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(re.search(r"\b%s\b" % name, text) for name in longtasks.CLIENT)
+
+
+# ======================================================================
+# 9. Command line and main
 # ======================================================================
 
 
@@ -6950,7 +7770,7 @@ def test_without_db_nothing_is_written(tmp_path):
 
 
 # ======================================================================
-# 9. The page
+# 10. The page
 # ======================================================================
 
 
@@ -7691,6 +8511,26 @@ def test_those_who_start_it_wait_longer_than_its_drain_may_take(tmp_path):
     assert len(limits) == len(drains) == 2
     for limit, drain in zip(limits, drains):
         assert int(limit) > int(drain) + grace + longtasks.JOURNAL_PATIENCE
+
+
+def test_the_readme_has_every_exit_code_of_the_client():
+    section = readme().split("\n## Without curl\n")[1].split("\n## ")[0]
+    told = re.findall(r"^\| `([0-9]+)` \| (.*) \|$", section, re.MULTILINE)
+    assert told == [(str(code), text) for code, text in longtasks.EXIT_CODES.items()]
+
+
+def test_the_lines_about_the_client_in_the_readme_do_what_they_say(service):
+    first, more = shell_blocks("Without curl")
+    lines = re.sub(r"duration=[25]\b", "duration=0.2", first + "echo ====\n" + more)
+    lines = lines.replace("python3", sys.executable).replace("longtasks.py", SCRIPT)
+    environ = {**os.environ, "LONGTASKS_URL": service.server.url}
+    out = subprocess.check_output(["sh", "-ec", lines], env=environ, timeout=LONG)
+    ran, more = out.decode().split("====\n")
+    assert json.loads(ran)["message"] == "Long computation completed successfully"
+    assert more.count('"message": "Long computation completed successfully"') == 1
+    assert more.count('"status": "cancelled"') + more.count('"cancel_requested"') == 1
+    assert more.count("completed  ") == 2
+    assert "long_computation  duration=180 " in more
 
 
 def readme_handlers(tmp_path):

@@ -577,6 +577,8 @@ class Outcome(NamedTuple):
     after: Optional[float] = None
 
 
+_UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+
 # Digits for the next ids, since asking the system for them takes longer than the rest.
 # Threads share it without a lock: what a deque's pop() returns, no other one returns.
 _DIGITS: Deque[str] = deque()
@@ -2268,6 +2270,8 @@ class Journal:
                 raise JournalError("DB %s: a task's %s is amiss" % (self.path, name))
         plain = len(Task._fields) - 1
         task = Task(*values[:plain], Options(*values[plain:]))  # type: ignore
+        if not _UUID.fullmatch(task.id):  # else it could not go into answers as it is
+            raise JournalError("DB %s: a task's id is amiss" % self.path)
         if task.status not in EXITS or task.finished == (task.ended_at is None):
             raise JournalError("DB %s: a task's status is amiss" % self.path)
         return task
@@ -3898,8 +3902,6 @@ def result_json(task: Task) -> bytes:
 
 # -- endpoints -------------------------------------------------------------
 
-_UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-
 
 class Traffic(NamedTuple):
     """What has come in over HTTP."""
@@ -5093,9 +5095,10 @@ class Connection(socketserver.BaseRequestHandler):
             return None
         self.began = time.monotonic()
         self.deadline = self.began + self.server.request_timeout
-        if self.buffer.startswith(b"\r\n"):  # left over by some clients (RFC 9112, 2.2)
-            self.buffer = self.buffer[2:]
+        blank = b"\r\n"  # one such line is left over by some clients (RFC 9112, 2.2)
         while True:
+            if blank and self.buffer.startswith(blank):
+                self.buffer, blank = self.buffer[2:], b""
             head, end, rest = self.buffer.partition(b"\r\n\r\n")
             if len(head) > MAX_HEAD:
                 raise self._too_long(head)

@@ -1128,6 +1128,7 @@ def test_one_who_died_while_making_the_file_leaves_no_hindrance(tmp_path):
     "change, why",
     [
         ("status = 'lost'", "status is amiss"),
+        ("id = 'x\"'", "id is amiss"),
         ("status = 'completed'", "status is amiss"),
         ("attempt = 'x'", "attempt is amiss"),
         ("params = x'00'", "params is amiss"),
@@ -5410,6 +5411,38 @@ def test_many_clients_at_once_leave_the_books_balanced(registry, restless):
             until(lambda: not ledger._active)
         check_books(ledger, [id for ids in given for id in ids], news)
         assert len(service.server._connections) <= 8
+
+
+class Pieces:
+    """A socket that brings these pieces and no more, and keeps what is sent."""
+
+    def __init__(self, *pieces):
+        self.pieces, self.sent = list(pieces), b""
+
+    def recv(self, size, flags=0):
+        return self.pieces.pop(0) if self.pieces and not flags else b""
+
+    def send(self, data):
+        self.sent += data
+        return len(data)
+
+    sendall = send
+
+    def __getattr__(self, name):
+        return lambda *given: None
+
+
+@pytest.mark.parametrize(
+    "start", [[b"\r\n"], [b"\r", b"\n"], [b"\r", b"\nG"], [b"", b""]]
+)
+def test_one_empty_line_before_a_request_is_passed_over_however_it_comes(
+    service, start
+):
+    rest = b"GET /healthz HTTP/1.0\r\n\r\n"[start[-1].count(b"G") :]
+    wire = Pieces(*filter(None, start), rest)
+    longtasks.Connection(wire, ("127.0.0.1", 1), service.server)
+    service.server.shutdown_request(wire)
+    assert wire.sent.startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 # ======================================================================

@@ -6379,7 +6379,7 @@ class LogFormatter(logging.Formatter):
         """Return the record's lines; only a traceback has more than one."""
         fields, text = _fields_of(record), record.getMessage()
         if "task" in fields:  # as JSON, to be submitted again
-            text += ": " + _ascii_json(fields["task"])
+            text += ": " + json.dumps(fields["task"])
         elif "task_id" in fields:
             text = "task %s (%s): %s" % (fields["task_id"], fields["type"], text)
         if "duration" in fields:
@@ -6397,7 +6397,7 @@ class JSONLogFormatter(logging.Formatter):
         """Return the record's line."""
         time, level = timestamp(record.created), record.levelname.lower()
         about = {"time": time, "level": level, "message": record.getMessage()}
-        return _ascii_json({**about, **_fields_of(record)})
+        return json.dumps({**about, **_fields_of(record)})
 
 
 def _fields_of(record: logging.LogRecord) -> Dict[str, Any]:
@@ -6406,10 +6406,6 @@ def _fields_of(record: logging.LogRecord) -> Dict[str, Any]:
     if record.exc_info and record.exc_info[0]:
         fields["traceback"] = "".join(traceback.format_exception(*record.exc_info))
     return fields
-
-
-def _ascii_json(value: Any) -> str:
-    return json.dumps(value).replace("\x7f", "\\u007f")
 
 
 def start_logging(level: str, format: str = "text") -> None:

@@ -876,6 +876,8 @@ def log_run(
     Which run it is, and what `more` tells of it, are fields of the line's own: the
     formatter for people puts them into the text.
     """
+    if not log.isEnabledFor(level):
+        return
     fields = {"task_id": ctx.task_id, "type": ctx.type, "attempt": ctx.attempt, **more}
     log.log(level, text, *args, exc_info=exc_info, extra={"fields": fields})
 

@@ -368,11 +368,14 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+# Control characters, what separates lines, what turns the direction of text around
+# (Unicode's bidirectional controls), and half characters.
+_OBEYED = re.compile("[\0-\x08\n-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def _escaped(text: str) -> str:
     """Replace each character that a terminal would obey by its escape."""
-    return re.sub(
-        r"[^\t -~\xa0-\ud7ff\ue000-\U0010ffff]", lambda m: ascii(m.group())[1:-1], text
-    )
+    return _OBEYED.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
 # ======================================================================
@@ -683,7 +686,7 @@ def _keys(value: Any) -> int:
 
 
 def _read_int(text: str) -> int:
-    if len(text) > MAX_DIGITS:
+    if len(text) > MAX_DIGITS and len(text.lstrip("-")) > MAX_DIGITS:
         raise ValueError("a number of more than %d digits" % MAX_DIGITS)
     return int(text)
 
@@ -3616,6 +3619,7 @@ class Pool:
 MAX_TARGET = 8 << 10  # bytes of a request's target
 MAX_HEAD = 32 << 10  # bytes of a request's head
 MAX_HEADERS = 100
+LARGE = 64 << 10  # bytes; what is larger is not copied, and sent as it can be taken
 
 JSON = "application/json"
 PROBLEM = "application/problem+json"  # RFC 9457
@@ -3756,6 +3760,12 @@ class Reply(NamedTuple):
     media: str = JSON
     headers: Mapping[str, str] = {}
     stream: Optional[Iterator[bytes]] = None  # a body that has no end yet
+    more: Tuple[bytes, ...] = ()  # of a body too large to be copied for each client
+
+    @property
+    def size(self) -> int:
+        """The body's length in bytes, as far as it has one."""
+        return len(self.body) + sum(map(len, self.more))
 
 
 def json_reply(
@@ -3769,6 +3779,15 @@ def text_reply(text: str, status: int = 200, headers: Mapping[str, str] = {}) ->
     """Answer with a line of text, or more than one."""
     body = text.encode("utf-8", "backslashreplace") + b"\n"
     return Reply(status, body, TEXT, headers)
+
+
+def framed_reply(
+    head: bytes, value: bytes, tail: bytes, media: str, headers: Mapping[str, str]
+) -> Reply:
+    """Answer with a value that may be large, and what is before and behind it."""
+    if len(value) > LARGE:
+        return Reply(200, head, media, headers, None, (value, tail))
+    return Reply(200, b"".join((head, value, tail)), media, headers)
 
 
 def problem(
@@ -3889,17 +3908,17 @@ def status_reply(
     return Reply(status, text.encode("utf-8"), JSON, headers)
 
 
-def result_json(task: Task) -> bytes:
+def result_parts(task: Task) -> Tuple[bytes, bytes, bytes]:
     """Return how a finished task ended, as JSON."""
     if task.status == COMPLETED:
-        outcome = b'"result": %b' % (task.result or b"null")
+        name, outcome = "result", task.result or b"null"
     else:
-        outcome = b'"error": %b' % to_json(task.error)
-    head = '{"task_id": "%s", "status": "%s", ' % (task.id, task.status)
+        name, outcome = "error", to_json(task.error)
+    head = '{"task_id": "%s", "status": "%s", "%s": ' % (task.id, task.status, name)
     moments = (task.created_at, task.started_at, task.ended_at)
     texts = ['"%s"' % timestamp(when) if when else "null" for when in moments]
     times = ', "created_at": %s, "started_at": %s, "ended_at": %s}\n' % tuple(texts)
-    return b"".join((head.encode(), outcome, times.encode()))
+    return head.encode(), outcome, times.encode()
 
 
 # -- endpoints -------------------------------------------------------------
@@ -4079,10 +4098,10 @@ def show_result(app: App, request: Request) -> Reply:
         text = "task %s is %s; it has no result yet"
         raise Unfinished(text % (task.id, task.status))
     if request.accepts(JSON, TEXT) == JSON:
-        return Reply(200, result_json(task), JSON, headers)
+        return framed_reply(*result_parts(task), JSON, headers)
     if task.status != COMPLETED:  # a script must not take an error for a result
         raise HTTPError(406, "the task is %s; as JSON there is more" % task.status)
-    return Reply(200, (task.result or b"null") + b"\n", TEXT, headers)
+    return framed_reply(b"", task.result or b"null", b"\n", TEXT, headers)
 
 
 def show_log(app: App, request: Request) -> Reply:
@@ -4909,7 +4928,8 @@ def encode_head(reply: Reply, date: str, version: str, keep: bool) -> bytes:
     connection = "close" if not keep else "keep-alive" if version == "1.0" else ""
     sized = reply.stream is None and reply.status != 204
     text = _head_form(reply.status, reply.media, sized, connection)
-    text %= (date, len(reply.body)) if sized else (date,)
+    length = reply.size if reply.more else len(reply.body)
+    text %= (date, length) if sized else (date,)
     for header in reply.headers.items():
         text += "%s: %s\r\n" % header
     return (text + "\r\n").encode("latin-1")
@@ -4947,16 +4967,25 @@ class Connection(socketserver.BaseRequestHandler):
         # The request before, since clients repeat themselves, and what it was made of.
         self.last: Optional[Request] = None
         self.last_head = self.last_token = b""
-        self.idle = False  # waits for a request of which nothing has come yet
-        self.began = self.deadline = 0.0  # of the request that is being read
+        # What it waits for, if it does; the server looks at this, too, without a lock:
+        # what is a moment old tells it enough.
+        self.idle = False  # for a request of which nothing has come yet
+        self.reading = False  # for more of a request that has begun
+        self.sending = False  # for its client to take an answer
+        # When it began to wait or, where something comes, what would be the same for a
+        # client that lets it wait and then sends or takes all at once.
+        self.since = self.began = time.monotonic()
         self.bare = False  # it is a HEAD, so that its answer has no body
-        self.sending = False  # looked at by Server.close(), for which late is no harm
         self.blocks = False  # the socket waits as _block() says
         self.refused: Optional[Request] = None  # understood, but not let in
         self.streamed = 0  # bytes
         self.crowded = not self.server.admit(self.request, self)
-        with contextlib.suppress(OSError):
+        self.stays = not self.crowded  # for another request
+        with contextlib.suppress(OSError, AttributeError):  # not every system has both
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Else the kernel keeps megabytes for each client that does not read.
+            lowat = socket.TCP_NOTSENT_LOWAT
+            self.request.setsockopt(socket.IPPROTO_TCP, lowat, 2 * LARGE)
         self.patience: Optional[float] = self.server.idle_timeout
         if self.crowded:
             self.patience = min(self.server.idle_timeout, 1.0)
@@ -4996,7 +5025,7 @@ class Connection(socketserver.BaseRequestHandler):
             self._flush()  # since this one may wait
         reply = self._reply_to(request)
         self._count(request.method, request.label, reply.status)
-        keep = request.keep and not self.crowded and not self.server.closing
+        keep = request.keep and self.stays and not self.server.closing
         keep = keep and reply.stream is None
         try:
             self._answer(reply, request.version, keep)
@@ -5022,11 +5051,17 @@ class Connection(socketserver.BaseRequestHandler):
             "method": request.method if request else "-",
             "path": request.path if request else "-",
             "status": reply.status,
-            "bytes": 0 if self.bare else len(reply.body) + self.streamed,
+            "bytes": 0 if self.bare else reply.size + self.streamed,
             "duration": round(time.monotonic() - self.began, 6),
         }
         text = "%(client)s %(method)s %(path)s: %(status)d, %(bytes)d bytes" % fields
         log.debug("%s", text, extra={"fields": fields})
+
+    def kept_waiting(self, now: float) -> float:
+        """For how many seconds its client has let it wait; 0 if it doesn't wait."""
+        if self.reading:
+            return now - max(self.since, self.began)
+        return now - self.since if self.idle or self.sending else 0.0
 
     def _is_gone(self) -> bool:
         """Whether the client has closed its side."""
@@ -5096,20 +5131,19 @@ class Connection(socketserver.BaseRequestHandler):
         if not self.buffer and not self._await_request():
             return None
         self.began = time.monotonic()
-        self.deadline = self.began + self.server.request_timeout
         blank = b"\r\n"  # one such line is left over by some clients (RFC 9112, 2.2)
         while True:
             if blank and self.buffer.startswith(blank):
                 self.buffer, blank = self.buffer[2:], b""
             head, end, rest = self.buffer.partition(b"\r\n\r\n")
-            if len(head) > MAX_HEAD:
-                raise self._too_long(head)
-            if end:
+            if end and len(head) <= MAX_HEAD:
                 self.buffer = rest
                 return head
+            if end or len(head) > MAX_HEAD + 3:  # of the end, 3 bytes may be there
+                raise self._too_long(head)
             if head.count(b"\n") != head.count(b"\r\n"):
                 raise HTTPError(400, "lines must end in CR LF")
-            self.buffer += self._receive()
+            self.buffer += self._receive(self.began + self.server.request_timeout)
 
     def _await_request(self) -> bool:
         """Wait for a request's first bytes; False when none come."""
@@ -5131,29 +5165,39 @@ class Connection(socketserver.BaseRequestHandler):
         body, self.buffer = self.buffer[:length], self.buffer[length:]
         if len(body) == length:
             return body
-        self.deadline += length / self.server.slowest
-        parts, missing = [body], length - len(body)
-        while missing > 0:
-            parts.append(self._receive(min(missing, 65536)))
-            missing -= len(parts[-1])
-        return b"".join(parts)
+        patience = self.server.request_timeout + length / self.server.slowest
+        parts = bytearray(body)  # not a list, since there may be many and tiny ones
+        while len(parts) < length:
+            missing = length - len(parts)
+            parts += self._receive(self.began + patience, min(missing, 65536))
+        return bytes(parts)
 
-    def _receive(self, most: int = 65536) -> bytes:
+    def _receive(self, deadline: float, most: int = 65536) -> bytes:
         """Read more of a request that has begun; raises HTTPError when it is late."""
         self._flush()
+        self.reading = True
         try:
-            left = self.deadline - time.monotonic()
+            left = deadline - time.monotonic()
             if left <= 0:
                 raise socket.timeout
             self._wait_at_most(left)
             data = bytes(self.request.recv(most))
         except socket.timeout:
             raise HTTPError(408, "the request took too long to arrive") from None
-        if not data and self.server.closing:  # we may have cut it off ourselves
-            raise HTTPError(503, "the service is shutting down", Retry_After="30")
+        self.reading = False
+        earned = len(data) / self.server.slowest
+        self.since = min(time.monotonic(), max(self.since, self.began) + earned)
         if not data:
-            raise HTTPError(400, "the request ended before it was complete")
+            raise self._cut_off()
         return data
+
+    def _cut_off(self) -> HTTPError:
+        """Say why a request has ended too early; we may have done that ourselves."""
+        if self.server.closing:
+            return HTTPError(503, "the service is shutting down", Retry_After="30")
+        if not self.stays:
+            return HTTPError(503, self.server.crowded_text(), Retry_After="1")
+        return HTTPError(400, "the request ended before it was complete")
 
     @staticmethod
     def _too_long(head: bytes) -> HTTPError:
@@ -5168,7 +5212,10 @@ class Connection(socketserver.BaseRequestHandler):
         self.unsent += encode_head(reply, self.server.date(), version, keep)
         if not self.bare:
             self.unsent += reply.body
-        if not keep or not self.buffer or len(self.unsent) > 65536:
+            for part in reply.more:
+                self._flush()
+                self.unsent = part
+        if not keep or not self.buffer or len(self.unsent) > LARGE:
             self._flush()
 
     def _flush(self) -> None:
@@ -5176,13 +5223,27 @@ class Connection(socketserver.BaseRequestHandler):
         data, self.unsent = self.unsent, b""
         if not data:
             return
+        self.since = time.monotonic()
         self.sending = True
-        sent = self.request.send(data) if self.blocks else 0
+        if not self.blocks or len(data) > LARGE:
+            self._wait_at_most(self.server.send_timeout)
+        sent = self.request.send(data)
         if sent < len(data):
-            patience = self.server.send_timeout + len(data) / self.server.slowest
-            self._wait_at_most(patience)
-            self.request.sendall(data[sent:])
+            self._send_rest(memoryview(data)[sent:])
         self.sending = False
+
+    def _send_rest(self, data: memoryview) -> None:
+        """Send what could not be taken at once, piece by piece."""
+        slowest = self.server.slowest
+        end = self.since + self.server.send_timeout + len(data) / slowest
+        while data:
+            now = time.monotonic()
+            if now >= end:
+                raise socket.timeout
+            self._wait_at_most(end - now)
+            sent = self.request.send(data)
+            data = data[sent:]
+            self.since = min(now, self.since + sent / slowest)
 
     def _send_stream(self, stream: Iterator[bytes]) -> None:
         """Send what comes, as it comes; who does not read it is dropped."""
@@ -5272,8 +5333,8 @@ def _tls_socket_class(ssl: Any) -> Any:
             return bytes(data)
 
         def shutdown(self, how: int) -> None:
-            """Shut down one way; before the end of ours, say that it is no accident."""
-            if how == socket.SHUT_RD:
+            """Shut down; before the end of ours alone, say that it is no accident."""
+            if how != socket.SHUT_WR:
                 socket.socket.shutdown(self, how)  # super's would answer in plain text
                 return
             with contextlib.suppress(OSError, ValueError):
@@ -5336,6 +5397,8 @@ class Server(ThreadingHTTPServer):
     stream_timeout = 10.0  # seconds to take what is new of a stream
     linger_timeout = 2.0  # seconds
     reserve = 32  # connections past the limit, to be told so, and for probes
+    # For so many seconds an idle client, and one who sends or reads, is no hindrance.
+    idle_excuse, slow_excuse = 0.1, 0.3
 
     def __init__(
         self,
@@ -5359,6 +5422,8 @@ class Server(ThreadingHTTPServer):
         self._changed = threading.Condition()
         self._connections: Dict[socket.socket, Optional[Connection]] = {}
         self._crowded: Set[socket.socket] = set()  # those that came past the limit
+        self._leaving: Set[socket.socket] = set()  # those that are to make room
+        self._warned_at = -math.inf
         self._date = (0, "")
         if isinstance(address, str):
             self.address_family = socket.AF_UNIX
@@ -5425,21 +5490,17 @@ class Server(ThreadingHTTPServer):
             return request, address or (self.url, 0)  # a Unix socket's has none
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                log.warning("can't accept: %s", error)
-                time.sleep(0.1)  # or the loop would spin until something is freed
+                self._await_room(str(error))  # or the loop would spin until then
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a connection's thread; called by socketserver."""
-        with self._changed:
-            before = len(self._connections)
-            self._connections[request] = None
-            if before >= self.max_connections:
-                self._crowded.add(request)
-        if before < self.max_connections + self.reserve:
-            with contextlib.suppress(RuntimeError):  # the system has no thread left
+        for _ in range(2 if self._enter(request) else 0):
+            try:
                 super().process_request(request, client_address)
                 return
+            except RuntimeError as error:  # the system has no thread left
+                self._await_room(str(error))
         reply = self.crowded_reply()
         with self._changed:
             self._counts[OTHER, OTHER, reply.status] += 1
@@ -5448,10 +5509,60 @@ class Server(ThreadingHTTPServer):
             request.send(encode_head(reply, self.date(), "1.1", False) + reply.body)
         self.shutdown_request(request)
 
+    def _enter(self, request: Any) -> bool:
+        """Note a connection; False when it is too many even to be told so in peace."""
+        with self._changed:
+            if self._is_full():
+                self._make_room(self.crowded_text())
+            if self._is_full():
+                self._crowded.add(request)
+            self._connections[request] = None
+            return len(self._connections) <= self.max_connections + self.reserve
+
+    def _await_room(self, why: str) -> None:
+        """Pause accepting until a connection has ended, but not for long."""
+        with self._changed:
+            self._make_room(why)
+            self._changed.wait(0.1)
+
+    def _is_full(self) -> bool:
+        return len(self._connections) - len(self._leaving) >= self.max_connections
+
+    def _make_room(self, why: str) -> None:
+        """Part with some whose clients have let us wait longest. Assumes the lock.
+
+        Idle ones go first, since their clients know how to connect again, then those
+        who are slow to send a request or to read an answer. Several at once, so that
+        the search for them is not made for every newcomer.
+        """
+        now = time.monotonic()
+        if now - self._warned_at >= 10:
+            self._warned_at = now
+            log.warning("clients that are idle or slow make room: %s", why)
+        found = [c for c in self._connections.values() if c and self._hinders(c, now)]
+        few = min(self.reserve, 1 + self.max_connections // 32)
+        few -= len(self._leaving)
+        for connection in heapq.nlargest(
+            few, found, key=lambda c: (c.idle, c.kept_waiting(now))
+        ):
+            connection.stays = False
+            self._leaving.add(connection.request)
+            # Where nothing is being sent, what has just come in is still answered.
+            how = socket.SHUT_RDWR if connection.sending else socket.SHUT_RD
+            with contextlib.suppress(OSError):
+                connection.request.shutdown(how)
+
+    def _hinders(self, connection: Connection, now: float) -> bool:
+        excuse = self.idle_excuse if connection.idle else self.slow_excuse
+        return connection.stays and connection.kept_waiting(now) > excuse
+
+    def crowded_text(self) -> str:
+        """Why there is no place for a client."""
+        return "%d clients are connected, as many as may" % self.max_connections
+
     def crowded_reply(self) -> Reply:
         """What a client is told for whom there is no place."""
-        detail = "%d clients are connected, as many as may" % self.max_connections
-        return problem(503, detail, {"Retry-After": "1"})
+        return problem(503, self.crowded_text(), {"Retry-After": "1"})
 
     def admit(self, request: socket.socket, connection: Connection) -> bool:
         """Note a connection that begins; False when it came past the limit."""
@@ -5466,6 +5577,7 @@ class Server(ThreadingHTTPServer):
             connection = self._connections.pop(request, None)
             self._counts.update(connection.counts if connection else {})
             self._crowded.discard(request)
+            self._leaving.discard(request)
             self._changed.notify_all()
 
     def traffic(self) -> Traffic:
@@ -6420,6 +6532,27 @@ def start_logging(level: str, format: str = "text") -> None:
     logging.raiseExceptions = False  # a log that can't be written is no reason to fail
 
 
+def allow_descriptors(wanted: int) -> None:
+    """Have this process open so many files and sockets, if it may (getrlimit(2)).
+
+    Many systems allow 1024 at first, so that idle clients could use up what handlers
+    need, too.
+    """
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        text = "MAX_CONNECTIONS needs %d open files, but the system allows %d"
+        log.warning(text, wanted, most)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the service until it is told to stop, or a command of the client.
 
@@ -6442,6 +6575,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         service = Service(settings, supervisor=supervisor)
         events = _record_signals(settings["API_TOKEN_FILE"] or settings["TLS_CERT"])
         service.start()
+        allow_descriptors(settings["MAX_CONNECTIONS"] + 1000)
     except (SettingsError, HandlerError, JournalError) as error:
         print("longtasks: %s" % _escaped(str(error)), file=sys.stderr)
         return 2

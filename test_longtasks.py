@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hmac
 import http.client
+import http.server
 import io
 import json
 import logging
@@ -27,6 +28,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import unicodedata
 import uuid
 from pathlib import Path
 from typing import Any, Dict, List, Literal, NamedTuple, Optional, Union
@@ -355,6 +357,26 @@ def test_a_bad_value_is_one_line_that_names_the_setting(name, text, capsys):
     assert err.startswith("longtasks: %s (%s) must be " % (name, flag))
 
 
+@pytest.mark.parametrize(
+    "name, most",
+    [
+        ("PORT", 65_535),
+        ("WORKER_COUNT", 100_000),
+        ("STUCK_LIMIT", 100_000),
+        ("MAX_CONNECTIONS", 100_000),
+        ("QUEUE_LIMIT", 10**9),
+        ("RESULT_LIMIT", 10**9),
+        ("MAX_WAIT", 10**9 - 1),
+        ("MAX_BODY", 10**15 - 1),
+    ],
+)
+def test_a_number_may_be_as_large_as_its_limit_and_no_larger(name, most):
+    assert longtasks.read_settings([], {name: str(most)})[name] == most
+    for more in (most + 1, 10**400):
+        with pytest.raises(longtasks.SettingsError, match=name):
+            longtasks.read_settings([], {name: str(more)})
+
+
 def test_an_unknown_flag_is_one_line_and_code_2(capsys):
     assert longtasks.main(["--prot", "80"]) == 2
     assert capsys.readouterr().err == (
@@ -495,6 +517,14 @@ def test_ids_are_random_uuids_of_version_4():
         (b"[-Infinity]", "-Infinity is not a number"),
         (b"[1e999]", "too large"),
         (b"1" * 1001, "more than 1000 digits"),
+        (b"-" + b"1" * 1001, "more than 1000 digits"),
+        (b"[" + b"1" * 1_000_000 + b"]", "more than 1000 digits"),
+        (b"1" * 1_000_000 + b".5", "too large"),
+        (b"1e" + b"9" * 1_000_000, "too large"),
+        (b'[{"a": {"__proto__": 1, "x:": 2, "__proto__": 3}}]', "occurs twice"),
+        (b'{"\\u0061": 1, "a": 2}', 'the key "a" occurs twice'),
+        (b'"\xc0\xae"', "not UTF-8"),
+        (b'"\xed\xa0\x80"', "not UTF-8"),
         (b'{"a": 1, "b": 2, "a": 3}', 'the key "a" occurs twice'),
         (b'{"a": ":", "a": ":"}', 'the key "a" occurs twice'),
         (b'{":": [{"::": 1, "::": 2}]}', 'the key "::" occurs twice'),
@@ -525,6 +555,10 @@ def test_json_that_is_not_strictly_json_is_refused(data, why):
         (b"[" + b"[]," * 200 + b"1]", None),
         (b'["' + b"[{" * 200 + b'\\"' + b"[" * 200 + b'"]', None),
         (b"1" * 1000, int("1" * 1000)),
+        (b"-" + b"1" * 1000, -int("1" * 1000)),
+        (b"1." + b"3" * 1_000_000, 4 / 3),
+        (b"1e-" + b"9" * 1_000_000, 0.0),
+        (b'{"__proto__": {"constructor": 1}, "": 2, "\\u0000": 3}', None),
     ],
 )
 def test_json_within_bounds_is_read(data, value):
@@ -551,6 +585,20 @@ def test_json_is_written_as_the_standard_library_writes_it():
     endless.append(endless)
     with pytest.raises((ValueError, RecursionError)):
         longtasks.to_json(endless)
+
+
+@pytest.mark.parametrize("length, kept", [(4000, 4000), (4001, 4000), (10**7, 4000)])
+def test_an_error_is_kept_up_to_its_limit(length, kept):
+    line = longtasks.describe(ValueError("x" * (length - len("ValueError: "))))
+    assert len(line) == kept
+    assert line.endswith("..." if length > kept else "xxx")
+
+
+@pytest.mark.parametrize("length, kept", [(78, 80), (79, 80), (10**7, 80)])
+def test_a_value_in_a_message_is_shown_up_to_its_limit(length, kept):
+    text = longtasks.shown("x" * length)
+    assert len(text) == kept
+    assert text.endswith("..." if length > 78 else 'x"')
 
 
 def test_text_survives_the_way_through_json():
@@ -747,7 +795,12 @@ def test_an_annotation_without_counterpart_in_json_is_refused(annotation, regist
         handler("bad")(function)
 
 
-@pytest.mark.parametrize("name", ["", "x" * 101, "a\nb", 5])
+def test_a_types_name_may_have_100_characters(registry):
+    handler("é" * 100)(lambda: 1)
+    assert "é" * 100 in registry
+
+
+@pytest.mark.parametrize("name", ["", "x" * 101, "x" * 10**6, "a\nb", 5])
 def test_a_bad_name_for_a_type_is_refused(name, registry):
     with pytest.raises(HandlerError, match="1 to 100 printable"):
         handler(name)
@@ -772,6 +825,42 @@ def test_progress_is_kept_within_bounds():
     for fraction, percent in [(0, 0), (0.1234, 12.3), (1, 100), (7, 100), (-1, 0)]:
         context.progress(fraction, "word")
         assert context.progress_document() == {"percent": percent, "message": "word"}
+
+
+@pytest.mark.parametrize("length, kept", [(1000, 1000), (1001, 1000), (10**7, 1000)])
+def test_a_word_about_progress_is_kept_up_to_its_limit(length, kept):
+    context = Context("id")
+    context.progress(0.5, "x" * length)
+    assert len(context.progress_document()["message"]) == kept
+
+
+@pytest.mark.parametrize("count, fits", [(1000, True), (1001, False), (50_000, False)])
+def test_a_batch_may_hold_as_many_tasks_as_its_limit(count, fits, registry):
+    documents = [{"type": "long_computation", "params": {}}] * count
+    if fits:
+        assert len(longtasks.check_batch(documents, registry)) == count
+        return
+    with pytest.raises(longtasks.Invalid, match="1 to 1000 tasks, not %d" % count):
+        longtasks.check_batch(documents, registry)
+
+
+@pytest.mark.parametrize(
+    "option, low, high",
+    [
+        ("timeout", 0.001, 10**9),
+        ("delay", 0, 10**9),
+        ("retries", 0, 1000),
+        ("priority", -1000, 1000),
+    ],
+)
+def test_an_option_may_be_as_large_and_small_as_its_limits(option, low, high, registry):
+    document = {"type": "long_computation", "params": {}}
+    for fits in (low, high):
+        wanted = longtasks.check_submission({**document, option: fits}, registry)
+        assert getattr(wanted.options, option) == fits
+    for wrong in (low - 1, high + 1, -(10**999), 10**999):
+        with pytest.raises(longtasks.Invalid, match=option):
+            longtasks.check_submission({**document, option: wrong}, registry)
 
 
 def test_a_cancelled_context_raises_wherever_it_is_asked():
@@ -1367,6 +1456,28 @@ def test_many_workers_claim_each_task_once(attempt):
     ids = {ledger.submit("t", b"{}").id for _ in range(200)}
     claimed = together(8, lambda _: [ledger.claim()[0].id for _ in range(25)])
     assert sorted(id for some in claimed for id in some) == sorted(ids)
+
+
+@pytest.mark.parametrize("tried", [9, 10, 11, 300])
+@pytest.mark.parametrize("limits", [{"queue": 10}, {"queue_bytes": 10 * 50}])
+def test_the_queue_takes_as_much_as_its_limits_and_no_more(limits, tried):
+    ledger, taken = new_ledger(**limits), 0
+    for _ in range(tried):
+        with contextlib.suppress(longtasks.QueueFull):
+            ledger.submit("t", b"x" * 50)
+            taken += 1
+    assert taken == ledger.counts().pending == min(tried, 10)
+
+
+@pytest.mark.parametrize("count", [9, 10, 11, 300])
+@pytest.mark.parametrize("limits", [{"results": 10}, {"result_bytes": 10 * 50}])
+def test_finished_tasks_are_kept_as_many_as_the_limits_say(limits, count):
+    ledger = new_ledger(**limits)
+    tasks = [
+        finished_task(ledger, longtasks.Outcome("completed", b"x" * 48))
+        for _ in range(count)
+    ]
+    assert [t.id for t in ledger.page(1000)[0]] == [t.id for t in tasks[-10:]]
 
 
 def test_a_full_queue_takes_nothing_and_records_nothing():
@@ -2539,6 +2650,41 @@ def test_who_comes_back_is_told_what_was_missed_or_that_something_is():
     assert feed.watch("a", 10**9)[1], "that is no event of this feed"
 
 
+@pytest.mark.parametrize("count, over", [(9999, 0), (10**4, 0), (10001, 1), (10**5, 1)])
+def test_news_gather_up_to_their_limit(count, over):
+    watch = longtasks.Watch()
+    for n in range(count):
+        watch.tell(n)
+    assert watch.over == over
+    assert len(watch.take(0)) == min(count, 10_000)
+
+
+@pytest.mark.parametrize("count, lacks", [(2000, False), (2001, True), (10**5, True)])
+def test_events_are_kept_up_to_their_limit_for_who_comes_back(count, lacks):
+    feed = longtasks.Feed()
+    feed.leave("", feed.watch("")[0])
+    for n in range(count):
+        feed.publish("a", "log", n)
+    watch, lacking = feed.watch("", 0)
+    assert (len(watch.missed), lacking) == (2000, lacks)
+
+
+@pytest.mark.parametrize("length, kept", [(4000, 4000), (4001, 4000), (10**7, 4000)])
+def test_a_line_of_a_log_is_kept_up_to_its_limit(length, kept):
+    feed = longtasks.Feed()
+    feed.log("a", "x" * length)
+    assert [len(line) for line in feed.log_of("a")[0]] == [kept]
+
+
+@pytest.mark.parametrize("count, dropped", [(64, 0), (65, 1), (10**5, 10**5 - 64)])
+def test_a_log_is_kept_up_to_its_limit(count, dropped):
+    feed = longtasks.Feed()
+    for _ in range(count):
+        feed.log("a", "x" * 1023)
+    assert len(feed.log_of("a")[0]) == min(count, 64)
+    assert feed.log_of("a")[1] == dropped
+
+
 def test_who_does_not_take_the_news_is_dropped_and_holds_up_nobody():
     feed = longtasks.Feed()
     watch, _ = feed.watch("")
@@ -3412,6 +3558,12 @@ def test_only_a_uuid_can_be_put(task_id, service):
     assert_problem(put(service, task_id), 400, "must be a UUID, such as")
 
 
+def test_an_idempotency_key_may_have_255_characters(service):
+    for key in ("x" * 255, '"%s"' % ("x" * 255)):
+        assert submit(service, "long_computation", Idempotency_Key=key).status == 202
+    assert service.ledger.counts().processing == 1
+
+
 def test_an_idempotency_key_makes_a_submit_repeatable(registry):
     with serving() as service:
         key = {"Idempotency_Key": '"order 4711"'.replace(" ", "-")}
@@ -3431,7 +3583,8 @@ def test_an_idempotency_key_makes_a_submit_repeatable(registry):
 
 
 @pytest.mark.parametrize(
-    "key", ["", '""', "a b", "x" * 256, '"é"'.encode().decode("latin-1")]
+    "key",
+    ["", '""', "a b", "x" * 256, "x" * 30_000, '"é"'.encode().decode("latin-1")],
 )
 def test_an_idempotency_key_that_is_none_is_refused(key, service):
     answer = submit(service, "long_computation", Idempotency_Key=key)
@@ -3546,6 +3699,12 @@ def test_what_was_submitted_can_be_submitted_again(registry):
     [
         ("limit=0", "limit must be a whole number from 1 to 1000"),
         ("limit=1001", "limit"),
+        ("limit=" + "9" * 5000, "limit"),
+        ("after=100000000000000001", "after"),
+        ("after=" + "9" * 5000, "after"),
+        ("limit=%d9%a3", "limit"),
+        ("type=%c0%ae", "can't be read"),
+        ("type=%ed%a0%80", "can't be read"),
         ("limit=x", "limit"),
         ("limit=", "limit"),
         ("after=-1", "after"),
@@ -3559,6 +3718,24 @@ def test_what_was_submitted_can_be_submitted_again(registry):
 )
 def test_a_query_that_makes_no_sense_is_refused(query, word, service):
     assert_problem(call(service, "GET", "/api/v1/tasks?" + query), 400, word)
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=1000", "after=100000000000000000", "type=%00"]
+)
+def test_a_query_at_its_limit_is_answered(query, service):
+    assert call(service, "GET", "/api/v1/tasks?" + query).json["tasks"] == []
+
+
+@pytest.mark.parametrize("count, fits", [(20, True), (21, False), (4000, False)])
+def test_a_query_may_have_20_parameters(count, fits):
+    names = ["%d" % n for n in range(count)]
+    query = "&".join(name + "=" for name in names)
+    if fits:
+        assert longtasks.read_query(query, names) == dict.fromkeys(names, "")
+        return
+    with pytest.raises(longtasks.HTTPError, match="can't be read"):
+        longtasks.read_query(query, names)
 
 
 def test_types_are_listed_with_their_schema(service):
@@ -3808,12 +3985,15 @@ def test_a_submit_may_wait_too(service):
 def test_waiting_is_capped(gate):
     with serving(MAX_WAIT=0.01) as service:
         path = "/api/v1/tasks/" + submitted(service, "gate")
-        assert call(service, "GET", path + "?wait=9999").status == 200
+        for wait in ("9999", "9" * 9, "9" * 9 + "." + "9" * 9):
+            assert call(service, "GET", path + "?wait=" + wait).status == 200
         answer = call(service, "GET", path, Prefer="wait=9999")
         assert answer.headers["Preference-Applied"] == "wait=0"
 
 
-@pytest.mark.parametrize("wait", ["", "-1", "x", "1e3", "inf"])
+@pytest.mark.parametrize(
+    "wait", ["", "-1", "x", "1e3", "inf", "9" * 10, "9" * 5000, "0." + "1" * 10]
+)
 def test_a_wait_that_is_no_time_is_refused(wait, service):
     task_id = submitted(service, "long_computation", {"duration": 0})
     answer = call(service, "GET", "/api/v1/tasks/%s?wait=%s" % (task_id, wait))
@@ -4651,6 +4831,368 @@ def test_a_request_that_is_http_is_answered(data, service):
     assert raw(service, data).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
+# -- beside another reader
+#
+# Behind a proxy nothing is worse than two readers of the same bytes who differ on where
+# a request ends. So http.server reads beside us: what it reads otherwise, we refuse.
+
+
+class Wire:
+    """A socket that brings these pieces and keeps what is sent."""
+
+    def __init__(self, *pieces):
+        self.pieces = [piece for piece in pieces if piece]
+        self.sent = b""
+
+    def recv(self, size, flags=0):
+        if not self.pieces:
+            return b""
+        data, rest = self.pieces[0][:size], self.pieces[0][size:]
+        self.pieces[:1] = [rest] if rest else []
+        return data
+
+    def makefile(self, mode, size):
+        return io.BytesIO(b"".join(self.pieces))
+
+    def send(self, data):
+        self.sent += data
+        return len(data)
+
+    sendall = send
+
+    def do_nothing(self, *given):
+        pass
+
+    settimeout = setsockopt = shutdown = do_nothing
+
+
+class Read(NamedTuple):
+    """A request as somebody has read it."""
+
+    method: str
+    path: str
+    version: str
+    headers: Dict[str, str]
+    body: bytes
+
+
+def as_read(method, target, version, headers, body):
+    joined: Dict[str, str] = {}
+    for name, value in headers:
+        before = [joined[name.lower()]] if name.lower() in joined else []
+        joined[name.lower()] = ", ".join([*before, value.strip(" \t")])
+    path = re.sub("^/+", "/", target)  # newer http.server does so itself
+    return Read(method, path, version, joined, body)
+
+
+@pytest.fixture(scope="module")
+def reader():
+    """Tells how we read what comes in pieces, and what we send."""
+    app = longtasks.App(longtasks.Ledger(), {}, longtasks.Access())
+    server = longtasks.Server(("127.0.0.1", 0), app, 1000, 10**6)
+    app.access.local = False  # so that any Host will do
+    server.date = lambda: "now"
+    seen = []
+
+    def respond(app, request):
+        target = request.path + ("?" + request.query_text if request.query_text else "")
+        version = "HTTP/" + request.version
+        headers = request.headers.items()
+        seen.append(as_read(request.method, target, version, headers, request.body))
+        return longtasks.Reply(200, b"%d" % len(seen))
+
+    def read(*pieces):
+        seen.clear()
+        wire = Wire(*pieces)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(longtasks, "respond", respond)
+            longtasks.Connection(wire, ("127.0.0.1", 1), server)
+        server._connections.clear()
+        return list(seen), wire.sent
+
+    yield read
+    server.server_close()
+
+
+class Reference(http.server.BaseHTTPRequestHandler):
+    """http.server, with a body read as everybody writes it."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, data):
+        self.read = []
+        super().__init__(Wire(data), ("127.0.0.1", 1), None)
+
+    def parse_request(self):
+        if self.raw_requestline == b"\r\n":  # RFC 9112, 2.2; else it would stop here
+            self.raw_requestline = self.rfile.readline(65537)
+        return super().parse_request()
+
+    def take(self):
+        if "Transfer-Encoding" in self.headers:  # which nobody here can read
+            self.close_connection = True
+            return
+        try:
+            length = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(max(0, length))
+        except (ValueError, OverflowError):
+            length, body = -1, b""
+        if len(body) != length:
+            self.close_connection = True
+            return
+        version = "HTTP/1.0" if self.request_version == "HTTP/1.0" else "HTTP/1.1"
+        about = self.headers.items(), body
+        self.read.append(as_read(self.command, self.path, version, *about))
+
+    def __getattr__(self, name):
+        if name.startswith("do_"):
+            return self.take
+        raise AttributeError(name)
+
+    def log_message(self, *about):
+        pass
+
+
+def compare(reader, data):
+    """See that we read what http.server reads, or refuse it; return what we read."""
+    ours, answers = reader(data)
+    theirs = Reference(data).read
+    assert ours == theirs[: len(ours)], data
+    if len(ours) < len(theirs):
+        last = re.split(rb"HTTP/1\.1 (?=\d{3} )", answers)[-1]
+        assert b"\r\nConnection: close" in last, data
+    return ours
+
+
+HELLO = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
+START = b"POST /b?c=d HTTP/1.1\r\nHost: x\r\n"
+LENGTHS = [
+    *(b"5", b"05", b"+5", b"-5", b"-0", b" 5", b"5 ", b"\t5", b"5\t", b"\x0b5"),
+    *(b"5,5", b"5, 5", b"5;", b"5.0", b"5e0", b"0x5", b"1_0", b"_5", b"5_", b"0"),
+    *(b"5 5", b"", b" ", b"\xb25", b"\xa05", b"5\x85", b"5\0", b'"5"', b"NaN"),
+    *(b"9" * 18, b"9" * 19, b"9" * 400, b"4294967301", b"18446744073709551621"),
+]
+CODINGS = [
+    *(b"chunked", b"Chunked", b" chunked", b"\tchunked", b"chunked\t", b"\x0bchunked"),
+    *(b"xchunked", b"chunked, identity", b"identity", b"identity, chunked", b""),
+    *(b"gzip, chunked", b"chunked;q=1", b'"chunked"', b"chunked\0", b"\xa0chunked"),
+]
+FIELDS = [
+    *(b"Content-Length : 5", b"Content-Length\t: 5", b" Content-Length: 5"),
+    *(b"\tContent-Length: 5", b"Content-Length:\r\n 5", b"Content-Length:\r\n\t5"),
+    *(b"Content-Length: 5\r\nContent-Length: 5", b"Content-Length\0: 5"),
+    *(b"Content-Length: 5\r\nContent-Length: 6", b"Content-Length\xa0: 5"),
+    *(b"Content-Length: 0\r\nContent-Length: 5", b"content-length:5"),
+    *(b"Content_Length: 5", b"Content Length: 5", b": 5", b"Content-Length", b":"),
+    *(b"X: y\nContent-Length: 5", b"X: y\rContent-Length: 5", b"X: y\n"),
+    *(b"X: y\r\r\nContent-Length: 5", b"X: y\n\rContent-Length: 5", b"X: y\r"),
+    *(b"X: y\x85Content-Length: 5", b"X: y\x0bContent-Length: 5", b"X: \x1cy"),
+    *(b"X: y\x0cContent-Length: 5", b"X: y\x1eContent-Length: 5", b"X: \xe9"),
+    *(b"X: y\r\n z", b"X: y\r\n\tz", b"X:\r\n", b"X: \0", b"X: \x7f", b"(X): y"),
+    *(b"X[]: y", b"X@: y", b'"X": y', b"\xe9: y", b"X{}: y", b"From x", b"From: x"),
+    *(b"Transfer-Encoding : chunked", b"Transfer-Encoding:\r\n chunked"),
+    *(b"Transfer_Encoding: chunked", b"Transfer-Encoding", b"X: y\r\n\r\n"),
+    *(b"Host: y", b"Host: x", b"host: x", b"HOST : x", b"X-Host: y"),
+    *(b"Connection: close", b"Connection: keep-alive", b"Connection: x, close"),
+    *(b"Expect: 100-continue", b"Expect: 100-Continue", b"Expect: x", b"Expect:"),
+    *(b"Upgrade: h2c\r\nConnection: Upgrade", b"X: " + b"y" * 3000, b"X: y \t "),
+]
+LINES = [
+    *(b"GET /a HTTP/1.1", b"get /a HTTP/1.1", b"GET  /a HTTP/1.1", b"GET /a  HTTP/1.1"),
+    *(b"GET\t/a HTTP/1.1", b"GET /a\tHTTP/1.1", b" GET /a HTTP/1.1"),
+    *(b"GET /a HTTP/1.1 ", b"GET /a HTTP/1.1\t", b"GET /a\x0bHTTP/1.1"),
+    *(b"GET /a\xa0b HTTP/1.1", b"GET /a\x85b HTTP/1.1", b"GET /a\0 HTTP/1.1"),
+    *(b"GET /a b HTTP/1.1", b"GET /a", b"GET", b"", b"GET /a HTTP/1.1\rX: y"),
+    *(b"GET /a HTTP/0.9", b"GET /a HTTP/1.0", b"GET /a HTTP/1.2", b"GET /a HTTP/1.9"),
+    *(b"GET /a HTTP/2.0", b"GET /a HTTP/2", b"GET /a HTTP/1", b"GET /a HTTP/1.10"),
+    *(
+        b"GET /a HTTP/11.1",
+        b"GET /a HTTP/01.1",
+        b"GET /a HTTP/1.01",
+        b"GET /a HTTP/-1.1",
+    ),
+    *(
+        b"GET /a HTTP/1.+1",
+        b"GET /a HTTP/1.\xb2",
+        b"GET /a http/1.1",
+        b"GET /a HTTPS/1.1",
+    ),
+    *(
+        b"GET /a HTTP /1.1",
+        b"GET /a HTTP/ 1.1",
+        b"GET /a HTTP/1 .1",
+        b"GET /a HTTP/1_0.1",
+    ),
+    *(b"GET http://x/a HTTP/1.1", b"GET //x/a HTTP/1.1", b"GET x/a HTTP/1.1"),
+    *(b"GET http://y/a HTTP/1.1", b"GET * HTTP/1.1", b"OPTIONS * HTTP/1.1"),
+    *(b"CONNECT x:80 HTTP/1.1", b"GET ?a HTTP/1.1", b"GET /a#b HTTP/1.1"),
+    *(b"GET /a%0d%0aX:y HTTP/1.1", b"GET /%00 HTTP/1.1", b"GET /../a HTTP/1.1"),
+    *(b"GET /%c0%ae/ HTTP/1.1", b"GET /\xc3\xa9 HTTP/1.1", b"GET /a?b?c HTTP/1.1"),
+    *(b"GET \\a HTTP/1.1", b"GET /\\a HTTP/1.1", b"PRI * HTTP/2.0", b"G(T /a HTTP/1.1"),
+    *(b"G\0T /a HTTP/1.1", b"\0GET /a HTTP/1.1", b"\xef\xbb\xbfGET /a HTTP/1.1"),
+    *(b"\r\nGET /a HTTP/1.1", b"\r\n\r\nGET /a HTTP/1.1", b"\nGET /a HTTP/1.1"),
+    *(b"\rGET /a HTTP/1.1", b"HTTP/1.1 200 OK", b"\x16\x03\x01\x02\0\x01"),
+]
+HOSTS = [
+    *(b"Host:", b"Host: ", b"Host: a b", b"Host: a,b", b"Host: a/b", b"Host: a@b"),
+    *(b"Host: [::1]:80", b"Host: x:", b"Host: x:y", b"Host: \xe9", b"Host: x\0"),
+    *(b"Host:\r\n x", b"Host: x\r\n y", b"Hos: x", b"Host x", b"Host\t: x"),
+]
+HELLOS = HELLO + HELLO
+ODD = [  # each with something behind it, which must never be taken for its body
+    *(START + b"Content-Length: %b\r\n\r\nabcde" % each + HELLO for each in LENGTHS),
+    *(START + b"Content-Length:%b\r\n\r\nabcde" % each + HELLO for each in LENGTHS),
+    *(
+        START + before + b"Transfer-Encoding:%b\r\n\r\n5\r\nabcde\r\n0\r\n\r\n" % each
+        for each in CODINGS
+        for before in (b"", b"Content-Length: 5\r\n")
+    ),
+    *(START + each + b"\r\n\r\nabcde" + HELLO for each in FIELDS),
+    *(each + b"\r\nHost: x\r\n\r\n" + HELLO for each in LINES),
+    *(each + b"\r\n\r\n" + HELLO for each in LINES),
+    *(b"GET /a HTTP/1.1\r\n%b\r\n\r\n" % each + HELLO for each in HOSTS),
+    *(START.replace(b"\r\n", end) + end + HELLO for end in (b"\n", b"\r", b"\n\r")),
+    *(
+        HELLO + between + HELLO
+        for between in (b"\r\n", b"\n", b"\r", b" ", b"\0", b"x")
+    ),
+    *(HELLO.replace(b"1.1", b"1.0") + HELLO, HELLO[:-2] + b"\n" + HELLO, HELLO[:-1]),
+    START + b"Content-Length: 5\r\n\r\nabcd",
+    START + b"Content-Length: 1001\r\n\r\n" + b"x" * 1001 + HELLO,
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HELLO,
+]
+
+
+@pytest.mark.parametrize("data", ODD, ids=range(len(ODD)))
+def test_what_is_odd_is_read_as_http_server_reads_it_or_refused(data, reader):
+    compare(reader, data)
+
+
+def mutated(data, chance):
+    """The same with a few pieces of it changed."""
+    bits = [b"\0", b"\t", b" ", b"\x0b", b"\x0c", b"\r", b"\n", b"\r\n", b":", b","]
+    bits += [b"_", b"+", b"-", b"\x80", b"\x85", b"\xa0", b'"', b"#", b"%00", b"0"]
+    bits += [b"Content-Length: 5\r\n", b"\r\n ", b"\r\n\r\n", b"HTTP/1.1", b"GET "]
+    for _ in range(chance.choice((1, 1, 2, 3))):
+        at, length = chance.randrange(len(data) + 1), chance.choice((0, 0, 1, 2, 9))
+        bit = chance.choice(
+            [*bits, b"", b"", data[at : at + 9], data[at:].swapcase()[:9]]
+        )
+        data = data[:at] + bit + data[at + length :]
+    return data
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_grew_odd_by_chance_is_read_alike_or_refused(seed, reader):
+    chance, read = random.Random(seed), 0
+    bodies = [START + b"Content-Length: 5\r\nX: y\r\n\r\nabcde" + HELLO]
+    for _ in range(1000):
+        known = chance.choice([*ODD, *bodies * 100, *[HELLOS] * 100])
+        read += len(compare(reader, mutated(known, chance)))
+    assert read > 150, "or there was nothing to compare"
+
+
+SHORT = [each for each in ODD if len(each) < 500]
+
+
+@pytest.mark.parametrize("data", SHORT, ids=range(len(SHORT)))
+def test_where_it_is_cut_into_pieces_changes_nothing(data, reader):
+    whole = reader(data)
+    assert reader(*(data[at : at + 1] for at in range(len(data)))) == whole
+    for at in range(1, len(data)):
+        assert reader(data[:at], data[at:]) == whole
+
+
+def test_pipelined_requests_may_be_cut_anywhere(reader):
+    bodies = [b"", b"x", HELLO, b"\r\n\r\n", b"\n" * 9]
+    posts = [START + b"Content-Length: %d\r\n\r\n%b" % (len(b), b) for b in bodies]
+    data = b"\r\n".join(posts) + HELLOS + posts[2]
+    whole, answers = reader(data)
+    assert [each.body for each in whole] == [*bodies, b"", b"", HELLO]
+    assert re.findall(rb"\r\n\r\n(\d+)", answers) == [b"%d" % n for n in range(1, 9)]
+    chance = random.Random(1)
+    for first in range(len(data)):
+        second = chance.randrange(first, len(data))
+        pieces = data[:first], data[first:second], data[second:]
+        assert reader(*pieces) == (whole, answers)
+
+
+HEAD_LIMIT, TARGET_LIMIT = 32 * 1024, 8 * 1024
+
+
+def sized(head, length):
+    """A head of this length."""
+    return head + b"X: " + b"x" * (length - len(head) - 3)
+
+
+@pytest.mark.parametrize(
+    "head, status",
+    [
+        (sized(HELLO[:-2], HEAD_LIMIT), 200),
+        (sized(HELLO[:-2], HEAD_LIMIT + 1), 431),
+        (sized(HELLO[:-2], 10_000_000), 431),
+        (b"GET /" + b"a" * (TARGET_LIMIT - 1) + HELLO[6:-4], 200),
+        (b"GET /" + b"a" * TARGET_LIMIT + HELLO[6:-4], 414),
+        (b"GET /" + b"a" * 10_000_000 + HELLO[6:-4], 414),
+        (b"G" * 10_000_000 + HELLO[3:-4], 414),
+        (HELLO[:-4] + b"\r\nX: y" * 99, 200),
+        (HELLO[:-4] + b"\r\nX: y" * 100, 431),
+        (HELLO[:-4] + b"\r\nX: y" * 1_000_000, 431),
+        (HELLO[:-2] + b"Content-Length: 1000", 200),
+        (HELLO[:-2] + b"Content-Length: 1001", 413),
+        (HELLO[:-2] + b"Content-Length: " + b"9" * 18, 413),
+        (HELLO[:-2] + b"Content-Length: " + b"9" * 19, 400),
+        (HELLO[:-2] + b"Content-Length: " + b"9" * 10_000, 400),
+    ],
+    ids=range(15),
+)
+def test_a_head_at_a_limit_is_read_and_one_over_it_refused(head, status, reader):
+    data = head + b"\r\n\r\n" + b"x" * 1000 * (b"Content-Length" in head)
+    expected = reader(data)
+    assert expected[1].startswith(b"HTTP/1.1 %d " % status)
+    assert len(expected[0]) == (status == 200)
+    for at in range(len(head) - 1, len(head) + 6):  # wherever its end is cut
+        assert reader(data[:at], data[at:]) == expected
+    tail = data[len(head) - 1 :]
+    assert reader(data[: len(head) - 1], *(bytes([b]) for b in tail)) == expected
+
+
+EVIL = b"GET /evil HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "line, more",
+    [
+        (line, more)
+        for line in ("GET /healthz", "HEAD /", "POST /healthz", "PUT /x", "BREW /")
+        for more in ("Content-Length: %d", "Content-Length: %d\r\nExpect: 100-continue")
+    ]
+    + [
+        ("POST /api/v1/tasks", more)
+        for more in (
+            "Content-Length: %d",
+            "Content-Length: %d\r\nContent-Type: application/json",
+            "Content-Length: %d\r\nExpect: x",
+            "Content-Length: %d\r\nOrigin: http://elsewhere",
+            "Content-Length: 9999999%d",
+            "Transfer-Encoding: chunked\r\nX: %d",
+            "Content-Length: %d\r\nTransfer-Encoding: chunked",
+        )
+    ],
+)
+def test_a_body_is_never_taken_for_a_request(line, more, service):
+    head = "%s HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n" % (line, more % len(EVIL))
+    for data in (head.encode() + EVIL, head.encode() + EVIL + HELLO[:-2]):
+        with socket.create_connection(
+            ("127.0.0.1", service.server.server_port), LONG
+        ) as client:
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+            answers = client.makefile("rb").read()
+        assert answers.startswith(b"HTTP/1.1 ")
+        assert b"evil" not in answers
+
+
 def test_a_method_that_nobody_knows_is_501(service):
     for method in ("BREW", "get", "G-E.T"):
         assert_problem(call(service, method, "/"), 501)
@@ -4772,7 +5314,10 @@ def test_a_client_that_does_not_read_is_dropped(registry, monkeypatch):
             until(lambda: not service.server._connections)
 
 
-def test_past_the_limit_a_newcomer_is_told_so_and_probes_get_through(registry):
+def test_past_the_limit_a_newcomer_is_told_so_and_probes_get_through(
+    registry, monkeypatch
+):
+    monkeypatch.setattr(longtasks.Server, "idle_excuse", LONG)
     with serving(MAX_CONNECTIONS=2) as service:
         address = ("127.0.0.1", service.server.server_port)
         holders = [socket.create_connection(address) for _ in range(2)]
@@ -4791,6 +5336,7 @@ def test_past_the_limit_a_newcomer_is_told_so_and_probes_get_through(registry):
 
 def test_past_the_reserve_too_a_newcomer_is_told_so(registry, monkeypatch):
     monkeypatch.setattr(longtasks.Server, "reserve", 0)
+    monkeypatch.setattr(longtasks.Server, "idle_excuse", LONG)
     with serving(MAX_CONNECTIONS=1) as service:
         address = ("127.0.0.1", service.server.server_port)
         with socket.create_connection(address):
@@ -4811,6 +5357,407 @@ def test_running_out_of_descriptors_pauses_accepting(service, monkeypatch):
     monkeypatch.setattr(socket.socket, "accept", deny_once)
     assert call(service, "GET", "/healthz").status == 200
     assert denied
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Clients have no excuse for being idle or slow while others want in."""
+    monkeypatch.setattr(longtasks.Server, "idle_excuse", 0.0)
+    monkeypatch.setattr(longtasks.Server, "slow_excuse", 0.0)
+
+
+@contextlib.contextmanager
+def held_by(service, *requests):
+    """Connections that sent this, in this order, and are held by the service."""
+    address = ("127.0.0.1", service.server.server_port)
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for request in requests:
+            clients.append(socket.create_connection(address, LONG))
+            stack.enter_context(clients[-1])
+            clients[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            clients[-1].sendall(request)
+            until(lambda: len(service.server._connections) == len(clients))
+            until(lambda: all(c and waits(c) for c in connections(service)))
+        yield clients
+
+
+def connections(service):
+    return list(service.server._connections.values())
+
+
+def waits(connection):
+    """Whether it waits for its client or for a task."""
+    idle = connection.idle and connection.kept_waiting(time.monotonic()) > 0
+    return idle or connection.reading or connection.sending or connection.last
+
+
+def test_who_is_idle_longest_makes_room_for_a_newcomer(registry, impatient):
+    with serving(MAX_CONNECTIONS=3) as service, held_by(service, b"", b"", GET) as held:
+        held[0].sendall(GET + b"\r\n")
+        assert held[0].recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert call(service, "GET", "/api/v1/types").status == 200
+        assert held[1].recv(1) == b"", "it was idle longer than the first one"
+        held[2].sendall(b"\r\n")  # who is amid a request stays if an idle one can go
+        assert held[2].recv(65536).startswith(b"HTTP/1.1 200 ")
+        held[0].sendall(GET + b"\r\n")
+        assert held[0].recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("sent", [b"G", GET, SUBMIT + b"Content-Length: 9\r\n\r\n{"])
+def test_who_sends_slowly_makes_room_for_a_newcomer(sent, registry, impatient):
+    with serving(MAX_CONNECTIONS=1) as service, held_by(service, sent) as held:
+        assert call(service, "GET", "/api/v1/types").status == 200
+        answer = held[0].makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"1 clients are connected" in answer
+
+
+def test_clients_share_one_copy_of_a_large_result(registry):
+    handler("large")(lambda: "x" * 70_000)
+    with serving() as service:
+        task_id = submitted(service, "large")
+        until(lambda: service.ledger.counts().finished)
+        for accept in ("application/json", "text/plain"):
+            request = longtasks.Request("GET", "/", "1.1", {"accept": accept})
+            request.task_id = task_id
+            reply = longtasks.show_result(service.server.app, request)
+            assert reply.more[0] is service.ledger.get(task_id).result
+
+
+@pytest.mark.parametrize("length", [65_535, 65_536, 65_537, 10_000_000])
+@pytest.mark.parametrize("accept, more", [("text/plain", 1), ("*/*", None)])
+def test_a_result_of_any_length_arrives_whole(length, accept, more, registry):
+    handler("long")(lambda: "é" * length)
+    with serving() as service:
+        path = "/api/v1/tasks/%s/result" % submitted(service, "long")
+        until(lambda: service.ledger.counts().finished)
+        answer = call(service, "GET", path, Accept=accept)
+        result = answer.json if more else answer.json["result"]
+        assert result == "é" * length
+        size = int(answer.headers["Content-Length"])
+        assert size == len(answer.body)
+        head = call(service, "HEAD", path, Accept=accept)
+        assert (int(head.headers["Content-Length"]), head.body) == (size, b"")
+
+
+def test_who_sends_enough_is_not_slow_until_it_stops(service):
+    head = SUBMIT + b"Content-Length: 90000\r\n\r\n"
+    with held_by(service, head) as held:
+        (connection,) = connections(service)
+        held[0].sendall(b" " * 50_000)
+        until(lambda: connection.since > connection.began)
+        now = time.monotonic()
+        assert connection.kept_waiting(now) < now - connection.began
+        until(lambda: connection.kept_waiting(time.monotonic()) > 0.01)
+
+
+def test_who_reads_slowly_makes_room_for_a_newcomer(registry, impatient):
+    handler("big")(lambda: "x" * 50_000_000)
+    with serving(MAX_CONNECTIONS=1) as service:
+        path = "/api/v1/tasks/%s/result" % submitted(service, "big")
+        until(lambda: service.ledger.counts().finished)
+        until(lambda: not connections(service))
+        with held_by(service, b"GET %s HTTP/1.0\r\n\r\n" % path.encode()):
+            until(lambda: connections(service)[0].sending)
+            assert call(service, "GET", "/api/v1/types").status == 200
+
+
+def test_who_waits_for_a_task_keeps_the_place(gate, impatient):
+    with serving(MAX_CONNECTIONS=2) as service:
+        path = "/api/v1/tasks/%s?wait=99" % submitted(service, "gate")
+        until(lambda: not connections(service))
+        request = b"GET %s HTTP/1.0\r\n\r\n" % path.encode()
+        with held_by(service, request, request) as held:
+            until(lambda: service.ledger._waiting)
+            assert call(service, "GET", "/api/v1/types").status == 503
+            gate.release.set()
+            for client in held:
+                assert b'"completed"' in client.makefile("rb").read()
+
+
+def test_who_has_just_come_or_begun_is_no_hindrance(registry):
+    with serving(MAX_CONNECTIONS=2) as service, held_by(service, b"", GET):
+        now, limits = time.monotonic(), longtasks.Server
+        for connection in connections(service):
+            excuse = limits.idle_excuse if connection.idle else limits.slow_excuse
+            connection.since = connection.began = now - excuse
+            assert not service.server._hinders(connection, now - 0.001)
+            assert service.server._hinders(connection, now + 0.001)
+
+
+def test_a_request_that_came_while_its_client_was_to_make_room_is_answered(
+    registry, impatient
+):
+    class Late(Wire):
+        def recv(self, size, flags=0):
+            with service.server._changed:
+                service.server._make_room("late")
+            return super().recv(size)
+
+    with serving() as service:
+        wire = Late(HELLO, HELLO)
+        longtasks.Connection(wire, ("127.0.0.1", 1), service.server)
+        assert wire.sent.count(b"HTTP/1.1 ") == 1
+        assert b"\r\nConnection: close\r\n" in wire.sent
+
+
+def test_a_few_make_room_at_once_and_no_more(registry, impatient):
+    with serving(MAX_CONNECTIONS=64) as service, held_by(service, *[b""] * 64):
+        service.server.shutdown_request = lambda request: None  # nobody really leaves
+        answers = [call(service, "GET", "/api/v1/types").status for _ in range(5)]
+        assert answers == [200] * 3 + [503] * 2
+        assert sum(not c.stays for c in connections(service)) == 3 + 2
+        service.server._connections.clear()
+
+
+def test_who_makes_room_is_told_in_the_log_now_and_then(registry, impatient):
+    with records("WARNING") as kept, serving(MAX_CONNECTIONS=1) as service:
+        for _ in range(3):
+            with held_by(service, b""):
+                assert call(service, "GET", "/api/v1/types").status == 200
+            until(lambda: not connections(service))
+    (line,) = [record.getMessage() for record in kept]
+    assert line == (
+        "clients that are idle or slow make room: "
+        "1 clients are connected, as many as may"
+    )
+
+
+def test_without_threads_newcomers_are_told_so_and_idle_ones_make_room(
+    registry, impatient, monkeypatch
+):
+    with serving() as service, held_by(service, b"") as held:
+        start = threading.Thread.start
+
+        def deny(thread):
+            if thread._target == service.server.process_request_thread:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", deny)
+        assert_problem(call(service, "GET", "/api/v1/types"), 503)
+        assert held[0].recv(1) == b""
+        monkeypatch.undo()
+        assert call(service, "GET", "/api/v1/types").status == 200
+
+
+@pytest.mark.skipif(os.name != "posix", reason="ulimit is of Unix")
+@pytest.mark.parametrize("limit, told", [("-Sn 64", False), ("-n 1100", True)])
+def test_as_many_files_may_be_open_as_the_connections_need(limit, told, tmp_path):
+    text = "import resource\nfrom longtasks import handler\n"
+    text += "handler('limit')(lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
+    line = "ulimit %s; exec '%s' '%s' --max-connections 500 --handlers '%s'"
+    line %= (limit, sys.executable, SCRIPT, write(tmp_path, text))
+    with process(command=("sh", "-c", line)) as running:
+        until(lambda: not told or len(running.lines) > 1)
+        found = result_of(running.port, submitted(running.port, "limit"))["result"]
+    assert found == (1100 if told else 1500)
+    warning = "MAX_CONNECTIONS needs 1500 open files, but the system allows 1100"
+    assert any(warning in line for line in running.lines) == told
+
+
+@pytest.mark.skipif(os.name != "posix", reason="ulimit is of Unix")
+def test_out_of_descriptors_idle_clients_make_room():
+    few = "ulimit -n 48; exec '%s' '%s'" % (sys.executable, SCRIPT)
+    with process(command=("sh", "-c", few)) as running:
+        with contextlib.ExitStack() as stack:
+            for _ in range(100):
+                address = ("127.0.0.1", running.port)
+                stack.enter_context(socket.create_connection(address, LONG))
+            assert "Too many open files" in running.logged("make room")
+            for _ in range(10):
+                task_id = submitted(running.port, "long_computation", {"duration": 0})
+                assert result_of(running.port, task_id)["status"] == "completed"
+        assert len([line for line in running.lines if "make room" in line]) < 4
+
+
+@pytest.mark.parametrize("held, status", [(1, 200), (2, 503), (33, 503), (60, 503)])
+def test_as_many_may_be_connected_as_the_limit_says(
+    held, status, registry, monkeypatch
+):
+    monkeypatch.setattr(longtasks.Server, "idle_excuse", LONG)
+    with serving(MAX_CONNECTIONS=2) as service, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", service.server.server_port)
+        for _ in range(held):
+            stack.enter_context(socket.create_connection(address, LONG))
+        with contextlib.suppress(
+            ConnectionError
+        ):  # past the reserve there's no lingering
+            assert call(service, "GET", "/api/v1/types").status == status
+        assert len(connections(service)) <= 2 + service.server.reserve
+
+
+# -- hostile clients -------------------------------------------------------
+
+
+def is_harmless(line):
+    """Whether a terminal would only show it."""
+    categories = {unicodedata.category(character) for character in line}
+    turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    turns = turning & {unicodedata.bidirectional(character) for character in line}
+    return not (categories & {"Cc", "Cs", "Zl", "Zp"} or turns)
+
+
+def bodied(body, line=SUBMIT, media=b"application/json"):
+    more = b"Content-Type: %b\r\nContent-Length: %d\r\n\r\n" % (media, len(body))
+    return line + more + body
+
+
+def asking(target, more=b""):
+    return b"GET %b HTTP/1.1\r\nHost: localhost\r\n%b\r\n" % (target, more)
+
+
+def with_params(params):
+    return bodied(b'{"type": "whole", "params": %b}' % params)
+
+
+TARGETS = [
+    *(b"/..", b"/../../etc/passwd", b"/%2e%2e/%2e%2e/etc/passwd", b"/.", b"//", b"/;"),
+    *(b"/%00", b"/a%00b", b"/%c0%ae%c0%ae/", b"/%e0%80%af", b"/%ff", b"/%", b"/%zz"),
+    *(b"/\x1b[2J", b"/\x9b2J", b"/%1b[2J", b"/\0", b"/\xe2\x80\xae", b"/\xc0\xae"),
+    *(b"/api/v1/tasks/%1b%5b2J", b"/api/v1/tasks/..", b"/api/v1/tasks/" + b"a" * 8000),
+    *(b"/api/v1/tasks?type=%1b[2J", b"/api/v1/tasks?type=%00", b"/api/v1/tasks?%ff=1"),
+    *(b"/api/v1/tasks?type=%c0%ae", b"/api/v1/tasks?" + b"&" * 8000, b"/?", b"/?=&="),
+    *(
+        b"/api/v1/tasks?__proto__=1",
+        b"/healthz?" + b"a=1;" * 2000,
+        b"/" + b"../" * 2700,
+    ),
+    *(b"/api/v1/tasks/__proto__/result", b"/" + b"%" * 8000, b"/__proto__"),
+]
+HEADERS = [
+    *(
+        b"Cookie: " + b"x" * 30_000,
+        b"\x1b[2J: x",
+        b"X: \x1b[2J",
+        b"X: \x9b2J",
+        b"X: \0",
+    ),
+    *(b"Accept: " + b"," * 30_000, b"Accept: */*;q=" + b"9" * 30_000, b"Accept: \xff"),
+    *(b"Accept: " + b"a/b;q=0.1," * 3000, b"Accept: text/plain;q=\xb2", b"Accept: ;;;"),
+    *(
+        b"Prefer: wait=" + b"9" * 30_000,
+        b"Prefer: " + b"wait = " * 4000,
+        b"Prefer: wait",
+    ),
+    *(b"Prefer: wait=1;" + b" " * 30_000 + b"x", b"Prefer:" + b", " * 15_000),
+    *(b"Authorization: Bearer \xff", b"Authorization: " + b"x" * 30_000),
+    *(b"Origin: " + b"x" * 30_000, b"Origin: null", b"Sec-Fetch-Site: \xff"),
+    *(b"Last-Event-ID: " + b"9" * 30_000, b"Idempotency-Key: " + b'"' * 30_000),
+    *(
+        b"Connection: " + b"close," * 5000,
+        b"Expect: \x9b2J",
+        b"Range: bytes=0-,5-0,5-1",
+    ),
+    *(b"Content-Length: " + b"9" * 30_000, b"Transfer-Encoding: \x9b2J", b"Host: \x9b"),
+    *(b"X-Forwarded-For: \x85\x1b]0;x\x07", b"Upgrade: h2c", b"Content-Type: \xff"),
+]
+PARAMS = [
+    *(b'{"a": 1, "a": 2}', b'{"x": {"b": 1, "b": 1}}', b'{"\\ud800": "\\udfff"}'),
+    *(b'{"__proto__": {"x": 1}, "constructor": 1, "self": 2, "params": 3, "": 4}',),
+    *(b'{"a": %b}' % (b"1" * 1_000_000), b'{"a": -1e%b}' % (b"9" * 900_000)),
+    *(b'{"a": ' * 150_000, b'{"a": %b1%b}' % (b"[" * 500_000, b"]" * 500_000)),
+    *(b'{"%b": 1}' % (b"k" * 1_000_000), b'{"a": "%b"}' % (b"\\u001b" * 9000)),
+    *(
+        b'{"a": "\x1b[2J"}',
+        b'{"a": "\xff"}',
+        b'{"a": "\xc0\xae"}',
+        b'{"a": "\xed\xa0\x80"}',
+    ),
+    *(b"{" + b",".join(b'"%d": 1' % n for n in range(80_000)) + b"}", b'{"a": NaN}'),
+    *(b'{"\\u202e\\u2028": "\\u009b2J\\u0000"}', b'{"a": 1e400}', b'{"a": -0.0}'),
+]
+BODIES = [
+    *(b"", b"\0", b"null", b'"\\ud800"', b"[" * 1_000_000, b"[[]]", b"[{}]" * 9, b"{}"),
+    *(b'{"type": "\\u001b[2J\\u202e", "params": {}}', b'{"type": "whole"' * 60_000),
+    *(
+        b'{"type": "\\ud800", "params": {}}',
+        b'{"__proto__": 1, "type": 1, "params": 1}',
+    ),
+    *(b'{"type": "whole", "params": {}, "%b": 1}' % (b"\\u001b" * 150_000),),
+    *(b'{"type": "whole", "params": {}, "timeout": %b}' % (b"1" * 999),),
+    *(b'{"type": "whole", "params": {}, "delay": 1e308, "priority": -1e308}',),
+    *(b"[" + b'{"\\u001b": 1},' * 999 + b"{}]", b"[" + b"{}," * 300_000 + b"{}]"),
+    *(b"\xef\xbb\xbf{}", '{"type": "whole", "params": {}}'.encode("utf-16")),
+]
+FORMLESS = [
+    *(
+        b"\0" * 100_000,
+        b"\n" * 100_000,
+        b"\r" * 100_000,
+        b"\r\n" * 100_000,
+        b" " * 100_000,
+    ),
+    *(
+        b"\xff" * 10_000_000,
+        b"GET / HTTP/1.1\r\n" + b"a" * 10_000_000,
+        b"\x16\x03\x01" * 99,
+    ),
+    *(
+        b"GET /" + b"a" * 10_000_000,
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 10**6,
+    ),
+]
+HOSTILE = [
+    *(asking(target) for target in TARGETS),
+    *(asking(target, header + b"\r\n") for header in HEADERS for target in (b"/",)),
+    *(asking(b"/api/v1/events", header + b"\r\n") for header in HEADERS),
+    *(bodied(b"{}", SUBMIT + header + b"\r\n") for header in HEADERS),
+    *map(with_params, PARAMS),
+    *map(bodied, BODIES),
+    *FORMLESS,
+]
+
+
+@pytest.fixture(scope="module")
+def attacked():
+    """A service that many tests attack, and what it logs."""
+    handlers = dict(longtasks.HANDLERS)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(longtasks, "HANDLERS", handlers)
+
+        @handler("whole")
+        def whole(params: dict, ctx: Context):
+            ctx.log("took %s" % params)
+            return params
+
+        with serving() as service, records() as kept:
+            yield service, kept
+
+
+@pytest.mark.parametrize("data", HOSTILE, ids=range(len(HOSTILE)))
+def test_whatever_comes_there_is_an_answer_and_no_harm(data, attacked, monkeypatch):
+    service, kept = attacked
+    monkeypatch.setattr(
+        longtasks, "KEEP_ALIVE", 0.01
+    )  # of streams, to see who has gone
+    kept.clear()
+    address = ("127.0.0.1", service.server.server_port)
+    with socket.create_connection(address, LONG) as client:
+        with contextlib.suppress(OSError):  # when refused in the midst
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+        answer = client.recv(65536)
+    assert re.match(rb"HTTP/1\.1 (2\d\d|4\d\d|501|505) ", answer), answer[:100]
+    assert b"Traceback" not in answer
+    until(lambda: not connections(service), "the end of the connection")
+    until(lambda: service.ledger.counts()[:2] == (0, 0), "the end of the tasks")
+    for record in list(kept):
+        assert record.levelno < logging.ERROR, record.getMessage()
+        for formatter in (longtasks.LogFormatter(), longtasks.JSONLogFormatter()):
+            assert is_harmless(formatter.format(record))
+    assert call(service, "GET", "/healthz").status == 200
+
+
+def test_what_was_hostile_has_left_no_thread(attacked):
+    def left():
+        target = attacked[0].server.process_request_thread
+        threads = threading.enumerate()
+        return [t for t in threads if getattr(t, "_target", None) == target]
+
+    until(lambda: not left(), "the end of the connections' threads")
 
 
 def test_the_listen_backlog_is_not_the_default(service):
@@ -6583,10 +7530,11 @@ def test_it_listens_on_ipv6_too(registry):
 
 def test_a_log_line_has_no_character_that_a_terminal_obeys():
     record = longtasks.log.makeRecord(
-        "x", 20, "f", 1, "a%s", ("\x1b[31m\r\nb é ☃",), None
+        "x", 20, "f", 1, "a%s", ("\x1b[31m\r\nb é ☃ \u202ec\u2028\x9b\ud800\tא",), None
     )
     line = longtasks.LogFormatter().format(record)
-    assert re.fullmatch(TIME + r" INFO    a\\x1b\[31m\\r\\nb é ☃", line)
+    shown = r" INFO    a\\x1b\[31m\\r\\nb é ☃ \\u202ec\\u2028\\x9b\\ud800\tא"
+    assert re.fullmatch(TIME + shown, line)
 
 
 @contextlib.contextmanager

@@ -5581,11 +5581,9 @@ def test_as_many_may_be_connected_as_the_limit_says(
         address = ("127.0.0.1", service.server.server_port)
         for _ in range(held):
             stack.enter_context(socket.create_connection(address, LONG))
-        with contextlib.suppress(
-            ConnectionError
-        ):  # past the reserve there's no lingering
+        with contextlib.suppress(ConnectionError):  # past the reserve nobody lingers
             assert call(service, "GET", "/api/v1/types").status == status
-        assert len(connections(service)) <= 2 + service.server.reserve
+        until(lambda: len(connections(service)) <= 2 + service.server.reserve)
 
 
 # -- hostile clients -------------------------------------------------------
@@ -5712,38 +5710,34 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def attacked():
-    """A service that many tests attack, and what it logs."""
-    handlers = dict(longtasks.HANDLERS)
+    """A service that many tests attack."""
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(longtasks, "HANDLERS", dict(longtasks.HANDLERS))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(longtasks, "HANDLERS", handlers)
+            @handler("whole")
+            def whole(params: dict, ctx: Context):
+                ctx.log("took %s" % params)
+                return params
 
-        @handler("whole")
-        def whole(params: dict, ctx: Context):
-            ctx.log("took %s" % params)
-            return params
-
-        with serving() as service, records() as kept:
-            yield service, kept
+            service = stack.enter_context(serving())
+        yield service
 
 
 @pytest.mark.parametrize("data", HOSTILE, ids=range(len(HOSTILE)))
 def test_whatever_comes_there_is_an_answer_and_no_harm(data, attacked, monkeypatch):
-    service, kept = attacked
-    monkeypatch.setattr(
-        longtasks, "KEEP_ALIVE", 0.01
-    )  # of streams, to see who has gone
-    kept.clear()
-    address = ("127.0.0.1", service.server.server_port)
-    with socket.create_connection(address, LONG) as client:
+    monkeypatch.setattr(longtasks, "KEEP_ALIVE", 0.01)  # to see soon who has gone
+    service, address = attacked, ("127.0.0.1", attacked.server.server_port)
+    with records() as kept, socket.create_connection(address, LONG) as client:
         with contextlib.suppress(OSError):  # when refused in the midst
             client.sendall(data)
             client.shutdown(socket.SHUT_WR)
         answer = client.recv(65536)
+        client.close()
+        until(lambda: not connections(service), "the end of the connection")
+        until(lambda: service.ledger.counts()[:2] == (0, 0), "the end of the tasks")
     assert re.match(rb"HTTP/1\.1 (2\d\d|4\d\d|501|505) ", answer), answer[:100]
     assert b"Traceback" not in answer
-    until(lambda: not connections(service), "the end of the connection")
-    until(lambda: service.ledger.counts()[:2] == (0, 0), "the end of the tasks")
     for record in list(kept):
         assert record.levelno < logging.ERROR, record.getMessage()
         for formatter in (longtasks.LogFormatter(), longtasks.JSONLogFormatter()):
@@ -5753,7 +5747,7 @@ def test_whatever_comes_there_is_an_answer_and_no_harm(data, attacked, monkeypat
 
 def test_what_was_hostile_has_left_no_thread(attacked):
     def left():
-        target = attacked[0].server.process_request_thread
+        target = attacked.server.process_request_thread
         threads = threading.enumerate()
         return [t for t in threads if getattr(t, "_target", None) == target]
 

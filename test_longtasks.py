@@ -1822,8 +1822,9 @@ def test_a_hundred_thousand_finished_tasks_are_taken_up_within_the_limits(
     path, count = tmp_path / "tasks.db", 100_000
     longtasks.Journal(str(path)).close(LONG)
     task = longtasks.Task(0, "", "t", b'{"n": 1}', "completed", 1.0, 2.0, 3.0, 1, b"1")
+    ids = [str(uuid.UUID(int=n)) for n in range(count)]
     rows = (
-        longtasks.Journal._row(task._replace(seq=n, id=str(n))) for n in range(count)
+        longtasks.Journal._row(task._replace(seq=n, id=ids[n])) for n in range(count)
     )
     with contextlib.closing(sqlite3.connect(str(path))) as db:
         db.executemany(longtasks._REPLACE, rows)
@@ -1834,7 +1835,7 @@ def test_a_hundred_thousand_finished_tasks_are_taken_up_within_the_limits(
         took, (_, peak) = time.thread_time() - begin, tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert ledger.counts().finished == 1000
-        assert ledger.get(str(count - 1)).result == b"1"
+        assert ledger.get(ids[-1]).result == b"1"
     with capsys.disabled():
         text = "\n%d tasks taken up in %.1f s (traced), with at most %.1f MB"
         print(text % (count, took, peak / 1e6))

@@ -3787,7 +3787,15 @@ def expected_methods():
 
 @pytest.mark.parametrize("path, methods", expected_methods())
 def test_methods_that_a_path_does_not_take_are_405(path, methods, service):
-    for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} - methods:
+    for method in {
+        "GET",
+        "POST",
+        "PUT",
+        "PATCH",
+        "DELETE",
+        "OPTIONS",
+        "QUERY",
+    } - methods:
         answer = call(service, method, path)
         assert_problem(answer, 405)
         assert set(answer.headers["Allow"].split(", ")) == methods
@@ -4446,6 +4454,8 @@ def test_openapi_has_no_reference_that_leads_nowhere_and_no_part_that_is_unused(
         for name in document["components"][kind]
     }
     assert used == there
+    for name, parameter in document["components"]["parameters"].items():
+        assert parameter.get("required", False) == (parameter["in"] == "path"), name
 
 
 def test_openapi_knows_every_query_parameter_that_is_taken(service):
@@ -5344,6 +5354,7 @@ def test_past_the_reserve_too_a_newcomer_is_told_so(registry, monkeypatch):
             until(lambda: len(service.server._connections) == 1)
             assert raw(service, b"").startswith(b"HTTP/1.1 503 ")
         until(lambda: not service.server._connections)
+        assert requests_of(service)["other", "other", "503"] == 1
 
 
 def test_running_out_of_descriptors_pauses_accepting(service, monkeypatch):

@@ -2458,9 +2458,10 @@ class Tally:
     def add(self, what: str, task: Task, time: float) -> None:
         """Count the seconds that a task was "waiting" or "running"."""
         key = what, self._label(task)
-        if key not in self.times:
-            self.times[key] = Histogram(RUN_BOUNDS)
-        self.times[key].add(time)
+        kept = self.times.get(key)
+        if kept is None:
+            kept = self.times[key] = Histogram(RUN_BOUNDS)
+        kept.add(time)
 
     def _label(self, task: Task) -> str:
         return task.type if task.type in self._types else self.others

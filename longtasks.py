@@ -4425,8 +4425,9 @@ PARAMETERS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
               "The next of the page before."),
     "order": ("query", {"enum": ["asc", "desc"]}, "Oldest first, or newest first."),
     "Prefer": ("header", TEXTS, "wait=SECONDS (RFC 7240)."),
-    "Idempotency-Key": ("header", {"type": "string", "pattern": "^[!-~]{1,255}$"},
-                        "The same for the same task."),
+    "Idempotency-Key": ("header", {"type": "string", "pattern":
+                        '^("[!-~]{1,255}"|(?!".*"$)[!-~]{1,255})$'},
+                        "The same for the same task, quoted or not."),
     "Last-Event-ID": ("header", TEXTS, "The id of the last event that is known."),
 }
 

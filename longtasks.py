@@ -404,6 +404,7 @@ FINISHED = frozenset(status for status, exits in EXITS.items() if not exits)
 MAX_DEPTH = 100  # of nested JSON; far below where the parser's recursion could fail
 MAX_DIGITS = 1000  # of a number in JSON; reading one takes time with the square of it
 MAX_BATCH = 1000  # tasks in one request
+MAX_PROBLEMS = 20  # with one request that are looked for and told
 MAX_ERROR = 4000  # characters of a failed task's error that are kept
 MAX_INTERRUPTIONS = 3  # runs that the process did not survive, until the task is failed
 
@@ -434,9 +435,9 @@ class Invalid(TaskError):
     """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        self.problems = list(problems)
+        self.problems = list(problems[:MAX_PROBLEMS])
         super().__init__(
-            "; ".join(dotted(path) + message for path, message in problems)
+            "; ".join(dotted(path) + message for path, message in self.problems)
         )
 
 
@@ -1157,7 +1158,8 @@ def checker(schema: Schema) -> Check:
 
     The one reader of schemas here. It knows the words of JSON Schema (draft 2020-12)
     that this file writes: type, enum, anyOf, minimum, maximum, pattern and, beside it,
-    maxLength, properties, required, additionalProperties, items.
+    maxLength, properties, required, additionalProperties, items. The function looks no
+    further once it has found MAX_PROBLEMS, since they may be larger than the value.
     """
     if not isinstance(schema, dict):
         return lambda value: () if schema else [((), " is not allowed")]
@@ -1193,6 +1195,8 @@ def _object_checker(schema: Dict[str, Any]) -> Check:
             below = test(item) if test else [((), unknown)]
             if below:
                 found += _below(name, below)
+                if len(found) >= MAX_PROBLEMS:
+                    break
         return found
 
     return check
@@ -1207,6 +1211,8 @@ def _array_checker(items: Schema) -> Check:
             below = test(item)
             if below:
                 found += _below(index, below)
+                if len(found) >= MAX_PROBLEMS:
+                    break
         return found
 
     return check
@@ -1344,7 +1350,7 @@ def with_integers(value: Any, schema: Schema) -> Any:
 
 
 def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submission]:
-    """Return what an array of documents asks for; raises Invalid with all problems."""
+    """Return what an array of documents asks for; raises Invalid."""
     if not 0 < len(documents) <= MAX_BATCH:
         text = " must hold 1 to %d tasks, not %d" % (MAX_BATCH, len(documents))
         raise Invalid([((), text)])
@@ -1355,6 +1361,8 @@ def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submiss
             submissions.append(check_submission(document, handlers))
         except Invalid as error:
             found += _below(index, error.problems)
+            if len(found) >= MAX_PROBLEMS:
+                break
     if found:
         raise Invalid(found)
     return submissions
@@ -3827,7 +3835,7 @@ def refusal(error: Union[TaskError, HTTPError]) -> Reply:
         return problem(status, str(error), headers)
     found = [
         {"pointer": _pointer(path), "detail": dotted(path) + message}
-        for path, message in error.problems[:20]
+        for path, message in error.problems
     ]
     return problem(status, "; ".join(each["detail"] for each in found), errors=found)
 
@@ -3947,11 +3955,10 @@ class App(NamedTuple):
 def submit_task(app: App, request: Request) -> Reply:
     """Submit a task, or an array of them; Idempotency-Key makes it safe to repeat."""
     media = request.accepts(JSON, TEXT)
-    document = request.json()
+    wanted = read_submissions(app, request)
+    if isinstance(wanted, list):
+        return submit_batch(app, wanted, media)
     key = request.headers.get("idempotency-key")
-    if isinstance(document, list):
-        return submit_batch(app, request, document, media)
-    wanted = read_submission(app, request, document)
     if key is None:
         task = app.ledger.submit_all([wanted])[0]
     else:
@@ -3964,11 +3971,9 @@ def submit_task(app: App, request: Request) -> Reply:
     return submitted_reply(app, request, task, 202, media)
 
 
-def submit_batch(app: App, request: Request, documents: Any, media: str) -> Reply:
+def submit_batch(app: App, wanted: Sequence[Submission], media: str) -> Reply:
     """Submit all of these tasks or none."""
-    if "idempotency-key" in request.headers or patience_of(app, request)[0]:
-        raise HTTPError(400, "neither Idempotency-Key nor wait goes with an array")
-    tasks = app.ledger.submit_all(check_batch(documents, app.handlers))
+    tasks = app.ledger.submit_all(wanted)
     if media == TEXT:
         return text_reply("\n".join(task.id for task in tasks), 202)
     texts = ['{"id": "%s", "status": "%s"}' % (task.id, PENDING) for task in tasks]
@@ -3980,9 +3985,33 @@ def put_task(app: App, request: Request) -> Reply:
     media = request.accepts(JSON, TEXT)
     if not _UUID.fullmatch(request.task_id):
         raise HTTPError(400, "the id must be a UUID, such as " + new_id())
-    wanted = read_submission(app, request, request.json())
+    with _gently(request):
+        wanted = read_submission(app, request, request.json())
     task, new = app.ledger.submit_once(request.task_id, wanted)
     return submitted_reply(app, request, task, 202 if new else 200, media)
+
+
+# Held while a large body is read as JSON and checked, which can take some fifty times
+# its length: a few at once, and what was read is let go before the next one's turn.
+_LARGE_BODIES = threading.Semaphore(4)
+LARGE_BODY = 4 << 10  # bytes
+
+
+def _gently(request: Request) -> "typing.ContextManager[Any]":
+    if len(request.body) > LARGE_BODY:
+        return _LARGE_BODIES
+    return contextlib.nullcontext()
+
+
+def read_submissions(app: App, request: Request) -> Union[Submission, List[Submission]]:
+    """Return what a request to submit a task or an array of them asks for."""
+    with _gently(request):
+        document = request.json()
+        if not isinstance(document, list):
+            return read_submission(app, request, document)
+        if "idempotency-key" in request.headers or patience_of(app, request)[0]:
+            raise HTTPError(400, "neither Idempotency-Key nor wait goes with an array")
+        return check_batch(document, app.handlers)
 
 
 def read_submission(app: App, request: Request, document: Any) -> Submission:

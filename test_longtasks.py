@@ -681,6 +681,23 @@ def test_missing_and_extra_params_are_told(registry):
     assert told == 'params.a is missing; params.b must be a whole number, not "x"'
 
 
+def test_no_more_problems_are_looked_for_than_are_told(registry):
+    @handler("t")
+    def function(xs: List[int] = []):
+        return xs
+
+    for wrong in ({"xs": [{}] * 5000}, {str(n): 0 for n in range(5000)}):
+        assert len(registry["t"].check(wrong)) == 20
+    batch = [{"type": "t", "params": {}}] + [{"type": "t", "params": {"a": 0}}] * 99
+    with pytest.raises(longtasks.Invalid) as raised:
+        longtasks.check_batch(batch + [{"type": "t", "params": wrong}], registry)
+    assert raised.value.problems[-1][0] == (20, "params", "a")
+    nearly = [{"type": "t", "params": {"a": 0}}] * 19 + [{"type": "t", "params": wrong}]
+    with pytest.raises(longtasks.Invalid) as raised:
+        longtasks.check_batch(nearly, registry)
+    assert str(raised.value).count(" is unknown") == 20
+
+
 def test_a_whole_number_with_a_point_is_an_integer(registry):
     @handler("t")
     def function(a: int, b: Optional[List[Literal[1, 2]]] = None, c: float = 0):
@@ -4065,6 +4082,26 @@ def test_a_batch_with_a_fault_is_refused_whole(service):
     answer = call(service, "POST", "/api/v1/tasks", [one], Idempotency_Key="k")
     assert_problem(answer, 400, "goes with an array")
     assert service.ledger.counts() == (0, 0, 0)
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_only_a_few_large_bodies_are_read_and_checked_at_once(method, registry):
+    known = registry["long_computation"]
+    held = []
+
+    def check(params):
+        held.append(longtasks._LARGE_BODIES._value)
+        return known.check(params)
+
+    registry["long_computation"] = known._replace(check=check)
+    document = {"type": "long_computation", "params": {"duration": 0}}
+    body = json.dumps(document).encode()
+    path = "/api/v1/tasks" + ("/%s" % uuid.uuid4() if method == "PUT" else "")
+    with serving() as service:
+        for padded in (body, body + b" " * 4096):
+            assert call(service, method, path, padded).status in (200, 202)
+    assert held == [4, 3]
+    assert longtasks._LARGE_BODIES._value == 4
 
 
 class Stream:

@@ -202,7 +202,7 @@ SETTINGS = (
     Setting("HOST", "127.0.0.1", address, "address to listen on", "ADDRESS"),
     Setting("UNIX_SOCKET", "", str, "Unix socket to listen on instead", "PATH"),
     Setting("API_TOKEN", "", token, "token that clients must send", secret=True),
-    Setting("API_TOKEN_FILE", "", str, "file that holds this token", "FILE"),
+    Setting("API_TOKEN_FILE", "", str, "file that holds the clients' token", "FILE"),
     Setting("INSECURE", "no", switch, "let everybody in, on any HOST, without a token"),
     Setting("TLS_CERT", "", str, "certificate to speak TLS with, PEM", "FILE"),
     Setting("TLS_KEY", "", str, "its key, unless it is in the same file", "FILE"),
@@ -333,11 +333,12 @@ def _argument_parser() -> Any:
     parser = make_parser(
         "; --help lists the flags",
         prog="longtasks.py",
+        usage="%(prog)s [FLAG ...]\n       %(prog)s run|submit|status|result|cancel|"
+        "list|types|help [ARGUMENT ...]",
         description="Long tasks over HTTP: submit, follow, collect the result.",
         epilog="Each setting may stand in the environment, by the name in brackets. "
         + " ".join("%s (%s) stands only there." % (s.name, s.help) for s in secrets)
-        + " The client of a service that runs is in this file, too: "
-        "%(prog)s run, submit, status, result, cancel, list or types, and --help.",
+        + " The commands are the client of a service that runs; each has --help.",
     )
     parser.add_argument(
         "--version", action="version", version="longtasks " + __version__
@@ -1709,14 +1710,14 @@ def _obey(theirs: Any, ctx: Context) -> None:
 #     backup=rsync -a --info=progress2 {src} {to=/backup/}
 #
 # It is split once, as a shell would, but no shell ever sees it: a placeholder's
-# value stays within its word, whatever it holds.
+# value stays within its word, whatever it holds. {{ and }} are braces.
 
 MAX_ARGUMENT = 4096  # characters of a placeholder's value
 MAX_OUTPUT = 16 << 10  # characters of a program's output that go into its result
 # Of the environment, but no business of a program's.
 SECRETS = frozenset(setting.name for setting in SETTINGS if setting.secret)
 
-_PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?:=([^{}]*))?\}")
+_BRACES = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?:=([^{}]*))?\}|\{\{|\}\}|[{}]")
 _PERCENT = re.compile(r"([0-9]{1,3}(?:[.,][0-9]+)?) ?%")
 _WORD: Dict[str, Any] = {
     "type": "string",
@@ -1757,7 +1758,7 @@ class Program:
         bare: Set[str] = set()  # where nothing keeps the value from being an option
         for word in self.words[1:]:
             end = 0
-            for match in _PLACEHOLDER.finditer(word):
+            for match in self._placeholders(word):
                 name, default = match.groups()
                 if defaults.setdefault(name, default) != default:
                     raise HandlerError("{%s} has two defaults" % name)
@@ -1775,13 +1776,22 @@ class Program:
             "additionalProperties": False,
         }
 
+    def _placeholders(self, word: str) -> Iterator["re.Match[str]"]:
+        for match in _BRACES.finditer(word):
+            if match.group(1):
+                yield match
+            elif len(match.group()) == 1:
+                right = "a placeholder is {NAME} or {NAME=DEFAULT}, a brace {{ or }}"
+                raise HandlerError("%s in %s: %s" % (match.group(), shown(word), right))
+
     def arguments(self, params: Mapping[str, str]) -> List[str]:
         """Return the words with the params in their places."""
 
         def value(match: "re.Match[str]") -> str:
-            return params.get(match.group(1), match.group(2) or "")
+            name, default = match.groups("")
+            return params.get(name, default) if name else match.group()[0]
 
-        words = [_PLACEHOLDER.sub(value, word) for word in self.words[1:]]
+        words = [_BRACES.sub(value, word) for word in self.words[1:]]
         return [self.words[0], *words]
 
     def __call__(self, params: Mapping[str, str], ctx: Context) -> Dict[str, Any]:
@@ -3612,7 +3622,16 @@ class Pool:
         if word == PENDING:
             word = "failed, to be run again," if ended.due_at else "put back"
         took = (ended.ended_at or time.time()) - (task.started_at or 0)
-        log_run(logging.INFO, context, word, duration=round(took, 3))
+        more: Dict[str, Any] = {"duration": round(took, 3)}
+        if word.startswith(FAILED) and ended.error:
+            more["error"] = first_line(ended.error)
+        log_run(logging.INFO, context, word, **more)
+
+
+def first_line(error: str) -> str:
+    """Return as much of an error as goes into a line of the log."""
+    line = (error.splitlines() or [""])[0]
+    return line if len(line) <= 200 else line[:197] + "..."
 
 
 # ======================================================================
@@ -5708,14 +5727,16 @@ class Client:
 
     urls = re.compile(
         r"(https?)://([\w.-]+(?::\d+)?|\[[\w.:]+\](?::\d+)?)((?:/[\w.~%-]+)*)/?"
-        r"|unix:(/.+)",
+        r"|unix:(.+)",
         re.ASCII,
     )
+    # What OpenSSL calls it, by version, when the other side answers in the clear.
+    no_tls = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")
 
     def __init__(self, url: str, token: str = "") -> None:
         match = self.urls.fullmatch(url)
         if not match:
-            right = "http://HOST:PORT, https://HOST:PORT or unix:/PATH"
+            right = "http://HOST:PORT, https://HOST:PORT or unix:PATH"
             raise ClientError(REFUSED, "a URL is %s, not %s" % (right, shown(url)))
         if match.group(4) and not hasattr(socket, "AF_UNIX"):
             raise ClientError(REFUSED, "this system has no Unix sockets")
@@ -5762,9 +5783,16 @@ class Client:
                     self._check(response, accept)
                     yield response
         except (OSError, HTTPException, UnicodeError) as error:
-            why = getattr(error, "strerror", None) or str(error).strip()
-            text = "no answer from %s: %s" % (self.url, why)
+            text = "no answer from %s: %s" % (self.url, self._why(error))
             raise NoAnswer(text, sent=sent) from None
+
+    def _why(self, error: Exception) -> str:
+        """Say why there is no answer."""
+        if getattr(error, "reason", None) in self.no_tls:
+            return "it speaks no TLS there; try http://"
+        if isinstance(error, ConnectionResetError) and self._scheme == "http":
+            return "it hung up without a word; if it speaks TLS, use https://"
+        return getattr(error, "strerror", None) or str(error).strip()
 
     def _connected(self) -> Any:
         import http.client
@@ -5794,6 +5822,9 @@ class Client:
                 found = json.loads(response.read())
                 lines = [each["detail"] for each in found.get("errors", [found])]
                 code = REFUSED
+        if status == 401:
+            wrong = "this is not its token" if self._headers else "it needs a token"
+            lines = ["%s: %s; set API_TOKEN or API_TOKEN_FILE" % (self.url, wrong)]
         if status >= 500:
             raise NoAnswer(*lines, status=status)
         raise ClientError(code, *lines, status=status)
@@ -6127,12 +6158,13 @@ def look(method: str, below: str) -> Callable[[Client, Any], int]:
 
 
 def list_command(client: Client, args: Any) -> int:
-    """List tasks, oldest first."""
+    """List tasks, newest first if not told otherwise."""
     try:
         limit = whole(1, 10**6)(args.limit or "100")
     except ValueError as right:
         raise ClientError(REFUSED, "--limit must be %s" % right) from None
     query = {"status": args.status, "type": args.type, "after": 0}
+    query["order"] = args.order or "desc"
     tasks: List[Dict[str, Any]] = []
     while query["after"] is not None and len(tasks) < limit:
         query["limit"] = min(1000, limit - len(tasks))
@@ -6171,10 +6203,16 @@ def types_command(client: Client, args: Any) -> int:
         words = [
             name + ("=" + shown(param["default"]) if "default" in param else "")
             for name, param in params
-            if param
+            if param is not False
         ]
         rows.append((each["type"], " ".join(words), each["description"]))
     put_table(*rows)
+    return 0
+
+
+def help_command(client: Client, args: Any) -> int:
+    """List the commands."""
+    put_table(*((name, command.help) for name, command in CLIENT.items()))
     return 0
 
 
@@ -6203,6 +6241,7 @@ _LIST = (
     ("--status", "STATUS", "only tasks that have it"),
     ("--type", "TYPE", "only tasks of this type"),
     ("--limit", "N", "how many at most; 100 if not given"),
+    ("--order", "ORDER", "desc: newest first, as if not given; asc: oldest first"),
     _JSON,
 )
 _RESULT = (_ID, ("--wait", "", "until the task has ended"))
@@ -6213,14 +6252,18 @@ CLIENT = {
     "status": Command(look("GET", ""), "print a task's status", [_ID]),
     "result": Command(result_command, "print a task's result", _RESULT),
     "cancel": Command(look("POST", "/cancel"), "cancel a task", [_ID]),
-    "list": Command(list_command, "list tasks, oldest first", _LIST),
+    "list": Command(list_command, "list tasks, newest first", _LIST),
     "types": Command(types_command, "list the task types", [_JSON]),
+    "help": Command(help_command, "list the commands", []),
 }
 
 
 def client_main(name: str, argv: Sequence[str]) -> int:
     """Run a command of the client; return the exit code."""
     try:
+        if name not in CLIENT:
+            text = "there is no command %s, only %s"
+            raise ClientError(REFUSED, text % (shown(name), ", ".join(CLIENT)))
         args = client_parser(name).parse_intermixed_args(argv)
         return CLIENT[name].run(make_client(args.url, os.environ), args)
     except SettingsError as error:
@@ -6350,6 +6393,7 @@ class Service:
         rules = functools.lru_cache(maxsize=1000)(
             functools.partial(rules_of, handlers, settings["TASK_TIMEOUT"])
         )
+        self._begun = time.time()
         self.ledger = Ledger(limits, journal=self.journal, rules=rules, types=handlers)
         self.pool = Pool(self.ledger, handlers, settings["WORKER_COUNT"])
         scheme = "https" if tls else "http"
@@ -6381,6 +6425,8 @@ class Service:
             text = "journal %s: %d tasks wait, %d are finished, %d were interrupted"
             found = counts.pending, counts.finished, interrupted
             log.info(text, self.journal.path, *found)
+            if interrupted:
+                self._tell_given_up()
         self.pool.start()
         # In a thread of its own, so that shutdown() may wait for it.
         self._acceptor = threading.Thread(
@@ -6391,6 +6437,18 @@ class Service:
         )
         self._acceptor.start()
         self.supervisor.tell("READY=1")
+
+    def _tell_given_up(self) -> None:
+        """Warn of each task that has failed by this start, interrupted too often."""
+        for task in self.ledger.page(sys.maxsize, status=FAILED)[0]:
+            if (task.ended_at or 0) >= self._begun:
+                fields = {
+                    "task_id": task.id,
+                    "type": task.type,
+                    "attempt": task.attempt,
+                    "error": task.error,
+                }
+                log.warning("failed", extra={"fields": fields})
 
     def run(self, events: Events) -> int:
         """Serve until a signal is recorded in `events`; return the exit code."""
@@ -6418,7 +6476,10 @@ class Service:
         end = time.monotonic() + patience
         ran = self.ledger.drain(lambda: events.put(_DONE), patience)
         self._report()
-        message = "%s: draining, %d running and %d waiting, for %g s at most"
+        message = (
+            "%s: draining, %d running and %d waiting, for %g s at most; "
+            "a second signal ends it at once"
+        )
         log.info(message, name, len(ran), waiting, patience)
         event = self._next_event(events, patience)
         if event != _DONE:
@@ -6529,6 +6590,8 @@ class LogFormatter(logging.Formatter):
             text = "task %s (%s): %s" % (fields["task_id"], fields["type"], text)
         if "duration" in fields:
             text += " after %.3f s" % fields["duration"]
+        if "error" in fields:
+            text += ": " + fields["error"]
         first = _escaped("%-7s %s" % (record.levelname, text))
         lines = fields.get("traceback", "").splitlines()
         more = "".join("\n  " + _escaped(line[:2000]) for line in lines)
@@ -6590,14 +6653,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns the exit code.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in CLIENT:
+    if argv and not argv[0].startswith("-"):
         return client_main(argv[0], argv[1:])
     try:
         settings = read_settings(argv, os.environ)
         start_logging(settings["LOG_LEVEL"], settings["LOG_FORMAT"])
         supervisor = Supervisor(os.environ)
         for file in settings["HANDLERS"]:
+            before = len(HANDLERS)
             load_handlers(file)
+            if len(HANDLERS) == before:
+                log.warning(
+                    "--handlers %s has no @handler: no task type is in it", file
+                )
         for line in settings["COMMANDS"]:
             register_command(line)
         if settings["EXECUTOR"]:

@@ -2928,6 +2928,9 @@ def run_program(line, params=None, context=None):
         ("backup=no-such-program x", 'there is no program "no-such-program"'),
         ("backup={program} x", "there is no program"),
         ("backup=echo {a=1} {a=2}", "{a} has two defaults"),
+        ("backup=awk '{print $1}'", '{ in "{print $1}": a placeholder is {NAME} or'),
+        ("backup=echo {", '{ in "{": a placeholder is {NAME} or {NAME=DEFAULT}'),
+        ("backup=echo {a}}", '} in "{a}}": a placeholder is {NAME}'),
         ("long_computation=ls", "is registered twice"),
     ],
 )
@@ -2947,7 +2950,7 @@ def test_commands_come_from_repeated_flags_or_lines():
 
 
 def test_placeholders_become_params():
-    schema = program("t=echo {a} x{b=1}{a} {c=} '{d=two words}' {} {e").schema
+    schema = program("t=echo {a} x{b=1}{a} {c=} '{d=two words}' {{e}}").schema
     assert list(schema["properties"]) == ["a", "b", "c", "d"]
     assert schema["required"] == ["a"]
     assert schema["additionalProperties"] is False
@@ -2956,11 +2959,16 @@ def test_placeholders_become_params():
 
 
 def test_a_value_stays_within_its_word_and_no_shell_sees_it():
-    made = program("t=echo -- {a} 'x {b=1} y' {a}{b=1} {}")
+    made = program("t=echo -- {a} 'x {b=1} y' {a}{b=1} {{}}")
     words = ["--", "$(id) ; ls | *", "x 1 y", "$(id) ; ls | *1", "{}"]
     assert made.arguments({"a": "$(id) ; ls | *"})[1:] == words
     outcome, _ = run_program("t=printf '%s|' {a} {b}", {"a": "{b}", "b": "$HOME `id`"})
     assert json.loads(outcome.result) == {"exit_code": 0, "output": "{b}|$HOME `id`|\n"}
+
+
+def test_a_brace_is_written_twice():
+    outcome, _ = run_program("t=awk 'BEGIN {{ print \"{a} {{}}\" }}'", {"a": "{b}"})
+    assert json.loads(outcome.result)["output"] == "{b} {}\n"
 
 
 @pytest.mark.parametrize(
@@ -2971,6 +2979,7 @@ def test_a_value_stays_within_its_word_and_no_shell_sees_it():
         ("t=echo {a=}{b}", {"b": "-rf"}, False),
         ("t=echo x{a} {a}", {"a": "-rf"}, False),
         ("t=echo x{a}", {"a": "-rf"}, True),
+        ("t=echo {{{a}}}", {"a": "-rf"}, True),
         ("t=echo --to={a}", {"a": "-1"}, True),
         ("t=echo {a}", {"a": "a\0b"}, False),
         ("t=echo {a}", {"a": "a\nb -c"}, True),
@@ -6747,7 +6756,7 @@ def test_a_list_is_aligned_for_people(client, service, echo):
     client(service, "submit", "long_computation", "--delay=60")
     first, second = tasks_of(service)
     since = [task["created_at"][:19] + "Z" for task in (first, second)]
-    assert client(service, "list").out == (
+    assert client(service, "list", "--order=asc").out == (
         "{0:36}  STATUS     SUBMITTED             TYPE              PROGRESS\n"
         "{1:36}  completed  {3}  echo\n"
         "{2:36}  pending    {4}  long_computation\n"
@@ -6789,6 +6798,8 @@ def test_a_list_may_be_of_some_only(client, service, echo):
     assert types("--status", "pending") == ["long_computation"]
     assert types("--type", "long_computation") == ["long_computation"]
     assert types("--status", "completed", "--type", "echo") == ["echo"]
+    assert types() == ["long_computation", "echo"]  # the newest first
+    assert types("--order", "asc") == ["echo", "long_computation"]
     assert client(service, "list", "--type", "\udcff").code == 2
 
 
@@ -6797,13 +6808,18 @@ def test_types_tells_params_with_their_defaults(client, service, echo):
     def any(ctx: Context, **more):
         pass
 
+    @handler("bare")
+    def bare(x, y=1, z: Any = None):
+        pass
+
     lines = client(service, "types").out.splitlines()
-    assert [line.split() for line in lines[:3]] == [
+    assert [line.split() for line in lines[:4]] == [
         ["TYPE", "PARAMS", "WHAT", "IT", "DOES"],
         ["any"],
+        ["bare", "x", "y=1", "z=null"],
         ["echo", "Give", "back", "what", "comes."],
     ]
-    assert lines[5].split() == ["typed", "number=1", 'text="x"', "items=[1]"]
+    assert lines[6].split() == ["typed", "number=1", 'text="x"', "items=[1]"]
     document = call(service, "GET", "/api/v1/types").json
     assert json.loads(client(service, "types", "--json").out) == document
 
@@ -6950,7 +6966,7 @@ def test_patience_has_an_end(client, monkeypatch):
 
 @pytest.mark.parametrize(
     "url",
-    ["", "ftp://x", "http://", "http://a:b@c", "http://h/?q", "http://h#f", "unix:x"],
+    ["", "ftp://x", "http://", "http://a:b@c", "http://h/?q", "http://h#f", "unix:"],
 )
 def test_a_url_that_is_none_is_refused(url):
     with pytest.raises(longtasks.ClientError, match="a URL is http://HOST:PORT, "):
@@ -6974,10 +6990,12 @@ def test_a_url_may_have_a_path_before_that_of_the_api(client, monkeypatch):
 
 
 @needs_unix
-def test_a_unix_socket_is_reached_by_its_path(client, registry, tmp_path):
+def test_a_unix_socket_is_reached_by_its_path(client, registry, tmp_path, monkeypatch):
     path = str(tmp_path / "a socket")
     with serving(UNIX_SOCKET=path) as service:
         assert client(service, "run", "long_computation", "duration=0").code == 0
+        monkeypatch.chdir(tmp_path)
+        assert client("unix:a socket", "types").code == 0
     ran = client("unix:" + path, "types")
     text = "no answer from unix:%s: No such file or directory" % path
     assert (ran.code, ran.complaints) == (4, [text])
@@ -6997,6 +7015,16 @@ def test_a_certificate_must_be_known_and_for_this_host(
     assert "127.0.0.1" in ran.complaints[0]
 
 
+def test_tls_on_one_side_only_is_told_in_plain_words(client, secure, service):
+    ran = client(url_of(service).replace("http", "https"), "types")
+    assert ran.code == 4
+    assert ran.complaints[0].endswith(": it speaks no TLS there; try http://")
+    ran = client(url_of(secure).replace("https", "http"), "types")
+    assert ran.code == 4
+    text = ": it hung up without a word; if it speaks TLS, use https://"
+    assert ran.complaints[0].endswith(text)
+
+
 def test_https_where_there_is_none_or_no_ssl_is_one_line(client, monkeypatch):
     with Scripted(b"HTTP/1.1 400 Bad Request\r\n\r\n") as server:
         url = url_of(server).replace("http", "https")
@@ -7010,8 +7038,12 @@ def test_https_where_there_is_none_or_no_ssl_is_one_line(client, monkeypatch):
 def test_the_token_of_the_environment_goes_along(client, monkeypatch, tmp_path):
     token = "secret-secret-secret"
     with serving(API_TOKEN=token) as service:
+        right = "; set API_TOKEN or API_TOKEN_FILE"
+        ran, start = client(service, "types"), service.server.url + ": "
+        assert (ran.code, ran.complaints) == (2, [start + "it needs a token" + right])
+        monkeypatch.setenv("API_TOKEN", token + "x")
         ran = client(service, "types")
-        assert (ran.code, len(ran.complaints)) == (2, 1)
+        assert ran.complaints == [start + "this is not its token" + right]
         monkeypatch.setenv("API_TOKEN", token)
         assert client(service, "types").code == 0
         monkeypatch.delenv("API_TOKEN")
@@ -7261,7 +7293,16 @@ def test_the_help_of_the_service_names_the_commands(capsys):
     with pytest.raises(SystemExit):
         longtasks.main(["--help"])
     text = capsys.readouterr().out
-    assert all(re.search(r"\b%s\b" % name, text) for name in longtasks.CLIENT)
+    assert "|".join(longtasks.CLIENT) + " [ARGUMENT ...]" in text.partition("\n\n")[0]
+
+
+def test_help_and_an_unknown_command_tell_the_commands(client, service):
+    ran = client(service, "help")
+    about = {name: command.help for name, command in longtasks.CLIENT.items()}
+    assert dict(line.split(None, 1) for line in ran.out.splitlines()) == about
+    ran = client(service, "lst")
+    text = 'there is no command "lst", only ' + ", ".join(longtasks.CLIENT)
+    assert (ran.code, ran.complaints) == (2, [text])
 
 
 # ======================================================================
@@ -7640,6 +7681,52 @@ def test_a_run_is_told_with_its_fields_in_json_and_in_words_as_text(registry):
     text = [longtasks.LogFormatter().format(record) for record in kept]
     words = r" INFO    task %s \(talk\): completed after \d+\.\d{3} s" % task_id
     assert any(re.fullmatch(TIME + words, line) for line in text)
+
+
+def test_why_a_run_failed_is_told_in_its_line(registry):
+    @handler("bad", retries=1, backoff=0)
+    def bad(ctx: Context):
+        raise ValueError("no\x1b" + "x" * 300 + "\nmore" if ctx.attempt > 1 else "")
+
+    with records() as kept, serving() as service:
+        task_id = submitted(service, "bad")
+        until(lambda: sum(is_end(record, task_id) for record in kept) == 2)
+    again, failed = [record for record in kept if is_end(record, task_id)]
+    assert as_json(again)["error"] == "ValueError"
+    error = "ValueError: no\x1b" + "x" * 182 + "..."
+    assert (as_json(failed)["error"], len(error)) == (error, 200)
+    line = longtasks.LogFormatter().format(failed)
+    assert re.search(r": failed after \S+ s: ValueError: no\\x1bx{182}\.\.\.$", line)
+
+
+def test_what_did_not_fail_has_no_error_in_its_line(registry):
+    handler("fine")(lambda: 1)
+    with records() as kept, serving() as service:
+        task_id = submitted(service, "fine")
+        until(lambda: any(is_end(record, task_id) for record in kept))
+    assert not any("error" in as_json(record) for record in kept)
+
+
+def test_each_task_that_is_given_up_at_the_start_is_a_warning(tmp_path, registry):
+    path = str(tmp_path / "tasks.db")
+    with journalled(path) as ledger:
+        task = ledger.submit("t", b"{}")
+    for _ in range(3):
+        with journalled(path) as ledger:
+            ledger.claim()
+    for count in (1, 0):  # and not again at the next start
+        with records("INFO") as kept, serving(DB=path):
+            pass
+        warned = [as_json(record) for record in kept if record.levelname == "WARNING"]
+        assert [line["task_id"] for line in warned] == [task.id] * count
+        assert all("interrupted 3 times" in line["error"] for line in warned)
+
+
+def test_a_file_without_a_handler_is_a_warning(tmp_path, capsys):
+    file = write(tmp_path, "def count():\n    return 1\n")
+    assert longtasks.main(["--handlers", file, "--command", "nothing"]) == 2
+    text = "WARNING --handlers %s has no @handler: no task type is in it\n" % file
+    assert text in capsys.readouterr().err
 
 
 def test_a_traceback_is_a_field_in_json(registry):

@@ -6864,7 +6864,7 @@ def test_a_full_service_is_told_with_code_4(client, registry):
         (given("{"), "is not longtasks"),
         (given("[]", "400 X", "application/problem+json"), "is not longtasks: 400 X"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", ": SSH-2.0-OpenSSH_9.2"),
-        (b"", ": Remote end closed connection without response"),
+        (b"", ": it hung up without a word; if it speaks TLS, use https://"),
     ],
 )
 def test_something_else_that_answers_is_told_with_code_4(answered, why, client):

@@ -371,7 +371,9 @@ def shown(value: Any) -> str:
 
 # Control characters, what separates lines, what turns the direction of text around
 # (Unicode's bidirectional controls), and half characters.
-_OBEYED = re.compile("[\0-\x08\n-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_OBEYED = re.compile(
+    "[\0-\x08\n-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def _escaped(text: str) -> str:
@@ -824,9 +826,10 @@ class Context:
             self._tell(self, "progress", self.progress_document())
 
     def log(self, text: str, level: int = logging.INFO) -> None:
-        """Add a line to the task's log, and to the service's."""
+        """Add lines to the task's log, and to the service's."""
         log_run(level, self, "%s", text)
-        self._tell(self, "log", str(text))
+        for line in str(text).splitlines() or [""]:
+            self._tell(self, "log", line)
 
     def sleep(self, seconds: float) -> None:
         """Wait so many seconds; raises Cancelled at once when the task is to stop."""
@@ -2369,7 +2372,10 @@ class Journal:
             log.warning("journal %s: it can be written again", self.path)
         self.error = ""
         for batch in batches:
-            self._written(batch.records)
+            try:
+                self._written(batch.records)
+            except Exception:  # this thread must live, whatever becomes of these
+                log.exception("what is on disk can't be shown")
             batch.settle()
         return []
 
@@ -2424,7 +2430,8 @@ def lock_file(path: str) -> Any:
 #
 # The map of all tasks, and the only lock that guards their state. Every
 # move is decided here, once; who asks gets immutable tasks. The ledger
-# never runs a handler and never waits while it holds its lock.
+# never runs a handler, and never waits for a disk or a client, while it
+# holds its lock.
 #
 # With a journal, a move is decided first, then written, then shown: what
 # decides the next move is the latest decision, and what anybody can see is
@@ -2622,16 +2629,15 @@ class Feed:
                 watch.over = True
                 watch.told.set()
 
-    def log(self, task_id: str, text: str) -> None:
-        """Add to a task's log."""
-        for long in text.splitlines() or [""]:
-            line = long[: self.line_length]
-            with self._lock:
-                kept = self._logs.setdefault(task_id, TaskLog())
-                self._logs_size += kept.append(line, self.log_size)
-                while self._logs_size > self.logs_size:  # whose began first
-                    self._drop_log(next(iter(self._logs)))
-            self.publish(task_id, "log", line)
+    def log(self, task_id: str, line: str) -> None:
+        """Add a line to a task's log."""
+        line = line[: self.line_length]
+        with self._lock:
+            kept = self._logs.setdefault(task_id, TaskLog())
+            self._logs_size += kept.append(line, self.log_size)
+            while self._logs_size > self.logs_size:  # whose began first
+                self._drop_log(next(iter(self._logs)))
+        self.publish(task_id, "log", line)
 
     def log_of(self, task_id: str) -> Tuple[List[str], int]:
         """Return the lines that are kept of a task's log, and how many were not."""
@@ -2708,8 +2714,8 @@ class Ledger:
         # what of it still is, by the run's context or the waiting task's id; _ended
         # every finished task, in the order of ending, and perhaps ids of deleted ones;
         # _waiting the events to set when a task is finished; _beyond what can't start
-        # before the end of the drain; the numbers count what is in _tasks, and _tally
-        # what was decided.
+        # before the end of the drain; the numbers count what is in _tasks, _queued what
+        # is in _submitting, too, and _tally what has been.
         self._lock = threading.Lock()
         self._tasks: Dict[str, Task] = {}
         self._submitting: Dict[str, Tuple[Task, Batch]] = {}
@@ -2921,36 +2927,60 @@ class Ledger:
         Returns the task as it is then: cancelled, or still processing. Raises Finished,
         UnknownTask, ForgottenTask or Unavailable.
         """
-        with self._lock:
-            self._drop_old(self._clock())
-            self._find(task_id)
-            task, batch = self._current(task_id), None
-            over = task.finished
-            if not over:
-                self._check_journal()
-                task, batch = self._cancel(task)
-            elif task_id in self._deciding:
+        while True:
+            with self._lock:
+                self._drop_old(self._clock())
+                self._find(task_id)
+                if task_id not in self._deciding:
+                    task, batch = self._cancel(self._current(task_id))
+                    self._tell_if_done()
+                    break
                 batch = self._deciding[task_id][1]
-            self._tell_if_done()
-        if batch:
             batch.wait()  # nobody is told what could still be lost
-        if over:
-            raise Finished("task %s is %s already" % (task_id, task.status))
+        if batch:
+            self._await_cancelled(task, batch)
         return task
 
     def _cancel(self, task: Task) -> Tuple[Task, Optional[Batch]]:
         """Decide that a task is cancelled or is to stop. Assumes the lock."""
-        context = self._running.get(task.id)
-        if context is None:
+        if task.finished:
+            raise Finished("task %s is %s already" % (task.id, task.status))
+        self._check_journal()
+        if task.id in self._running:
+            task = task._replace(cancel_requested=1)
+        else:
             error = CANCELLED_WAITING if not task.attempt else CANCELLED_BETWEEN
             task = self._moved(task, CANCELLED, error=error)
-        else:
-            task = task._replace(cancel_requested=1)
-            if not context.cancelled:
-                self._stop(context, BY_CLIENT)
-        batch = self._decide(task)
-        self._prune_queue()
+        batch = self._decide(task, keep=False)
+        if batch is None:
+            self._follow_cancel(task)
         return task, batch
+
+    def _await_cancelled(self, task: Task, batch: Batch) -> None:
+        """Carry out a cancel once it is on disk; raises Unavailable if it can't be."""
+        try:
+            batch.wait()
+        except Unavailable:
+            with self._lock:
+                self._take_back(task)
+            raise
+        with self._lock:
+            self._follow_cancel(task)
+
+    def _follow_cancel(self, task: Task) -> None:
+        """Tell a run to stop whose task was cancelled. Assumes the lock."""
+        context = self._running.get(task.id)
+        if context and context.attempt == task.attempt and not context.cancelled:
+            self._stop(context, BY_CLIENT)
+        self._prune_queue()
+
+    def _take_back(self, task: Task) -> None:
+        """Undo the latest decision on a task, if it is this one. Assumes the lock."""
+        if self._deciding.get(task.id, (None,))[0] is task:
+            del self._deciding[task.id]
+            if self._tasks[task.id].status == PENDING:
+                self._enqueue(self._tasks[task.id])  # its entry may have been dropped
+            self._tell_if_done()
 
     def delete(self, task_id: str) -> None:
         """Forget a finished task.
@@ -3097,9 +3127,9 @@ class Ledger:
         self.on_stuck(context)
 
     def _expire_regularly(self) -> None:
-        self.expire()
         with self._lock:
             self._plan(None, 60, self._expire_regularly)
+        self.expire()
 
     # -- deciding, writing, showing; all of these assume the lock ----------
 
@@ -3109,16 +3139,18 @@ class Ledger:
             return self._deciding[task_id][0]
         return self._tasks[task_id]
 
-    def _decide(self, task: Task) -> Optional[Batch]:
-        """Settle on a task's next state; what is returned tells when it is on disk."""
-        if task.finished:
-            self._tally.end(task)
+    def _decide(self, task: Task, keep: bool = True) -> Optional[Batch]:
+        """Settle on a task's next state; what is returned tells when it is on disk.
+
+        `keep` is for what has happened, and has to be written however often it is
+        tried. What is only asked for is tried once.
+        """
         if self._journal is None:
             self._publish(task)
             if task.finished:
                 self._drop_old(task.ended_at or 0)
             return None
-        batch = self._journal.append(True, task)
+        batch = self._journal.append(keep, task)
         self._deciding[task.id] = task, batch
         return batch
 
@@ -3137,6 +3169,8 @@ class Ledger:
         self._unplan(task.id)
         self._beyond.discard(task.id)
         if task.finished:
+            if before:
+                self._tally.end(task)
             self._ended.append(task.id)
             if task.id in self._waiting:
                 self._waiting.pop(task.id).set()
@@ -3158,10 +3192,11 @@ class Ledger:
         for entries in [self._ready.queue, *self._parked.values()]:
             if len(entries) > 2 * (self._counts[PENDING] + 100):
                 with self._ready.mutex:
-                    entries[:] = [
-                        e for e in entries if e is _LAST or self._still_waits(e)
-                    ]
+                    stale = {e for e in entries if not self._still_waits(e)} - {_LAST}
+                    entries[:] = set(entries) - stale
                     heapq.heapify(entries)
+                for entry in stale if entries is self._ready.queue else ():
+                    self._unpark(entry.type)  # in its place
 
     def _add(self, task: Task, one: int) -> None:
         """Count a task in, or out where `one` is -1."""
@@ -3558,16 +3593,20 @@ class Pool:
         thread = threading.Thread(target=self._work, name=name, daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # the system has no thread left; try again later
+        except RuntimeError as error:  # the system has no thread left
             log.error("only %d workers: %s", self._threads, error)
         else:
             self._threads += 1
             self._idle += 1
 
-    def _start_if_needed(self) -> None:
-        """See that one is idle, if there may be another. Assumes the lock."""
+    def _start_if_needed(self) -> bool:
+        """See that one is idle, if there may be another. Assumes the lock.
+
+        Returns False when the system has no thread for it.
+        """
         if not self._idle and self._threads < self._count:
             self._start_thread()
+        return self._idle > 0 or self._threads >= self._count
 
     def _replace(self, context: Context) -> None:
         """Count a worker no longer whose handler does not stop."""
@@ -3575,8 +3614,15 @@ class Pool:
             if context in self._busy:  # else it has just come back
                 self._busy.remove(context)
                 self._threads -= 1
-                if self._ledger.stuck() <= self._ledger.limits.stuck:
-                    self._start_if_needed()
+                self._refill()
+
+    def _refill(self) -> bool:
+        """See that one is idle, unless too many are stuck. Assumes the lock.
+
+        Returns False when that is to be tried again.
+        """
+        stuck = self._ledger.stuck()
+        return stuck > self._ledger.limits.stuck or self._start_if_needed()
 
     def _keep_time(self) -> None:
         patience: Optional[float] = 0
@@ -3586,6 +3632,9 @@ class Pool:
             except Exception:
                 log.exception("a timer failed; the others go on")
                 patience = 1.0
+            with self._lock:
+                if not self._refill():
+                    patience = 1.0  # the system may have a thread again then
 
     def _work(self) -> None:
         while True:
@@ -4182,14 +4231,13 @@ def all_events(app: App, request: Request) -> Reply:
 def events_reply(app: App, request: Request, task_id: str) -> Reply:
     """Answer with Server-Sent Events (html.spec.whatwg.org/#server-sent-events)."""
     request.accepts(SSE)
-    if task_id:
-        app.ledger.get(task_id)  # raises what there is to be told
     feed, after, known = app.ledger.feed, None, True
     last = request.headers.get("last-event-id", "")
     if last:
         match = re.fullmatch(feed.life + "-([0-9]{1,15})", last)
         after, known = (int(match.group(1)), True) if match else (None, False)
     stream = event_stream(app, task_id, after, known)
+    next(stream)  # begin to watch now, so that there is still time to refuse
     # Proxies that gather an answer before they pass it on are asked not to.
     return Reply(200, b"", SSE, {"X-Accel-Buffering": "no"}, stream)
 
@@ -4197,7 +4245,7 @@ def events_reply(app: App, request: Request, task_id: str) -> Reply:
 def event_stream(
     app: App, task_id: str, after: Optional[int], known: bool
 ) -> Iterator[bytes]:
-    """Yield events as they come, until the task's end or that of the service.
+    """Yield nothing, and then events as they come, until the task or the service ends.
 
     `after` is the number of the last event that is known, None for none; `known` is
     False when there was one, but in another life.
@@ -4205,6 +4253,7 @@ def event_stream(
     feed = app.ledger.feed
     task, watch, lacks = app.ledger.watch(task_id, after)
     try:
+        yield b""
         yield b"retry: 1000\n\n"
         if lacks or not known:
             yield b'event: gap\ndata: {"detail": "some events are no longer kept"}\n\n'
@@ -4218,11 +4267,12 @@ def event_stream(
             yield b"event: status\ndata: %b\n\n" % text.encode()
             if task.finished:
                 return
-        while not watch.over:
-            news = watch.take(KEEP_ALIVE)
+        over = False
+        while not over:
+            over = watch.over  # looked at first: what was told before it is still told
+            news = watch.take(0 if over else KEEP_ALIVE)
             yield b"".join(encode_event(feed.life, event) for event in news) or b":\n\n"
-            if task and any(ends_stream(event) for event in news):
-                return
+            over = over or (task is not None and any(map(ends_stream, news)))
     finally:
         feed.leave(task_id, watch)
 
@@ -5083,6 +5133,7 @@ class Connection(socketserver.BaseRequestHandler):
                 self._send_stream(reply.stream)
         finally:
             self._log_access(request, reply)
+        request.body = b""  # the request may be kept for its head
         return keep
 
     def _count(self, method: str, route: str, status: int) -> None:
@@ -5146,6 +5197,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _read_request(self) -> Optional[Request]:
         """Read a request; None when the client is done. Raises HTTPError."""
+        self.bare = False  # until a head says so
         head = self._read_head()
         if head is None:
             return None
@@ -5153,6 +5205,7 @@ class Connection(socketserver.BaseRequestHandler):
         if request is None or head != self.last_head or token is not self.last_token:
             request = self.last = self._understand(head)
             self.last_head, self.last_token = head, token
+        self.bare = request.method == "HEAD"
         if request.length:
             if request.length > len(self.buffer) and "expect" in request.headers:
                 self._flush()
@@ -5872,8 +5925,11 @@ def tell(text: str) -> None:
 def put_out(what: Union[str, bytes]) -> None:
     """Print on stdout, in UTF-8 as JSON is; quiet when nobody reads it."""
     text = what if isinstance(what, str) else what.decode("utf-8", "replace").rstrip()
-    # What a terminal could obey is within a string of JSON, if anywhere.
-    text = re.sub("[\x7f-\x9f]", lambda m: "\\u%04x" % ord(m.group()), text)
+    # What a terminal could obey is within a string of JSON, if anywhere, and raw only
+    # where the service is not what it seems.
+    text = re.sub(
+        "[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda m: "\\u%04x" % ord(m.group()), text
+    )
     try:
         if sys.stdout:
             sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
@@ -6657,6 +6713,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return client_main(argv[0], argv[1:])
     try:
         settings = read_settings(argv, os.environ)
+        for name in SECRETS:
+            os.environ.pop(name, None)  # no child process is to have it
         start_logging(settings["LOG_LEVEL"], settings["LOG_FORMAT"])
         supervisor = Supervisor(os.environ)
         for file in settings["HANDLERS"]:

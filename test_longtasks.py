@@ -377,6 +377,13 @@ def test_a_number_may_be_as_large_as_its_limit_and_no_larger(name, most):
             longtasks.read_settings([], {name: str(more)})
 
 
+def test_the_token_does_not_stay_in_the_environment(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("API_TOKEN", "0123456789abcdef")
+    assert longtasks.main(["--db", str(tmp_path)]) == 2
+    assert "API_TOKEN" not in os.environ
+    assert "is not a regular file" in capsys.readouterr().err
+
+
 def test_an_unknown_flag_is_one_line_and_code_2(capsys):
     assert longtasks.main(["--prot", "80"]) == 2
     assert capsys.readouterr().err == (
@@ -1539,6 +1546,33 @@ def test_finished_tasks_leave_by_age():
     assert ledger.get(waiting.id).status == "pending"
 
 
+def test_who_made_way_in_the_queue_lets_the_next_of_its_type_go_on():
+    one = {"t": longtasks.Rules(max_running=1)}
+    ledger = longtasks.Ledger(rules=lambda type: one.get(type, longtasks.Rules()))
+    first, second, third = (ledger.submit("t", b"{}") for _ in range(3))
+    context = ledger.claim()[1]
+    ledger.submit("other", b"{}")
+    assert ledger.claim()[0].type == "other"  # second and third are parked now
+    others = [ledger.submit("other", b"{}") for _ in range(300)]
+    ledger.finish(context, DONE)  # second may start
+    for task in [second, *others]:
+        ledger.cancel(task.id)
+    assert ledger._ready.qsize() < 250, "it was tidied"
+    ledger.submit("other", b"{}")
+    assert ledger.claim()[0].id == third.id
+    assert first.seq < third.seq
+
+
+def test_expiry_goes_on_after_an_error(monkeypatch):
+    clock = Clock()
+    ledger = new_ledger(clock)
+    monkeypatch.setattr(ledger, "expire", lambda: 1 / 0)
+    clock.now += 60
+    with pytest.raises(ZeroDivisionError):
+        ledger.tick()
+    assert ledger.tick() == 60
+
+
 def test_an_idle_ledger_can_be_told_to_expire():
     clock = Clock()
     ledger = new_ledger(clock, result_ttl=60)
@@ -2031,6 +2065,66 @@ def test_a_cancel_is_refused_while_it_cannot_be_written(tmp_path):
             ledger.cancel(task.id)
         ledger.journal.error = ""
         assert ledger.get(task.id).status == "pending"
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_cancel_that_meets_the_full_disk_first_has_changed_nothing(tmp_path, runs):
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+        ledger.journal.let.release()
+        task = ledger.submit("t", b"{}")
+        if runs:
+            ledger.journal.let.release()
+            task, context = ledger.claim()
+        ledger.journal.failure = OSError(28, "disk full")
+        ledger.journal.free()
+        with pytest.raises(longtasks.Unavailable):
+            ledger.cancel(task.id)
+        assert not (runs and context.cancelled)
+        ledger.journal.failure = None
+        until(lambda: not ledger.journal.error, "another try")
+        if not runs:
+            task, context = ledger.claim()
+        ledger.finish(context, DONE)
+        until(lambda: ledger.get(task.id).finished)
+        assert ledger.get(task.id).status == "completed"
+
+
+def test_who_passed_over_a_task_whose_cancel_failed_gets_it_after_all(tmp_path):
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+        ledger.journal.let.release()
+        task = ledger.submit("t", b"{}")
+        cancel = background(lambda: ledger.cancel(task.id))
+        until(lambda: task.id in ledger._deciding)
+        claim = background(ledger.claim)
+        until(lambda: not ledger._ready.qsize())
+        ledger.journal.failure = OSError(28, "disk full")
+        ledger.journal.free()
+        assert isinstance(cancel.exception(LONG), longtasks.Unavailable)
+        ledger.journal.failure = None
+        assert claim.result(LONG)[0].id == task.id
+
+
+def test_a_second_cancel_waits_for_the_first_to_be_written(tmp_path):
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+        ledger.journal.let.release()
+        task = ledger.submit("t", b"{}")
+        first = background(lambda: ledger.cancel(task.id))
+        until(lambda: task.id in ledger._deciding)
+        second = background(lambda: ledger.cancel(task.id))
+        ledger.journal.free()
+        assert first.result(LONG).status == "cancelled"
+        with pytest.raises(longtasks.Finished):
+            second.result(LONG)
+
+
+def test_what_cannot_be_shown_does_not_end_the_writing(tmp_path):
+    journal = longtasks.Journal(str(tmp_path / "tasks.db"))
+    journal.start(lambda records: 1 / 0)
+    for seq in (1, 2):
+        task = longtasks.Task(seq, longtasks.new_id(), "t", b"{}", "pending", 1.0)
+        journal.append(True, task).wait()
+    assert journal.close(LONG)
+    assert len(rows_of(tmp_path / "tasks.db")) == 2
 
 
 @pytest.mark.parametrize(
@@ -2886,6 +2980,27 @@ def test_a_thread_that_cannot_be_started_is_tried_again(gate, monkeypatch):
         for _ in range(5):
             result_of(service, submitted(service, "gate"))
         assert denied
+
+
+def test_a_worker_that_could_not_be_replaced_is_replaced_later(gate, monkeypatch):
+    start, denied = threading.Thread.start, []
+
+    def start_unless_denied(thread):
+        if thread.name.startswith("worker") and len(denied) < 2:
+            denied.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with serving(WORKER_COUNT=1, GRACE=0.01) as service:
+        stuck = submitted(service, "gate")
+        gate.wait_started()
+        monkeypatch.setattr(threading.Thread, "start", start_unless_denied)
+        call(service, "POST", "/api/v1/tasks/%s/cancel" % stuck)
+        params = {"duration": 0}
+        done = result_of(service, submitted(service, "long_computation", params))
+        assert done["status"] == "completed"
+        assert len(denied) == 2
+        gate.release.set()
 
 
 # -- programs --------------------------------------------------------------
@@ -5366,6 +5481,24 @@ def test_a_client_that_sends_a_byte_now_and_then_is_dropped(service, monkeypatch
     assert received.startswith(b"HTTP/1.1 408 ")
 
 
+def test_what_happened_before_the_end_of_the_service_is_still_told(gate):
+    with serving() as service:
+        task_id, app = submitted(service, "gate"), service.server.app
+        gate.wait_started()
+        stream = longtasks.event_stream(app, task_id, None, True)
+        told = [next(stream) for _ in range(4)]  # to the task as it is
+        gate.release.set()
+        until(lambda: service.ledger.get(task_id).finished)
+        service.ledger.feed.close()
+        assert b'"completed"' in b"".join(stream)
+        assert b'"processing"' in b"".join(told)
+
+
+def test_who_asks_for_the_head_of_a_stream_only_watches_nothing(service):
+    assert call(service, "HEAD", "/api/v1/events").status == 200
+    until(lambda: not service.ledger.feed._watches)
+
+
 def test_a_client_that_does_not_read_is_dropped(registry, monkeypatch):
     handler("big")(lambda: "x" * 50_000_000)
     with serving() as service:
@@ -6421,6 +6554,14 @@ def test_many_clients_at_once_leave_the_books_balanced(registry, restless):
             until(lambda: not ledger._active)
         check_books(ledger, [id for ids in given for id in ids], news)
         assert len(service.server._connections) <= 8
+
+
+def test_a_refusal_after_a_head_request_has_a_body(service):
+    head = b"HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    long = b"GET / HTTP/1.1\r\nHost: localhost\r\nX: %s\r\n\r\n" % (b"x" * 40000)
+    answer = raw(service, head + long)
+    assert b"HTTP/1.1 431" in answer
+    assert answer.endswith(b"}\n")
 
 
 class Pieces:

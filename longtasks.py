@@ -2699,7 +2699,7 @@ class Ledger:
         self.feed = Feed()
         self.on_stuck: Callable[[Context], None] = lambda context: None
         self._clock = clock
-        self._journal = journal
+        self._journal: Optional[Journal] = None
         self._rules = rules
         self._ready: queue.PriorityQueue[Entry] = queue.PriorityQueue()
         self._ticks = ticks
@@ -2743,11 +2743,12 @@ class Ledger:
         self.interrupted = 0  # tasks that were processing when the last process died
         self._expire_regularly()
         if journal:
-            self._take_up(journal)
+            self.take_up(journal)
 
-    def _take_up(self, journal: Journal) -> None:
-        """Go on where the process before left off."""
+    def take_up(self, journal: Journal) -> None:
+        """Go on where the process before left off; from now on all is kept there."""
         with self._lock:
+            self._journal = journal
             for task in journal.load():
                 now = task.after_crash(self._clock())
                 self._publish(now)
@@ -6434,7 +6435,6 @@ class Service:
     ) -> None:
         self.settings = settings
         self.supervisor = supervisor or Supervisor({})
-        self.journal = Journal(settings["DB"]) if settings["DB"] else None
         limits = Limits(
             settings["QUEUE_LIMIT"],
             settings["QUEUE_BYTES"],
@@ -6450,12 +6450,24 @@ class Service:
             functools.partial(rules_of, handlers, settings["TASK_TIMEOUT"])
         )
         self._begun = time.time()
-        self.ledger = Ledger(limits, journal=self.journal, rules=rules, types=handlers)
+        self.ledger = Ledger(limits, rules=rules, types=handlers)
         self.pool = Pool(self.ledger, handlers, settings["WORKER_COUNT"])
         scheme = "https" if tls else "http"
         app = App(self.ledger, handlers, access, settings["MAX_WAIT"], scheme)
         self.server = self._listen(app)
         self.server.tls = tls
+        # Last, so that a start that is refused has changed nothing there.
+        self.journal = self._take_up() if settings["DB"] else None
+
+    def _take_up(self) -> Journal:
+        """Open the journal and go on with what is in it."""
+        try:
+            journal = Journal(self.settings["DB"])
+            self.ledger.take_up(journal)
+            return journal
+        except JournalError:
+            self.server.server_close()
+            raise
 
     def _listen(self, app: App) -> Server:
         host, port = self.settings["HOST"], self.settings["PORT"]

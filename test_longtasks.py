@@ -697,7 +697,7 @@ def test_no_more_problems_are_looked_for_than_are_told(registry):
         assert len(registry["t"].check(wrong)) == 20
     batch = [{"type": "t", "params": {}}] + [{"type": "t", "params": {"a": 0}}] * 99
     with pytest.raises(longtasks.Invalid) as raised:
-        longtasks.check_batch(batch + [{"type": "t", "params": wrong}], registry)
+        longtasks.check_batch([*batch, {"type": "t", "params": wrong}], registry)
     assert raised.value.problems[-1][0] == (20, "params", "a")
     nearly = [{"type": "t", "params": {"a": 0}}] * 19 + [{"type": "t", "params": wrong}]
     with pytest.raises(longtasks.Invalid) as raised:
@@ -8992,6 +8992,21 @@ def test_a_type_that_is_gone_fails_its_tasks_and_nothing_else(tmp_path, held):
         assert error == (
             'no task type "deaf" is registered any more; known: long_computation'
         )
+
+
+def test_a_start_that_is_refused_changes_nothing_in_the_file(tmp_path, service, capsys):
+    path = tmp_path / "tasks.db"
+    flags = ["--db=%s" % path, "--port=%d" % service.server.server_port]
+    assert longtasks.main(flags) == 2
+    assert "can't listen" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_refused_leaves_no_socket(tmp_path, capsys):
+    flags = ["--db=%s" % tmp_path, "--unix-socket=%s" % (tmp_path / "socket")]
+    assert longtasks.main(flags) == 2
+    assert "is not a regular file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_process_on_the_file_is_told_the_pid_of_the_first(tmp_path):

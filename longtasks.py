@@ -1450,10 +1450,23 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
 # -- processes -------------------------------------------------------------
 #
 # What runs in a process can really be stopped: told to, and then killed, with all
-# that it has started, which is what its process group is for.
+# that it has started, which is what its process group and its session are for.
 
 TERM = getattr(signal, "SIGTERM", 15)
 KILL = getattr(signal, "SIGKILL", 9)
+
+
+def kill_session(session: int) -> None:
+    """Kill all of a session, where there is Linux's /proc to find it by.
+
+    Not all of it is one group: shells with job control and programs such as timeout
+    make groups of their own.
+    """
+    for _ in range(2 if sys.platform == "linux" else 0):  # one may just start another
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            with contextlib.suppress(OSError):
+                if os.getsid(pid) == session:
+                    os.kill(pid, KILL)
 
 
 class Guard:
@@ -1473,6 +1486,13 @@ for line in sys.stdin:
 for group in groups:
     try:
         os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass
+names = os.listdir("/proc") if groups and sys.platform == "linux" else ()
+for pid in map(int, filter(str.isdigit, names)):
+    try:
+        if os.getsid(pid) in groups:
+            os.kill(pid, signal.SIGKILL)
     except OSError:
         pass
 """
@@ -1511,6 +1531,8 @@ for group in groups:
                 return
             try:
                 os.killpg(group, number)
+                if number == KILL:
+                    kill_session(group)
             except OSError:  # a child that is just starting has no group of its own yet
                 with contextlib.suppress(OSError):
                     os.kill(group, number)
@@ -1547,8 +1569,8 @@ GUARD = Guard()
 def killable(group: int, ctx: Context, ask: Callable[[], None]) -> Iterator[None]:
     """While this lasts, a process group ends with its task, and with this process.
 
-    When the task is to stop, `ask` is called, and after ctx.grace the group is killed;
-    at the end, too, since nobody may be left behind.
+    When the task is to stop, `ask` is called, and after ctx.grace the group is killed,
+    and its session; at the end, too, since nobody may be left behind.
     """
     killer = threading.Timer(ctx.grace, GUARD.signal, (group, KILL))
     killer.daemon = True
@@ -1854,13 +1876,19 @@ class ProgramOutput:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         with selectors.DefaultSelector() as selector:
             selector.register(self._file, selectors.EVENT_READ)
-            # Who left the program's group may hold on to its output without an end.
-            while selector.select(0.5) or not self._over:
-                if selector.select(0):
+            # Who left the program's group may hold on to its output, and write to it,
+            # without an end. What the program wrote itself is as much as a pipe holds.
+            left = 65536
+            while left > 0:
+                over = self._over  # before what there is to read is looked for
+                if selector.select(0 if over else 0.5):
                     data = os.read(self._file.fileno(), 65536)
                     if not data:
                         break
                     self._take(decoder.decode(data))
+                    left -= len(data) if over else 0
+                elif over:
+                    break
         if self._rest:
             self._add_line(self._rest)
 

@@ -3179,10 +3179,31 @@ def test_a_program_has_no_input_no_secrets_and_its_tasks_id(monkeypatch):
     assert json.loads(outcome.result)["output"] == "id::kept\n"
 
 
+def test_of_a_program_that_is_over_no_more_is_read_than_a_pipe_holds():
+    ours, theirs = os.pipe()
+    os.write(theirs, b"last\n")
+
+    def write_on():  # as one does who has left the program's group
+        with contextlib.suppress(BrokenPipeError):
+            while True:
+                os.write(theirs, b"y" * 4095 + b"\n")
+
+    context = Listener()
+    output = longtasks.ProgramOutput(os.fdopen(ours, "rb", 0), context)
+    writer = background(write_on)
+    together(1, lambda _: output.end())
+    assert context.lines[0] == "last"
+    writer.result(LONG)
+    os.close(theirs)
+
+
 STUBBORN = (
     "t=sh -c 'trap : TERM; echo $$; sleep 1000 & echo $!; while :; do wait; done'"
 )
 OBEDIENT = "t=sh -c 'echo $$; sleep 1000 & echo $!; wait'"
+GROUPED = "import os, time; pid = os.fork(); pid and os.setpgid(pid, pid); "
+GROUPED += "pid and print(os.getpid(), pid, sep=chr(10), flush=True); time.sleep(%s)"
+GROUPED = "t=%s -c '%s'" % (sys.executable, GROUPED)
 
 
 def alive(pid):
@@ -3195,7 +3216,7 @@ def alive(pid):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
-@pytest.mark.parametrize("line", [STUBBORN, OBEDIENT])
+@pytest.mark.parametrize("line", [STUBBORN, OBEDIENT, GROUPED % 1000])
 def test_a_program_and_its_children_end_when_the_task_is_to_stop(line):
     context = Listener()
     done = background(lambda: run_program(line, context=context))
@@ -3209,16 +3230,26 @@ def test_a_program_and_its_children_end_when_the_task_is_to_stop(line):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
-def test_a_program_leaves_no_child_behind():
-    outcome, _ = run_program("t=sh -c 'sleep 1000 & echo $!'")
-    pid = int(json.loads(outcome.result)["output"])
+@pytest.mark.parametrize(
+    "line", ["t=sh -c 'sleep 1000 & echo $!'", GROUPED % "1000 * (pid == 0)"]
+)
+def test_a_program_leaves_no_child_behind(line):
+    outcome, _ = run_program(line)
+    pid = int(json.loads(outcome.result)["output"].split()[-1])
     until(lambda: not alive(pid))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_programs_end_with_the_service_however_it_ends(number):
-    flags = ["--command", STUBBORN, "--drain-timeout", "0", "--grace", "0.4"]
+@pytest.mark.parametrize(
+    "line, number",
+    [
+        (STUBBORN, signal.SIGKILL),
+        (STUBBORN, signal.SIGTERM),
+        (GROUPED % 1000, signal.SIGKILL),
+    ],
+)
+def test_programs_end_with_the_service_however_it_ends(line, number):
+    flags = ["--command", line, "--drain-timeout", "0", "--grace", "0.4"]
     with process(*flags) as running:
         task_id = submitted(running.port, "t")
         path = "/api/v1/tasks/%s/log" % task_id

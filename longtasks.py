@@ -4820,8 +4820,9 @@ def find_route(request: Request) -> Route:
     path, above = request.path, "/api/v1/tasks/"
     if path.startswith(above) and path != above:
         task_id, slash, below = path[len(above) :].partition("/")
-        request.task_id = task_id.lower()
-        path = above + "{id}" + slash + below
+        if task_id:  # nothing is no id, and to the feed it would mean all tasks
+            request.task_id = task_id.lower()
+            path = above + "{id}" + slash + below
     methods = _ROUTES.get(path)
     if methods is None:
         raise HTTPError(

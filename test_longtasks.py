@@ -4001,6 +4001,8 @@ def test_head_is_get_without_a_body(gate):
         "/api/v1",
         "/api/v1/tasks/",
         "/api/v1/tasks//",
+        "/api/v1/tasks//events",  # not those of all tasks
+        "/api/v1/tasks//result",
         "/healthz/",
         "/api/v1/tasks/x/y",
         "/api/v1/tasks/x/result/",

@@ -9704,7 +9704,7 @@ def test_the_lines_of_the_readme_do_what_it_says(registry):
         lines = lines.replace(
             "localhost:8080", "127.0.0.1:%d" % service.server.server_port
         )
-        lines = lines.replace('"duration": 120', '"duration": 0.2')
+        lines = re.sub('"duration": 120?', '"duration": 0.2', lines)
         script = "set -e\n" + lines
         done = subprocess.run(
             ["sh", "-c", script],
@@ -9765,10 +9765,7 @@ def test_the_lines_about_who_may_in_the_readme_do_what_they_say(number, tmp_path
     start, use = shell_blocks("Who may")[2 * number : 2 * number + 2]
     start = start.replace("0.0.0.0", "127.0.0.1")
     start = start.replace("python3 longtasks.py", '"$PYTHON" "$SCRIPT" --port 0')
-    # The token is taken along to the other terminal.
-    start = start.replace("32)", "32); echo $API_TOKEN > token").replace(
-        '"$PYTHON"', 'exec "$PYTHON"'
-    )
+    start = start.replace('"$PYTHON"', 'exec "$PYTHON"')
     env = {"PYTHON": sys.executable, "SCRIPT": SCRIPT, "PATH": os.environ["PATH"]}
     with subprocess.Popen(
         ["sh", "-ec", start], cwd=str(tmp_path), env=env, stderr=subprocess.PIPE
@@ -9777,7 +9774,6 @@ def test_the_lines_about_who_may_in_the_readme_do_what_they_say(number, tmp_path
             lines = iter(running.stderr.readline, b"")
             first = next(line for line in lines if b"listening" in line).decode()
             port = re.search(r":(\d*),", first + ":,").group(1)
-            use = "test ! -e token || API_TOKEN=$(cat token)\n" + use
             use = use.replace("localhost:8080", "localhost:" + port)
             out = subprocess.check_output(["sh", "-ec", use], cwd=str(tmp_path))
             assert b"long_computation" in out
@@ -9843,7 +9839,7 @@ def test_the_readme_has_every_exit_code_of_the_client():
 
 def test_the_lines_about_the_client_in_the_readme_do_what_they_say(service):
     first, more = shell_blocks("Without curl")
-    lines = re.sub(r"duration=[25]\b", "duration=0.2", first + "echo ====\n" + more)
+    lines = re.sub(r"duration=[23]\b", "duration=0.2", first + "echo ====\n" + more)
     lines = lines.replace("python3", sys.executable).replace("longtasks.py", SCRIPT)
     environ = {**os.environ, "LONGTASKS_URL": service.server.url}
     out = subprocess.check_output(["sh", "-ec", lines], env=environ, timeout=LONG)

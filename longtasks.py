@@ -2706,6 +2706,46 @@ class Timer(NamedTuple):
     what: Tuple[Any, ...]
 
 
+class Agenda:
+    """What is to be done later. Whoever uses it holds the ledger's lock."""
+
+    def __init__(self, ticks: Callable[[], float]) -> None:
+        self.changed = threading.Event()  # something is due sooner, perhaps
+        self._ticks = ticks
+        self._numbers = itertools.count()
+        self._heap: List[Timer] = []  # with what is dropped already
+        self._timers: Dict[Any, Timer] = {}  # by key, without
+
+    def plan(
+        self, key: Any, seconds: float, do: Callable[..., None], *what: Any
+    ) -> None:
+        """Have something done later, instead of what was planned under this key."""
+        timer = Timer(self._ticks() + seconds, next(self._numbers), key, do, what)
+        self._timers[key] = timer
+        heapq.heappush(self._heap, timer)
+        if len(self._heap) > 2 * (len(self._timers) + 100):  # mostly dropped ones
+            self._heap = sorted(self._timers.values())
+        if self._heap[0] is timer:
+            self.changed.set()
+
+    def drop(self, key: Any) -> None:
+        """Have it not done after all."""
+        self._timers.pop(key, None)
+
+    def take(self) -> Tuple[Optional[Timer], Optional[float]]:
+        """Take what is due now, or return the seconds until there is something."""
+        while self._heap and self._timers.get(self._heap[0].key) is not self._heap[0]:
+            heapq.heappop(self._heap)
+        if not self._heap:
+            return None, None
+        wait = self._heap[0].when - self._ticks()
+        return (None, wait) if wait > 0 else (self._timers.pop(self._heap[0].key), 0)
+
+    def later_than(self, when: float) -> List[Any]:
+        """The keys of what is not done before this time."""
+        return [timer.key for timer in self._timers.values() if timer.when > when]
+
+
 class Ledger:
     """All tasks, from submission until they are forgotten.
 
@@ -2731,37 +2771,27 @@ class Ledger:
         self._rules = rules
         self._ready: queue.PriorityQueue[Entry] = queue.PriorityQueue()
         self._ticks = ticks
-        self._planned = threading.Event()  # sooner, perhaps, than what was planned
-        # The lock guards everything below. It must hold that: _tasks has every task
-        # that is known, as it is on disk and in the order of submission; _submitting
-        # and _deciding what is not on disk yet, new tasks and later moves; _running
-        # those and only those that are processing by the latest decision; _active the
-        # types of these and of what was given up but whose handler has not returned,
-        # and _active_types how often each is there; _parked what waits for another of
-        # its type to return; _timers a heap of what is to be done later, and _timer_of
-        # what of it still is, by the run's context or the waiting task's id; _ended
-        # every finished task, in the order of ending, and perhaps ids of deleted ones;
-        # _waiting the events to set when a task is finished; _beyond what can't start
-        # before the end of the drain; the numbers count what is in _tasks, _queued what
-        # is in _submitting, too, and _tally what has been.
+        # The lock guards everything below.
         self._lock = threading.Lock()
+        # Every known task as it is on disk, in the order of submission; and what is not
+        # on disk yet, new tasks and later moves.
         self._tasks: Dict[str, Task] = {}
         self._submitting: Dict[str, Tuple[Task, Batch]] = {}
         self._deciding: Dict[str, Tuple[Task, Batch]] = {}
+        # The runs of what is processing by the latest decision; and the types of these
+        # and of those that were given up but have not returned, and how often each is.
         self._running: Dict[str, Context] = {}
         self._active: Dict[Context, str] = {}
         self._active_types: Counter[str] = Counter()
-        self._parked: Dict[str, List[Entry]] = {}
-        self._timers: List[Timer] = []
-        self._timer_of: Dict[Any, Timer] = {}
-        self._timer_numbers = itertools.count()
-        self._ended: Deque[str] = deque()
+        self._parked: Dict[str, List[Entry]] = {}  # wait for one of their type to end
+        self._agenda = Agenda(ticks)  # by a run's context or a waiting task's id
+        self._ended: Deque[str] = deque()  # in this order, with ids of deleted ones
         self._forgotten: OrderedDict[str, None] = OrderedDict()
-        self._waiting: Dict[str, threading.Event] = {}
-        self._beyond: Set[str] = set()
-        self._counts = dict.fromkeys(EXITS, 0)
+        self._waiting: Dict[str, threading.Event] = {}  # to set at a task's end
+        self._beyond: Set[str] = set()  # can't start before the end of the drain
+        self._counts = dict.fromkeys(EXITS, 0)  # of what is in _tasks
         self._tally = Tally(types)
-        self._queued = 0  # bytes of pending tasks
+        self._queued = 0  # bytes of pending tasks, and of those that are not yet
         self._held = 0  # bytes of finished tasks
         # Counts on from the time, so that a list's `after` still holds after a restart.
         self._last_seq = int(clock() * 1e6)
@@ -2931,7 +2961,7 @@ class Ledger:
         """Let a run's time begin, if it has one. Assumes the lock."""
         timeout = self._timeout(task)
         if timeout and not context.cancelled:
-            self._plan(context, timeout, self._time_out, context)
+            self._agenda.plan(context, timeout, self._time_out, context)
 
     def _timeout(self, task: Task) -> float:
         return task.options.timeout or self._rules(task.type).timeout
@@ -3034,7 +3064,7 @@ class Ledger:
     def _end(self, context: Context, outcome: Outcome) -> Task:
         """Decide what becomes of a task whose run is over."""
         del self._running[context.task_id]
-        self._unplan(context)
+        self._agenda.drop(context)
         ran = self._current(context.task_id)
         self._tally.add("running", ran, self._clock() - (ran.started_at or 0))
         task = self._after(ran, context.why, outcome)
@@ -3080,7 +3110,7 @@ class Ledger:
     def _stop(self, context: Context, why: str) -> None:
         """Tell a run to stop, and give it up when it does not within the grace."""
         context.cancel(why)
-        self._plan(context, self.limits.grace, self._lose, context)
+        self._agenda.plan(context, self.limits.grace, self._lose, context)
 
     def _release(self, context: Context) -> None:
         """A handler has returned: another one of its type may start."""
@@ -3097,45 +3127,18 @@ class Ledger:
 
     def tick(self) -> Optional[float]:
         """Do what is due; return the seconds until there is more, None for never."""
-        self._planned.clear()
+        self._agenda.changed.clear()
         while True:
             with self._lock:
-                timer = self._next_timer()
-                wait = timer.when - self._ticks() if timer else None
-                if timer is None or (wait or 0) > 0:
-                    return wait
-                self._unplan(timer.key)
+                timer, wait = self._agenda.take()
+            if timer is None:
+                return wait
             timer.do(*timer.what)
-
-    def _next_timer(self) -> Optional[Timer]:
-        """The next one that still is to be done. Assumes the lock."""
-        while self._timers:
-            timer = self._timers[0]
-            if self._timer_of.get(timer.key) is timer:
-                return timer
-            heapq.heappop(self._timers)
-        return None
 
     def await_tick(self, patience: Optional[float]) -> bool:
         """Wait so many seconds, or until something may be due; False at the end."""
-        self._planned.wait(patience)
+        self._agenda.changed.wait(patience)
         return not self._halted
-
-    def _plan(
-        self, key: Any, seconds: float, do: Callable[..., None], *what: Any
-    ) -> None:
-        """Have something done later, instead of what was planned under this key."""
-        timer = Timer(self._ticks() + seconds, next(self._timer_numbers), key, do, what)
-        self._timer_of[key] = timer
-        heapq.heappush(self._timers, timer)
-        if len(self._timers) > 2 * (len(self._timer_of) + 100):  # mostly old ones
-            self._timers = list(self._timer_of.values())
-            heapq.heapify(self._timers)
-        if self._timers[0] is timer:
-            self._planned.set()
-
-    def _unplan(self, key: Any) -> None:
-        self._timer_of.pop(key, None)
 
     def _time_out(self, context: Context) -> None:
         """A run took too long."""
@@ -3157,7 +3160,7 @@ class Ledger:
 
     def _expire_regularly(self) -> None:
         with self._lock:
-            self._plan(None, 60, self._expire_regularly)
+            self._agenda.plan(None, 60, self._expire_regularly)
         self.expire()
 
     # -- deciding, writing, showing; all of these assume the lock ----------
@@ -3195,7 +3198,7 @@ class Ledger:
         if task.status == PENDING:
             self._enqueue(task)
             return
-        self._unplan(task.id)
+        self._agenda.drop(task.id)
         self._beyond.discard(task.id)
         if task.finished:
             if before:
@@ -3210,7 +3213,7 @@ class Ledger:
         if wait <= 0:
             self._ready.put(entry)
             return
-        self._plan(task.id, wait, self._ready.put, entry)
+        self._agenda.plan(task.id, wait, self._ready.put, entry)
         if self._ticks() + wait > self._drained_by:
             self._beyond.add(task.id)
 
@@ -3461,8 +3464,8 @@ class Ledger:
         with self._lock:
             self._when_done = when_done
             self._drained_by = self._ticks() + patience
-            late = [t for t in self._timer_of.values() if t.when > self._drained_by]
-            self._beyond.update(t.key for t in late if t.key in self._tasks)
+            late = self._agenda.later_than(self._drained_by)
+            self._beyond.update(key for key in late if key in self._tasks)
             if not self._may_start():
                 self._ready.put(_LAST)
             self._wake_all()
@@ -3482,7 +3485,7 @@ class Ledger:
                 context.cancel(SHUTDOWN)
             self._wake_all()
             self._ready.put(_LAST)
-            self._planned.set()
+            self._agenda.changed.set()
             self._tell_if_done()
 
     def give_up(self) -> List[Task]:

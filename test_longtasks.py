@@ -2691,7 +2691,7 @@ def test_cancelled_tasks_leave_no_timer_and_no_place_in_the_queue():
     for _ in range(1000):
         ledger.cancel(ledger.submit("t", b"{}", longtasks.Options(delay=1e9)).id)
         ledger.cancel(ledger.submit("t", b"{}").id)
-    assert len(ledger._timers) < 300
+    assert len(ledger._agenda._heap) < 300
     assert len(ledger._ready.queue) < 300
 
 
@@ -3438,7 +3438,7 @@ def check_books(ledger, ids, news):
     left += ledger._parked.values()
     assert not any(left)
     assert not any(ledger._active_types.values())
-    assert list(ledger._timer_of) == [None]
+    assert ledger._agenda.later_than(0) == [None]
 
 
 @pytest.fixture

@@ -197,6 +197,7 @@ class Setting(NamedTuple):
             ) from None
 
 
+# fmt: off
 SETTINGS = (
     Setting("PORT", "8080", whole(0, 65535), "port to listen on; 0 picks a free one"),
     Setting("HOST", "127.0.0.1", address, "address to listen on", "ADDRESS"),
@@ -207,71 +208,36 @@ SETTINGS = (
     Setting("TLS_CERT", "", str, "certificate to speak TLS with, PEM", "FILE"),
     Setting("TLS_KEY", "", str, "its key, unless it is in the same file", "FILE"),
     Setting("WORKER_COUNT", "10", whole(1, 100_000), "tasks that may run at once"),
-    Setting(
-        "LOG_LEVEL",
-        "info",
-        one_of("debug", "info", "warning", "error"),
-        "debug, info, warning or error",
-        "LEVEL",
-    ),
-    Setting(
-        "LOG_FORMAT",
-        "text",
-        one_of("text", "json"),
-        "text for people, or json: an object a line",
-        "FORMAT",
-    ),
-    Setting(
-        "HANDLERS", "", str, "Python file that registers task types", "FILE", os.pathsep
-    ),
+    Setting("LOG_LEVEL", "info", one_of("debug", "info", "warning", "error"),
+            "debug, info, warning or error", "LEVEL"),
+    Setting("LOG_FORMAT", "text", one_of("text", "json"),
+            "text for people, or json: an object a line", "FORMAT"),
+    Setting("HANDLERS", "", str,
+            "Python file that registers task types", "FILE", os.pathsep),
     Setting("COMMANDS", "", str, "program that becomes a task type", "NAME=LINE", "\n"),
     Setting("EXECUTOR", "", str, "where isolated handlers run instead", "FILE:FACTORY"),
     Setting("DB", "", str, "SQLite file that keeps the tasks, made if need be", "FILE"),
-    Setting(
-        "TASK_TIMEOUT",
-        "0",
-        seconds,
-        "seconds that a run may take where nothing else is said; 0: no end",
-        "SECONDS",
-    ),
-    Setting(
-        "GRACE",
-        "3",
-        seconds,
-        "seconds that a handler has to stop once it is told to",
-        "SECONDS",
-    ),
+    Setting("TASK_TIMEOUT", "0", seconds,
+            "seconds that a run may take where nothing else is said; 0: no end",
+            "SECONDS"),
+    Setting("GRACE", "3", seconds,
+            "seconds that a handler has to stop once it is told to", "SECONDS"),
     Setting("STUCK_LIMIT", "100", whole(1, 100_000), "handlers that may fail to stop"),
-    Setting(
-        "DRAIN_TIMEOUT",
-        "300",
-        seconds,
-        "seconds that a shutdown waits for tasks to finish",
-        "SECONDS",
-    ),
+    Setting("DRAIN_TIMEOUT", "300", seconds,
+            "seconds that a shutdown waits for tasks to finish", "SECONDS"),
     Setting("QUEUE_LIMIT", "10000", whole(1, 10**9), "tasks that may wait"),
     Setting("QUEUE_BYTES", "64MiB", size, "bytes of params that may wait", "SIZE"),
     Setting("RESULT_LIMIT", "10000", whole(1, 10**9), "finished tasks that are kept"),
-    Setting(
-        "RESULT_BYTES", "64MiB", size, "bytes of finished tasks that are kept", "SIZE"
-    ),
-    Setting(
-        "RESULT_TTL",
-        "86400",
-        seconds,
-        "seconds that a finished task is kept",
-        "SECONDS",
-    ),
+    Setting("RESULT_BYTES", "64MiB", size,
+            "bytes of finished tasks that are kept", "SIZE"),
+    Setting("RESULT_TTL", "86400", seconds,
+            "seconds that a finished task is kept", "SECONDS"),
     Setting("MAX_BODY", "1MiB", size, "largest request body", "SIZE"),
-    Setting(
-        "MAX_WAIT",
-        "300",
-        seconds,
-        "seconds that a client may wait for a task",
-        "SECONDS",
-    ),
+    Setting("MAX_WAIT", "300", seconds,
+            "seconds that a client may wait for a task", "SECONDS"),
     Setting("MAX_CONNECTIONS", "1000", whole(1, 100_000), "clients connected at once"),
 )
+# fmt: on
 
 
 class Settings(Dict[str, Any]):

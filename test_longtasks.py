@@ -9192,6 +9192,8 @@ def browsers(tmp_path_factory):
     """A browser, started for the first test that needs it."""
     if not shutil.which("chromium") or not shutil.which("chromedriver"):
         pytest.skip("there is no chromium with its chromedriver here")
+    if os.environ.get("LONGTASKS_BROWSER") == "no":
+        pytest.skip("LONGTASKS_BROWSER=no: the page is the same on every Python")
     browser = Browser(tmp_path_factory.mktemp("browser"))
     yield browser
     browser.close()

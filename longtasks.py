@@ -749,6 +749,7 @@ class Context:
         "_on_stop",
         "_tell",
         "_told_at",
+        "max_result",
     )
 
     def __init__(
@@ -766,6 +767,7 @@ class Context:
         self.grace = (
             1.5  # seconds from being told to stop to being killed, if it can be
         )
+        self.max_result = sys.maxsize  # bytes, for a child process to know
         self.why = ""  # it is to stop
         self._progress: Optional[Tuple[float, str]] = None
         self._stop = threading.Event()
@@ -1291,32 +1293,41 @@ def _checked(value: Any, schema: Schema, check: Check) -> Any:
     """Return a value as its schema asks for it; raises Invalid."""
     found = check(value)
     if found:
-        value = with_integers(value, schema)
+        value = with_integers(schema)(value)
         found = check(value)
         if found:
             raise Invalid(found)
     return value
 
 
-def with_integers(value: Any, schema: Schema) -> Any:
-    """Return a value with 3.0 as 3 where an integer is asked for: to JSON it is one."""
+def with_integers(schema: Schema) -> Callable[[Any], Any]:
+    """Make the function that makes 3.0 a 3 where an integer is asked for.
+
+    To JSON it is one.
+    """
     if not isinstance(schema, dict):
+        return lambda value: value
+    kinds = [(with_integers(s), checker(s)) for s in schema.get("anyOf", ())]
+    properties = schema.get("properties", {})
+    known = {name: with_integers(below) for name, below in properties.items()}
+    other = with_integers(schema.get("additionalProperties", True))
+    each = with_integers(schema.get("items", True))
+    whole = schema.get("type") == "integer" or "enum" in schema
+
+    def made(value: Any) -> Any:
+        for make, check in kinds:
+            tried = make(value)
+            if not check(tried):
+                return tried
+        if isinstance(value, dict):
+            return {name: known.get(name, other)(v) for name, v in value.items()}
+        if isinstance(value, list):
+            return [each(item) for item in value]
+        if whole and type(value) is float and value.is_integer():
+            return int(value)
         return value
-    for below in schema.get("anyOf", ()):
-        tried = with_integers(value, below)
-        if not checker(below)(tried):
-            return tried
-    if isinstance(value, dict):
-        known = schema.get("properties", {})
-        others = schema.get("additionalProperties", True)
-        return {n: with_integers(v, known.get(n, others)) for n, v in value.items()}
-    if isinstance(value, list):
-        return [with_integers(item, schema.get("items", True)) for item in value]
-    if type(value) is float and value.is_integer():
-        return (
-            int(value) if schema.get("type") == "integer" or "enum" in schema else value
-        )
-    return value
+
+    return made
 
 
 def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submission]:
@@ -1577,6 +1588,9 @@ class Encoded(bytes):
     """A result that is JSON already."""
 
 
+LARGE_RESULT = "the result has %d bytes, more than the %d that are kept"
+MAX_TOLD = 64 << 10  # characters of what a child tells but the result
+
 # Held while a child is started or its exit code is fetched: multiprocessing looks after
 # all children whenever one is started, and would snatch the code from who waits for it.
 _CHILDREN = threading.Lock()
@@ -1602,7 +1616,8 @@ def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
 
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    about = to_json([list(LOADED), name, params, ctx.task_id, ctx.attempt])
+    facts = ctx.task_id, ctx.attempt, ctx.max_result
+    about = to_json([list(LOADED), name, params, *facts])
     child = spawn.Process(target=isolated_child, args=(theirs, about), daemon=True)
     with _CHILDREN:
         child.start()
@@ -1614,7 +1629,8 @@ def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
 
     with killable(child.pid or 0, ctx, ask):
         said = _listen_to(ours, ctx)
-        multiprocessing.connection.wait([child.sentinel], 1.0 if said else None)
+        ends = said is None and ours.readable  # else it has told all, or too much
+        multiprocessing.connection.wait([child.sentinel], None if ends else 1.0)
     with _CHILDREN:
         child.kill()  # unless it has ended, or was killed with its group
         child.join()
@@ -1624,9 +1640,10 @@ def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
 
 def _listen_to(ours: Any, ctx: Context) -> Any:
     """Pass on what a child tells; return what it says last, None if it just ended."""
+    most = 2 * ctx.max_result + 10 * MAX_TOLD  # JSON within JSON may be twice as long
     with contextlib.suppress(EOFError, OSError):
         while True:
-            kind, what = json.loads(ours.recv_bytes())
+            kind, what = json.loads(ours.recv_bytes(most))
             if kind == "progress":
                 with contextlib.suppress(Cancelled):
                     ctx.progress(what["percent"] / 100, what["message"])
@@ -1664,24 +1681,37 @@ def isolated_child(theirs: Any, about: bytes) -> None:
             theirs.send_bytes(to_json([kind, what]))
 
     log.disabled = True  # the parent logs what it is told
-    files, name, params, task_id, attempt = json.loads(about)
-    ctx = Context(task_id, attempt, lambda ctx, kind, what: say(kind, what))
+    files, name, params, task_id, attempt, max_result = json.loads(about)
+
+    ctx = Context(
+        task_id,
+        attempt,
+        lambda ctx, kind, what: say(kind, what[-MAX_TOLD:] if kind == "log" else what),
+    )
+    ctx.max_result = max_result
     threading.Thread(target=_obey, args=(theirs, ctx), daemon=True).start()
     try:
         for file in files:
             if file not in LOADED:
                 load_handlers(file)
-        result = to_json(HANDLERS[name].run_here(params, ctx))
-        say("result", result.decode())
+        say("result", _result_here(HANDLERS[name], params, ctx))
     except Cancelled:
         say("cancelled", None)
     except Retry as error:
-        say("retry", [str(error), error.after])
+        say("retry", [str(error)[:MAX_TOLD], error.after])
     except BaseException as error:
         say("failed", [describe(error), traceback.format_exc()[-10_000:]])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # whatever threads the handler has left
+
+
+def _result_here(known: Handler, params: Dict[str, Any], ctx: Context) -> str:
+    """Run a handler and return its result as JSON, unless it would not be kept."""
+    result = to_json(known.run_here(params, ctx))
+    if len(result) > ctx.max_result:
+        raise Failure(LARGE_RESULT % (len(result), ctx.max_result))
+    return result.decode()
 
 
 def _obey(theirs: Any, ctx: Context) -> None:
@@ -2913,6 +2943,7 @@ class Ledger:
         context = Context(task.id, attempt, self._tell, task.type)
         # Half of it, so that what can be killed is over before it is given up.
         context.grace = self.limits.grace / 2
+        context.max_result = self.limits.result_bytes
         self._running[task.id] = context
         self._active[context] = task.type
         self._active_types[task.type] += 1
@@ -3541,8 +3572,8 @@ def _outcome_of(value: Any, max_result: int) -> Outcome:
         text = "the result does not fit into JSON: " + describe(error)
         return Outcome(FAILED, error=text)
     if len(result) > max_result:
-        text = "the result has %d bytes, more than the %d that are kept"
-        return Outcome(FAILED, error=text % (len(result), max_result))
+        text = LARGE_RESULT % (len(result), max_result)
+        return Outcome(FAILED, error=text)
     return Outcome(COMPLETED, result)
 
 
@@ -3817,14 +3848,15 @@ def _quality(accept: str, offer: str) -> float:
     media = offer.partition(";")[0]
     ranges = {"*/*": 1, media.partition("/")[0] + "/*": 2, media: 3}
     best, quality = 0, 0.0
-    for part in accept.lower().split(","):
-        name, *options = part.replace(" ", "").split(";")
+    for part in accept.lower().replace(" ", "").split(","):
+        name, _, options = part.partition(";")
         if ranges.get(name, 0) > best:
-            best, quality = ranges[name], 1.0
-            for option in options:
-                if re.fullmatch(r"q=(0(\.[0-9]{0,3})?|1(\.0{0,3})?)", option, re.ASCII):
-                    quality = float(option[2:])
+            best = ranges[name]
+            quality = float((_Q.findall(";" + options) or ["1"])[-1])
     return quality
+
+
+_Q = re.compile(r";q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)(?=;|\Z)")
 
 
 class Reply(NamedTuple):
@@ -4255,7 +4287,7 @@ def event_stream(
         yield b"retry: 1000\n\n"
         if lacks or not known:
             yield b'event: gap\ndata: {"detail": "some events are no longer kept"}\n\n'
-        yield b"".join(encode_event(feed.life, event) for event in watch.missed)
+        yield from encode_events(feed.life, watch.missed)
         if task and any(ends_stream(event) for event in watch.missed):
             return
         # The task as it was when the watch began: behind what was missed, and before
@@ -4269,7 +4301,9 @@ def event_stream(
         while not over:
             over = watch.over  # looked at first: what was told before it is still told
             news = watch.take(0 if over else KEEP_ALIVE)
-            yield b"".join(encode_event(feed.life, event) for event in news) or b":\n\n"
+            yield from encode_events(feed.life, news)
+            if not news:
+                yield b":\n\n"
             over = over or (task is not None and any(map(ends_stream, news)))
     finally:
         feed.leave(task_id, watch)
@@ -4278,6 +4312,18 @@ def event_stream(
 def ends_stream(event: Event) -> bool:
     """Whether nothing more will happen to the event's task."""
     return event.kind == "gone" or (event.kind == "status" and event.what.finished)
+
+
+def encode_events(life: str, events: Sequence[Event]) -> Iterator[bytes]:
+    """Write events as they go out, in pieces: the next one once the last is taken."""
+    piece = b""
+    for event in events:
+        piece += encode_event(life, event)
+        if len(piece) >= LARGE:
+            yield piece
+            piece = b""
+    if piece:
+        yield piece
 
 
 def encode_event(life: str, event: Event) -> bytes:

@@ -4,6 +4,7 @@ They need pytest and nothing else. No test waits by sleeping: tasks are held and
 by gates, clocks are handed in, and real processes are followed by what they say.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -14,6 +15,7 @@ import io
 import json
 import logging
 import mmap
+import multiprocessing
 import os
 import random
 import re
@@ -714,6 +716,32 @@ def test_a_whole_number_with_a_point_is_an_integer(registry):
     wanted = longtasks.check_submission(document, registry)
     assert wanted.params == b'{"a": 3, "b": [2], "c": 3.0}'
     assert repr(wanted.options.retries) == "1"
+
+
+def test_what_makes_integers_of_a_list_is_made_once(registry, monkeypatch):
+    @handler("t")
+    def function(xs: List[Optional[int]]):
+        return xs
+
+    def made(count):
+        counted = collections.Counter()
+        for name in ("checker", "with_integers"):
+            make = getattr(longtasks, name)
+
+            def counting(schema, make=make, name=name):
+                counted[name] += 1
+                return make(schema)
+
+            patch.setattr(longtasks, name, counting)
+        document = {"type": "t", "params": {"xs": [1.0] * count + ["a"]}}
+        with pytest.raises(longtasks.Invalid):
+            longtasks.check_submission(document, registry)
+        return counted
+
+    with monkeypatch.context() as patch:
+        few = made(1)
+    with monkeypatch.context() as patch:
+        assert made(1000) == few
 
 
 def test_the_place_of_a_wrong_value_is_told(registry):
@@ -3583,6 +3611,8 @@ def test_text_is_given_to_those_who_ask_for_it(gate):
         ("text/plain;q=0.5, application/json", "application/json"),
         ("TEXT/PLAIN, application/json;q=0.9", "text/plain; charset=utf-8"),
         ("text/plain;q=0, */*", "application/json"),
+        ("text/*; level=1; q=0;q=1, */*;q=0.5", "text/plain; charset=utf-8"),
+        ("text/*;q=10;q=0.5x;xq=0, */*;q=0.5", "text/plain; charset=utf-8"),
         ("image/png", None),
         ("application/json;q=0", None),
     ],
@@ -4378,6 +4408,25 @@ def test_a_stream_begins_with_the_task_as_it_was_and_goes_on_from_there(gate, se
     blocks = b"".join(stream).split(b"\n\n")
     statuses = [re.search(rb'"status": "(\w+)"', block) for block in blocks]
     assert [m.group(1) for m in statuses if m] == [b"processing", b"completed"]
+
+
+def test_many_events_go_out_in_pieces_that_are_made_as_they_are_taken(service):
+    feed = service.ledger.feed
+    feed.leave("", feed.watch("")[0])  # from now on, events are kept
+    lines = ["%d-" % n + "x" * 3000 for n in range(200)]
+    for line in lines:
+        feed.publish("a", "log", line)
+    stream = longtasks.event_stream(service.server.app, "", 0, True)
+    next(stream)
+    for line in lines:
+        feed.publish("b", "log", line)
+    pieces = []
+    while b'"b", "line": "199-' not in b"".join(pieces[-1:]):
+        pieces.append(next(stream))
+    stream.close()
+    assert max(map(len, pieces)) < longtasks.LARGE + 4000
+    found = re.findall(rb'"id": "(.)", "line": "(\d+)-', b"".join(pieces))
+    assert found == [(i, b"%d" % n) for i in (b"a", b"b") for n in range(200)]
 
 
 def test_a_silent_stream_sends_comments(service, monkeypatch):
@@ -8449,6 +8498,11 @@ def crash(number: int):
 def leave():
     os._exit(7)
 
+@handler("large", isolated=True)
+def large(n: int, ctx: Context):
+    ctx.log("x" * 9_000_000)
+    return "x" * n
+
 @handler("burn", isolated=True)
 def burn(ctx: Context):
     ctx.log("pid %d" % os.getpid())
@@ -8461,7 +8515,8 @@ def burn(ctx: Context):
 def isolated(tmp_path_factory):
     """A service with handlers that run in child processes."""
     file = write(tmp_path_factory.mktemp("isolated"), ISOLATED)
-    with process("--handlers", file, "--grace", "1") as running:
+    flags = ["--grace", "1", "--result-bytes", "1MiB"]
+    with process("--handlers", file, *flags) as running:
         yield running
 
 
@@ -8511,6 +8566,24 @@ def test_a_crash_of_an_isolated_handler_fails_its_task_and_nothing_else(
     if type == "bad":
         assert "ValueError: no" in isolated.logged("  ValueError: no")
     assert outcome(isolated, "told", {"n": 1})["status"] == "completed"
+
+
+def test_a_result_that_is_too_large_does_not_leave_the_isolated_process(isolated):
+    assert len(outcome(isolated, "large", {"n": (1 << 20) - 2})["result"]) == 1048574
+    error = "the result has 1048577 bytes, more than the 1048576 that are kept"
+    assert outcome(isolated, "large", {"n": (1 << 20) - 1})["error"] == error
+    isolated.logged("Failure: " + error)  # raised there
+
+
+def test_of_what_an_isolated_process_tells_no_more_is_read_than_may_be():
+    ours, theirs = multiprocessing.Pipe()
+    context = Context("id")
+    context.max_result = 1000
+    os.write(theirs.fileno(), struct.pack("!i", 2000 + 11 * longtasks.MAX_TOLD))
+    assert together(1, lambda _: longtasks._listen_to(ours, context)) == [None]
+    assert not ours.readable
+    ours.close()
+    theirs.close()
 
 
 def test_an_isolated_handler_hears_that_it_is_to_stop(isolated):

@@ -5571,6 +5571,7 @@ class Server(ThreadingHTTPServer):
         self._connections: Dict[socket.socket, Optional[Connection]] = {}
         self._crowded: Set[socket.socket] = set()  # those that came past the limit
         self._leaving: Set[socket.socket] = set()  # those that are to make room
+        self._few = min(self.reserve, 1 + max_connections // 32)  # that leave at once
         self._warned_at = -math.inf
         self._date = (0, "")
         if isinstance(address, str):
@@ -5662,6 +5663,8 @@ class Server(ThreadingHTTPServer):
         with self._changed:
             if self._is_full():
                 self._make_room(self.crowded_text())
+                if self._is_full() and len(self._leaving) >= self._few:
+                    self._changed.wait(0.1)  # they are about to go
             if self._is_full():
                 self._crowded.add(request)
             self._connections[request] = None
@@ -5688,8 +5691,7 @@ class Server(ThreadingHTTPServer):
             self._warned_at = now
             log.warning("clients that are idle or slow make room: %s", why)
         found = [c for c in self._connections.values() if c and self._hinders(c, now)]
-        few = min(self.reserve, 1 + self.max_connections // 32)
-        few -= len(self._leaving)
+        few = self._few - len(self._leaving)
         for connection in heapq.nlargest(
             few, found, key=lambda c: (c.idle, c.kept_waiting(now))
         ):

@@ -7663,6 +7663,7 @@ def test_a_drain_finishes_running_and_queued_tasks_and_refuses_new_ones(tmp_path
         queued = submitted(running.port, "deaf", {"name": "b"})
         running.signal()
         running.logged("SIGTERM: draining, 1 running and 1 waiting, for 300 s at most")
+        running.logged("; a second signal ends it at once")
         refused = submit(running.port, "deaf", {"name": "c"})
         assert_problem(refused, 503, "shutting down")
         assert "Retry-After" in refused.headers
@@ -7948,9 +7949,12 @@ def test_each_task_that_is_given_up_at_the_start_is_a_warning(tmp_path, registry
     for _ in range(3):
         with journalled(path) as ledger:
             ledger.claim()
-    for count in (1, 0):  # and not again at the next start
+    for count in (1, 0):  # and not again at a later start
         with records("INFO") as kept, serving(DB=path):
             pass
+        with journalled(path) as ledger:
+            ledger.submit("t", b"{}")
+            ledger.claim()  # is interrupted, too, but once
         warned = [as_json(record) for record in kept if record.levelname == "WARNING"]
         assert [line["task_id"] for line in warned] == [task.id] * count
         assert all("interrupted 3 times" in line["error"] for line in warned)

@@ -5242,7 +5242,6 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _read_request(self) -> Optional[Request]:
         """Read a request; None when the client is done. Raises HTTPError."""
-        self.bare = False  # until a head says so
         head = self._read_head()
         if head is None:
             return None
@@ -5250,7 +5249,6 @@ class Connection(socketserver.BaseRequestHandler):
         if request is None or head != self.last_head or token is not self.last_token:
             request = self.last = self._understand(head)
             self.last_head, self.last_token = head, token
-        self.bare = request.method == "HEAD"
         if request.length:
             if request.length > len(self.buffer) and "expect" in request.headers:
                 self._flush()
@@ -5261,7 +5259,6 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _understand(self, head: bytes) -> Request:
         """Read a head; raises HTTPError."""
-        self.bare = head.startswith(b"HEAD ")
         request = self.refused = parse_head(head)
         self.server.app.access.check(request)  # before anything is done or told
         if request.length > self.server.max_body:
@@ -5283,6 +5280,7 @@ class Connection(socketserver.BaseRequestHandler):
         while True:
             if blank and self.buffer.startswith(blank):
                 self.buffer, blank = self.buffer[2:], b""
+            self.bare = self.buffer.startswith(b"HEAD ")  # also if it ends in an error
             head, end, rest = self.buffer.partition(b"\r\n\r\n")
             if end and len(head) <= MAX_HEAD:
                 self.buffer = rest

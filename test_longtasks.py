@@ -6657,6 +6657,22 @@ def test_a_refusal_after_a_head_request_has_a_body(service):
     assert answer.endswith(b"}\n")
 
 
+BAD_HEADS = [
+    b"HEAD / HTTP/1.1\r\nHost: a\r\nX\n\r\n\r\n",  # a line that ends in LF
+    b"HEAD / HTTP/1.1\r\nHost: a\r\nX: %s\r\n\r\n" % (b"x" * 40000),
+    b"HEAD /%s HTTP/1.1\r\n\r\n" % (b"x" * 40000),
+    b"HEAD / HTTP/1.1\r\nHost: a",  # which is all that comes
+]
+
+
+@pytest.mark.parametrize("data", BAD_HEADS, ids=["lf", "headers", "target", "end"])
+@pytest.mark.parametrize("step", [7, 50000])
+def test_a_refused_head_request_has_no_body_however_it_arrives(data, step, reader):
+    _, sent = reader(*(data[at : at + step] for at in range(0, len(data), step)))
+    assert sent.startswith(b"HTTP/1.1 4")
+    assert sent.endswith(b"\r\n\r\n")
+
+
 class Pieces:
     """A socket that brings these pieces and no more, and keeps what is sent."""
 

@@ -4,6 +4,7 @@ They need pytest and nothing else. No test waits by sleeping: tasks are held and
 by gates, clocks are handed in, and real processes are followed by what they say.
 """
 
+import _thread
 import collections
 import concurrent.futures
 import contextlib
@@ -5824,14 +5825,14 @@ def test_without_threads_idle_clients_make_room_or_newcomers_are_told_so(
     denied, status, registry, impatient, monkeypatch
 ):
     with serving() as service, held_by(service, b"") as held:
-        start, left = threading.Thread.start, [RuntimeError("no thread")] * denied
+        start, left = _thread.start_new_thread, [RuntimeError("no thread")] * denied
 
-        def deny(thread):
-            if thread._target == service.server.process_request_thread and left:
+        def deny(*given):
+            if left:
                 raise left.pop()
-            start(thread)
+            return start(*given)
 
-        monkeypatch.setattr(threading.Thread, "start", deny)
+        monkeypatch.setattr(_thread, "start_new_thread", deny)
         assert call(service, "GET", "/api/v1/types").status == status
         assert held[0].recv(1) == b""
         assert call(service, "GET", "/api/v1/types").status == 200
@@ -6003,6 +6004,11 @@ HOSTILE = [
 ]
 
 
+def connection_threads():
+    """How many there are: all that is no threading.Thread, as the main one is."""
+    return _thread._count() + 1 - threading.active_count()
+
+
 @pytest.fixture(scope="module")
 def attacked():
     """A service that many tests attack."""
@@ -6016,6 +6022,7 @@ def attacked():
                 return params
 
             service = stack.enter_context(serving())
+        service.before = connection_threads()
         yield service
 
 
@@ -6041,12 +6048,7 @@ def test_whatever_comes_there_is_an_answer_and_no_harm(data, attacked, monkeypat
 
 
 def test_what_was_hostile_has_left_no_thread(attacked):
-    def left():
-        target = attacked.server.process_request_thread
-        threads = threading.enumerate()
-        return [t for t in threads if getattr(t, "_target", None) == target]
-
-    until(lambda: not left(), "the end of the connections' threads")
+    until(lambda: connection_threads() <= attacked.before, "the end of their threads")
 
 
 def test_the_listen_backlog_is_not_the_default(service):
@@ -6054,10 +6056,35 @@ def test_the_listen_backlog_is_not_the_default(service):
 
 
 def test_a_connection_ends_without_leaving_a_thread(service):
-    before = threading.active_count()
+    before = connection_threads()
     for _ in range(20):
         call(service, "GET", "/healthz")
-    until(lambda: threading.active_count() <= before)
+    until(lambda: connection_threads() <= before)
+
+
+def test_all_who_wait_are_accepted_in_one_turn(service):
+    app, taken = longtasks.App(service.ledger, {}, longtasks.Access()), []
+    with longtasks.Server(("127.0.0.1", 0), app, 1000, 1000) as server:
+        server.process_request = lambda request, address: taken.append(request)
+        clients = [socket.create_connection(server.server_address) for _ in range(20)]
+        server.service_actions()
+        assert len(taken) == 20
+        server.service_actions()  # does not wait for another one
+    for each in clients + taken:
+        each.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="not here")
+def test_connections_share_a_cpu_and_handlers_may_use_all(registry):
+    handler("cpus")(lambda: sorted(os.sched_getaffinity(0)))
+    seen = []
+    with serving() as service:
+        service.server.date = lambda: seen.append(os.sched_getaffinity(0)) or "now"
+        ended = result_of(service, submitted(service, "cpus"))
+    everywhere = os.sched_getaffinity(0)
+    assert ended["result"] == sorted(everywhere)
+    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    assert {len(cpus) for cpus in seen} == {1 if has_gil else len(everywhere)}
 
 
 # -- Unix sockets ----------------------------------------------------------

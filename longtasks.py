@@ -732,7 +732,10 @@ BY_CLIENT = "a client cancelled it"
 TIMED_OUT = "its time was up"
 SHUTDOWN = "the service stops"
 
-Tell = Callable[["Context", str, Any], None]  # told: "progress" or "log", and what
+TELL_AFTER = 1.0  # seconds after which progress is told that came too soon before
+
+# Told: "progress", which the context itself has, or "log" and a line.
+Tell = Callable[["Context", str, str], None]
 
 
 class Context:
@@ -749,6 +752,7 @@ class Context:
         "_stopping",
         "_on_stop",
         "_tell",
+        "_told",
         "_told_at",
         "max_result",
     )
@@ -777,6 +781,7 @@ class Context:
         self._stopping = threading.Lock()
         self._on_stop: Optional[Callable[[], None]] = None
         self._tell = tell
+        self._told: Optional[Tuple[float, str]] = None  # latest of it
         self._told_at = 0.0
 
     def progress(self, fraction: float, message: str = "") -> None:
@@ -787,12 +792,18 @@ class Context:
         self.check()
         # One tuple, stored in one step: a reader sees the old pair or the new one.
         self._progress = (min(1.0, max(0.0, float(fraction))), str(message)[:1000])
-        now = time.monotonic()
-        # Who watches can't read faster anyway. No lock: of a handler's own threads two
-        # may tell at the same moment, which does no harm.
-        if now - self._told_at >= 0.1:
-            self._told_at = now
-            self._tell(self, "progress", self.progress_document())
+        # Who watches can't read faster anyway; if this is the latest for a while, it is
+        # told later.
+        if time.monotonic() - self._told_at >= 0.1:
+            self.tell_progress()
+
+    def tell_progress(self) -> None:
+        """Tell those who watch of the latest progress, unless they know it."""
+        if self._told is not self._progress:
+            # No lock: two threads may come by here at the same moment, which does no
+            # harm, since what is told is what is the latest when it is told.
+            self._told, self._told_at = self._progress, time.monotonic()
+            self._tell(self, "progress", "")
 
     def log(self, text: str, level: int = logging.INFO) -> None:
         """Add lines to the task's log, and to the service's."""
@@ -1679,16 +1690,13 @@ def isolated_child(theirs: Any, about: bytes) -> None:
 
     def say(kind: str, what: Any) -> None:
         with lock:
+            what = ctx.progress_document() if kind == "progress" else what
             theirs.send_bytes(to_json([kind, what]))
 
     log.disabled = True  # the parent logs what it is told
     files, name, params, task_id, attempt, max_result = json.loads(about)
 
-    ctx = Context(
-        task_id,
-        attempt,
-        lambda ctx, kind, what: say(kind, what[-MAX_TOLD:] if kind == "log" else what),
-    )
+    ctx = Context(task_id, attempt, lambda _, kind, line: say(kind, line[-MAX_TOLD:]))
     ctx.max_result = max_result
     threading.Thread(target=_obey, args=(theirs, ctx), daemon=True).start()
     try:
@@ -1718,6 +1726,8 @@ def _result_here(known: Handler, params: Dict[str, Any], ctx: Context) -> str:
 def _obey(theirs: Any, ctx: Context) -> None:
     """Stop the handler when the parent says so, and at once when it is gone."""
     try:
+        while not theirs.poll(TELL_AFTER):
+            ctx.tell_progress()
         theirs.recv_bytes()
         ctx.cancel()
         theirs.recv_bytes()
@@ -2781,7 +2791,7 @@ class Ledger:
         self._active: Dict[Context, str] = {}
         self._active_types: Counter[str] = Counter()
         self._parked: Dict[str, List[Entry]] = {}  # wait for one of their type to end
-        self._agenda = Agenda(ticks)  # by a run's context or a waiting task's id
+        self._agenda = Agenda(ticks)  # by run, by waiting task's id, or by what to do
         self._ended: Deque[str] = deque()  # in this order, with ids of deleted ones
         self._forgotten: OrderedDict[str, None] = OrderedDict()
         self._waiting: Dict[str, threading.Event] = {}  # to set at a task's end
@@ -2796,7 +2806,8 @@ class Ledger:
         self._drained_by = math.inf  # by `ticks`
         self._halted = False  # what runs was told to stop
         self.interrupted = 0  # tasks that were processing when the last process died
-        self._expire_regularly()
+        self._regularly(60, self.expire)
+        self._regularly(TELL_AFTER, self._tell_progress)
         if journal:
             self.take_up(journal)
 
@@ -3156,10 +3167,18 @@ class Ledger:
         log_run(logging.ERROR, context, message, task.status, stuck)
         self.on_stuck(context)
 
-    def _expire_regularly(self) -> None:
+    def _regularly(self, seconds: float, do: Callable[[], None]) -> None:
+        """Do something now, and again each time so many seconds have passed."""
         with self._lock:
-            self._agenda.plan(None, 60, self._expire_regularly)
-        self.expire()
+            self._agenda.plan(do, seconds, self._regularly, seconds, do)
+        do()
+
+    def _tell_progress(self) -> None:
+        """Have those runs tell their progress that could not at once."""
+        with self._lock:
+            running = list(self._running.values())
+        for context in running:
+            context.tell_progress()
 
     # -- deciding, writing, showing; all of these assume the lock ----------
 
@@ -3254,15 +3273,15 @@ class Ledger:
             self._drop_old(self._clock())
             self._tell_if_done()
 
-    def _tell(self, context: Context, kind: str, what: Any) -> None:
+    def _tell(self, context: Context, kind: str, line: str) -> None:
         """Pass on what a handler tells of its task, as long as it is its run."""
         with self._lock:
             if self._running.get(context.task_id) is not context:
                 return
             if kind == "log":
-                self.feed.log(context.task_id, what)
+                self.feed.log(context.task_id, line)
             else:
-                self.feed.publish(context.task_id, kind, what)
+                self.feed.publish(context.task_id, kind, context.progress_document())
 
     # -- looking -----------------------------------------------------------
 

@@ -2656,12 +2656,12 @@ class Feed:
             if not watches:
                 self._watches.pop(task_id, None)
 
-    def close(self) -> None:
-        """End all watches: the service stops."""
+    def wake(self, over: bool = False) -> None:
+        """Have all who watch look up; with `over` they leave, as all who come later."""
         with self._lock:
-            self._closed = True
+            self._closed = self._closed or over
             for watch in set().union(*self._watches.values()):
-                watch.over = True
+                watch.over = watch.over or over
                 watch.told.set()
 
     def log(self, task_id: str, line: str) -> None:
@@ -5416,6 +5416,8 @@ class Connection(socketserver.BaseRequestHandler):
         with contextlib.closing(stream):  # type: ignore
             self._wait_at_most(self.server.stream_timeout)
             for data in () if self.bare else stream:
+                if self.server.app.access.token != self.last_token:
+                    return  # who has the new one may come back
                 self.request.sendall(data)
                 self.streamed += len(data)
 
@@ -6648,7 +6650,7 @@ class Service:
             if event is None:
                 event = self._next_event(events, self.settings["GRACE"])
         left = self.ledger.give_up()
-        self.ledger.feed.close()
+        self.ledger.feed.wake(over=True)
         if event in (None, _DONE):  # else a second signal: no time for courtesy
             self._hang_up(events, end - time.monotonic())
         return ran, left
@@ -6722,13 +6724,14 @@ class Service:
             return
         if token:
             self.server.app.access.take(token)
+            self.ledger.feed.wake()  # for the streams to see that
         self.server.tls = tls
         log.info("SIGHUP: the token and the certificate are read again")
 
     def close(self) -> None:
         """Stop at once: handlers are told to stop, requests in flight are answered."""
         self.ledger.halt()
-        self.ledger.feed.close()
+        self.ledger.feed.wake(over=True)
         self.server.close()
         if self.journal:
             self.ledger.give_up()

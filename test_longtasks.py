@@ -2743,7 +2743,7 @@ def test_a_drain_does_not_wait_for_what_is_due_after_its_end():
 
 def test_who_begins_to_watch_at_the_end_is_sent_away():
     feed = longtasks.Feed()
-    feed.close()
+    feed.wake(over=True)
     assert feed.watch("")[0].over
 
 
@@ -5588,7 +5588,7 @@ def test_what_happened_before_the_end_of_the_service_is_still_told(gate):
         told = [next(stream) for _ in range(4)]  # to the task as it is
         gate.release.set()
         until(lambda: service.ledger.get(task_id).finished)
-        service.ledger.feed.close()
+        service.ledger.feed.wake(over=True)
         assert b'"completed"' in b"".join(stream)
         assert b'"processing"' in b"".join(told)
 
@@ -7861,6 +7861,24 @@ def test_sighup_has_certificate_and_token_read_again(pairs, tmp_path):
         assert works("two", "the-second-of-tokens")
         running.signal()
         assert running.wait() == 0
+
+
+def test_streams_outlast_a_reload_but_not_their_token(registry, monkeypatch, tmp_path):
+    monkeypatch.setattr(longtasks, "KEEP_ALIVE", 2 * LONG)
+    file = write(tmp_path, TOKEN, "token")
+    with serving(API_TOKEN_FILE=file) as service:
+        with Stream(service, "/api/v1/events", Authorization=BEARER) as stream:
+            stream.block()  # how soon to come back
+            service.reload()
+            assert stream.block() == {}
+            write(tmp_path, "another" + TOKEN, "token")
+            service.reload()
+            assert stream.block() is None
+        access = service.server.app.access
+        late = "one-more-" + TOKEN  # comes while a request with the last one is let in
+        monkeypatch.setattr(access, "check", lambda request: access.take(late))
+        with Stream(service, "/api/v1/events") as stream:
+            assert stream.response.read() == b""
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")

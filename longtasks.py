@@ -2597,7 +2597,7 @@ class TaskLog:
 class Feed:
     """What happens, for those who watch, and the tasks' logs. All of it is bounded."""
 
-    kept = 2000  # events, for those who come back after a while
+    kept = 2000  # events, of some 4000 characters at most, for those who come back
     log_size = 64 << 10  # characters of one task's log
     logs_size = 16 << 20  # characters of all of them
     line_length = 4000
@@ -6226,6 +6226,8 @@ def known(client: Client, task_id: str) -> Dict[str, Any]:
     except ClientError as error:
         if error.status in (404, 410):  # it is gone, and nobody knows how it ended
             error.code = NO_ANSWER
+        if error.status == 404:
+            error.args += ("it was there: was the service restarted without --db?",)
         raise
 
 

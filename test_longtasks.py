@@ -7226,7 +7226,8 @@ def test_a_task_that_its_service_has_lost_is_told_with_code_4(client):
     gone = refusing(404, "there is no task")
     with Scripted(TAKEN, NO_EVENTS, gone) as server:
         ran = client(server, "run", "t")
-    assert (ran.code, ran.out, ran.complaints) == (4, "", ["there is no task"])
+    why = "it was there: was the service restarted without --db?"
+    assert (ran.code, ran.out, ran.complaints) == (4, "", ["there is no task", why])
 
 
 def test_a_service_that_falls_silent_is_told_with_code_4(client, monkeypatch):

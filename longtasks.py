@@ -3568,7 +3568,7 @@ def run_one(
             text = "no task type %s is registered any more; known: %s"
             return Outcome(FAILED, error=text % (shown(task.type), known))
         context.check()  # it may have been cancelled before it could begin
-        value = handlers[task.type].run(json.loads(task.params.decode()), context)
+        value = handlers[task.type].run(_params_of(task), context)
     except Cancelled:
         if context.cancelled:
             return Outcome(CANCELLED)
@@ -3582,6 +3582,13 @@ def run_one(
             _log_raised(context)
         return Outcome(FAILED, error=describe(error))
     return _outcome_of(value, max_result)
+
+
+def _params_of(task: Task) -> Any:
+    try:
+        return json.loads(task.params.decode())
+    except ValueError as error:  # they came from a journal
+        raise Failure("its params are no JSON any more: %s" % error) from None
 
 
 def _outcome_of(value: Any, max_result: int) -> Outcome:

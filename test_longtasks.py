@@ -1288,6 +1288,25 @@ def test_a_row_that_someone_spoilt_is_told(change, why, tmp_path):
     journal.close(LONG)
 
 
+@pytest.mark.parametrize(
+    "params, error",
+    [
+        ('{"duration": ', "its params are no JSON any more: Expecting value: "),
+        ("", "its params are no JSON any more: Expecting value: "),
+        ("[]", "TypeError: "),
+    ],
+)
+def test_spoilt_params_fail_their_task_and_not_the_start(params, error, tmp_path):
+    path = tmp_path / "tasks.db"
+    with journalled(path) as ledger:
+        ledger.submit("long_computation", b"{}")
+    foreign(path, "UPDATE tasks SET params = '%s'" % params)
+    with journalled(path) as ledger:
+        outcome = longtasks.run_one(*ledger.claim(), longtasks.HANDLERS, 1000)
+    assert outcome.status == "failed"
+    assert outcome.error.startswith(error)
+
+
 def test_what_gathers_during_a_commit_goes_into_the_next_one(tmp_path):
     with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
         journal = ledger.journal

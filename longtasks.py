@@ -738,6 +738,33 @@ TELL_AFTER = 1.0  # seconds after which progress is told that came too soon befo
 Tell = Callable[["Context", str, str], None]
 
 
+class Latch:
+    """Something that happens once, however many wait for it.
+
+    They pass through one lock, one after the other, as the GIL would have it anyway:
+    an Event makes a lock for each of them, and wakes them all at once. `done` is only
+    ever set, so it can be looked at freely: who sees it late finds the door open.
+    """
+
+    __slots__ = ("done", "_door")
+
+    def __init__(self) -> None:
+        self.done = False
+        self._door = threading.Lock()
+        self._door.acquire()
+
+    def open(self) -> None:
+        """Let it have happened; only one thread may do so."""
+        if not self.done:
+            self.done = True
+            self._door.release()
+
+    def wait(self, patience: float = -1) -> None:
+        """Wait until it has happened, or so many seconds if they aren't negative."""
+        if not self.done and self._door.acquire(timeout=patience):
+            self._door.release()
+
+
 class Context:
     """What a handler knows of its task, and its line to those who watch it."""
 
@@ -775,7 +802,7 @@ class Context:
         self.max_result = sys.maxsize  # bytes, for a child process to know
         self.why = ""  # it is to stop
         self._progress: Optional[Tuple[float, str]] = None
-        self._stop = threading.Event()
+        self._stop = Latch()
         # Guards `why` and _on_stop, which is called under it: once on_stop(None) has
         # returned, what was to be done is not being done any more.
         self._stopping = threading.Lock()
@@ -813,17 +840,17 @@ class Context:
 
     def sleep(self, seconds: float) -> None:
         """Wait so many seconds; raises Cancelled at once when the task is to stop."""
-        self._stop.wait(min(seconds, threading.TIMEOUT_MAX))
+        self._stop.wait(max(0, min(seconds, threading.TIMEOUT_MAX)))
         self.check()
 
     @property
     def cancelled(self) -> bool:
         """Whether the task is to stop."""
-        return self._stop.is_set()
+        return self._stop.done
 
     def check(self) -> None:
         """Raise Cancelled when the task is to stop."""
-        if self._stop.is_set():
+        if self._stop.done:
             raise Cancelled()
 
     def cancel(self, why: str = BY_CLIENT) -> None:
@@ -833,7 +860,7 @@ class Context:
         """
         with self._stopping:
             self.why = self.why or why
-            self._stop.set()
+            self._stop.open()
             if self._on_stop:
                 self._on_stop()
 
@@ -844,7 +871,7 @@ class Context:
         """
         with self._stopping:
             self._on_stop = do
-            if do and self._stop.is_set():
+            if do and self._stop.done:
                 do()
 
     def progress_document(self) -> Optional[Dict[str, Any]]:
@@ -2121,34 +2148,6 @@ class Gone(NamedTuple):
 
 
 Record = Union[Task, Gone]  # the row as it is to be, or that it is to leave
-
-
-class Latch:
-    """Something that happens once, however many wait for it.
-
-    They pass through one lock, one after the other, as the GIL would have it anyway:
-    an Event makes a lock for each of them, and wakes them all at once. `done` is only
-    ever set, so it can be looked at freely: who sees it late finds the door open.
-    """
-
-    __slots__ = ("done", "_door")
-
-    def __init__(self) -> None:
-        self.done = False
-        self._door = threading.Lock()
-        self._door.acquire()
-
-    def open(self) -> None:
-        """Let it have happened; only one thread may do so."""
-        if not self.done:
-            self.done = True
-            self._door.release()
-
-    def wait(self) -> None:
-        """Wait until it has happened."""
-        if not self.done:
-            with self._door:
-                pass
 
 
 class Batch:

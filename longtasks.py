@@ -41,8 +41,9 @@ Without curl, the same file is the client: submit, follow and collect in one lin
     python3 longtasks.py run long_computation duration=5
 
 The rooms of this house, each using only those above it: settings, tasks and
-their states, handlers, journal, ledger, workers, HTTP, the client, command line
-and main. The page for browsers, which is a client of them, comes last.
+their states, handlers, journal, ledger, workers, requests and replies, the API,
+the server, the client, command line and main. The page for browsers, which is a
+client of the API, comes last.
 """
 
 import _thread
@@ -3739,13 +3740,11 @@ def first_line(error: str) -> str:
 
 
 # ======================================================================
-# 7. HTTP
+# 7. Requests and replies
 #
-# A request is read and checked by this room itself, strictly (RFC 9112),
-# on a thread per connection. Access says who gets an answer at all. Endpoints
-# are small functions from a request to a reply; ROUTES is the whole API, and
-# ERRORS says how a refusal is told. The server knows how to stop without
-# cutting off an answer.
+# What is asked and what is answered over HTTP, whoever carries it: a
+# request knows its head and body, a reply its status and body, and ERRORS
+# says how a refusal is told (RFC 9457).
 # ======================================================================
 
 MAX_TARGET = 8 << 10  # bytes of a request's target
@@ -3811,7 +3810,7 @@ class Request:
         self.body = b""
         self.task_id = ""  # where the path has one
         self.label = OTHER  # the path, with {id} for the id; one for all unknown ones
-        self.route: Optional[Route] = None  # once it is found
+        self.route: Optional["Route"] = None  # noqa: UP037 (of the next room), if found
         self.keep = self._keeps_alive()
         self.length = self._length()
         self.is_gone: Callable[[], bool] = lambda: False  # the client, meanwhile
@@ -3968,6 +3967,15 @@ def _pointer(path: Path) -> str:
     """Write a path as a URI fragment's JSON Pointer (RFC 6901)."""
     steps = [str(step)[:200].replace("~", "~0").replace("/", "~1") for step in path]
     return "#" + "".join("/" + step for step in steps)
+
+
+# ======================================================================
+# 8. The API
+#
+# ROUTES is all of it. Endpoints are small functions from a request to a
+# reply; the metrics and the OpenAPI document are made from the same tables
+# that everything else goes by.
+# ======================================================================
 
 
 # -- documents -------------------------------------------------------------
@@ -4924,6 +4932,15 @@ def respond(app: App, request: Request) -> Reply:
         )
 
 
+# ======================================================================
+# 9. The server
+#
+# Access says who gets an answer at all. A request is read here, strictly
+# (RFC 9112), on a thread per connection. The server makes room when too
+# many clients hold on, and knows how to stop without cutting off an answer.
+# ======================================================================
+
+
 # -- who may ---------------------------------------------------------------
 
 OPEN = frozenset(route.path for route in ROUTES if route.open)
@@ -5830,7 +5847,7 @@ class Server(ThreadingHTTPServer):
 
 
 # ======================================================================
-# 8. The client
+# 10. The client
 #
 # The same API from the other side, for hosts without curl. CLIENT lists
 # the commands, each a small function over Client.answer(). What was asked
@@ -6452,7 +6469,7 @@ def client_parser(name: str) -> Any:
 
 
 # ======================================================================
-# 9. Command line and main
+# 11. Command line and main
 #
 # Puts the rooms together, starts them, waits for a signal, drains, and
 # leaves with a code that tells the truth: 0 when nothing was lost, 1 when
@@ -6877,7 +6894,7 @@ def _record_signals(reloads: bool) -> Events:
 
 
 # ======================================================================
-# 10. The page
+# 12. The page
 #
 # What a browser is given at GET /: a client of the API like any other.
 # Whatever the service tells is put there as text, never as HTML, and the

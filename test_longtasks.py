@@ -5,6 +5,8 @@ by gates, clocks are handed in, and real processes are followed by what they say
 """
 
 import _thread
+import ast
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -27,6 +29,7 @@ import sqlite3
 import ssl
 import struct
 import subprocess
+import symtable
 import sys
 import threading
 import time
@@ -3537,7 +3540,7 @@ def test_many_who_do_everything_at_once_leave_the_books_balanced(
 
 
 # ======================================================================
-# 7. HTTP: the routes
+# 7. Requests and replies, and 8. The API
 # ======================================================================
 
 
@@ -5035,7 +5038,7 @@ def test_a_link_from_another_page_may_be_followed_but_not_posted(service):
 
 
 # ======================================================================
-# 7. HTTP: the wire
+# 9. The server
 # ======================================================================
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
@@ -6768,7 +6771,7 @@ def test_one_empty_line_before_a_request_is_passed_over_however_it_comes(
 
 
 # ======================================================================
-# 8. The client
+# 10. The client
 # ======================================================================
 
 
@@ -7619,7 +7622,7 @@ def test_help_and_an_unknown_command_tell_the_commands(client, service):
 
 
 # ======================================================================
-# 9. Command line and main
+# 11. Command line and main
 # ======================================================================
 
 
@@ -9266,7 +9269,7 @@ def test_without_db_nothing_is_written(tmp_path):
 
 
 # ======================================================================
-# 10. The page
+# 12. The page
 # ======================================================================
 
 
@@ -9847,6 +9850,32 @@ def test_the_readme_has_every_setting_with_its_default():
 
 def test_the_readme_has_every_status():
     assert rows("Statuses") == STATUSES
+
+
+def names_used(table):
+    """The names that a scope of symtable and those within it take from the module."""
+    used = {each.get_name() for each in table.get_symbols() if each.is_global()}
+    return used.union(*map(names_used, table.get_children()))
+
+
+def test_a_room_uses_only_those_above_it():
+    source = Path(SCRIPT).read_text(encoding="utf-8")
+    heads = [match.start() for match in re.finditer(r"^# \d+\. ", source, re.MULTILINE)]
+    lines = [source.count("\n", 0, head) for head in heads]
+    module = symtable.symtable(source, SCRIPT, "exec")
+    room_of = {}  # of what is defined at the top
+    for node in ast.parse(source).body:
+        for made in getattr(node, "targets", [getattr(node, "target", node)]):
+            name = getattr(made, "id", getattr(made, "name", None))
+            room_of[name] = bisect.bisect(lines, node.lineno)
+    assert set(room_of.values()) == set(range(len(lines) + 1)), "none is empty"
+    upward = {
+        (scope.get_name(), name)
+        for scope in module.get_children()
+        for name in names_used(scope)
+        if room_of.get(name, 0) > bisect.bisect(lines, scope.get_lineno())
+    }
+    assert {name for _, name in upward} == {"PAGE"}, "which is long, and comes last"
 
 
 def test_the_readme_and_openapi_have_every_refusal():

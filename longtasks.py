@@ -5536,6 +5536,9 @@ def _tls_socket_class(ssl: Any) -> Any:
     return TLSSocket
 
 
+LOCK_PATIENCE = 5.0  # seconds for which another may keep a socket's folder locked
+
+
 @contextlib.contextmanager
 def socket_place(path: str) -> Iterator[None]:
     """While this lasts, a Unix socket can be bound to a path, for its owner only.
@@ -5543,19 +5546,31 @@ def socket_place(path: str) -> Iterator[None]:
     What a process that has died left there is removed. Raises OSError when something
     else is there.
     """
-    import fcntl
-
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     umask = os.umask(0o177)
     try:
         # Of two that start at once, the second one finds the first one listening.
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_folder(folder, time.monotonic() + LOCK_PATIENCE)
         with contextlib.suppress(FileNotFoundError):
             _remove_stale(path)
         yield
     finally:
         os.umask(umask)
         os.close(folder)
+
+
+def _lock_folder(folder: int, end: float) -> None:
+    """Lock a folder, which others may do for a moment, too; raises OSError."""
+    import fcntl
+
+    while True:
+        try:
+            return fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                text = "another process keeps the folder locked"
+                raise OSError(errno.EWOULDBLOCK, text) from None
+        time.sleep(0.05)
 
 
 def _remove_stale(path: str) -> None:

@@ -6288,16 +6288,21 @@ def test_of_two_that_start_at_once_one_gets_the_unix_socket(tmp_path):
 
 
 @needs_unix
-def test_who_starts_while_another_does_keeps_off_the_unix_socket(tmp_path, capsys):
+def test_who_starts_while_another_does_waits_but_not_for_ever(
+    registry, tmp_path, capsys, monkeypatch
+):
     import fcntl
 
-    folder = os.open(str(tmp_path), os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        assert longtasks.main(["--unix-socket", str(tmp_path / "socket")]) == 2
-        assert "can't listen: " in capsys.readouterr().err
-    finally:
-        os.close(folder)
+    path, folder = str(tmp_path / "socket"), os.open(str(tmp_path), os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with monkeypatch.context() as patch:
+        patch.setattr(longtasks, "LOCK_PATIENCE", 0.0)
+        assert longtasks.main(["--unix-socket", path]) == 2
+    why = "can't listen: another process keeps the folder locked\n"
+    assert capsys.readouterr().err.endswith(why)
+    monkeypatch.setattr(longtasks.time, "sleep", lambda seconds: os.close(folder))
+    with serving(UNIX_SOCKET=path):
+        assert ask(UnixConnection(path)).status == 200
 
 
 @needs_unix

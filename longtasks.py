@@ -5858,7 +5858,11 @@ class Server(ThreadingHTTPServer):
             for _ in range(self.request_queue_size):  # no more, or it would never end
                 request, client_address = self.get_request()
                 request.setblocking(True)
-                self.process_request(request, client_address)
+                try:
+                    self.process_request(request, client_address)
+                except Exception:  # as socketserver does with the first one
+                    self.handle_error(request, client_address)
+                    self.shutdown_request(request)
 
 
 # ======================================================================

@@ -6112,6 +6112,22 @@ def test_all_who_wait_are_accepted_in_one_turn(service):
         each.close()
 
 
+def test_who_can_not_be_served_does_not_end_the_service(service, monkeypatch):
+    first = [MemoryError()]
+
+    def deny(request):
+        if first:
+            raise first.pop()
+        return enter(request)
+
+    enter = service.server._enter
+    monkeypatch.setattr(service.server, "_handle_request_noblock", lambda: None)
+    monkeypatch.setattr(service.server, "_enter", deny)
+    with socket.create_connection(service.server.server_address, LONG) as client:
+        assert client.recv(1) == b""
+    assert call(service, "GET", "/healthz").status == 200
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="not here")
 def test_connections_share_a_cpu_and_handlers_may_use_all(registry):
     handler("cpus")(lambda: sorted(os.sched_getaffinity(0)))

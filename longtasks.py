@@ -1877,10 +1877,10 @@ class Program:
         process.wait()
         output.end()
         if process.returncode == 0:
-            return {"exit_code": 0, "output": output.tail()}
+            return {"exit_code": 0, "output": output.tail}
         ctx.check()
         how = ending(process.returncode)
-        raise Failure((how + "\n" + output.tail()[-MAX_ERROR + 100 :]).strip())
+        raise Failure((how + "\n" + output.tail[-MAX_ERROR + 100 :]).strip())
 
 
 class ProgramOutput:
@@ -1892,8 +1892,7 @@ class ProgramOutput:
         self._over = False  # only ever set, and looked at again and again
         # What follows is the thread's alone until end() has joined it.
         self._rest = ""  # of a line that is not complete
-        self._tail: Deque[str] = deque()
-        self._tail_size = 0
+        self.tail = ""  # the last lines, of MAX_OUTPUT characters
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -1902,10 +1901,6 @@ class ProgramOutput:
         self._over = True
         self._thread.join()
         self._file.close()
-
-    def tail(self) -> str:
-        """The last lines of it."""
-        return "".join(self._tail)[-MAX_OUTPUT:]
 
     def _read(self) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -1941,10 +1936,7 @@ class ProgramOutput:
         line = line.rstrip("\r").rpartition("\r")[2]  # what a terminal would show
         self._note_progress(line)
         self._ctx.log(line, logging.DEBUG)
-        self._tail.append(line + "\n")
-        self._tail_size += len(line) + 1
-        while self._tail_size > MAX_OUTPUT and len(self._tail) > 1:
-            self._tail_size -= len(self._tail.popleft())
+        self.tail = (self.tail + line + "\n")[-MAX_OUTPUT:]
 
     def _note_progress(self, text: str) -> None:
         found = _PERCENT.findall(text)
@@ -3161,10 +3153,9 @@ class Ledger:
             if self._running.get(context.task_id) is not context:
                 return
             task = self._end(context, Outcome(CANCELLED))
-            stuck = len(self._active) - len(self._running)
             self._tell_if_done()
         message = "is %s, but its handler does not stop; %d are stuck"
-        log_run(logging.ERROR, context, message, task.status, stuck)
+        log_run(logging.ERROR, context, message, task.status, self.stuck())
         self.on_stuck(context)
 
     def _regularly(self, seconds: float, do: Callable[[], None]) -> None:
@@ -3377,15 +3368,17 @@ class Ledger:
     def stuck(self) -> int:
         """How many handlers run on though their tasks have ended."""
         with self._lock:
-            return len(self._active) - len(self._running)
+            return self._stuck()
+
+    def _stuck(self) -> int:
+        return len(self._active) - len(self._running)
 
     def measure(self) -> Measures:
         """Return what is to be told of all of it."""
         with self._lock:
-            stuck = len(self._active) - len(self._running)
             times = {key: kept.copy() for key, kept in self._tally.times.items()}
             ended = self._tally.ended.copy()
-            return Measures(self._count(), stuck, ended, times, self._journal)
+            return Measures(self._count(), self._stuck(), ended, times, self._journal)
 
     def check_open(self) -> None:
         """Raise what submit() would raise now: a TaskError or nothing."""
@@ -3404,7 +3397,7 @@ class Ledger:
             raise QueueFull("the queue is full: %d tasks wait" % waiting)
         if self._queued >= self.limits.queue_bytes:
             raise QueueFull("the queue is full: %d bytes wait" % self._queued)
-        stuck = len(self._active) - len(self._running)
+        stuck = self._stuck()
         if stuck >= self.limits.stuck:
             raise Unavailable("%d handlers do not stop; restart the service" % stuck)
 

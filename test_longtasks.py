@@ -3183,8 +3183,9 @@ def test_its_output_is_the_log_and_its_tail_the_result():
     result = json.loads(outcome.result)
     assert result["exit_code"] == 0
     assert len(result["output"]) <= longtasks.MAX_OUTPUT
-    line, _ = run_program("t=printf %050000d 1")
-    assert len(json.loads(line.result)["output"]) == longtasks.MAX_OUTPUT
+    for command in ("printf %050000d 1", r"printf '%010000d\n%010000d\n' 1 1"):
+        long, _ = run_program("t=" + command)
+        assert len(json.loads(long.result)["output"]) == longtasks.MAX_OUTPUT
     assert context.lines[:2] == ["one", "two"]
     assert len(context.lines) > 20_000
 

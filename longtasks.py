@@ -3743,6 +3743,7 @@ def first_line(error: str) -> str:
 MAX_TARGET = 8 << 10  # bytes of a request's target
 MAX_HEAD = 32 << 10  # bytes of a request's head
 MAX_HEADERS = 100
+PIECE = 4 << 10  # bytes; a buffer as large waits for each client that says nothing
 LARGE = 64 << 10  # bytes; what is larger is not copied, and sent as it can be taken
 
 JSON = "application/json"
@@ -5042,7 +5043,9 @@ _HEADER = re.compile(
     r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)(?:\r\n|\Z)",
     re.MULTILINE,
 )
-_HOST = re.compile(r"([A-Za-z0-9._~%!$&'()*+;=-]+|\[[0-9A-Fa-f:.]+\])?(:[0-9]*)?")
+_HOST = re.compile(
+    r"([A-Za-z0-9._~%!$&'()*+;=-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])?(:[0-9]{0,5})?"
+)
 # Two of these are a contradiction; two of another header are a list.
 _ONCE = (
     "host",
@@ -5076,7 +5079,9 @@ def parse_head(head: bytes) -> Request:
         raise HTTPError(
             400, "the target must be a path, with what is special in it as %XX"
         )
-    request = Request(method, target, "1.0" if minor == "0" else "1.1", _headers(block))
+    # Long ones are not kept: some odd ones would fill megabytes that nobody asks for.
+    headers = (_headers if len(block) <= PIECE else _headers.__wrapped__)(block)
+    request = Request(method, target, "1.0" if minor == "0" else "1.1", headers)
     host = request.headers.get("host")
     if host is None and request.version != "1.0":
         raise HTTPError(400, "the header Host is missing")
@@ -5332,7 +5337,7 @@ class Connection(socketserver.BaseRequestHandler):
         if not self.blocks:
             self._block()
         self._become_idle()
-        self.buffer = self.request.recv(65536)
+        self.buffer = self.request.recv(PIECE)
         self.idle = False
         return bool(self.buffer)
 
@@ -5350,11 +5355,12 @@ class Connection(socketserver.BaseRequestHandler):
         patience = self.server.request_timeout + length / self.server.slowest
         parts = bytearray(body)  # not a list, since there may be many and tiny ones
         while len(parts) < length:
-            missing = length - len(parts)
-            parts += self._receive(self.began + patience, min(missing, 65536))
+            # Who sends much is read in larger pieces, who is slow in small ones.
+            most = min(length - len(parts), max(PIECE, 4 * len(parts)), LARGE)
+            parts += self._receive(self.began + patience, most)
         return bytes(parts)
 
-    def _receive(self, deadline: float, most: int = 65536) -> bytes:
+    def _receive(self, deadline: float, most: int = PIECE) -> bytes:
         """Read more of a request that has begun; raises HTTPError when it is late."""
         self._flush()
         self.reading = True
@@ -5443,7 +5449,7 @@ class Connection(socketserver.BaseRequestHandler):
         end = time.monotonic() + self.server.linger_timeout
         while time.monotonic() < end:
             self._wait_at_most(self.server.linger_timeout)
-            if not self.request.recv(65536):
+            if not self.request.recv(PIECE):
                 return
 
 

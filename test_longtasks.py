@@ -5462,6 +5462,43 @@ def test_a_head_at_a_limit_is_read_and_one_over_it_refused(head, status, reader)
     assert reader(data[: len(head) - 1], *(bytes([b]) for b in tail)) == expected
 
 
+@contextlib.contextmanager
+def traced():
+    """Tells how many bytes of memory are held that were not held before."""
+    tracemalloc.start()
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+
+def test_odd_large_heads_leave_no_memory_behind():
+    access = longtasks.Access()
+    access.local = True
+    with traced() as held:
+        for n in range(300):
+            for host in (b"localhost", b"%d." % n + b"a." * 14_000 + b"localhost"):
+                head = b"GET / HTTP/1.1\r\nHost: %b\r\nX%d: " % (host, n)
+                with contextlib.suppress(longtasks.HTTPError):
+                    access.check(longtasks.parse_head(sized(head + b"\r\n", 30_000)))
+        assert held() < 300_000
+
+
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        ("a" * 255 + ":12345", 200),
+        ("a" * 256, 400),
+        ("a:123456", 400),
+        ("[" + ":" * 45 + "]:1", 200),
+        ("[" + ":" * 46 + "]", 400),
+    ],
+)
+def test_a_host_is_no_longer_than_names_and_addresses_are(host, status, reader):
+    _, answers = reader(HELLO.replace(b"x", host.encode()))
+    assert answers.startswith(b"HTTP/1.1 %d " % status)
+
+
 EVIL = b"GET /evil HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -5714,6 +5751,14 @@ def waits(connection):
     """Whether it waits for its client or for a task."""
     idle = connection.idle and connection.kept_waiting(time.monotonic()) > 0
     return idle or connection.reading or connection.sending or connection.last
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"G", GET, SUBMIT + b"Content-Length: 100000\r\n\r\n{"]
+)
+def test_who_holds_on_costs_little_memory(sent, service):
+    with traced() as held, held_by(service, *[sent] * 50):
+        assert held() / 50 < 45_000  # a free-threaded Python takes more
 
 
 def test_who_is_idle_longest_makes_room_for_a_newcomer(registry, impatient):

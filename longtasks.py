@@ -5878,8 +5878,8 @@ EXIT_CODES = {
     1: "the task has failed",
     2: "refused or not understood: nothing was done",
     3: "the task is cancelled",
-    4: "no answer: the service can't be reached, takes in nothing now or has lost "
-    "the task, or the output can't be written",
+    4: "no answer: the service can't be reached, takes in nothing now, has lost the "
+    "task or changed its token, or the output can't be written",
     130: "left by Ctrl-C; a task that was submitted goes on",
 }
 REFUSED, NO_ANSWER, LEFT = 2, 4, 130
@@ -6265,8 +6265,7 @@ def known(client: Client, task_id: str) -> Dict[str, Any]:
     try:
         return client.get(task_path(task_id), "status")
     except ClientError as error:
-        if error.status in (404, 410):  # it is gone, and nobody knows how it ended
-            error.code = NO_ANSWER
+        error.code = NO_ANSWER  # nobody knows how it ended
         if error.status == 404:
             error.args += ("it was there: was the service restarted without --db?",)
         raise

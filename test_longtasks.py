@@ -7319,6 +7319,13 @@ def test_a_task_that_its_service_has_lost_is_told_with_code_4(client):
     assert (ran.code, ran.out, ran.complaints) == (4, "", ["there is no task", why])
 
 
+def test_a_service_whose_token_is_another_now_is_told_with_code_4(client):
+    with Scripted(TAKEN, NO_EVENTS, refusing(401, "send the token")) as server:
+        ran = client(server, "run", "t")
+    assert (ran.code, ran.out) == (4, "")
+    assert "set API_TOKEN" in ran.complaints[0]
+
+
 def test_a_service_that_falls_silent_is_told_with_code_4(client, monkeypatch):
     monkeypatch.setattr(longtasks, "SILENCE", 0.05)
     begin = time.monotonic()

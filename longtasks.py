@@ -5165,8 +5165,9 @@ class Connection(socketserver.BaseRequestHandler):
         self.blocks = False  # the socket waits as _block() says
         self.refused: Optional[Request] = None  # understood, but not let in
         self.streamed = 0  # bytes
+        self.stays = False  # for another request; the server looks at it from now on
         self.crowded = not self.server.admit(self.request, self)
-        self.stays = not self.crowded  # for another request
+        self.stays = not self.crowded
         with contextlib.suppress(OSError, AttributeError):  # not every system has both
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # Else the kernel keeps megabytes for each client that does not read.

@@ -5761,6 +5761,20 @@ def test_who_holds_on_costs_little_memory(sent, service):
         assert held() / 50 < 45_000  # a free-threaded Python takes more
 
 
+def test_who_has_just_come_can_be_looked_at(registry, impatient, monkeypatch):
+    admit = longtasks.Server.admit
+
+    def admit_and_look(server, request, connection):
+        admitted = admit(server, request, connection)
+        with server._changed:
+            server._make_room("another has come")
+        return admitted
+
+    monkeypatch.setattr(longtasks.Server, "admit", admit_and_look)
+    with serving() as service:
+        assert call(service, "GET", "/healthz").status == 200
+
+
 def test_who_is_idle_longest_makes_room_for_a_newcomer(registry, impatient):
     with serving(MAX_CONNECTIONS=3) as service, held_by(service, b"", b"", GET) as held:
         held[0].sendall(GET + b"\r\n")

@@ -1669,8 +1669,8 @@ def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
 
     with killable(child.pid or 0, ctx, ask):
         said = _listen_to(ours, ctx)
-        ends = said is None and ours.readable  # else it has told all, or too much
-        multiprocessing.connection.wait([child.sentinel], None if ends else 1.0)
+        # Not for long: it may stay, or what it has left behind may hold the sentinel.
+        multiprocessing.connection.wait([child.sentinel], 1.0)
     with _CHILDREN:
         child.kill()  # unless it has ended, or was killed with its group
         child.join()
@@ -1714,6 +1714,9 @@ def isolated_child(theirs: Any, about: bytes) -> None:
     """What a child process does: run one handler, and end."""
     if hasattr(os, "setsid"):
         os.setsid()  # a process group of its own; Ctrl-C at the terminal is not for it
+        # The pipe ends with this process, whatever the handler forks or starts.
+        os.set_inheritable(theirs.fileno(), False)
+        os.register_at_fork(after_in_child=theirs.close)
     lock = threading.Lock()
 
     def say(kind: str, what: Any) -> None:

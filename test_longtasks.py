@@ -8654,7 +8654,7 @@ def test_whatever_is_given_up_is_told_in_json(tmp_path, held):
 # -- isolated handlers -----------------------------------------------------
 
 ISOLATED = """
-import os, signal, time
+import os, signal, subprocess, time
 from longtasks import Context, Retry, handler
 
 @handler("told", isolated=True)
@@ -8690,6 +8690,15 @@ def crash(number: int):
 @handler("leave", isolated=True)
 def leave():
     os._exit(7)
+
+@handler("orphan", isolated=True)
+def orphan(how: str, ctx: Context):
+    if how == "fork":
+        pid = os.fork() or time.sleep(1000)
+    else:
+        pid = subprocess.Popen(["sleep", "1000"], close_fds=how == "start").pid
+    ctx.log("pid %d" % pid)
+    os._exit(3)
 
 @handler("large", isolated=True)
 def large(n: int, ctx: Context):
@@ -8759,6 +8768,15 @@ def test_a_crash_of_an_isolated_handler_fails_its_task_and_nothing_else(
     if type == "bad":
         assert "ValueError: no" in isolated.logged("  ValueError: no")
     assert outcome(isolated, "told", {"n": 1})["status"] == "completed"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@pytest.mark.parametrize("how", ["fork", "start", "start with all files"])
+def test_a_crash_is_seen_and_ends_what_the_isolated_handler_left(how, isolated):
+    done = outcome(isolated, "orphan", {"how": how})
+    assert done["error"] == "its process ended before it was done: exit code 3"
+    pid = pid_of(isolated, done["task_id"])
+    until(lambda: not alive(pid))
 
 
 def test_a_result_that_is_too_large_does_not_leave_the_isolated_process(isolated):

@@ -2343,7 +2343,10 @@ class Journal:
         self._thread.start()
 
     def append(self, keep: bool, *records: Record) -> Batch:
-        """Have records written together, in the order of calls; doesn't wait for it."""
+        """Have records written together, doesn't wait for it.
+
+        Those to keep are in the order of calls among themselves, and so are the others.
+        """
         with self._changed:
             batch = self._open[keep]
             batch.records += records
@@ -2693,9 +2696,10 @@ class Entry(NamedTuple):
     seq: int
     task_id: str
     type: str
+    attempt: int  # the task's; once it has been started, this entry means nothing
 
 
-_LAST = Entry(math.inf, 0, "", "")  # behind all others: there will be no more
+_LAST = Entry(math.inf, 0, "", "", 0)  # behind all others: there will be no more
 
 
 class Timer(NamedTuple):
@@ -2886,7 +2890,7 @@ class Ledger:
             self._queued += task.weight
         return tasks, batch
 
-    def _is_submitted(self, task_id: str) -> None:
+    def _end_submitting(self, task_id: str) -> None:
         """A new task is on disk, or will never be. Assumes the lock."""
         if task_id in self._submitting:
             self._queued -= self._submitting.pop(task_id)[0].weight
@@ -2899,7 +2903,7 @@ class Ledger:
         except Unavailable:
             with self._lock:
                 for task in tasks:
-                    self._is_submitted(task.id)
+                    self._end_submitting(task.id)
                 self._tell_if_done()
             raise
 
@@ -2942,7 +2946,8 @@ class Ledger:
         if entry.task_id not in self._tasks:
             return False
         task = self._current(entry.task_id)
-        return task.status == PENDING and task.seq == entry.seq
+        same = task.seq == entry.seq and task.attempt == entry.attempt
+        return task.status == PENDING and same
 
     def _start(self, task: Task) -> Tuple[Task, Context, Optional[Batch]]:
         """Decide that a task runs. Assumes the lock."""
@@ -3000,14 +3005,14 @@ class Ledger:
                     break
                 batch = self._deciding[task_id][1]
             batch.wait()  # nobody is told what could still be lost
-        if batch:
-            self._await_cancelled(task, batch)
-        return task
+        return self._await_cancelled(task, batch) if batch else task
 
     def _cancel(self, task: Task) -> Tuple[Task, Optional[Batch]]:
         """Decide that a task is cancelled or is to stop. Assumes the lock."""
         if task.finished:
             raise Finished("task %s is %s already" % (task.id, task.status))
+        if self._halted and self._journal is None:  # it is told as given up
+            raise Draining("the service is shutting down")
         self._check_journal()
         if task.id in self._running:
             task = task._replace(cancel_requested=1)
@@ -3019,16 +3024,22 @@ class Ledger:
             self._follow_cancel(task)
         return task, batch
 
-    def _await_cancelled(self, task: Task, batch: Batch) -> None:
+    def _await_cancelled(self, task: Task, batch: Batch) -> Task:
         """Carry out a cancel once it is on disk; raises Unavailable if it can't be."""
         try:
             batch.wait()
         except Unavailable:
             with self._lock:
-                self._take_back(task)
-            raise
+                later = self._deciding.get(task.id)
+                if later and later[0] is task:
+                    self._take_back(task)
+                    raise
+            if later:
+                later[1].wait_written()
+            return self.get(task.id)  # its run has ended meanwhile, as one cancelled
         with self._lock:
             self._follow_cancel(task)
+        return task
 
     def _follow_cancel(self, task: Task) -> None:
         """Tell a run to stop whose task was cancelled. Assumes the lock."""
@@ -3038,12 +3049,11 @@ class Ledger:
         self._prune_queue()
 
     def _take_back(self, task: Task) -> None:
-        """Undo the latest decision on a task, if it is this one. Assumes the lock."""
-        if self._deciding.get(task.id, (None,))[0] is task:
-            del self._deciding[task.id]
-            if self._tasks[task.id].status == PENDING:
-                self._enqueue(self._tasks[task.id])  # its entry may have been dropped
-            self._tell_if_done()
+        """Undo the latest decision on a task. Assumes the lock."""
+        del self._deciding[task.id]
+        if self._tasks[task.id].status == PENDING:
+            self._enqueue(self._tasks[task.id])  # its entry may have been dropped
+        self._tell_if_done()
 
     def delete(self, task_id: str) -> None:
         """Forget a finished task.
@@ -3088,7 +3098,7 @@ class Ledger:
         if why == SHUTDOWN:
             return task.put_back()
         if why == TIMED_OUT:
-            error = "timed out after %g s" % self._timeout(task)
+            error = "timed out after %.12g s" % self._timeout(task)
             return self._moved(task, FAILED, error=error)
         return self._after_failure(task, outcome)
 
@@ -3219,7 +3229,8 @@ class Ledger:
                 self._waiting.pop(task.id).set()
 
     def _enqueue(self, task: Task) -> None:
-        entry = Entry(-task.options.priority, task.seq, task.id, task.type)
+        rank = -task.options.priority
+        entry = Entry(rank, task.seq, task.id, task.type, task.attempt)
         wait = (task.due_at or 0) - self._clock()
         if wait <= 0:
             self._ready.put(entry)
@@ -3261,7 +3272,7 @@ class Ledger:
                     continue
                 if self._deciding.get(record.id, (None,))[0] is record:
                     del self._deciding[record.id]
-                self._is_submitted(record.id)
+                self._end_submitting(record.id)
                 if self._tasks.get(record.id) is not record:  # else it was taken up
                     self._publish(record)
             self._drop_old(self._clock())
@@ -3621,7 +3632,8 @@ class Pool:
         self._handlers = handlers
         self._count = count
         # The lock guards what follows. While a thread more may be started, one is
-        # always idle, waiting for the next task: whoever takes one sees to that. A
+        # always idle: it waits for the next task, or for the disk to have it that it
+        # has taken one. Who begins to run one sees to that. A
         # thread whose handler does not stop counts no longer, so that another one
         # can take its place; it ends when its handler does.
         self._lock = threading.Lock()
@@ -5604,6 +5616,11 @@ def stay_on_one_cpu() -> None:
             os.sched_setaffinity(0, [random.choice(cpus)])  # noqa: S311 (no secret)
 
 
+# Why a client can't be accepted: this system lets us have no more, or there is nobody.
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_NO_MORE = (*_NO_ROOM, errno.EAGAIN, errno.EBADF)
+
+
 class Server(ThreadingHTTPServer):
     """Listens, and gives each client a thread."""
 
@@ -5720,7 +5737,7 @@ class Server(ThreadingHTTPServer):
                 )
             return request, address or (self.url, 0)  # a Unix socket's has none
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            if error.errno in _NO_ROOM:
                 self._await_room(str(error))  # or the loop would spin until then
             raise
 
@@ -5859,7 +5876,12 @@ class Server(ThreadingHTTPServer):
         with contextlib.suppress(OSError):  # nobody is left
             self.socket.setblocking(False)
             for _ in range(self.request_queue_size):  # no more, or it would never end
-                request, client_address = self.get_request()
+                try:
+                    request, client_address = self.get_request()
+                except OSError as error:
+                    if error.errno in _NO_MORE:
+                        raise
+                    continue  # that client is gone, the next one may not be
                 request.setblocking(True)
                 try:
                     self.process_request(request, client_address)
@@ -6692,9 +6714,9 @@ class Service:
                 "%s: handlers are told to stop",
                 "second signal" if event else "time is up",
             )
-            self.ledger.halt()
-            if event is None:
-                event = self._next_event(events, self.settings["GRACE"])
+        self.ledger.halt()  # in any case: what is told as given up must not run
+        if event is None:
+            event = self._next_event(events, self.settings["GRACE"])
         left = self.ledger.give_up()
         self.ledger.feed.wake(over=True)
         if event in (None, _DONE):  # else a second signal: no time for courtesy
@@ -6881,8 +6903,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         check_isolated()
         service = Service(settings, supervisor=supervisor)
         events = _record_signals(settings["API_TOKEN_FILE"] or settings["TLS_CERT"])
-        service.start()
         allow_descriptors(settings["MAX_CONNECTIONS"] + 1000)
+        service.start()
     except (SettingsError, HandlerError, JournalError) as error:
         print("longtasks: %s" % _escaped(str(error)), file=sys.stderr)
         return 2

@@ -1658,7 +1658,8 @@ def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
     ours, theirs = spawn.Pipe()
     facts = ctx.task_id, ctx.attempt, ctx.max_result
     about = to_json([list(LOADED), name, params, *facts])
-    child = spawn.Process(target=isolated_child, args=(theirs, about), daemon=True)
+    # Not daemonic, since such a process may have no children.
+    child = spawn.Process(target=isolated_child, args=(theirs, about), daemon=False)
     with _CHILDREN:
         child.start()
     theirs.close()

@@ -8730,7 +8730,8 @@ def test_whatever_is_given_up_is_told_in_json(tmp_path, held):
 # -- isolated handlers -----------------------------------------------------
 
 ISOLATED = """
-import os, signal, subprocess, time
+import multiprocessing, os, signal, subprocess, time
+from concurrent.futures import ProcessPoolExecutor
 from longtasks import Context, Retry, handler
 
 @handler("told", isolated=True)
@@ -8775,6 +8776,18 @@ def orphan(how: str, ctx: Context):
         pid = subprocess.Popen(["sleep", "1000"], close_fds=how == "start").pid
     ctx.log("pid %d" % pid)
     os._exit(3)
+
+@handler("family", isolated=True)
+def family(ctx: Context, seconds: int = 1000):
+    for method in multiprocessing.get_all_start_methods():
+        start = multiprocessing.get_context(method).Process
+        child = start(target=time.sleep, args=(seconds,))
+        child.start()
+        ctx.log("pid %d" % child.pid)
+    while seconds:
+        sum(range(10**7))
+    with ProcessPoolExecutor(2) as pool:
+        return list(pool.map(abs, [-1, 2]))
 
 @handler("large", isolated=True)
 def large(n: int, ctx: Context):
@@ -8911,6 +8924,52 @@ def test_isolated_handlers_end_with_the_service_that_is_killed(tmp_path):
         assert alive(pid)
         running.process.kill()
         until(lambda: not alive(pid))
+
+
+def family_of(running, task_id):
+    """The processes that a handler has started, by every method there is."""
+    path = "/api/v1/tasks/%s/log" % task_id
+    count = len(multiprocessing.get_all_start_methods())
+    until(lambda: len(call(running.port, "GET", path).body.split()) == 2 * count)
+    return [int(pid) for pid in call(running.port, "GET", path).body.split()[1::2]]
+
+
+def test_an_isolated_handler_may_use_processes_of_its_own(isolated):
+    assert outcome(isolated, "family", {"seconds": 0})["result"] == [1, 2]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+def test_what_an_isolated_handler_has_started_ends_with_its_task(isolated):
+    task_id = submitted(isolated.port, "family")
+    pids = family_of(isolated, task_id)
+    assert all(map(alive, pids))
+    cancel(isolated, task_id)
+    assert result_of(isolated.port, task_id)["status"] == "cancelled"
+    until(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_an_isolated_handler_has_started_ends_with_the_service(number, tmp_path):
+    flags = ["--handlers", write(tmp_path, ISOLATED), "--drain-timeout", "0"]
+    with process(*flags) as running:
+        pids = family_of(running, submitted(running.port, "family"))
+        assert all(map(alive, pids))
+        running.signal(number)
+        assert running.wait() == (1 if number == signal.SIGTERM else -9)
+        until(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+def test_after_a_second_signal_nobody_waits_for_isolated_handlers(tmp_path):
+    flags = ["--drain-timeout", "0", "--grace", "1000"]
+    with process("--handlers", write(tmp_path, ISOLATED), *flags) as running:
+        pids = family_of(running, submitted(running.port, "family"))
+        running.signal()
+        running.logged("told to stop")
+        running.signal()
+        assert running.wait() == 1
+        until(lambda: not any(map(alive, pids)))
 
 
 # -- executors -------------------------------------------------------------

@@ -723,6 +723,8 @@ class Retry(Exception):
     the task's number of retries; Context.attempt tells how often it was.
     """
 
+    after: Optional[float] = None  # so that a class of the handler's own may not say it
+
     def __init__(self, message: str = "", after: Optional[float] = None) -> None:
         super().__init__(message)
         self.after = after
@@ -1439,15 +1441,26 @@ def _why(error: BaseException, file: str) -> str:
 def describe(error: BaseException) -> str:
     """Return "ValueError: text" for an exception, whatever its __str__ does."""
     name: str = type.__getattribute__(type(error), "__name__")
-    try:
-        text = str(error)
-    except BaseException:  # even SystemExit, in a class of the handler's own
-        text = "(its text can't be read)"
+    text = _text_of(error)
     line = name + (": " + text if text else "")
     if isinstance(error, Failure):
         line = text
     line = line.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
     return line if len(line) <= MAX_ERROR else line[: MAX_ERROR - 3] + "..."
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:  # even SystemExit, in a class of the handler's own
+        return "(its text can't be read)"
+
+
+def _seconds(value: Any) -> Optional[float]:
+    """The seconds that somebody has written, if that is what it is."""
+    if type(value) in (int, float) and 0 <= value < 10**9:
+        return float(value)
+    return None
 
 
 @handler("long_computation", limits={"duration": {"minimum": 0, "maximum": 604800}})
@@ -1739,7 +1752,7 @@ def isolated_child(theirs: Any, about: bytes) -> None:
     except Cancelled:
         say("cancelled", None)
     except Retry as error:
-        say("retry", [str(error)[:MAX_TOLD], error.after])
+        say("retry", [_text_of(error)[:MAX_TOLD], _seconds(error.after)])
     except BaseException as error:
         say("failed", [describe(error), traceback.format_exc()[-10_000:]])
     sys.stdout.flush()
@@ -1981,6 +1994,7 @@ class HandlerError(Exception):
     pass
 
 class Retry(Exception):
+    after = None
     def __init__(self, message="", after=None):
         super().__init__(message)
         self.after = after
@@ -2018,7 +2032,8 @@ def run(files, name, params, whole):
         value = function(params=params) if whole else function(**params)
         return json.dumps(["result", json.dumps(value, allow_nan=False)])
     except kept.Retry as error:
-        return json.dumps(["retry", [str(error), error.after]])
+        after = error.after if type(error.after) in (int, float) else None
+        return json.dumps(["retry", [str(error), after]])
     except BaseException as error:
         line = type(error).__name__ + (": %s" % error if str(error) else "")
         return json.dumps(["failed", [line, traceback.format_exc()[-10000:]]])
@@ -3610,12 +3625,6 @@ def _outcome_of(value: Any, max_result: int) -> Outcome:
         text = LARGE_RESULT % (len(result), max_result)
         return Outcome(FAILED, error=text)
     return Outcome(COMPLETED, result)
-
-
-def _seconds(value: Any) -> Optional[float]:
-    if type(value) in (int, float) and 0 <= value < 10**9:
-        return float(value)
-    return None
 
 
 def _log_raised(context: Context) -> None:

@@ -4198,6 +4198,21 @@ def test_a_handler_may_ask_to_be_run_again(registry):
         assert result_of(service, submitted(service, "twice"))["result"] == 2
 
 
+def test_a_retry_of_the_handlers_own_need_not_say_when(registry):
+    class Later(longtasks.Retry):
+        def __init__(self):
+            pass
+
+    @handler("twice", backoff=0.01)
+    def twice(ctx: Context):
+        if ctx.attempt == 1:
+            raise Later
+        return ctx.attempt
+
+    with serving() as service:
+        assert result_of(service, submitted(service, "twice"))["result"] == 2
+
+
 @pytest.mark.parametrize(
     "rules", [{"timeout": -1}, {"retries": 1.5}, {"retrys": 1}, {"max_running": True}]
 )
@@ -8732,6 +8747,7 @@ def test_whatever_is_given_up_is_told_in_json(tmp_path, held):
 ISOLATED = """
 import multiprocessing, os, signal, subprocess, time
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from longtasks import Context, Retry, handler
 
 @handler("told", isolated=True)
@@ -8751,6 +8767,14 @@ def again(ctx: Context):
     if ctx.attempt < 2:
         raise Retry("later", after=0.01)
     return ctx.attempt
+
+class Later(Retry):
+    def __str__(self):
+        return "later" if isinstance(self.after, timedelta) else self.text
+
+@handler("vague", isolated=True, backoff=1000)
+def vague(after: str):
+    raise Later(after=timedelta(1) if after == "timedelta" else after)
 
 @handler("bad", isolated=True)
 def bad():
@@ -8830,6 +8854,17 @@ def test_an_isolated_handler_runs_in_a_process_of_its_own(isolated):
     assert done["result"] == {"n": 3, "attempt": 1}
     assert pid_of(isolated, done["task_id"]) != isolated.process.pid
     assert outcome(isolated, "again")["result"] == 2
+
+
+@pytest.mark.parametrize(
+    "after, text", [("timedelta", "later"), ("soon", "(its text can't be read)")]
+)
+def test_an_isolated_handler_may_say_badly_when_to_run_it_again(after, text, isolated):
+    path = "/api/v1/tasks/" + submitted(isolated.port, "vague", {"after": after})
+    until(lambda: call(isolated, "GET", path).json.get("last_error"))
+    status = call(isolated, "GET", path).json
+    assert (status["status"], status["last_error"]) == ("pending", "Retry: " + text)
+    cancel(isolated, status["id"])
 
 
 @pytest.mark.parametrize(
@@ -8976,6 +9011,7 @@ def test_after_a_second_signal_nobody_waits_for_isolated_handlers(tmp_path):
 
 ELSEWHERE = """
 import concurrent.futures, os, threading, time
+from datetime import timedelta
 from longtasks import Context, Retry, handler
 
 def processes():
@@ -9019,6 +9055,17 @@ def again():
         raise Retry("later", after=0.01)
     return len(TRIED)
 
+class Later(Retry):
+    def __init__(self):
+        pass
+
+@handler("vague", isolated=True, backoff=0.01)
+def vague():
+    TRIED.append(1)
+    if len(TRIED) < 5:
+        raise Later() if len(TRIED) < 4 else Retry("later", after=timedelta(1))
+    return len(TRIED)
+
 @handler("here")
 def here():
     return os.getpid()
@@ -9052,6 +9099,7 @@ def test_isolated_handlers_run_where_the_executor_says(factory, tmp_path):
         assert "not JSON serializable" in outcome(running, "odd")["error"]
         if factory == "threads":  # processes would not share what was tried
             assert outcome(running, "again")["result"] == 2
+            assert outcome(running, "vague")["result"] == 5
         cancelled = outcome(running, "double", {"n": 1, "wait": 3}, timeout=0.1)
         assert cancelled["error"] == "timed out after 0.1 s"
         assert not [line for line in running.lines if "stuck" in line]

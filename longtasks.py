@@ -1561,11 +1561,17 @@ for pid in map(int, filter(str.isdigit, names)):
                 return
             try:
                 os.killpg(group, number)
-                if number == KILL:
-                    kill_session(group)
             except OSError:  # a child that is just starting has no group of its own yet
                 with contextlib.suppress(OSError):
                     os.kill(group, number)
+
+    def kill(self, group: int) -> None:
+        """Kill a group and its session; the caller sees to it that it is not removed.
+
+        No lock is held over that search, since who stops a task may wait for it.
+        """
+        self.signal(group, KILL)
+        kill_session(group)
 
     def _write(self, text: str) -> None:
         """Tell the process, which is started again if it died. Assumes the lock."""
@@ -1602,7 +1608,7 @@ def killable(group: int, ctx: Context, ask: Callable[[], None]) -> Iterator[None
     When the task is to stop, `ask` is called, and after ctx.grace the group is killed,
     and its session; at the end, too, since nobody may be left behind.
     """
-    killer = threading.Timer(ctx.grace, GUARD.signal, (group, KILL))
+    killer = threading.Timer(ctx.grace, GUARD.kill, (group,))
     killer.daemon = True
 
     def stop() -> None:
@@ -1615,10 +1621,12 @@ def killable(group: int, ctx: Context, ask: Callable[[], None]) -> Iterator[None
         ctx.on_stop(stop)
         yield
     finally:
-        GUARD.signal(group, KILL)
-        GUARD.remove(group)
+        GUARD.kill(group)
         ctx.on_stop(None)
         killer.cancel()  # or it would kill whoever has the group's number then
+        if killer.is_alive():  # it may be at it
+            killer.join()
+        GUARD.remove(group)
 
 
 def ending(code: int) -> str:

@@ -3388,6 +3388,40 @@ def test_a_group_is_not_let_go_while_it_is_signalled(monkeypatch):
     assert guard._process.wait(LONG) == 0
 
 
+def test_a_group_may_be_signalled_while_its_session_is_looked_for(monkeypatch):
+    guard, held_up = longtasks.Guard(), []
+
+    def search(session):
+        held_up.append(is_held_up(lambda: guard.signal(session, signal.SIGTERM)))
+
+    monkeypatch.setattr(longtasks, "kill_session", search)
+    guard.kill(2**22 + 1)
+    assert held_up == [False]
+
+
+def test_a_group_is_not_let_go_while_its_session_is_looked_for(monkeypatch):
+    searches, gate, done = queue.Queue(), threading.Event(), threading.Event()
+
+    def search(session):
+        if isinstance(threading.current_thread(), threading.Timer):
+            searches.put(session)
+            gate.wait(LONG)
+
+    def run():
+        with longtasks.killable(2**22 + 3, context, lambda: None):
+            context.cancel()
+            searches.get(timeout=LONG)
+        done.set()
+
+    monkeypatch.setattr(longtasks, "kill_session", search)
+    context = Context("id")
+    context.grace = 0
+    ended = background(run)
+    assert not done.wait(0.1)
+    gate.set()
+    ended.result(LONG)
+
+
 def test_nobody_is_left_who_would_kill_a_group_that_is_over():
     def timers():
         return [t for t in threading.enumerate() if isinstance(t, threading.Timer)]

@@ -5480,11 +5480,12 @@ class Connection(socketserver.BaseRequestHandler):
     def _linger(self) -> None:
         """Drop what still comes: closing now would destroy our answer on its way."""
         self.request.shutdown(socket.SHUT_WR)
-        end = time.monotonic() + self.server.linger_timeout
+        end, most = time.monotonic() + self.server.linger_timeout, PIECE
         while time.monotonic() < end:
             self._wait_at_most(self.server.linger_timeout)
-            if not self.request.recv(PIECE):
+            if not self.request.recv(most):
                 return
+            most = LARGE  # this one does send
 
 
 def set_kernel_timeouts(client: socket.socket, read: float, write: float) -> bool:
@@ -5891,21 +5892,25 @@ class Server(ThreadingHTTPServer):
 
     def _accept_rest(self) -> None:
         """Accept all who are connected by now."""
-        with contextlib.suppress(OSError):  # nobody is left
+        with contextlib.suppress(OSError):  # closed already
             self.socket.setblocking(False)
-            for _ in range(self.request_queue_size):  # no more, or it would never end
-                try:
-                    request, client_address = self.get_request()
-                except OSError as error:
-                    if error.errno in _NO_MORE:
-                        raise
-                    continue  # that client is gone, the next one may not be
-                request.setblocking(True)
-                try:
-                    self.process_request(request, client_address)
-                except Exception:  # as socketserver does with the first one
-                    self.handle_error(request, client_address)
-                    self.shutdown_request(request)
+        for _ in range(self.request_queue_size):  # no more, or it would never end
+            if not self._accept_one():
+                return
+
+    def _accept_one(self) -> bool:
+        """Accept a client; False when nobody is there, or no place for another."""
+        try:
+            request, client_address = self.get_request()
+        except OSError as error:  # else that client is gone, the next one may not be
+            return error.errno not in _NO_MORE
+        request.setblocking(True)
+        try:
+            self.process_request(request, client_address)
+        except Exception:  # as socketserver does with the first one
+            self.handle_error(request, client_address)
+            self.shutdown_request(request)
+        return True
 
 
 # ======================================================================

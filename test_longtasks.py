@@ -5729,7 +5729,7 @@ def test_what_happened_before_the_end_of_the_service_is_still_told(gate):
         task_id, app = submitted(service, "gate"), service.server.app
         gate.wait_started()
         stream = longtasks.event_stream(app, task_id, None, True)
-        told = [next(stream) for _ in range(4)]  # to the task as it is
+        told = [next(stream) for _ in range(3)]  # to the task as it is
         gate.release.set()
         until(lambda: service.ledger.get(task_id).finished)
         service.ledger.feed.wake(over=True)
@@ -5978,6 +5978,7 @@ def test_a_request_that_came_while_its_client_was_to_make_room_is_answered(
         longtasks.Connection(wire, ("127.0.0.1", 1), service.server)
         assert wire.sent.count(b"HTTP/1.1 ") == 1
         assert b"\r\nConnection: close\r\n" in wire.sent
+        service.server._connections.clear()  # which no thread of it would do
 
 
 def test_a_few_make_room_at_once_and_no_more(registry, impatient):
@@ -10234,7 +10235,7 @@ def test_the_lines_of_the_readme_do_what_it_says(registry):
         lines = lines.replace(
             "localhost:8080", "127.0.0.1:%d" % service.server.server_port
         )
-        lines = re.sub('"duration": 120?', '"duration": 0.2', lines)
+        lines = re.sub('"duration": [0-9]+', '"duration": 0.2', lines)
         script = "set -e\n" + lines
         done = subprocess.run(
             ["sh", "-c", script],

@@ -21,6 +21,7 @@ import logging
 import mmap
 import multiprocessing
 import os
+import platform
 import queue
 import random
 import re
@@ -6273,6 +6274,44 @@ def test_all_who_wait_are_accepted_in_one_turn(error, accepted, service):
         server.service_actions()  # does not wait for another one
     for each in clients + taken:
         each.close()
+
+
+def test_memory_is_given_back_when_many_have_left_but_not_all_the_time(
+    service, monkeypatch
+):
+    given = []
+    monkeypatch.setattr(longtasks, "give_back_memory", lambda: given.append("back"))
+    for _ in range(service.server.many - 1):
+        service.server.shutdown_request(socket.socket())
+    service.server.service_actions()
+    assert not given
+    for _ in range(service.server.many):
+        service.server.shutdown_request(socket.socket())
+    until(lambda: given, "the first time")
+    for _ in range(service.server.many):
+        service.server.shutdown_request(socket.socket())
+    service.server.service_actions()
+    assert len(given) == 1
+    service.server.rest = 0
+    until(lambda: len(given) == 2, "the second time")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+@pytest.mark.skipif(
+    not getattr(sys, "_is_gil_enabled", lambda: True)(), reason="not malloc"
+)
+def test_what_the_c_library_keeps_is_given_back():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    pieces = [b"x" * 8000 for _ in range(10_000)]
+    kept, before = pieces[::50], resident()
+    del pieces
+    kept_by_malloc = resident()
+    longtasks.give_back_memory()
+    assert before - resident() > 60e6
+    assert kept_by_malloc - resident() > 1e6
+    assert len(kept) == 200
 
 
 def test_who_can_not_be_served_does_not_end_the_service(service, monkeypatch):

@@ -6925,7 +6925,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
-        return client_main(argv[0], argv[1:])
+        hook = sys.unraisablehook
+        # Ctrl-C may cut off a constructor; what its half says at its end is no news.
+        sys.unraisablehook = lambda unraisable: None
+        try:
+            return client_main(argv[0], argv[1:])
+        finally:
+            sys.unraisablehook = hook
     try:
         settings = read_settings(argv, os.environ)
         for name in SECRETS:

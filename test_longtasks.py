@@ -5948,6 +5948,7 @@ def test_who_waits_for_a_task_keeps_the_place(gate, impatient):
         until(lambda: not connections(service))
         request = b"GET %s HTTP/1.0\r\n\r\n" % path.encode()
         with held_by(service, request, request) as held:
+            until(lambda: all(c.last for c in connections(service)), "both requests")
             until(lambda: service.ledger._waiting)
             assert call(service, "GET", "/api/v1/types").status == 503
             gate.release.set()
@@ -7730,6 +7731,25 @@ def test_ctrl_c_during_the_submit_cancels_what_was_taken_in():
     first, again, cancel = (asked.split(" HTTP")[0] for asked in server.asked[:3])
     assert first == again
     assert cancel == first.replace("PUT", "POST") + "/cancel"
+
+
+def test_what_ctrl_c_cuts_off_does_not_complain(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+
+    class Half:
+        def __del__(self):
+            raise AttributeError("only half of it was made")
+
+    def leave(client, args):
+        half = Half()
+        raise KeyboardInterrupt(half)
+
+    types = longtasks.CLIENT["types"]._replace(run=leave)
+    monkeypatch.setitem(longtasks.CLIENT, "types", types)
+    assert longtasks.main(["types"]) == 130
+    assert heard == []
+    assert sys.unraisablehook == heard.append
 
 
 @pytest.mark.parametrize("words", [["types"], ["result", "x", "--wait"]])

@@ -3651,9 +3651,9 @@ class Pool:
         self._count = count
         # The lock guards what follows. While a thread more may be started, one is
         # always idle: it waits for the next task, or for the disk to have it that it
-        # has taken one. Who begins to run one sees to that. A
-        # thread whose handler does not stop counts no longer, so that another one
-        # can take its place; it ends when its handler does.
+        # has taken one. Who begins to run one sees to that. A thread whose handler
+        # does not stop counts no longer, so that another one can take its place; it
+        # ends when its handler does.
         self._lock = threading.Lock()
         self._threads = 0
         self._idle = 0
@@ -6519,6 +6519,19 @@ CLIENT = {
 
 def client_main(name: str, argv: Sequence[str]) -> int:
     """Run a command of the client; return the exit code."""
+    hook = sys.unraisablehook
+    # Ctrl-C may cut off a constructor; what its half says at its end is no news.
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        return dispatch(name, argv)
+    except KeyboardInterrupt:
+        return LEFT
+    finally:
+        sys.unraisablehook = hook
+
+
+def dispatch(name: str, argv: Sequence[str]) -> int:
+    """Run a command of the client, and tell what went wrong; return the exit code."""
     try:
         if name not in CLIENT:
             text = "there is no command %s, only %s"
@@ -6529,8 +6542,6 @@ def client_main(name: str, argv: Sequence[str]) -> int:
         failure = ClientError(REFUSED, str(error))
     except ClientError as error:
         failure = error
-    except KeyboardInterrupt:
-        return LEFT
     for line in failure.args:
         tell("longtasks: %s\n" % _escaped(line))
     return failure.code
@@ -6925,13 +6936,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
-        hook = sys.unraisablehook
-        # Ctrl-C may cut off a constructor; what its half says at its end is no news.
-        sys.unraisablehook = lambda unraisable: None
-        try:
-            return client_main(argv[0], argv[1:])
-        finally:
-            sys.unraisablehook = hook
+        return client_main(argv[0], argv[1:])
     try:
         settings = read_settings(argv, os.environ)
         for name in SECRETS:

@@ -2932,7 +2932,10 @@ class Ledger:
             raise
 
     def claim(self) -> Optional[Tuple[Task, Context]]:
-        """Wait for the next task and start it; None when there will be no more."""
+        """Wait for the next task and take it; None when there will be no more.
+
+        Before it is run, begin() says whether it still is to be.
+        """
         while True:
             entry = self._ready.get()
             if entry is _LAST:
@@ -2940,18 +2943,26 @@ class Ledger:
                 return None
             with self._lock:
                 task = self._startable(entry)
-                if task is None:
-                    continue
-                task, context, batch = self._start(task)
-                if batch is None:
-                    self._limit(task, context)
-                    return task, context
-            batch.wait_written()  # or a task that kills the process always would
-            with self._lock:
-                if self._running.get(task.id) is context:
-                    self._limit(task, context)
-                    return task, context
-                self._release(context)  # it was put back meanwhile
+                if task is not None:
+                    return self._start(task)
+
+    def begin(self, task: Task, context: Context) -> bool:
+        """Wait until it is on disk that a task was started; its time begins then.
+
+        Returns False when it was put back meanwhile.
+        """
+        if self._journal is None:
+            return True
+        decided = self._deciding.get(task.id)  # without the lock, as in get()
+        if decided and decided[0] is task:
+            # Or a task that kills the process always would.
+            decided[1].wait_written()
+        with self._lock:
+            if self._running.get(task.id) is context:
+                self._limit(task, context)
+                return True
+            self._release(context)
+            return False
 
     def _startable(self, entry: Entry) -> Optional[Task]:
         """The task of an entry, if it can be started now. Assumes the lock."""
@@ -2973,7 +2984,7 @@ class Ledger:
         same = task.seq == entry.seq and task.attempt == entry.attempt
         return task.status == PENDING and same
 
-    def _start(self, task: Task) -> Tuple[Task, Context, Optional[Batch]]:
+    def _start(self, task: Task) -> Tuple[Task, Context]:
         """Decide that a task runs. Assumes the lock."""
         now, attempt = self._clock(), task.attempt + 1
         context = Context(task.id, attempt, self._tell, task.type)
@@ -2988,7 +2999,9 @@ class Ledger:
         task = task.moved_to(
             PROCESSING, started_at=now, attempt=attempt, due_at=None, error=None
         )
-        return task, context, self._decide(task)
+        if self._decide(task) is None:
+            self._limit(task, context)
+        return task, context
 
     def _limit(self, task: Task, context: Context) -> None:
         """Let a run's time begin, if it has one. Assumes the lock."""
@@ -3650,14 +3663,13 @@ class Pool:
         self._handlers = handlers
         self._count = count
         # The lock guards what follows. While a thread more may be started, one is
-        # always idle: it waits for the next task, or for the disk to have it that it
-        # has taken one. Who begins to run one sees to that. A thread whose handler
-        # does not stop counts no longer, so that another one can take its place; it
-        # ends when its handler does.
+        # always idle: it waits for the next task. Who takes one sees to that, before it
+        # waits for the disk to have it. A thread whose handler does not stop counts no
+        # longer, so that another one can take its place; it ends when its handler does.
         self._lock = threading.Lock()
         self._threads = 0
         self._idle = 0
-        self._busy: Set[Context] = set()  # what the other threads run
+        self._busy: Set[Context] = set()  # what the other threads have taken
         ledger.on_stuck = self._replace
 
     def start(self) -> None:
@@ -3729,7 +3741,8 @@ class Pool:
                 task, context = claimed
                 self._busy.add(context)
                 self._start_if_needed()
-            self._run(task, context)
+            if self._ledger.begin(task, context):
+                self._run(task, context)
             with self._lock:
                 if context in self._busy:
                     self._busy.remove(context)

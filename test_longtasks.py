@@ -1116,6 +1116,13 @@ def journalled(path, clock=None, kind=longtasks.Journal, **limits):
         assert journal.close(LONG)
 
 
+def begun(ledger):
+    """Take the next task, and wait until that is on disk."""
+    task, context = ledger.claim()
+    assert ledger.begin(task, context)
+    return task, context
+
+
 def rows_of(path, what="id, status"):
     uri = "file:%s?mode=ro" % path
     with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
@@ -1336,7 +1343,7 @@ def test_nothing_is_acknowledged_or_shown_before_it_is_on_disk(tmp_path):
         journal.let.release()
         task = submitted.result(LONG)
 
-        claimed = background(ledger.claim)
+        claimed = background(lambda: begun(ledger))
         journal.wait_held()
         assert not claimed.done()
         assert ledger.get(task.id).status == "pending"
@@ -1386,7 +1393,7 @@ def test_what_has_happened_is_written_when_the_disk_is_back(error, tmp_path):
             journal.let.release()
         task = ledger.submit("t", b"{}")
         other = ledger.submit("t", b"{}")
-        ledger.claim()
+        begun(ledger)
         journal.failure = error
         ledger.finish(ledger.context(task.id), DONE)
         journal.let.release()
@@ -2128,7 +2135,7 @@ def test_a_cancel_that_meets_the_full_disk_first_has_changed_nothing(tmp_path, r
         task = ledger.submit("t", b"{}")
         if runs:
             ledger.journal.let.release()
-            task, context = ledger.claim()
+            task, context = begun(ledger)
         ledger.journal.failure = OSError(28, "disk full")
         ledger.journal.free()
         with pytest.raises(longtasks.Unavailable):
@@ -2148,7 +2155,7 @@ def test_a_cancel_that_has_ended_a_run_is_no_error_though_its_writing_failed(tmp
         ledger.journal.let.release()
         task = ledger.submit("t", b"{}", longtasks.Options(retries=5))
         ledger.journal.let.release()
-        _, context = ledger.claim()
+        _, context = begun(ledger)
         cancel = background(lambda: ledger.cancel(task.id))
         until(lambda: task.id in ledger._deciding)
         ledger.journal.failure = OSError(28, "disk full")
@@ -2416,7 +2423,7 @@ def test_higher_priority_goes_first_and_first_come_within_one(either):
         either.submit("t", b"{}", longtasks.Options(priority=p)) for p in priorities
     ]
     order = [
-        tasks.index(either.get(either.claim()[0].id)._replace(**WAITS)) for _ in tasks
+        tasks.index(either.get(begun(either)[0].id)._replace(**WAITS)) for _ in tasks
     ]
     assert order == [2, 4, 0, 3, 1, 5]
 
@@ -2638,7 +2645,7 @@ def test_the_time_of_a_run_counts_from_its_start_on_disk(tmp_path):
     with journalled(tmp_path / "tasks.db", clock, kind=HeldJournal) as ledger:
         ledger.journal.let.release()
         ledger.submit("t", b"{}", longtasks.Options(timeout=1))
-        claimed = background(ledger.claim)
+        claimed = background(lambda: begun(ledger))
         until(lambda: ledger._running)
         clock.now += 100
         ledger.tick()
@@ -2648,6 +2655,18 @@ def test_the_time_of_a_run_counts_from_its_start_on_disk(tmp_path):
         clock.now += 1
         ledger.tick()
         assert context.cancelled
+
+
+def test_a_task_that_is_put_back_before_its_start_is_on_disk_is_not_run(tmp_path):
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+        ledger.journal.let.release()
+        task = ledger.submit("t", b"{}")
+        claimed = ledger.claim()
+        ledger.halt()
+        assert ledger.give_up()[0].id == task.id
+        ledger.journal.free()
+        assert not ledger.begin(*claimed)
+        assert ledger.stuck() == 0
 
 
 def test_a_run_that_a_handler_asks_for_uses_up_no_retry():
@@ -3045,6 +3064,22 @@ def test_threads_are_started_for_work_and_never_too_many(gate):
         gate.release.set()
         gate.wait_started(2)
     until(lambda: len(workers()) == before)
+
+
+def test_workers_start_together_however_slow_the_disk_is(gate, tmp_path):
+    journal = HeldJournal(tmp_path / "tasks.db")
+    ledger = longtasks.Ledger(journal=journal)
+    pool = longtasks.Pool(ledger, longtasks.HANDLERS, 3)
+    journal.let.release()
+    tasks = ledger.submit_all([asked(b"{}", "gate")] * 5)
+    pool.start()
+    until(lambda: len(ledger._running) == 3)  # none of it is on disk
+    assert not gate.runs
+    gate.release.set()
+    journal.free()
+    until(lambda: all(ledger.get(task.id).finished for task in tasks))
+    ledger.halt()
+    assert journal.close(LONG)
 
 
 def test_a_worker_count_of_5000_costs_nothing_until_used(registry):

@@ -5241,6 +5241,14 @@ class Connection(socketserver.BaseRequestHandler):
         except OSError as error:
             log.debug("%s is gone: %s", self.client_address, error)
 
+    def finish(self) -> None:
+        """Let all go at once; called by socketserver.
+
+        The last request knows this connection, and such a circle, with all that it
+        holds, would stay until the garbage collector came by.
+        """
+        self.last = None
+
     def _serve_one(self) -> bool:
         """Read one request and answer it; False when it was the last."""
         try:
@@ -5648,16 +5656,24 @@ def stay_on_one_cpu() -> None:
             os.sched_setaffinity(0, [random.choice(cpus)])  # noqa: S311 (no secret)
 
 
+M_TRIM_THRESHOLD, M_TOP_PAD = -1, -2  # of glibc's malloc.h
+
+
 def give_back_memory() -> None:
     """Have the C library give back what it keeps for later, if it is glibc's.
 
-    After a thousand slow clients that is 10 MB, and it does not do so of itself. A
-    Python without ctypes, and one with another library, goes on without.
+    After a thousand slow clients that is 10 MB, and it does not do so of itself. What
+    it keeps for each thread, megabytes once something large was freed, malloc_trim(3)
+    does not reach: from then on it is to keep less there. A Python without ctypes, and
+    one with another library, goes on without.
     """
     with contextlib.suppress(Exception):
         import ctypes
 
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 16)
+        libc.mallopt(M_TOP_PAD, 1 << 14)
+        libc.malloc_trim(0)
 
 
 # Why a client can't be accepted: this system lets us have no more, or there is nobody.

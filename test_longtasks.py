@@ -6350,6 +6350,75 @@ def test_what_the_c_library_keeps_is_given_back():
     assert len(kept) == 200
 
 
+KEPT = """
+import longtasks, mmap, threading
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * mmap.PAGESIZE
+def use():
+    before = resident()
+    del [b"x" * 8000 for _ in range(1000)][:]
+    print(resident() - before)
+def work():
+    bytes(16 << 20)  # from now on malloc keeps that much, and more
+    use()
+    longtasks.give_back_memory()
+    use()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+@pytest.mark.skipif(
+    not getattr(sys, "_is_gil_enabled", lambda: True)(), reason="not malloc"
+)
+def test_from_then_on_it_does_not_keep_much_for_each_thread():
+    folder = os.path.dirname(os.path.abspath(SCRIPT))
+    command = [sys.executable, "-c", KEPT]
+    out = subprocess.check_output(command, cwd=folder, timeout=LONG)
+    kept, less = map(int, out.split())
+    assert kept > 4e6
+    assert less < -4e6
+
+
+GARBAGE = """
+import gc
+from longtasks import handler
+
+@handler("fail", retries=1, backoff=0)
+def fail():
+    raise ValueError("no")
+
+@handler("watch")
+def watch():
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+
+@handler("tell")
+def tell():
+    gc.collect()
+    return sorted({type(each).__qualname__ for each in gc.garbage})
+"""
+
+
+@pytest.mark.skipif(
+    not getattr(sys, "_is_gil_enabled", lambda: True)(),
+    reason="without a GIL some is found by the collector first",
+)
+def test_nothing_is_left_to_the_garbage_collector(tmp_path):
+    with process("--handlers", write(tmp_path, GARBAGE)) as running:
+        result_of(running.port, submitted(running.port, "watch"))
+        path = "/api/v1/tasks/%s" % submitted(running.port, "fail")
+        for asked in (path + "/events", path + "?wait=9", "/metrics", "/nothing"):
+            call(running.port, "GET", asked)
+        raw(None, b"GET / HTTP/1.1\r\n\r\n", running.port)
+        call(running.port, "GET", "/", accept="text/html")
+        told = submitted(running.port, "tell")
+        assert result_of(running.port, told)["result"] == []
+
+
 def test_who_can_not_be_served_does_not_end_the_service(service, monkeypatch):
     first = [MemoryError()]
 

@@ -806,10 +806,9 @@ class Context:
         self.why = ""  # it is to stop
         self._progress: Optional[Tuple[float, str]] = None
         self._stop = Latch()
-        # Guards `why` and _on_stop, which is called under it: once on_stop(None) has
-        # returned, what was to be done is not being done any more.
+        # Guards `why` and _on_stop.
         self._stopping = threading.Lock()
-        self._on_stop: Optional[Callable[[], None]] = None
+        self._on_stop: Optional[threading.Event] = None
         self._tell = tell
         self._told: Optional[Tuple[float, str]] = None  # latest of it
         self._told_at = 0.0
@@ -865,17 +864,17 @@ class Context:
             self.why = self.why or why
             self._stop.open()
             if self._on_stop:
-                self._on_stop()
+                self._on_stop.set()
 
-    def on_stop(self, do: Optional[Callable[[], None]]) -> None:
-        """Have something done as soon as the task is to stop, perhaps now, even twice.
+    def on_stop(self, event: threading.Event) -> None:
+        """Have an event set as soon as the task is to stop, perhaps now.
 
-        It is called by whoever stops the task, so it must neither wait nor raise.
+        No more than that: who stops a task holds locks, and must not wait or fail.
         """
         with self._stopping:
-            self._on_stop = do
-            if do and self._stop.done:
-                do()
+            self._on_stop = event
+            if self._stop.done:
+                event.set()
 
     def progress_document(self) -> Optional[Dict[str, Any]]:
         """The latest progress, as a status document shows it; None at first."""
@@ -1608,24 +1607,28 @@ def killable(group: int, ctx: Context, ask: Callable[[], None]) -> Iterator[None
     When the task is to stop, `ask` is called, and after ctx.grace the group is killed,
     and its session; at the end, too, since nobody may be left behind.
     """
-    killer = threading.Timer(ctx.grace, GUARD.kill, (group,))
-    killer.daemon = True
+    stopping, over = threading.Event(), threading.Event()
 
     def stop() -> None:
-        ask()
-        with contextlib.suppress(RuntimeError):  # it was started, or no thread is left
-            killer.start()
+        stopping.wait()
+        if not over.is_set():
+            ask()
+        if not over.wait(ctx.grace):
+            GUARD.kill(group)
 
+    # Started now, since there may be no thread left when the task is to stop.
+    stopper = threading.Thread(target=stop, name="stopper", daemon=True)
     GUARD.add(group)
     try:
-        ctx.on_stop(stop)
+        stopper.start()
+        ctx.on_stop(stopping)
         yield
     finally:
         GUARD.kill(group)
-        ctx.on_stop(None)
-        killer.cancel()  # or it would kill whoever has the group's number then
-        if killer.is_alive():  # it may be at it
-            killer.join()
+        over.set()
+        stopping.set()
+        if stopper.is_alive():  # or it would kill whoever has the group's number then
+            stopper.join()
         GUARD.remove(group)
 
 
@@ -2081,14 +2084,10 @@ def run_elsewhere(known: Handler, params: Mapping[str, Any], ctx: Context) -> An
     future = EXECUTOR[0].submit(eval, call, values)
     done = threading.Event()
     future.add_done_callback(lambda _: done.set())
-
-    def stop() -> None:  # cancel() may have to ask another host
-        threading.Thread(target=future.cancel, daemon=True).start()
-        done.set()
-
-    ctx.on_stop(stop)
+    ctx.on_stop(done)
     done.wait()
-    ctx.on_stop(None)
+    if not future.done():
+        future.cancel()
     if not future.done() or future.cancelled():
         ctx.check()  # what runs there may go on; nobody listens any more
         raise Failure("the executor has cancelled it")

@@ -963,11 +963,14 @@ def is_held_up(call):
     return thread.is_alive()
 
 
-def test_what_is_done_on_a_stop_is_over_once_that_was_taken_back():
-    context, held_up = Context("id"), []
-    context.on_stop(lambda: held_up.append(is_held_up(lambda: context.on_stop(None))))
+def test_who_is_to_hear_of_a_stop_hears_of_it_before_and_after():
+    context, early, late = Context("id"), threading.Event(), threading.Event()
+    context.on_stop(early)
+    assert not early.is_set()
     context.cancel()
-    assert held_up == [True]
+    context.on_stop(late)
+    assert early.is_set()
+    assert late.is_set()
 
 
 def test_the_reason_that_came_first_counts():
@@ -3439,7 +3442,7 @@ def test_a_group_is_not_let_go_while_its_session_is_looked_for(monkeypatch):
     searches, gate, done = queue.Queue(), threading.Event(), threading.Event()
 
     def search(session):
-        if isinstance(threading.current_thread(), threading.Timer):
+        if threading.current_thread().name == "stopper":
             searches.put(session)
             gate.wait(LONG)
 
@@ -3458,17 +3461,43 @@ def test_a_group_is_not_let_go_while_its_session_is_looked_for(monkeypatch):
     ended.result(LONG)
 
 
-def test_nobody_is_left_who_would_kill_a_group_that_is_over():
-    def timers():
-        return [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+@pytest.mark.parametrize("cancels", range(3))
+def test_nobody_is_left_who_would_kill_a_group_that_is_over(cancels):
+    def stoppers():
+        return [t for t in threading.enumerate() if t.name == "stopper"]
 
-    context = Context("id")
+    context, asked_for = Context("id"), []
     context.grace = 1000
-    with longtasks.killable(2**22 + 2, context, lambda: None):
-        context.cancel()
-        context.cancel("again")
-        assert timers()
-    until(lambda: not timers())
+    with longtasks.killable(2**22 + 2, context, lambda: asked_for.append(1)):
+        for _ in range(cancels):
+            context.cancel()
+        assert stoppers()
+        until(lambda: len(asked_for) == min(cancels, 1))
+    assert not stoppers()
+    assert len(asked_for) == min(cancels, 1)
+
+
+def no_thread(thread):
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+def test_a_program_is_stopped_and_killed_when_there_is_no_thread_left(monkeypatch):
+    context = Listener()
+    done = background(lambda: run_program(STUBBORN, context=context))
+    until(lambda: len(context.lines) == 2)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    context.cancel()
+    assert done.result(LONG)[0].status == "cancelled"
+    assert not any(alive(int(line)) for line in context.lines)
+
+
+def test_a_program_fails_that_could_not_be_stopped(monkeypatch):
+    longtasks.GUARD.ready()
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    outcome, _ = run_program("t=sleep 1000")
+    assert outcome.error == "RuntimeError: can't start new thread"
+    assert not longtasks.GUARD._groups
 
 
 def test_a_program_that_times_out_says_so(registry):
@@ -9303,6 +9332,27 @@ def test_isolated_handlers_run_where_the_executor_says(factory, tmp_path):
         assert not [line for line in running.lines if "stuck" in line]
         running.signal()
         assert running.wait() == 0
+
+
+def test_a_task_elsewhere_is_cancelled_when_there_is_no_thread_left(
+    registry, monkeypatch
+):
+    waits, ready = concurrent.futures.Future(), threading.Event()
+
+    class Executor:
+        def submit(self, *call):
+            ready.set()
+            return waits
+
+    monkeypatch.setattr(longtasks, "EXECUTOR", [Executor()])
+    handler("t", isolated=True)(lambda: None)
+    context = Context("id")
+    done = background(lambda: outcome_of(registry, context=context))
+    assert ready.wait(LONG)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    context.cancel()
+    assert done.result(LONG).status == "cancelled"
+    assert waits.cancelled()
 
 
 @pytest.mark.parametrize(

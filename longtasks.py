@@ -420,6 +420,10 @@ class ForgottenTask(TaskError):
     """There was a task with this id; it was deleted or its time is over."""
 
 
+class DamagedTask(TaskError):
+    """What was submitted can't be read any more in the file that it was kept in."""
+
+
 class Unfinished(TaskError):
     """The call makes sense only for a task that has finished."""
 
@@ -689,6 +693,14 @@ _READERS: Dict[str, Any] = {
 }
 _QUICK = json.JSONDecoder(**_READERS)
 _CAREFUL = json.JSONDecoder(object_pairs_hook=_read_object, **_READERS)
+
+
+def params_of(task: Task) -> Any:
+    """Read a task's params; raises DamagedTask, since they may come from a journal."""
+    try:
+        return _QUICK.decode(task.params.decode())
+    except (ValueError, RecursionError) as error:
+        raise DamagedTask("its params are no JSON any more: %s" % error) from None
 
 
 # ======================================================================
@@ -3574,12 +3586,12 @@ class Ledger:
 def same_request(task: Task, wanted: Submission) -> bool:
     """Whether a task was submitted like this, in whatever order its params are."""
 
-    def canonical(text: bytes) -> str:
-        return json.dumps(json.loads(text), sort_keys=True)
+    def canonical(params: Any) -> str:
+        return json.dumps(params, sort_keys=True)
 
     if (task.type, task.options) != (wanted.type, wanted.options):
         return False
-    return canonical(task.params) == canonical(wanted.params)
+    return canonical(params_of(task)) == canonical(json.loads(wanted.params))
 
 
 def backoff(first: float, failures: int) -> float:
@@ -3609,9 +3621,9 @@ def run_one(
         if task.type not in handlers:  # it came from a journal
             known = ", ".join(sorted(handlers))
             text = "no task type %s is registered any more; known: %s"
-            return Outcome(FAILED, error=text % (shown(task.type), known))
+            raise Failure(text % (shown(task.type), known))
         context.check()  # it may have been cancelled before it could begin
-        value = handlers[task.type].run(_params_of(task), context)
+        value = handlers[task.type].run(params_of(task), context)
     except Cancelled:
         if context.cancelled:
             return Outcome(CANCELLED)
@@ -3620,18 +3632,13 @@ def run_one(
         )
     except Retry as error:
         return Outcome(PENDING, error=describe(error), after=_seconds(error.after))
+    except DamagedTask as error:
+        return Outcome(FAILED, error=str(error))
     except BaseException as error:  # SystemExit too: it must not end the worker
         if not isinstance(error, Failure):
             _log_raised(context)
         return Outcome(FAILED, error=describe(error))
     return _outcome_of(value, max_result)
-
-
-def _params_of(task: Task) -> Any:
-    try:
-        return json.loads(task.params.decode())
-    except ValueError as error:  # they came from a journal
-        raise Failure("its params are no JSON any more: %s" % error) from None
 
 
 def _outcome_of(value: Any, max_result: int) -> Outcome:
@@ -3978,6 +3985,7 @@ ERRORS: Dict[type, Tuple[int, Optional[int]]] = {
     Invalid: (422, None),
     UnknownTask: (404, None),
     ForgottenTask: (410, None),
+    DamagedTask: (410, None),
     Unfinished: (409, 1),
     Finished: (409, None),
     DifferentRequest: (409, None),
@@ -4077,7 +4085,7 @@ def submission_document(task: Task) -> Dict[str, Any]:
     """What was submitted, so that it can be submitted again."""
     plain = NO_OPTIONS._asdict()
     given = {n: v for n, v in task.options._asdict().items() if v != plain[n]}
-    return {"type": task.type, "params": json.loads(task.params), **given}
+    return {"type": task.type, "params": params_of(task), **given}
 
 
 def status_reply(
@@ -4656,7 +4664,7 @@ REFUSALS = {
     406: "Not to be had in any form that Accept lists.",
     408: "The request came too slowly.",
     409: "The task's state does not allow it, or another task has this id.",
-    410: "The task was deleted or has expired.",
+    410: "The task was deleted or has expired, or what was submitted is lost.",
     411: "A body must come with its Content-Length.",
     413: "The body is too large.",
     414: "The target is too long.",

@@ -1309,6 +1309,8 @@ def test_a_row_that_someone_spoilt_is_told(change, why, tmp_path):
     [
         ('{"duration": ', "its params are no JSON any more: Expecting value: "),
         ("", "its params are no JSON any more: Expecting value: "),
+        ('{"duration": NaN}', "its params are no JSON any more: NaN is not a number"),
+        ("[" * 10**6, "its params are no JSON any more: "),
         ("[]", "TypeError: "),
     ],
 )
@@ -4069,6 +4071,27 @@ def test_what_was_submitted_can_be_submitted_again(registry):
         assert again.status == 202
         assert call(service, "GET", path % again.json["id"]).body == answer.body
         assert_problem(call(service, "GET", path % uuid.uuid4()), 404)
+
+
+@pytest.mark.parametrize("params", ["{", '{"duration": NaN}'])
+def test_who_asks_for_params_that_are_damaged_is_told_so(params, registry, tmp_path):
+    path, task_id = tmp_path / "tasks.db", str(uuid.uuid4())
+    document = {"type": "long_computation", "params": {"duration": 0}}
+    keyed = {"Idempotency_Key": "k"}
+    with serving(DB=str(path)) as service:
+        assert put(service, task_id).status == 202
+        other = call(service, "POST", "/api/v1/tasks", document, **keyed).json["id"]
+        for each in (task_id, other):
+            result_of(service, each)
+    foreign(path, "UPDATE tasks SET params = '%s'" % params)
+    with serving(DB=str(path)) as service:
+        for answer in (
+            call(service, "GET", "/api/v1/tasks/%s/submission" % task_id),
+            put(service, task_id),
+            call(service, "POST", "/api/v1/tasks", document, **keyed),
+        ):
+            assert_problem(answer, 410, "its params are no JSON any more: ")
+        assert result_of(service, task_id)["status"] == "completed"
 
 
 @pytest.mark.parametrize(

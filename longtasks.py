@@ -6341,12 +6341,14 @@ def follow(client: Client, task_id: str, display: Display) -> None:
 
     By its events, and while those don't come by asking again and again.
     """
+    path = task_path(task_id)
     seen: Dict[str, str] = {}
     try:
         while True:
             with contextlib.suppress(ClientError, ValueError):
-                listen(client, task_path(task_id, "/events"), display, seen)
-            document = persist(lambda: known(client, task_id), display.say)
+                listen(client, path + "/events", display, seen)
+            with known():
+                document = persist(lambda: client.get(path, "status"), display.say)
             display.show(document)
             if document["status"] in FINISHED:
                 return
@@ -6365,12 +6367,14 @@ def listen(client: Client, path: str, display: Display, seen: Dict[str, str]) ->
                 seen["Last-Event-ID"] = event["id"]
 
 
-def known(client: Client, task_id: str) -> Dict[str, Any]:
-    """Return the status of a task that was there before."""
+@contextlib.contextmanager
+def known() -> Iterator[None]:
+    """Ask about a task that was there before: a refusal says that it is lost."""
     try:
-        return client.get(task_path(task_id), "status")
+        yield
     except ClientError as error:
-        error.code = NO_ANSWER  # nobody knows how it ended
+        if error.code == REFUSED:
+            error.code = NO_ANSWER
         if error.status == 404:
             error.args += ("it was there: was the service restarted without --db?",)
         raise
@@ -6393,7 +6397,8 @@ def run_command(client: Client, args: Any) -> int:
         with contextlib.suppress(ClientError):  # it may just have ended
             persist(lambda: client.fetch("POST", path), display.say)
         follow(client, task_id, display)
-    return int(persist(lambda: print_result(client, task_id), display.say))
+    with known():
+        return int(persist(lambda: print_result(client, task_id), display.say))
 
 
 def submit_command(client: Client, args: Any) -> int:
@@ -6420,10 +6425,12 @@ def send_task(client: Client, task_id: str, document: Any, display: Display) -> 
 
 def result_command(client: Client, args: Any) -> int:
     """Print a finished task's result as JSON, or tell its error."""
-    if args.wait:
-        client.get(task_path(args.id), "status")
-        follow(client, args.id, Display())
-    return print_result(client, args.id)
+    if not args.wait:
+        return print_result(client, args.id)
+    client.get(task_path(args.id), "status")
+    follow(client, args.id, Display())
+    with known():
+        return print_result(client, args.id)
 
 
 def print_result(client: Client, task_id: str) -> int:

@@ -7632,6 +7632,21 @@ def test_a_task_that_its_service_has_lost_is_told_with_code_4(client):
     assert (ran.code, ran.out, ran.complaints) == (4, "", ["there is no task", why])
 
 
+@pytest.mark.parametrize("words", [["run", "t"], ["result", "x", "--wait"]])
+def test_a_result_that_is_lost_before_it_is_fetched_is_told_with_code_4(words, client):
+    gone = refusing(410, "task x was deleted or has expired")
+    first = TAKEN if words[0] == "run" else ENDED
+    with Scripted(first, NO_EVENTS, ENDED, gone) as server:
+        ran = client(server, *words)
+    assert (ran.code, ran.out) == (4, "")
+    assert ran.complaints == ["task x was deleted or has expired"]
+
+
+def test_a_result_that_was_lost_before_anybody_waited_is_refused(client):
+    with Scripted(refusing(410, "task x was deleted or has expired")) as server:
+        assert client(server, "result", "x").code == 2
+
+
 def test_a_service_whose_token_is_another_now_is_told_with_code_4(client):
     with Scripted(TAKEN, NO_EVENTS, refusing(401, "send the token")) as server:
         ran = client(server, "run", "t")

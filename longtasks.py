@@ -7137,7 +7137,6 @@ td { padding: 0 12px; height: 36px; border-top: 1px solid var(--line); }
 .name::before { content: "\25B8"; display: inline-block; width: 16px; }
 .open .name::before { content: "\25BE"; }
 .name code, .name::before, .message { color: var(--quiet); }
-.name code { margin-left: 6px; }
 .doing { display: flex; align-items: center; gap: 8px; min-height: 20px; }
 .percent { width: 42px; flex: none; }
 .percent:empty { display: none; }
@@ -7181,10 +7180,11 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
 }
 @media (max-width: 600px) {
   header, #notices, main { padding-left: 12px; padding-right: 12px; }
-  #link { flex: 1 0 60%; }
+  #link { flex: 1 0 50%; }
   #statuses { flex: 1 0 100%; }
-  figure, figure svg { flex: 1; min-width: 0; }
-  figcaption { min-width: 0; }
+  figure { flex: 1 0 40%; }
+  figure, figure svg, figcaption { min-width: 0; }
+  figure svg { flex: 1 0 40px; }
   thead { display: none; }
   table, tbody, .detail, .detail td { display: block; }
   .task { display: grid; grid-template-columns: 1fr 1.3fr 76px; padding: 7px 12px; }
@@ -7274,7 +7274,7 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
 <template id="row">
   <tr class="task" role="row">
     <td role="cell"><button class="name" aria-expanded="false"
-      ><span></span><code></code></button></td>
+      ><span></span> <code></code></button></td>
     <td role="cell"></td>
     <td role="cell"><div class="doing"
       ><progress max="100" aria-label="Progress"></progress

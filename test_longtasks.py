@@ -4280,7 +4280,7 @@ def test_a_stuck_handler_costs_the_pool_no_worker(gate):
             cancel(service, task_id)
         task_id = submitted(service, "long_computation", {"duration": 0})
         assert result_of(service, task_id)["status"] == "completed"
-        assert service.ledger.stuck() == 3
+        assert metrics_of(service)["longtasks_handlers_stuck"] == 3
         gate.release.set()
         until(lambda: service.ledger.stuck() == 0)
         until(lambda: len(workers()) == 1, "the end of the threads that were stuck")
@@ -9999,6 +9999,7 @@ def test_the_page_is_for_browsers_and_may_run_nothing_but_itself(service):
     policy = answer.headers["Content-Security-Policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe" not in policy
+    assert "require-trusted-types-for 'script'; trusted-types 'none'" in policy
     page = answer.body.decode()
     assert not re.search(r"\son\w+=|\sstyle=|\ssrc=|innerHTML|insertAdjacent", page)
     assert re.findall("https?://[^' ]*", page) == ["http://www.w3.org/2000/svg"]
@@ -10049,6 +10050,8 @@ def test_a_task_is_submitted_followed_and_read_on_the_page(by_events, steps):
             browser.see(".task.open", "%d %%\n<i>tile</i> %d" % (25 * n, n))
             browser.see(".log", "line %d" % n)
             assert browser.run(bar) == 25 * n
+            for column in (".running", ".age"):
+                browser.see(".task.open " + column, " s")
             steps.release()
         browser.see(".task.open", "completed")
         browser.see(".ended", '"big": 1180591620717411303424,\n  "one": 1.0')
@@ -10067,6 +10070,8 @@ def test_the_page_cancels_and_submits_again(browser, steps):
         browser.click(".cancel")
         browser.see(row(first), "cancelled")
         browser.see(".ended", "cancelled while it ran")
+        (button,) = browser.elements(".cancel")
+        assert not browser.ask("GET", button + "/enabled")
         browser.click(".again")
         until(lambda: newest(service) != first)
         second = newest(service)
@@ -10199,6 +10204,25 @@ def test_the_list_on_the_page_is_filtered_by_status_and_type(by_events, registry
         browser.see("#statuses [value='']", "5")
 
 
+CHARTS = """
+return [...document.querySelectorAll("figure path")].map((e) => e.getAttribute("d"));
+"""
+
+
+def test_the_page_draws_what_has_finished_and_what_waits(browser, gate):
+    with serving(WORKER_COUNT=1) as service:
+        browser.go(service)
+        browser.see("#link", "live")
+        result_of(service, submitted(service, "long_computation", {"duration": 0}))
+        for _ in range(3):
+            submitted(service, "gate")
+        browser.see("#finished-text", "1")
+        browser.see("#waiting-text", "2")
+        finished, waiting = browser.run(CHARTS)
+        assert re.fullmatch(r"M\d+\.5 20V1", finished)  # from the ground to the top
+        assert re.search(r"\.5 1(L|$)", waiting)
+
+
 def test_the_page_tells_what_a_task_waits_for_and_that_one_is_gone(browser, registry):
     handler("flaky", retries=1, backoff=60)(raising(OSError("no line")))
     with serving() as service:
@@ -10328,10 +10352,10 @@ def test_the_page_is_worked_with_the_keyboard_alone(browser, steps):
 def test_everything_on_the_page_has_a_role_and_a_name(browser, steps):
     names = {}
     with serving() as service:
-        task = row(submitted(service, "steps"))
+        task_id = submitted(service, "steps")
         browser.go(service)
-        browser.see(task, "0 %")
-        browser.click(task + " .name")
+        browser.see(row(task_id), "0 %")
+        browser.click(row(task_id) + " .name")
         browser.click(".options summary")
         inputs = "main :is(input, select, textarea, button, progress, pre, td)"
         for each in browser.elements(inputs):
@@ -10342,6 +10366,7 @@ def test_everything_on_the_page_has_a_role_and_a_name(browser, steps):
     assert names.pop("cell")
     assert all(name for some in names.values() for name in some), names
     assert {"button", "combobox", "progressbar", "spinbutton", "log"} < set(names)
+    assert any(name.endswith("steps " + task_id[:8]) for name in names["button"])
 
 
 CONTRASTS = """
@@ -10363,6 +10388,8 @@ return [...document.body.querySelectorAll("*")].filter((e) => e.checkVisibility(
 """
 
 
+GROUND = "return parseInt(getComputedStyle(document.body).backgroundColor.slice(4))"
+
 BELOW = """
 const place = (css) => document.querySelector(css).getBoundingClientRect();
 return place(".detail + .task").top - place(".again").bottom;
@@ -10370,7 +10397,7 @@ return place(".detail + .task").top - place(".again").bottom;
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [320, 1280])
 def test_the_page_is_legible_in_light_and_dark_and_on_a_phone(
     scheme, width, browser, registry
 ):
@@ -10387,6 +10414,7 @@ def test_the_page_is_legible_in_light_and_dark_and_on_a_phone(
         browser.see("#statuses [value=cancelled]", "1")
         browser.click(row(task_id) + " .name")
         browser.see(".submitted", "{")
+        assert (browser.run(GROUND) < 128) == (scheme == "dark")
         contrasts = browser.run(CONTRASTS)
         assert len(contrasts) > 30
         assert not [(what, ratio) for what, ratio in contrasts if ratio < 4.5]

@@ -1617,7 +1617,8 @@ def killable(group: int, ctx: Context, ask: Callable[[], None]) -> Iterator[None
     """While this lasts, a process group ends with its task, and with this process.
 
     When the task is to stop, `ask` is called, and after ctx.grace the group is killed,
-    and its session; at the end, too, since nobody may be left behind.
+    and its session; at the end, too, since nobody may be left behind. Where memory runs
+    out, Linux is to take it before the service.
     """
     stopping, over = threading.Event(), threading.Event()
 
@@ -1631,6 +1632,9 @@ def killable(group: int, ctx: Context, ask: Callable[[], None]) -> Iterator[None
     # Started now, since there may be no thread left when the task is to stop.
     stopper = threading.Thread(target=stop, name="stopper", daemon=True)
     GUARD.add(group)
+    score = "/proc/%d/oom_score_adj" % group
+    with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
+        file.write("1000")  # the most there is (proc(5))
     try:
         stopper.start()
         ctx.on_stop(stopping)

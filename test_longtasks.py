@@ -9168,6 +9168,15 @@ def test_a_crash_is_seen_and_ends_what_the_isolated_handler_left(how, isolated):
     until(lambda: not alive(pid))
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/oom_score_adj"), reason="not Linux")
+def test_where_memory_runs_out_a_task_goes_before_the_service(isolated):
+    task_id = submitted(isolated.port, "burn")
+    score = "/proc/%d/oom_score_adj"
+    assert Path(score % pid_of(isolated, task_id)).read_text() == "1000\n"
+    assert Path(score % isolated.process.pid).read_text() != "1000\n"
+    cancel(isolated.port, task_id)
+
+
 def test_a_result_that_is_too_large_does_not_leave_the_isolated_process(isolated):
     assert len(outcome(isolated, "large", {"n": (1 << 20) - 2})["result"]) == 1048574
     error = "the result has 1048577 bytes, more than the 1048576 that are kept"

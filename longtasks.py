@@ -2970,7 +2970,7 @@ class Ledger:
             return True
         decided = self._deciding.get(task.id)  # without the lock, as in get()
         if decided and decided[0] is task:
-            # Or a task that kills the process always would.
+            # Else the start of a task that kills the process would never be counted.
             decided[1].wait_written()
         with self._lock:
             if self._running.get(task.id) is context:

@@ -3827,7 +3827,15 @@ class HTTPError(Exception):
         self.headers = {name.replace("_", "-"): text for name, text in headers.items()}
 
 
-_IS_JSON = re.compile(r'%s *(;|; *charset=("?)utf-8\2 *)?' % JSON, re.IGNORECASE)
+_CHARSET = re.compile(r';[ \t]*charset="?([^";, \t]*)', re.IGNORECASE)
+
+
+def _is_json(media: str) -> bool:
+    """Whether a Content-Type is that of JSON; it has no parameter that matters."""
+    charset = _CHARSET.search(media)
+    if charset and charset.group(1).lower() not in ("utf-8", "utf8"):
+        return False
+    return media.partition(";")[0].strip(" \t").lower() == JSON
 
 
 class Request:
@@ -3845,6 +3853,7 @@ class Request:
         "route",
         "label",
         "keep",
+        "chunked",
         "length",
         "is_gone",
     )
@@ -3862,6 +3871,7 @@ class Request:
         self.label = OTHER  # the path, with {id} for the id; one for all unknown ones
         self.route: Optional["Route"] = None  # noqa: UP037 (of the next room), if found
         self.keep = self._keeps_alive()
+        self.chunked = self._is_chunked()
         self.length = self._length()
         self.is_gone: Callable[[], bool] = lambda: False  # the client, meanwhile
 
@@ -3873,13 +3883,26 @@ class Request:
             return False
         return self.version != "1.0" or "keep-alive" in options
 
+    def _is_chunked(self) -> bool:
+        """Whether the body comes in chunks (RFC 9112, 6.1); raises HTTPError."""
+        listed = self.headers.get("transfer-encoding")
+        if listed is None:
+            return False
+        if "content-length" in self.headers:
+            raise HTTPError(400, "both Content-Length and Transfer-Encoding")
+        if self.version == "1.0":
+            raise HTTPError(400, "HTTP/1.0 has no Transfer-Encoding")
+        codings = [coding.strip(" \t") for coding in listed.lower().split(",")]
+        if "" in codings or "chunked" in codings[:-1]:
+            raise HTTPError(400, "chunked must be the last transfer coding, and once")
+        if codings != ["chunked"]:
+            detail = "the only transfer coding is chunked, not " + shown(listed)
+            raise HTTPError(501, detail)
+        return True
+
     def _length(self) -> int:
-        """The body's length in bytes, 0 without one; raises HTTPError."""
+        """The Content-Length in bytes, 0 without one; raises HTTPError."""
         length = self.headers.get("content-length", "0")
-        if "transfer-encoding" in self.headers:
-            if "content-length" in self.headers:
-                raise HTTPError(400, "both Content-Length and Transfer-Encoding")
-            raise HTTPError(411, "send the body with Content-Length, not in chunks")
         if not re.fullmatch("[0-9]{1,18}", length, re.ASCII):
             raise HTTPError(400, "Content-Length must be a number of bytes")
         return int(length)
@@ -3894,15 +3917,23 @@ class Request:
 
     def json(self) -> Any:
         """The body, read as JSON; raises HTTPError or Malformed."""
-        if "content-length" not in self.headers:
-            raise HTTPError(411, "send a JSON body with its Content-Length")
-        # Checked so that a web page elsewhere can't post here without asking first.
-        media = self.headers.get("content-type", "")
-        if media != JSON and not _IS_JSON.fullmatch(media):
-            raise HTTPError(415, "send JSON, with the header Content-Type: " + JSON)
+        self.check_body_type()
         if not self.body:
             raise Malformed('the body is empty; send {"type": ..., "params": {...}}')
         return from_json(self.body)
+
+    def check_body_type(self) -> None:
+        """Raise HTTPError unless the head announces JSON."""
+        if "content-length" not in self.headers and not self.chunked:
+            raise HTTPError(411, "send a JSON body with its Content-Length")
+        # Checked so that a web page elsewhere can't post here without asking first.
+        media = self.headers.get("content-type", "")
+        if media != JSON and not _is_json(media):
+            raise HTTPError(415, "send JSON, with the header Content-Type: " + JSON)
+        coding = self.headers.get("content-encoding", "identity")
+        if coding.lower() != "identity":
+            detail = "send the body as it is, without Content-Encoding"
+            raise HTTPError(415, detail, Accept_Encoding="identity")
 
     def accepts(self, *offers: str) -> str:
         """Return which of these media types the client likes best (RFC 9110, 12.5.1).
@@ -4234,14 +4265,34 @@ def patience_of(app: App, request: Request) -> Tuple[float, Mapping[str, str]]:
             return min(seconds(request.query["wait"]), app.max_wait), {}
     except ValueError as right:
         raise HTTPError(400, "wait must be %s" % right) from None
-    prefer = request.headers.get("prefer", "")
-    match = re.search(
-        r"(?:^|[,;])\s*wait\s*=\s*\"?([0-9]{1,9})\"?\s*(?:$|[,;])", prefer
-    )
-    if not match:
+    wished = preferences(request.headers.get("prefer", "")).get("wait", "")
+    if not re.fullmatch("[0-9]{1,9}", wished):
         return 0, {}
-    wait = min(int(match.group(1)), app.max_wait)
+    wait = min(int(wished), app.max_wait)
     return wait, {"Preference-Applied": "wait=%d" % wait}
+
+
+# A preference, or a parameter of one, and what separates it from the one before.
+_PREFERENCE = re.compile(
+    r"(^|[,;])[ \t]*(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*"
+    r'(?:=[ \t]*(?:([^\s",;]+|"(?:[^"\\]|\\.)*")[ \t]*)?)?)?(?=[,;]|$)'
+)
+MAX_PREFER = 1000  # characters of the header Prefer that are read
+
+
+def preferences(text: str) -> Dict[str, str]:
+    """Return the preferences of a header Prefer and their values (RFC 7240, 2).
+
+    Names are in lower case, and values without their quotes. Of several with one name
+    the first counts. Parameters are dropped, and so is what is malformed, since a
+    preference may always be ignored.
+    """
+    found: Dict[str, str] = {}
+    for separator, name, value in _PREFERENCE.findall(text[:MAX_PREFER]):
+        if name and separator != ";":
+            plain = re.sub(r"\\(.)", r"\1", value[1:-1]) if value[:1] == '"' else value
+            found.setdefault(name.lower(), plain)
+    return found
 
 
 def id_of_key(key: str) -> str:
@@ -4523,6 +4574,11 @@ Labels = Mapping[str, str]
 Metric = List[str]  # its lines
 
 
+def show_options(app: App, request: Request) -> Reply:
+    """List the methods that a path takes or, for *, that any path takes."""
+    return Reply(204, headers={"Allow": allowed_methods(request.label)})
+
+
 def show_metrics(app: App, request: Request) -> Reply:
     """Give the metrics, for Prometheus."""
     metrics = itertools.chain(task_metrics(app), http_metrics(app), process_metrics())
@@ -4669,7 +4725,7 @@ REFUSALS = {
     408: "The request came too slowly.",
     409: "The task's state does not allow it, or another task has this id.",
     410: "The task was deleted or has expired, or what was submitted is lost.",
-    411: "A body must come with its Content-Length.",
+    411: "A body must come with its Content-Length, or in chunks.",
     413: "The body is too large.",
     414: "The target is too long.",
     415: "The body must be application/json.",
@@ -4678,7 +4734,7 @@ REFUSALS = {
     422: "JSON, but not a task that can be run; errors points to each problem.",
     431: "The headers are too long.",
     500: "An error of the service.",
-    501: "Nobody knows this method.",
+    501: "Nobody knows this method or transfer coding.",
     503: "There is no room now, or the service shuts down.",
     505: "This is HTTP/1.1.",
 }
@@ -4687,7 +4743,8 @@ ANYWHERE = frozenset(REFUSALS) - {404, 406, 409, 410, 415, 422}
 # The headers that come with some answers.
 _BESIDE = {
     "html": "Content-Security-Policy", "events": "X-Accel-Buffering",
-    401: "WWW-Authenticate", 405: "Allow", 409: "Retry-After", 503: "Retry-After",
+    401: "WWW-Authenticate", 405: "Allow", 409: "Retry-After", 415: "Accept-Encoding",
+    503: "Retry-After",
 }
 # fmt: on
 
@@ -4912,6 +4969,14 @@ for _route in ROUTES:
     if _route.method == "GET":
         _ROUTES[_route.path]["HEAD"] = _route
 
+_OPTIONS = Route("OPTIONS", "*", show_options, {204: ""})  # of every path, too
+
+
+def allowed_methods(path: str) -> str:
+    """Return the value of the header Allow for a path, or for *."""
+    methods = _ROUTES[path] if path != "*" else set().union(*_ROUTES.values())
+    return ", ".join(sorted({*methods, "OPTIONS"}))
+
 
 def find_route(request: Request) -> Route:
     """Return a request's route, and note its task id and query; raises HTTPError."""
@@ -4923,16 +4988,17 @@ def find_route(request: Request) -> Route:
         if task_id:  # nothing is no id, and to the feed it would mean all tasks
             request.task_id = task_id.lower()
             path = above + "{id}" + slash + below
-    methods = _ROUTES.get(path)
-    if methods is None:
+    if path not in _ROUTES and path != "*":
         raise HTTPError(
             404, "there is nothing at %s; GET / lists what is" % request.path
         )
     request.label = path
-    if request.method not in methods:
-        allowed = ", ".join(sorted(methods))
-        raise HTTPError(405, "%s takes %s" % (request.path, allowed), Allow=allowed)
-    route = methods[request.method]
+    route = _OPTIONS
+    if request.method != "OPTIONS":
+        if request.method not in _ROUTES[path]:
+            allowed = allowed_methods(path)
+            raise HTTPError(405, "%s takes %s" % (request.path, allowed), Allow=allowed)
+        route = _ROUTES[path][request.method]
     if request.query_text:
         request.query = read_query(request.query_text, route.query)
     request.route = route
@@ -5094,7 +5160,11 @@ def is_foreign(request: Request) -> bool:
 # -- the wire --------------------------------------------------------------
 
 _REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (\S+) HTTP/([0-9])\.([0-9])")
+_START = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+( [^\n]*)?)?")  # of such a line
+_ABSOLUTE = re.compile(r"https?://([^/?#]+)(/?)(.*)", re.IGNORECASE)
 _TARGET = re.compile(r'/[^\x00-\x20"#<>\\^`{|}\x7f-\xff]*')
+# The line before a chunk: its size, and extensions, which nobody here reads.
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})((?:;[\t\x20-\x7e\x80-\xff]*)?)")
 # One whole line each: a token, the colon right behind it, no control characters.
 _HEADER = re.compile(
     r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)(?:\r\n|\Z)",
@@ -5119,32 +5189,69 @@ def parse_head(head: bytes) -> Request:
     """Read a request's head, without its closing empty line; raises HTTPError.
 
     Stricter than RFC 9112 asks for, since what two readers understand differently can
-    be used to smuggle a request past one of them. This is no proxy: a target is a path.
+    be used to smuggle a request past one of them.
     """
-    if head.count(b"\n") != head.count(b"\r\n"):
-        raise HTTPError(400, "lines must end in CR LF")
     line, _, block = head.decode("latin-1").partition("\r\n")
+    method, target, version, authority = parse_request_line(line)
+    check_line_ends(block.encode("latin-1"))
+    # Long ones are not kept: some odd ones would fill megabytes that nobody asks for.
+    headers = (_headers if len(block) <= PIECE else _headers.__wrapped__)(block)
+    host = headers.get("host")
+    if host is None and version != "1.0":
+        raise HTTPError(400, "the header Host is missing")
+    if host and not _HOST.fullmatch(host):
+        raise HTTPError(400, "the header Host is not that of a host")
+    if authority:  # it takes the place of Host (RFC 9112, 3.2.2)
+        headers = {**headers, "host": authority}
+    return Request(method, target, version, headers)
+
+
+def parse_request_line(line: str) -> Tuple[str, str, str, str]:
+    """Return the method, the path with its query, the version and the authority.
+
+    The authority is that of a target in absolute form, such as http://localhost/healthz,
+    and "" otherwise. Raises HTTPError.
+    """
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        raise HTTPError(400, "the first line is not that of an HTTP/1.1 request")
+        raise no_request_line()
     method, target, major, minor = match.groups()
     if major != "1":
         raise HTTPError(505, "this is HTTP/1.1")
     if len(target) > MAX_TARGET:
         raise HTTPError(414, "the target is longer than %d bytes" % MAX_TARGET)
-    if not _TARGET.fullmatch(target):
+    authority, absolute = "", _ABSOLUTE.fullmatch(target)
+    if absolute:
+        authority, target = absolute.group(1), "/" + absolute.group(3)
+        if authority.startswith(":") or not _HOST.fullmatch(authority):
+            raise HTTPError(400, "the target names no host")
+    if not _TARGET.fullmatch(target) and (method, target) != ("OPTIONS", "*"):
         raise HTTPError(
             400, "the target must be a path, with what is special in it as %XX"
         )
-    # Long ones are not kept: some odd ones would fill megabytes that nobody asks for.
-    headers = (_headers if len(block) <= PIECE else _headers.__wrapped__)(block)
-    request = Request(method, target, "1.0" if minor == "0" else "1.1", headers)
-    host = request.headers.get("host")
-    if host is None and request.version != "1.0":
-        raise HTTPError(400, "the header Host is missing")
-    if host and not _HOST.fullmatch(host):
-        raise HTTPError(400, "the header Host is not that of a host")
-    return request
+    return method, target, "1.0" if minor == "0" else "1.1", authority
+
+
+def check_start(head: bytes) -> None:
+    """Raise HTTPError if this can't be how a head begins: none is waited for then."""
+    line, end, block = head.partition(b"\r\n")
+    if end:
+        parse_request_line(line.decode("latin-1"))
+    elif not _START.fullmatch(line):
+        raise no_request_line()
+    check_line_ends(block)
+
+
+def no_request_line() -> HTTPError:
+    """Return the error for a first line that is not one of HTTP."""
+    detail = 'the first line must be like "GET / HTTP/1.1", and lines end in CR LF'
+    return HTTPError(400, detail)
+
+
+def check_line_ends(block: bytes) -> None:
+    """Raise HTTPError for a line that does not end in CR LF."""
+    if block.count(b"\n") != block.count(b"\r\n"):
+        raise HTTPError(400, "lines must end in CR LF")
 
 
 @functools.lru_cache(maxsize=128)  # clients of a kind send the same ones
@@ -5356,22 +5463,30 @@ class Connection(socketserver.BaseRequestHandler):
         if request is None or head != self.last_head or token is not self.last_token:
             request = self.last = self._understand(head)
             self.last_head, self.last_token = head, token
-        if request.length:
-            if request.length > len(self.buffer) and "expect" in request.headers:
-                self._flush()
-                if request.version != "1.0":
-                    self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.body = self._read_body(request.length)
+        if request.length or request.chunked:
+            if "expect" in request.headers:
+                self._meet_expectation(request)
+            if request.chunked:
+                request.body = self._read_chunks()
+            else:
+                request.body = self._read_body(request.length)
         return request
+
+    def _meet_expectation(self, request: Request) -> None:
+        """Ask for a body that is held back, unless the head alone is refused."""
+        self.refused = request
+        if find_route(request).takes:
+            request.check_body_type()
+        self.refused = None
+        if request.version != "1.0" and len(self.buffer) < (request.length or 1):
+            self._flush()
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _understand(self, head: bytes) -> Request:
         """Read a head; raises HTTPError."""
         request = self.refused = parse_head(head)
         self.server.app.access.check(request)  # before anything is done or told
-        if request.length > self.server.max_body:
-            raise HTTPError(
-                413, "the body is larger than %d bytes" % self.server.max_body
-            )
+        self._check_body_size(request.length)
         if request.headers.get("expect", "100-continue").lower() != "100-continue":
             raise HTTPError(417, "only 100-continue can be expected")
         self.refused = None
@@ -5392,10 +5507,10 @@ class Connection(socketserver.BaseRequestHandler):
             if end and len(head) <= MAX_HEAD:
                 self.buffer = rest
                 return head
+            if not (blank and head == b"\r"):  # else it may become the blank line
+                check_start(head)
             if end or len(head) > MAX_HEAD + 3:  # of the end, 3 bytes may be there
                 raise self._too_long(head)
-            if head.count(b"\n") != head.count(b"\r\n"):
-                raise HTTPError(400, "lines must end in CR LF")
             self.buffer += self._receive(self.began + self.server.request_timeout)
 
     def _await_request(self) -> bool:
@@ -5414,16 +5529,67 @@ class Connection(socketserver.BaseRequestHandler):
         if self.server.closing:
             self.request.shutdown(socket.SHUT_RD)
 
-    def _read_body(self, length: int) -> bytes:
+    def _read_chunks(self) -> bytes:
+        """Read a body in chunks, without all that is no data (RFC 9112, 7.1)."""
+        body, dropped, size = bytearray(), 0, -1
+        while size:
+            match = _CHUNK.fullmatch(self._read_line(len(body)))
+            if not match:
+                raise HTTPError(400, "a chunk begins with its size, in hexadecimal")
+            size, dropped = int(match.group(1), 16), dropped + len(match.group(2))
+            self._check_body_size(len(body) + size)
+            self._check_dropped(dropped)
+            if size:
+                body += self._read_body(size, len(body))
+                if self._read_body(2, len(body)) != b"\r\n":
+                    raise HTTPError(400, "a chunk is longer than its size")
+        for trailer in iter(lambda: self._read_line(len(body)), b""):
+            dropped += len(trailer)
+            self._check_dropped(dropped)
+            if not _HEADER.fullmatch(trailer.decode("latin-1")):
+                raise HTTPError(400, "a trailer line is malformed")
+        return bytes(body)
+
+    def _check_body_size(self, size: int) -> None:
+        if size > self.server.max_body:
+            detail = "the body is larger than %d bytes" % self.server.max_body
+            raise HTTPError(413, detail)
+
+    @staticmethod
+    def _check_dropped(size: int) -> None:
+        if size > MAX_HEAD:
+            detail = "chunk extensions and trailers have more than %d bytes"
+            raise HTTPError(431, detail % MAX_HEAD)
+
+    def _read_line(self, before: int) -> bytes:
+        """Read a line of a body, behind so many bytes of it; raises HTTPError."""
+        deadline = self._body_deadline(before)
+        while True:
+            line, end, rest = self.buffer.partition(b"\r\n")
+            if b"\n" in line:
+                raise HTTPError(400, "lines must end in CR LF")
+            if end:
+                self.buffer = rest
+                return line
+            self._check_dropped(len(line))
+            self.buffer += self._receive(deadline)
+
+    def _body_deadline(self, length: int) -> float:
+        """Until when so many bytes of a body must have come."""
+        patience = self.server.request_timeout + length / self.server.slowest
+        return self.began + patience
+
+    def _read_body(self, length: int, before: int = 0) -> bytes:
+        """Read so many bytes of a body, behind those before; raises HTTPError."""
         body, self.buffer = self.buffer[:length], self.buffer[length:]
         if len(body) == length:
             return body
-        patience = self.server.request_timeout + length / self.server.slowest
+        deadline = self._body_deadline(before + length)
         parts = bytearray(body)  # not a list, since there may be many and tiny ones
         while len(parts) < length:
             # Who sends much is read in larger pieces, who is slow in small ones.
             most = min(length - len(parts), max(PIECE, 4 * len(parts)), LARGE)
-            parts += self._receive(self.began + patience, most)
+            parts += self._receive(deadline, most)
         return bytes(parts)
 
     def _receive(self, deadline: float, most: int = PIECE) -> bytes:

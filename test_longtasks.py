@@ -38,6 +38,7 @@ import threading
 import time
 import tracemalloc
 import unicodedata
+import urllib.parse
 import uuid
 from pathlib import Path
 from typing import Any, Dict, List, Literal, NamedTuple, Optional, Union
@@ -3881,7 +3882,13 @@ def test_text_with_a_lone_surrogate_goes_through(registry):
         ("application/json", 202),
         ("Application/JSON; charset=UTF-8", 202),
         ('application/json;charset="utf-8"', 202),
+        ("application/json; profile=x;", 202),
+        ('application/json ; ieee754compatible=true; x="a;b"', 202),
         ("application/json; charset=latin-1", 415),
+        ('application/json; x=y; charset="iso-8859-1"', 415),
+        ("application/json-patch+json", 415),
+        ("application/jsonx; charset=utf-8", 415),
+        ("text/plain; x=application/json", 415),
         ("application/x-www-form-urlencoded", 415),
         ("text/plain", 415),
         ("", 415),
@@ -3892,6 +3899,15 @@ def test_only_json_is_taken(media, status, service):
     assert answer.status == status
     if status == 415:
         assert_problem(answer, 415, "Content-Type: application/json")
+
+
+def test_a_body_that_is_compressed_is_refused_and_told_how_to_be_sent(service):
+    for coding in ("gzip", "br", "identity, gzip"):
+        answer = submit(service, "long_computation", {}, Content_Encoding=coding)
+        assert_problem(answer, 415, "without Content-Encoding")
+        assert answer.headers["Accept-Encoding"] == "identity"
+    answer = submit(service, "long_computation", {}, Content_Encoding="Identity")
+    assert answer.status == 202
 
 
 def test_a_full_queue_is_503_and_not_ready(gate):
@@ -4192,12 +4208,30 @@ def test_methods_that_a_path_does_not_take_are_405(path, methods, service):
         "PUT",
         "PATCH",
         "DELETE",
-        "OPTIONS",
         "QUERY",
     } - methods:
         answer = call(service, method, path)
         assert_problem(answer, 405)
-        assert set(answer.headers["Allow"].split(", ")) == methods
+        assert set(answer.headers["Allow"].split(", ")) == methods | {"OPTIONS"}
+
+
+@pytest.mark.parametrize("path, methods", expected_methods())
+def test_options_lists_the_methods_of_a_path_and_opens_it_to_no_web_page(
+    path, methods, service
+):
+    answer = call(service, "OPTIONS", path)
+    assert (answer.status, answer.body) == (204, b"")
+    assert set(answer.headers["Allow"].split(", ")) == methods | {"OPTIONS"}
+    assert not [name for name in answer.headers if name.lower().startswith("access")]
+
+
+def test_options_of_the_whole_server_lists_every_method(service):
+    answer = raw(
+        service, b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    )
+    assert answer.startswith(b"HTTP/1.1 204 No Content\r\n")
+    assert b"\r\nAllow: DELETE, GET, HEAD, OPTIONS, POST, PUT\r\n" in answer
+    assert_problem(call(service, "OPTIONS", "/nowhere"), 404)
 
 
 def test_head_is_get_without_a_body(gate):
@@ -4392,6 +4426,32 @@ def test_a_client_may_wait_instead_of_asking_again(gate):
             assert (answer.status, answer.json["status"]) == (200, "completed")
         assert preferred.result().headers["Preference-Applied"] == "wait=20"
         assert "Preference-Applied" not in asked_for[0].result().headers
+
+
+@pytest.mark.parametrize(
+    "prefer, wait",
+    [
+        ("wait=2", "2"),
+        ("Wait = 2", "2"),
+        ('wait="2"', "2"),
+        ("respond-async,\twait=2 ;x", "2"),
+        ('handling=lenient; a="b, wait=3"; c, WAIT=2', "2"),
+        ("wait=2, wait=3", "2"),
+        (", ,wait=2", "2"),
+        (r'a="\", wait=3", wait="\2"', "2"),
+        ("respond-async; wait=2", ""),
+        ("wait", ""),
+        ("wait=", ""),
+        ("wait=-1, wait=2", ""),
+        ("wait=1.5", ""),
+        ("await=2", ""),
+        ("wait=2" + "9" * 9, ""),
+        ("x" * 1000 + ",wait=2", ""),
+    ],
+)
+def test_a_wish_to_wait_is_read_as_its_standard_says(prefer, wait):
+    asked = longtasks.preferences(prefer).get("wait", "")
+    assert (asked if re.fullmatch("[0-9]{1,9}", asked) else "") == wait
 
 
 def test_a_submit_may_wait_too(service):
@@ -5216,6 +5276,7 @@ def test_a_link_from_another_page_may_be_followed_but_not_posted(service):
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
 SUBMIT = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = SUBMIT + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 def refused(service, data, status):
@@ -5238,10 +5299,16 @@ def refused(service, data, status):
         (b"GET / HTTP/1.1 \r\nHost: x\r\n\r\n", 400),
         (b"GET / http/1.1\r\nHost: x\r\n\r\n", 400),
         (b"G\x00T / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-        (b"GET http://x/healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET http:///healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET http://:80/healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET http://u@x/healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET ftp://x/healthz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET http://x/healthz HTTP/1.1\r\n\r\n", 400),
+        (b"GET http://x/healthz HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+        (b"GET http://x/" + b"a" * 8192 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
         (b"GET /a#b HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"GET /\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"PRI * HTTP/2.0\r\n\r\n", 505),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (GET + b"Host: y\r\n\r\n", 400),
@@ -5267,8 +5334,24 @@ def refused(service, data, status):
             GET + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
             400,
         ),
-        (GET + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
-        (GET + b"Transfer-Encoding: xchunked\r\n\r\n", 411),
+        (GET + b"Transfer-Encoding: xchunked\r\n\r\n", 501),
+        (GET + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501),
+        (GET + b"Transfer-Encoding: chunked, gzip\r\n\r\n", 400),
+        (GET + b"Transfer-Encoding: chunked, chunked\r\n\r\n", 400),
+        (GET + b"Transfer-Encoding:\r\n\r\n", 400),
+        (
+            GET.replace(b"1.1", b"1.0")
+            + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            400,
+        ),
+        (CHUNKED + b"5;" + b"x" * 40_000, 431),
+        (CHUNKED + (b"1;" + b"x" * 1000 + b"\r\ny\r\n") * 40, 431),
+        (CHUNKED + b"0\r\n" + b"X: y\r\n" * 40_000, 431),
+        (CHUNKED + b"0\r\nnocolon\r\n\r\n", 400),
+        (CHUNKED + b"100001\r\n", 413),
+        (CHUNKED + b"80000\r\n" + b"x" * 0x80000 + b"\r\n80001\r\n", 413),
+        (CHUNKED + b"f" * 16 + b"\r\n", 413),
+        (CHUNKED + b"f" * 17 + b"\r\n", 400),
         (GET + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n", 400),
         (GET + b"Content-Length: 1048577\r\n\r\n", 413),
         (GET + b"Expect: 200-ok\r\n\r\n", 417),
@@ -5302,10 +5385,109 @@ def test_a_request_that_is_no_clear_http_is_refused(data, status, service):
         GET + b"Connection: x,\tclose\r\n\r\n",
         GET + b"Content-Length: 3\r\nConnection: close\r\n\r\nabc",
         b"GET /healthz? HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET http://x:80/healthz HTTP/1.1\r\nHost: y\r\nConnection: close\r\n\r\n",
+        b"GET HTTPS://[::1]/healthz? HTTP/1.1\r\nHost:\r\nConnection: close\r\n\r\n",
+        b"GET http://localhost HTTP/1.0\r\n\r\n",
+        b"GET http://localhost? HTTP/1.0\r\n\r\n",
+        GET + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n0\r\n\r\n",
     ],
 )
 def test_a_request_that_is_http_is_answered(data, service):
     assert raw(service, data).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_the_host_of_an_absolute_target_is_the_one_that_is_checked(service):
+    def status(target, host, *headers):
+        lines = ["GET %s HTTP/1.0" % target, "Host: " + host, *headers]
+        return raw(service, "\r\n".join([*lines, "", ""]).encode())[9:12]
+
+    types = "http://%s/api/v1/types"
+    assert status(types % "localhost", "evil.example") == b"200"
+    assert status(types % "evil.example", "localhost") == b"421"
+    origin = "Origin: http://localhost:81"
+    assert status(types % "localhost:81", "localhost", origin) == b"200"
+    assert status(types % "localhost", "localhost:81", origin) == b"403"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"EHLO x\r\n",
+        b"GET /\r\n",
+        b"GET / HTTP/2.0\r\n",
+        b"GET / HTTP/1.1\n",
+        b"\x16\x03\x01\x02\x00\x01",
+        b"\r\n\r\n",
+        b"GET nowhere HTTP/1.1\r\n",
+        CHUNKED + b"5\n",
+    ],
+)
+def test_nothing_more_is_waited_for_once_it_cannot_become_a_request(data, service):
+    with socket.create_connection(
+        ("127.0.0.1", service.server.server_port), LONG
+    ) as client:
+        begin = time.monotonic()
+        client.sendall(data)
+        assert re.match(rb"HTTP/1.1 (400|505) ", client.recv(65536))
+        assert time.monotonic() - begin < service.server.request_timeout / 2
+
+
+BODY = b'{"type": "long_computation", "params": {"duration": 0}}'
+
+
+def chunks_of(data, size):
+    """The data as a body in chunks of this size."""
+    parts = [data[at : at + size] for at in range(0, len(data), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in [*parts, b""])
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_a_body_may_come_in_chunks(size, registry):
+    with serving(MAX_BODY=10_000) as service:
+        head = CHUNKED[:-2] + b"Content-Type: application/json\r\n\r\n"
+        data = head + chunks_of(BODY + b" " * (10_000 - len(BODY)), size)
+        last = GET + b"Connection: close\r\n\r\n"
+        answers = re.findall(rb"HTTP/1.1 (\d+)", raw(service, data * 2 + last))
+        assert answers == [b"202", b"202", b"200"]
+        refused(service, head + chunks_of(b" " * 10_001, size), 413)
+
+
+def test_a_body_in_chunks_may_be_asked_for_first(service):
+    head = CHUNKED[:-2] + (
+        b"Content-Type: application/json\r\nExpect: 100-continue\r\n"
+        b"Connection: close\r\n\r\n"
+    )
+    with socket.create_connection(
+        ("127.0.0.1", service.server.server_port), LONG
+    ) as client:
+        client.sendall(head)
+        assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(b"5;a=b\r\n" + BODY[:5] + b"\r\n")
+        client.sendall(chunks_of(BODY[5:], 9)[:-2] + b"Digest: x\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 202 ")
+
+
+@pytest.mark.parametrize(
+    "line, more, status",
+    [
+        ("POST /nowhere", "", 404),
+        ("POST /healthz", "", 405),
+        ("POST /api/v1/tasks", "Content-Type: text/plain", 415),
+        ("POST /api/v1/tasks", "Content-Encoding: gzip", 415),
+        ("POST /api/v1/tasks?x=y", "", 400),
+        ("PUT /api/v1/tasks/x", "Origin: http://elsewhere", 403),
+    ],
+)
+@pytest.mark.parametrize("framing", ["Content-Length: 9", "Transfer-Encoding: chunked"])
+def test_no_body_is_asked_for_that_would_be_refused_anyway(
+    line, more, status, framing, service
+):
+    lines = [line + " HTTP/1.1", "Host: localhost", framing, "Expect: 100-continue"]
+    lines += [more] if more else []
+    if not more.startswith("Content-Type"):
+        lines.append("Content-Type: application/json")
+    refused(service, "\r\n".join([*lines, "", ""]).encode(), status)
 
 
 # -- beside another reader
@@ -5328,7 +5510,7 @@ class Wire:
         self.pieces[:1] = [rest] if rest else []
         return data
 
-    def makefile(self, mode, size):
+    def makefile(self, mode, size=-1):
         return io.BytesIO(b"".join(self.pieces))
 
     def send(self, data):
@@ -5406,20 +5588,37 @@ class Reference(http.server.BaseHTTPRequestHandler):
         return super().parse_request()
 
     def take(self):
-        if "Transfer-Encoding" in self.headers:  # which nobody here can read
-            self.close_connection = True
-            return
-        try:
-            length = int(self.headers.get("Content-Length", 0))
-            body = self.rfile.read(max(0, length))
-        except (ValueError, OverflowError):
-            length, body = -1, b""
-        if len(body) != length:
+        body = self.body()
+        if body is None:
             self.close_connection = True
             return
         version = "HTTP/1.0" if self.request_version == "HTTP/1.0" else "HTTP/1.1"
-        about = self.headers.items(), body
-        self.read.append(as_read(self.command, self.path, version, *about))
+        headers, path = self.headers.items(), self.path
+        if path.lower().startswith(("http://", "https://")):  # RFC 9112, 3.2.2
+            url = urllib.parse.urlsplit(path)
+            headers = [(n, v) for n, v in headers if n.lower() != "host"]
+            headers.append(("host", url.netloc))
+            path = (url.path or "/") + ("?" + url.query if url.query else "")
+        self.read.append(as_read(self.command, path, version, headers, body))
+
+    def body(self):
+        """Return the body as http.client reads it, None where it is not whole."""
+        coding = self.headers.get("Transfer-Encoding")
+        if coding is None:
+            with contextlib.suppress(ValueError, OverflowError):
+                length = int(self.headers.get("Content-Length", 0))
+                body = self.rfile.read(max(0, length))
+                return body if len(body) == length else None
+        elif (
+            coding.strip().lower() == "chunked" and "Content-Length" not in self.headers
+        ):
+            answer = http.client.HTTPResponse(Wire())
+            answer.fp, answer.chunked, answer.chunk_left = self.rfile, True, None
+            answer.length, answer._close_conn = None, lambda: None
+            odd = http.client.HTTPException, ValueError, OverflowError
+            with contextlib.suppress(*odd):
+                return answer.read()
+        return None
 
     def __getattr__(self, name):
         if name.startswith("do_"):
@@ -5453,6 +5652,84 @@ CODINGS = [
     *(b"chunked", b"Chunked", b" chunked", b"\tchunked", b"chunked\t", b"\x0bchunked"),
     *(b"xchunked", b"chunked, identity", b"identity", b"identity, chunked", b""),
     *(b"gzip, chunked", b"chunked;q=1", b'"chunked"', b"chunked\0", b"\xa0chunked"),
+    *(b"chunked, chunked", b"chunked,", b",chunked", b"chunked gzip", b"\x0cchunked"),
+]
+CHUNKS = [  # whole bodies, of which some are in chunks
+    *(b"5\r\nabcde\r\n0\r\n\r\n", b"5\r\nabcde\r\n00\r\n\r\n", b"0\r\n\r\n"),
+    *(b"05\r\nabcde\r\n0\r\n\r\n", b"A\r\n0123456789\r\na\r\n9876543210\r\n0\r\n\r\n"),
+    *(b"5;a=b\r\nabcde\r\n0;c\r\n\r\n", b'5;a="b;\xe9"\r\nabcde\r\n0\r\n\r\n'),
+    *(
+        b"5 \r\nabcde\r\n0\r\n\r\n",
+        b" 5\r\nabcde\r\n0\r\n\r\n",
+        b"5 ;a\r\nabcde\r\n0\r\n\r\n",
+    ),
+    *(
+        b"\t5\r\nabcde\r\n0\r\n\r\n",
+        b"5\x0b\r\nabcde\r\n0\r\n\r\n",
+        b"5\0\r\nabcde\r\n0\r\n\r\n",
+    ),
+    *(
+        b"+5\r\nabcde\r\n0\r\n\r\n",
+        b"-5\r\nabcde\r\n0\r\n\r\n",
+        b"-0\r\n\r\n",
+        b"0x5\r\nabcde\r\n0\r\n\r\n",
+    ),
+    *(
+        b"0_5\r\nabcde\r\n0\r\n\r\n",
+        b"5_\r\nabcde\r\n0\r\n\r\n",
+        b"\xb25\r\nabcde\r\n0\r\n\r\n",
+    ),
+    *(
+        b"5\nabcde\r\n0\r\n\r\n",
+        b"5\r\nabcde\n0\r\n\r\n",
+        b"5\r\nabcde0\r\n\r\n",
+        b"5\r\nabcde\r\n0\n\n",
+    ),
+    *(b"5\r\nabcdef\r\n0\r\n\r\n", b"5\r\nabc\r\n0\r\n\r\n", b"5\r\nabcde\r0\r\n\r\n"),
+    *(
+        b"5;\nabcde\r\n0\r\n\r\n",
+        b"5;a\rb\r\nabcde\r\n0\r\n\r\n",
+        b"5;\0\r\nabcde\r\n0\r\n\r\n",
+    ),
+    *(
+        b"5\r\n\r\nabcde\r\n0\r\n\r\n",
+        b"\r\n5\r\nabcde\r\n0\r\n\r\n",
+        b"x\r\n\r\n",
+        b"\r\n\r\n",
+    ),
+    *(
+        b"0\r\nX: y\r\n\r\n",
+        b"0\r\nX: y\r\nZ:\r\n\r\n",
+        b"0\r\nX : y\r\n\r\n",
+        b"0\r\n X: y\r\n\r\n",
+    ),
+    *(
+        b"0\r\nX: y\n\r\n",
+        b"0\r\nX\r\n\r\n",
+        b"0\r\nContent-Length: 9\r\n\r\n",
+        b"0\r\n: y\r\n\r\n",
+    ),
+    *(
+        b"0\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"0\r\n\n",
+        b"0\r\nX: \0\r\n\r\n",
+        b"0\r\n",
+    ),
+    *(
+        b"3e8\r\n" + b"x" * 1000 + b"\r\n0\r\n\r\n",
+        b"3e9\r\n" + b"x" * 1001 + b"\r\n0\r\n\r\n",
+    ),
+    *(
+        b"ffffffff\r\nx",
+        b"100000005\r\nabcde\r\n0\r\n\r\n",
+        b"f" * 16 + b"\r\nx",
+        b"f" * 17 + b"\r\nx",
+    ),
+    *(
+        b"10000000000000005\r\nabcde\r\n0\r\n\r\n",
+        b"0" * 16 + b"\r\n\r\n",
+        b"0" * 17 + b"\r\n\r\n",
+    ),
 ]
 FIELDS = [
     *(b"Content-Length : 5", b"Content-Length\t: 5", b" Content-Length: 5"),
@@ -5524,6 +5801,14 @@ ODD = [  # each with something behind it, which must never be taken for its body
         for each in CODINGS
         for before in (b"", b"Content-Length: 5\r\n")
     ),
+    *(
+        START.replace(b"1.1", version) + coding + b"\r\n\r\n" + each + HELLO
+        for each in CHUNKS
+        for version, coding in [
+            (b"1.1", b"Transfer-Encoding: chunked"),
+            (b"1.0", b"Transfer-Encoding: chunked\r\nConnection: keep-alive"),
+        ]
+    ),
     *(START + each + b"\r\n\r\nabcde" + HELLO for each in FIELDS),
     *(each + b"\r\nHost: x\r\n\r\n" + HELLO for each in LINES),
     *(each + b"\r\n\r\n" + HELLO for each in LINES),
@@ -5550,6 +5835,7 @@ def mutated(data, chance):
     bits = [b"\0", b"\t", b" ", b"\x0b", b"\x0c", b"\r", b"\n", b"\r\n", b":", b","]
     bits += [b"_", b"+", b"-", b"\x80", b"\x85", b"\xa0", b'"', b"#", b"%00", b"0"]
     bits += [b"Content-Length: 5\r\n", b"\r\n ", b"\r\n\r\n", b"HTTP/1.1", b"GET "]
+    bits += [b"Transfer-Encoding: chunked\r\n", b"5\r\n", b"0\r\n", b";", b"http://y"]
     for _ in range(chance.choice((1, 1, 2, 3))):
         at, length = chance.randrange(len(data) + 1), chance.choice((0, 0, 1, 2, 9))
         bit = chance.choice(
@@ -5562,8 +5848,12 @@ def mutated(data, chance):
 @pytest.mark.parametrize("seed", range(10))
 def test_what_grew_odd_by_chance_is_read_alike_or_refused(seed, reader):
     chance, read = random.Random(seed), 0
-    bodies = [START + b"Content-Length: 5\r\nX: y\r\n\r\nabcde" + HELLO]
-    for _ in range(1000):
+    bodies = [
+        START + b"Content-Length: 5\r\nX: y\r\n\r\nabcde" + HELLO,
+        START + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKS[4] + HELLO,
+        HELLO.replace(b"/a", b"http://y/a") + HELLO,
+    ]
+    for _ in range(1500):
         known = chance.choice([*ODD, *bodies * 100, *[HELLOS] * 100])
         read += len(compare(reader, mutated(known, chance)))
     assert read > 150, "or there was nothing to compare"
@@ -5690,6 +5980,8 @@ EVIL = b"GET /evil HTTP/1.1\r\nHost: localhost\r\n\r\n"
             "Content-Length: %d\r\nOrigin: http://elsewhere",
             "Content-Length: 9999999%d",
             "Transfer-Encoding: chunked\r\nX: %d",
+            "Transfer-Encoding: x\r\nX: %d",
+            "Transfer-Encoding: chunked, x\r\nX: %d",
             "Content-Length: %d\r\nTransfer-Encoding: chunked",
         )
     ],

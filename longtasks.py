@@ -528,6 +528,7 @@ class Task(NamedTuple):
         if self.status != PROCESSING:
             return self
         task = self._replace(interruptions=self.interruptions + 1)
+        now = max(now, task.started_at or now)
         if task.cancel_requested:
             return task.moved_to(CANCELLED, ended_at=now, error=CANCELLED_RUNNING)
         if task.interruptions < MAX_INTERRUPTIONS:
@@ -788,6 +789,7 @@ class Context:
         "attempt",
         "type",
         "grace",
+        "began",
         "why",
         "_progress",
         "_stop",
@@ -815,6 +817,7 @@ class Context:
             1.5  # seconds from being told to stop to being killed, if it can be
         )
         self.max_result = sys.maxsize  # bytes, for a child process to know
+        self.began = 0.0  # on the monotonic clock
         self.why = ""  # it is to stop
         self._progress: Optional[Tuple[float, str]] = None
         self._stop = Latch()
@@ -2736,6 +2739,7 @@ class Entry(NamedTuple):
     task_id: str
     type: str
     attempt: int  # the task's; once it has been started, this entry means nothing
+    since: float = 0.0  # when the task could start, on the monotonic clock
 
 
 _LAST = Entry(math.inf, 0, "", "", 0)  # behind all others: there will be no more
@@ -2785,6 +2789,10 @@ class Agenda:
             return None, None
         wait = self._heap[0].when - self._ticks()
         return (None, wait) if wait > 0 else (self._timers.pop(self._heap[0].key), 0)
+
+    def has(self, key: Any) -> bool:
+        """Whether something is planned under this key."""
+        return key in self._timers
 
     def later_than(self, when: float) -> List[Any]:
         """The keys of what is not done before this time."""
@@ -2839,13 +2847,18 @@ class Ledger:
         self._queued = 0  # bytes of pending tasks, and of those that are not yet
         self._held = 0  # bytes of finished tasks
         # Counts on from the time, so that a list's `after` still holds after a restart.
-        self._last_seq = int(clock() * 1e6)
+        self._last_seq = self._first_seq = int(clock() * 1e6)
+        # Ids of tasks that an earlier process delayed, by the wall clock.
+        self._delayed_before: Set[str] = set()
+        self._begun = ticks()
+        self._offset = clock() - self._begun  # of the wall clock
         self._when_done: Optional[Callable[[], None]] = None  # set: draining
         self._drained_by = math.inf  # by `ticks`
         self._halted = False  # what runs was told to stop
         self.interrupted = 0  # tasks that were processing when the last process died
         self._regularly(60, self.expire)
         self._regularly(TELL_AFTER, self._tell_progress)
+        self._regularly(1, self._follow_wall_clock)
         if journal:
             self.take_up(journal)
 
@@ -2865,6 +2878,8 @@ class Ledger:
             in_order = sorted(self._tasks.values(), key=lambda task: task.seq)
             self._tasks = {task.id: task for task in in_order}
             self._last_seq = max([self._last_seq] + [t.seq for t in in_order[-1:]])
+            self._first_seq = self._last_seq
+            self._delayed_before = {t.id for t in in_order if t.due_at is not None}
         journal.start(self._written)
 
     # -- the life of a task ------------------------------------------------
@@ -2959,7 +2974,7 @@ class Ledger:
             with self._lock:
                 task = self._startable(entry)
                 if task is not None:
-                    return self._start(task)
+                    return self._start(task, entry.since)
 
     def begin(self, task: Task, context: Context) -> bool:
         """Wait until it is on disk that a task was started; its time begins then.
@@ -2999,18 +3014,19 @@ class Ledger:
         same = task.seq == entry.seq and task.attempt == entry.attempt
         return task.status == PENDING and same
 
-    def _start(self, task: Task) -> Tuple[Task, Context]:
-        """Decide that a task runs. Assumes the lock."""
-        now, attempt = self._clock(), task.attempt + 1
+    def _start(self, task: Task, since: float) -> Tuple[Task, Context]:
+        """Decide that a task runs that could since then. Assumes the lock."""
+        now, attempt = max(self._clock(), task.created_at), task.attempt + 1
         context = Context(task.id, attempt, self._tell, task.type)
         # Half of it, so that what can be killed is over before it is given up.
         context.grace = self.limits.grace / 2
         context.max_result = self.limits.result_bytes
+        context.began = self._ticks()
         self._running[task.id] = context
         self._active[context] = task.type
         self._active_types[task.type] += 1
         if task.due_at or attempt == 1:  # else the process has died since
-            self._tally.add("waiting", task, now - (task.due_at or task.created_at))
+            self._tally.add("waiting", task, context.began - since)
         task = task.moved_to(
             PROCESSING, started_at=now, attempt=attempt, due_at=None, error=None
         )
@@ -3132,7 +3148,7 @@ class Ledger:
         del self._running[context.task_id]
         self._agenda.drop(context)
         ran = self._current(context.task_id)
-        self._tally.add("running", ran, self._clock() - (ran.started_at or 0))
+        self._tally.add("running", ran, self._ticks() - context.began)
         task = self._after(ran, context.why, outcome)
         self._decide(task)
         return task
@@ -3169,8 +3185,9 @@ class Ledger:
         return task.put_back(error=outcome.error, due_at=self._clock() + wait)
 
     def _moved(self, task: Task, status: str, **changes: Any) -> Task:
-        """The task at its end."""
-        changes.update(ended_at=self._clock(), due_at=None)
+        """The task at its end, never before its start, though a clock may be set."""
+        ended_at = max(self._clock(), task.started_at or task.created_at)
+        changes.update(ended_at=ended_at, due_at=None)
         return task.moved_to(status, **changes)
 
     def _stop(self, context: Context, why: str) -> None:
@@ -3229,6 +3246,21 @@ class Ledger:
             self._agenda.plan(do, seconds, self._regularly, seconds, do)
         do()
 
+    def _follow_wall_clock(self) -> None:
+        """Where the wall clock was set, look again at what an earlier process delayed.
+
+        After a start with a clock that is behind, such as before NTP has set it, they
+        would wait for as long as it was wrong.
+        """
+        with self._lock:
+            before, self._offset = self._offset, self._clock() - self._ticks()
+            if abs(self._offset - before) < 1:
+                return
+            self._delayed_before = set(filter(self._agenda.has, self._delayed_before))
+            for task_id in self._delayed_before:
+                self._beyond.discard(task_id)
+                self._enqueue(self._current(task_id))
+
     def _tell_progress(self) -> None:
         """Have those runs tell their progress that could not at once."""
         with self._lock:
@@ -3282,13 +3314,14 @@ class Ledger:
 
     def _enqueue(self, task: Task) -> None:
         rank = -task.options.priority
-        entry = Entry(rank, task.seq, task.id, task.type, task.attempt)
-        wait = (task.due_at or 0) - self._clock()
-        if wait <= 0:
+        wait = (task.due_at or task.created_at) - self._clock()
+        since = self._ticks() + wait
+        entry = Entry(rank, task.seq, task.id, task.type, task.attempt, since)
+        if task.due_at is None or wait <= 0:
             self._ready.put(entry)
             return
         self._agenda.plan(task.id, wait, self._ready.put, entry)
-        if self._ticks() + wait > self._drained_by:
+        if since > self._drained_by:
             self._beyond.add(task.id)
 
     def _prune_queue(self) -> None:
@@ -3495,9 +3528,11 @@ class Ledger:
             self._drop_old(self._clock())
 
     def _too_old(self, task: Task, now: float) -> bool:
-        return (
-            task.ended_at is not None and now - task.ended_at > self.limits.result_ttl
-        )
+        ttl = self.limits.result_ttl
+        if task.ended_at is None or now - task.ended_at <= ttl:
+            return False
+        # Perhaps the clock was set: no task is older than the process that took it in.
+        return task.seq <= self._first_seq or self._ticks() - self._begun > ttl
 
     def _drop_old(self, now: float) -> None:
         """Drop finished tasks past the limits, oldest first. Assumes the lock."""

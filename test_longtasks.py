@@ -2416,6 +2416,99 @@ def test_a_delayed_task_starts_when_it_is_due_also_after_a_restart(tmp_path):
         assert ledger.claim()[0].id == late.id
 
 
+class WallClock(Clock):
+    """A wall clock that goes with another clock, unless it is set."""
+
+    def __init__(self, ticks, ahead=0.0):
+        self.ticks, self.ahead = ticks, ahead
+
+    def __call__(self):
+        return self.ticks() + self.ahead
+
+
+def wall_clocked(ticks, clock, journal=None, **limits):
+    rules = longtasks.Rules(retries=1, backoff=100)
+    return longtasks.Ledger(
+        longtasks.Limits(**limits), clock, journal, lambda type: rules, ticks, {"t"}
+    )
+
+
+@pytest.mark.parametrize("wrong", [-3600, 3600])
+def test_a_clock_that_is_set_after_a_restart_delays_nothing(wrong, tmp_path):
+    ticks = Clock()
+    journal = longtasks.Journal(str(tmp_path / "tasks.db"))
+    ledger = wall_clocked(ticks, WallClock(ticks), journal)
+    delayed = ledger.submit("t", b"{}", longtasks.Options(delay=4000))
+    retried = ledger.submit("t", b"{}")
+    ledger.finish(begun(ledger)[1], FAILED)
+    assert journal.close(LONG)
+    journal = longtasks.Journal(str(tmp_path / "tasks.db"))
+    clock = WallClock(ticks, wrong)
+    ledger = wall_clocked(ticks, clock, journal)
+    ticks.now += 1
+    ledger.tick()
+    clock.ahead = 0
+    ticks.now += 1
+    ledger.tick()
+    ticks.now += 100
+    ledger.tick()
+    assert begun(ledger)[0].id == retried.id
+    assert ledger._ready.empty()
+    ticks.now += 3900
+    ledger.tick()
+    assert begun(ledger)[0].id == delayed.id
+    assert journal.close(LONG)
+
+
+def test_a_delay_of_this_process_is_not_cut_by_a_clock_that_is_set():
+    ticks = Clock()
+    clock = WallClock(ticks, -3600)
+    ledger = wall_clocked(ticks, clock)
+    ledger.submit("t", b"{}", longtasks.Options(delay=60))
+    clock.ahead = 0
+    for passed in (1, 58):
+        ticks.now += passed
+        ledger.tick()
+        assert ledger._ready.empty()
+    ticks.now += 2
+    ledger.tick()
+    assert ledger.claim()
+
+
+def test_a_clock_that_is_set_ages_no_result_of_this_process(tmp_path):
+    ticks = Clock()
+    clock = WallClock(ticks, -9e8)
+    ledger = wall_clocked(ticks, clock, result_ttl=60)
+    task = finished_task(ledger)
+    clock.ahead = 0
+    ticks.now += 50
+    assert ledger.get(task.id).finished
+    ledger.expire()
+    assert ledger.get(task.id).finished
+    ticks.now += 11
+    with pytest.raises(longtasks.ForgottenTask):
+        ledger.get(task.id)
+
+
+def test_times_and_durations_bear_a_clock_that_is_set_back():
+    ticks = Clock()
+    clock = WallClock(ticks)
+    ledger = wall_clocked(ticks, clock)
+    task = ledger.submit("t", b"{}")
+    clock.ahead = -3600
+    ticks.now += 2
+    _, context = ledger.claim()
+    clock.ahead = -7200
+    ticks.now += 3
+    ended = ledger.finish(context, DONE)
+    assert task.created_at <= ended.started_at <= ended.ended_at
+    assert counted(ledger, "waiting") == (1, 2.0)
+    assert counted(ledger, "running") == (1, 3.0)
+    waiting = ledger.submit("t", b"{}")
+    clock.ahead = -9999
+    assert ledger.cancel(waiting.id).ended_at >= waiting.created_at
+
+
 def test_a_delayed_task_can_be_cancelled(either):
     task = either.submit("t", b"{}", longtasks.Options(delay=100))
     assert either.cancel(task.id).status == "cancelled"
@@ -3642,7 +3735,7 @@ def check_books(ledger, ids, news):
     left += ledger._parked.values()
     assert not any(left)
     assert not any(ledger._active_types.values())
-    regular = {ledger.expire, ledger._tell_progress}
+    regular = {ledger.expire, ledger._tell_progress, ledger._follow_wall_clock}
     assert set(ledger._agenda.later_than(0)) == regular
 
 

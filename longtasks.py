@@ -4856,9 +4856,10 @@ def show_openapi(app: App, request: Request) -> Reply:
 
 def openapi(handlers: Mapping[str, Handler], locked: bool) -> Dict[str, Any]:
     """Return the OpenAPI document for these handlers; `locked`: a token is needed."""
-    known = [handlers[name] for name in sorted(handlers)]
+    types = _type_components(handlers)
+    submission = {"oneOf": [_ref(name) for name in types]}
     components = {
-        "schemas": {"Submission": {"oneOf": [*map(_submission, known)]}, **DOCUMENTS},
+        "schemas": {**DOCUMENTS, "Submission": submission, **types},
         "parameters": {name: _parameter(name) for name in PARAMETERS},
         "responses": {str(status): _refused(status) for status in REFUSALS},
         "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
@@ -4866,6 +4867,7 @@ def openapi(handlers: Mapping[str, Handler], locked: bool) -> Dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "longtasks", "version": __version__},
+        "servers": [{"url": "/"}],  # where the document is, behind a proxy too
         "security": [{"token": []}] if locked else [],
         "paths": {
             path: {name.lower(): operation(name, methods[name]) for name in methods}
@@ -4894,10 +4896,31 @@ def operation(method: str, route: "Route") -> Dict[str, Any]:
     return described
 
 
+def _type_components(handlers: Mapping[str, Handler]) -> Dict[str, Any]:
+    """Return a component for each task type, which describes its submissions.
+
+    Generators of clients make a class and a file of each component. So the names are
+    letters and digits, and differ by more than the case of letters.
+    """
+    found: Dict[str, Any] = {}
+    taken = {name.lower() for name in [*DOCUMENTS, "Submission"]}
+    for type in sorted(handlers):
+        words = re.findall("[A-Za-z0-9]+", type)
+        base = "".join(word[0].upper() + word[1:] for word in words) + "Task"
+        base = name = base if base[0].isalpha() else "Type" + base
+        number = 1
+        while name.lower() in taken:
+            number += 1
+            name = "%s%d" % (base, number)
+        taken.add(name.lower())
+        found[name] = _submission(handlers[type])
+    return found
+
+
 def _submission(known: Handler) -> Dict[str, Any]:
     own = {"type": {"const": known.name}, "params": known.schema}
-    about = {"title": known.name, "description": known.description}
-    return {**SUBMISSION, **about, "properties": {**SUBMISSION["properties"], **own}}
+    properties = {**SUBMISSION["properties"], **own}
+    return {**SUBMISSION, "description": known.description, "properties": properties}
 
 
 def _parameter(name: str) -> Dict[str, Any]:

@@ -5111,6 +5111,46 @@ def test_the_schema_of_a_submission_holds_for_what_is_taken(submission, registry
     assert taken == (longtasks.checker(schema)(submission) == ())
 
 
+def test_each_task_type_has_a_component_whose_name_can_be_a_class(registry):
+    registry.clear()
+    for name in [
+        "say hi",
+        "say-hi",
+        "Say hi",
+        "sayhi2",
+        "7zip",
+        "\u65e5\u672c",
+        "$",
+        "Result",
+    ]:
+        handler(name)(lambda: None)
+    schemas = longtasks.openapi(registry, False)["components"]["schemas"]
+    found = {
+        schema["properties"]["type"]["const"]: name
+        for name, schema in schemas.items()
+        if "const" in schema.get("properties", {}).get("type", {})
+    }
+    assert found == {
+        "$": "Task",
+        "7zip": "Type7zipTask",
+        "Result": "ResultTask",
+        "Say hi": "SayHiTask",
+        "say hi": "SayHiTask2",
+        "say-hi": "SayHiTask3",
+        "sayhi2": "Sayhi2Task",
+        "\u65e5\u672c": "Task2",
+    }
+    refs = [part["$ref"] for part in schemas["Submission"]["oneOf"]]
+    assert refs == ["#/components/schemas/" + found[name] for name in sorted(registry)]
+    assert len({name.lower() for name in schemas}) == len(schemas)
+    # Generators take a title for the name of the class.
+    assert not any("title" in schema for schema in schemas.values())
+
+
+def test_openapi_names_the_server_that_the_document_came_from():
+    assert longtasks.openapi({}, False)["servers"] == [{"url": "/"}]
+
+
 @pytest.mark.parametrize(
     "key",
     ["x", '"', '""', '"x"', "x" * 255, "x" * 256, '"%s"' % ("x" * 255), '"""', "é"],

@@ -337,6 +337,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 task, 2 tasks."""
+    return "%d %s%s" % (number, noun, "" if number == 1 else "s")
+
+
 # Control characters, what separates lines, what turns the direction of text around
 # (Unicode's bidirectional controls), and half characters.
 _OBEYED = re.compile(
@@ -1007,6 +1012,9 @@ def handler(
 
 
 def _check_name(name: str) -> None:
+    if inspect.isroutine(name) or inspect.isclass(name):
+        text = 'it is @handler without brackets: write @handler("%s")'
+        raise HandlerError(text % name.__name__)
     if not isinstance(name, str) or not 0 < len(name) <= 100 or not name.isprintable():
         raise HandlerError("a task type's name is 1 to 100 printable characters")
     if name in HANDLERS:
@@ -1016,7 +1024,8 @@ def _check_name(name: str) -> None:
 def _check_rules(rules: Mapping[str, float]) -> None:
     for name, value in rules.items():
         if name not in Rules._fields:
-            raise HandlerError("no such thing as %s" % name)
+            known = ", ".join(["limits", "isolated", *Rules._fields])
+            raise HandlerError("no such thing as %s; known: %s" % (name, known))
         kinds = (int,) if name in ("retries", "max_running") else (int, float)
         if type(value) not in kinds or not 0 <= value < math.inf:
             raise HandlerError("%s can't be %r" % (name, value))
@@ -1155,6 +1164,9 @@ def schema_of(annotation: Any) -> Dict[str, Any]:
 
 
 def _narrow(properties: Dict[str, Any], param: str, limit: Mapping[str, float]) -> None:
+    if not isinstance(limit, Mapping):
+        right = 'limits: write {"%s": {"minimum": 0, "maximum": 9}}'
+        raise HandlerError(right % param)
     unknown = sorted(set(limit) - {"minimum", "maximum"})
     if not isinstance(properties.get(param), dict) or unknown:
         raise HandlerError(
@@ -2072,12 +2084,15 @@ def run(files, name, params, whole):
 
 def load_executor(text: str) -> None:
     """Make the executor that FILE:FACTORY stands for; raises HandlerError."""
-    file, colon, name = text.rpartition(":")
-    if not colon:
+    file, _, name = text.rpartition(":")
+    if not (file and name):
         raise HandlerError("--executor %s: write FILE:FACTORY" % shown(text))
-    module = _load_file("--executor", file)
+    factory = getattr(_load_file("--executor", file), name, None)
+    if not callable(factory):
+        detail = "%s has no function %s" % (file, shown(name))
+        raise HandlerError("--executor %s: %s" % (text, detail))
     try:
-        executor = getattr(module, name)()
+        executor = factory()
     except Exception as error:
         raise HandlerError("--executor %s: %s" % (text, describe(error))) from None
     if not callable(getattr(executor, "submit", None)):
@@ -2086,6 +2101,8 @@ def load_executor(text: str) -> None:
         if known.isolated and known.context:
             detail = "the isolated task type %s takes a Context, and none goes there"
             raise HandlerError("--executor %s: %s" % (text, detail % shown(known.name)))
+    if not any(known.isolated for known in HANDLERS.values()):
+        log.warning("--executor %s has nothing to run: no handler is isolated", text)
     EXECUTOR[:] = [executor]
 
 
@@ -2264,6 +2281,9 @@ class Journal:
 
     def _exists(self) -> bool:
         """Whether there is a journal; raises JournalError if it is something else."""
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            raise JournalError("DB %s: there is no folder %s" % (self.path, folder))
         if not os.path.exists(self.path):
             return False
         if not os.path.isfile(self.path):
@@ -3493,12 +3513,15 @@ class Ledger:
             text = " holds %d tasks, more than may wait, %d"
             raise Invalid([((), text % (more, self.limits.queue))])
         if waiting + more > self.limits.queue:
-            raise QueueFull("the queue is full: %d tasks wait" % waiting)
+            text = "the queue is full: %s waiting"
+            raise QueueFull(text % counted(waiting, "task"))
         if self._queued >= self.limits.queue_bytes:
-            raise QueueFull("the queue is full: %d bytes wait" % self._queued)
+            text = "the queue is full: %s waiting"
+            raise QueueFull(text % counted(self._queued, "byte"))
         stuck = self._stuck()
         if stuck >= self.limits.stuck:
-            raise Unavailable("%d handlers do not stop; restart the service" % stuck)
+            text = "too many handlers do not stop (%d); restart the service"
+            raise Unavailable(text % stuck)
 
     def _check_journal(self) -> None:
         error = self._journal and self._journal.error
@@ -3733,7 +3756,7 @@ class Pool:
         try:
             thread.start()
         except RuntimeError as error:  # the system has no thread left
-            log.error("only %d workers: %s", self._threads, error)
+            log.error("only %s: %s", counted(self._threads, "worker"), error)
         else:
             self._threads += 1
             self._idle += 1
@@ -4408,7 +4431,7 @@ def show_log(app: App, request: Request) -> Reply:
     task = app.ledger.get(request.task_id)
     lines, dropped = app.ledger.feed.log_of(task.id)
     if dropped:
-        lines.insert(0, "(%d lines before these were dropped)" % dropped)
+        lines.insert(0, "(dropped before these: %s)" % counted(dropped, "line"))
     text = "".join(line + "\n" for line in lines)
     return Reply(200, text.encode("utf-8", "backslashreplace"), TEXT)
 
@@ -5610,7 +5633,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _check_body_size(self, size: int) -> None:
         if size > self.server.max_body:
-            detail = "the body is larger than %d bytes" % self.server.max_body
+            detail = "the body is larger than " + counted(self.server.max_body, "byte")
             raise HTTPError(413, detail)
 
     @staticmethod
@@ -6113,7 +6136,7 @@ class Server(ThreadingHTTPServer):
 
     def crowded_text(self) -> str:
         """Why there is no place for a client."""
-        return "%d clients are connected, as many as may" % self.max_connections
+        return counted(self.max_connections, "client") + " connected, as many as may"
 
     def crowded_reply(self) -> Reply:
         """What a client is told for whom there is no place."""
@@ -6741,8 +6764,11 @@ def types_command(client: Client, args: Any) -> int:
 
 
 def help_command(client: Client, args: Any) -> int:
-    """List the commands."""
-    put_table(*((name, command.help) for name, command in CLIENT.items()))
+    """List the commands, or tell about one."""
+    if args.command:
+        put_out(client_parser(args.command).format_help().rstrip())
+    else:
+        put_table(*((name, command.help) for name, command in CLIENT.items()))
     return 0
 
 
@@ -6774,6 +6800,7 @@ _LIST = (
     ("--order", "ORDER", "desc: newest first, as if not given; asc: oldest first"),
     _JSON,
 )
+_HELP = [("command?", "COMMAND", "the one to tell about")]
 _RESULT = (_ID, ("--wait", "", "until the task has ended"))
 
 CLIENT = {
@@ -6784,7 +6811,7 @@ CLIENT = {
     "cancel": Command(look("POST", "/cancel"), "cancel a task", [_ID]),
     "list": Command(list_command, "list tasks, newest first", _LIST),
     "types": Command(types_command, "list the task types", [_JSON]),
-    "help": Command(help_command, "list the commands", []),
+    "help": Command(help_command, "list the commands, or tell about one", _HELP),
 }
 
 
@@ -6804,9 +6831,6 @@ def client_main(name: str, argv: Sequence[str]) -> int:
 def dispatch(name: str, argv: Sequence[str]) -> int:
     """Run a command of the client, and tell what went wrong; return the exit code."""
     try:
-        if name not in CLIENT:
-            text = "there is no command %s, only %s"
-            raise ClientError(REFUSED, text % (shown(name), ", ".join(CLIENT)))
         args = client_parser(name).parse_intermixed_args(argv)
         return CLIENT[name].run(make_client(args.url, os.environ), args)
     except SettingsError as error:
@@ -6819,7 +6843,10 @@ def dispatch(name: str, argv: Sequence[str]) -> int:
 
 
 def client_parser(name: str) -> Any:
-    """Return the parser of a command's arguments."""
+    """Return the parser of a command's arguments; raises ClientError."""
+    if name not in CLIENT:
+        text = "there is no command %s, only %s; without a command it is the service"
+        raise ClientError(REFUSED, text % (shown(name), ", ".join(CLIENT)))
     parser = make_parser(
         "; %s --help tells more" % name,
         prog="longtasks.py " + name,
@@ -6830,9 +6857,11 @@ def client_parser(name: str) -> Any:
         about: Dict[str, Any] = {"metavar": metavar} if metavar else {}
         if argument.endswith("*"):
             about.update(nargs="*", default=[])
+        elif argument.endswith("?"):
+            about.update(nargs="?")
         elif not metavar:
             about.update(action="store_true")
-        parser.add_argument(argument.rstrip("*"), help=text, **about)
+        parser.add_argument(argument.rstrip("*?"), help=text, **about)
     return parser
 
 
@@ -6965,17 +6994,19 @@ class Service:
         try:
             return Server(address, app, *most, self.supervisor.listener)
         except OSError as error:
-            text = error.strerror or error
+            text = error.strerror or str(error)
+            if error.filename:  # the folder of a Unix socket
+                text += ": " + str(error.filename)
             raise SettingsError("%s: can't listen: %s" % (where, text)) from None
 
     def start(self) -> None:
         """Begin to work and to listen; raises SettingsError."""
-        workers, url = self.settings["WORKER_COUNT"], self.server.url
-        log.info("listening on %s, %d workers, pid %d", url, workers, os.getpid())
+        workers = counted(self.settings["WORKER_COUNT"], "worker")
+        log.info("listening on %s, %s, pid %d", self.server.url, workers, os.getpid())
         if self.journal:
             counts, interrupted = self.ledger.counts(), self.ledger.interrupted
-            text = "journal %s: %d tasks wait, %d are finished, %d were interrupted"
-            found = counts.pending, counts.finished, interrupted
+            found = counted(counts.pending, "task"), counts.finished, interrupted
+            text = "journal %s: %s waiting, %d finished, %d interrupted"
             log.info(text, self.journal.path, *found)
             if interrupted:
                 self._tell_given_up()
@@ -7012,14 +7043,15 @@ class Service:
             saved = self.journal.close(JOURNAL_PATIENCE)
             if not saved:
                 log.error("the journal could not be written: what ended is run again")
-            message = "stopped, %d tasks finished, %d put back, %d left waiting"
-            log.info(message, len(ran) - put_back, put_back, len(left) - put_back)
+            finished = counted(len(ran) - put_back, "task")
+            message = "stopped, %s finished, %d put back, %d left waiting"
+            log.info(message, finished, put_back, len(left) - put_back)
             return 0 if saved else 1
         for task in left:
             line = {"id": task.id, **submission_document(task)}
             fields = {"task_id": task.id, "type": task.type, "task": line}
             log.error("given up", extra={"fields": fields})
-        log.info("stopped, %d tasks given up", len(left))
+        log.info("stopped, %s given up", counted(len(left), "task"))
         return 1 if left else 0
 
     def _drain(self, name: str, events: Events) -> Tuple[List[str], List[Task]]:

@@ -288,6 +288,14 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default():
     assert longtasks.read_settings(["--port", "82"], {"PORT": "81"})["PORT"] == 82
 
 
+def test_a_number_has_its_noun_in_the_singular_where_it_is_one():
+    assert [longtasks.counted(n, "task") for n in (0, 1, 2)] == [
+        "0 tasks",
+        "1 task",
+        "2 tasks",
+    ]
+
+
 def test_an_empty_variable_counts_as_unset():
     assert longtasks.read_settings([], {"PORT": "", "HANDLERS": ""})["PORT"] == 8080
 
@@ -871,6 +879,23 @@ def test_limits_on_what_is_not_there_are_refused(registry):
         handler("bad", limits={"m": {"minimum": 1}})(lambda n: n)
     with pytest.raises(HandlerError, match="no such thing as least"):
         handler("bad", limits={"n": {"least": 1}})(lambda n: n)
+    with pytest.raises(HandlerError, match=r'limits: write {"n": {"min'):
+        handler("bad", limits={"n": 5})(lambda n: n)
+
+
+@pytest.mark.parametrize("function", [positional_only(), coroutine, Clock])
+def test_a_decorator_without_brackets_is_told_what_is_missing(function, registry):
+    with pytest.raises(HandlerError) as raised:
+        handler(function)
+    right = 'write @handler("%s")' % function.__name__
+    assert str(raised.value) == "it is @handler without brackets: " + right
+
+
+def test_an_option_that_no_handler_has_is_told_with_those_that_there_are(registry):
+    with pytest.raises(HandlerError) as raised:
+        handler("bad", retry=3)(lambda: 1)
+    told = "no such thing as retry; known: limits, isolated, timeout, retries, "
+    assert str(raised.value) == 'task type "bad": ' + told + "backoff, max_running"
 
 
 def test_a_name_is_registered_once(registry):
@@ -1244,7 +1269,8 @@ def test_a_file_that_is_not_a_sound_journal_is_refused_and_stays(
     "path, why",
     [
         ("/proc/tasks.db", "No such file|Permission denied"),  # not even for root
-        ("missing/tasks.db", "No such file"),
+        ("missing/tasks.db", "/tasks.db: there is no folder /.*/missing"),
+        ("missing/below/tasks.db", "there is no folder /.*/missing/below"),
         (".", "is not a regular file"),
     ],
 )
@@ -1575,7 +1601,7 @@ def test_a_full_queue_takes_nothing_and_records_nothing():
     ledger = new_ledger(queue=2)
     ledger.submit("t", b"{}")
     ledger.submit("t", b"{}")
-    with pytest.raises(longtasks.QueueFull, match="2 tasks wait"):
+    with pytest.raises(longtasks.QueueFull, match="2 tasks waiting"):
         ledger.submit("t", b"{}")
     with pytest.raises(longtasks.QueueFull):
         ledger.check_open()
@@ -2310,7 +2336,7 @@ def test_too_many_stuck_handlers_are_told_until_they_come_back():
     clock = Clock()
     ledger = new_ledger(clock, rules={"timeout": 10}, stuck=2)
     contexts = [lost_run(ledger, clock) for _ in range(2)]
-    with pytest.raises(longtasks.Unavailable, match="2 handlers do not stop"):
+    with pytest.raises(longtasks.Unavailable, match=r"do not stop \(2\)"):
         ledger.check_open()
     with pytest.raises(longtasks.IllegalMove):
         ledger.finish(contexts[0], DONE)
@@ -4828,7 +4854,7 @@ def test_past_the_limit_stuck_handlers_are_not_replaced(gate):
             cancel(service, task_id)
         until(lambda: service.ledger.stuck() == 3)
         assert len(workers()) == 3
-        assert_problem(submit(service, "gate"), 503, "3 handlers do not stop")
+        assert_problem(submit(service, "gate"), 503, "handlers do not stop (3)")
         gate.release.set()
         assert result_of(service, ids[4])["status"] == "completed"
 
@@ -4854,7 +4880,7 @@ def test_the_log_of_a_task_is_shown_as_it_is(registry):
         answer = call(service, "GET", "/api/v1/tasks/%s/log" % task_id)
         assert answer.media == "text/plain; charset=utf-8"
         lines = answer.body.decode().splitlines()
-        assert re.fullmatch(r"\([0-9]+ lines before these were dropped\)", lines[0])
+        assert re.fullmatch(r"\(dropped before these: [0-9]+ lines\)", lines[0])
         assert lines[-1] == "99999 é"
         assert len(answer.body.decode()) < 66_000
         call(service, "DELETE", "/api/v1/tasks/" + task_id)
@@ -6287,7 +6313,7 @@ def test_past_the_limit_a_newcomer_is_told_so_and_probes_get_through(
         holders = [socket.create_connection(address) for _ in range(2)]
         until(lambda: len(service.server._connections) == 2)
         answer = call(service, "GET", "/api/v1/types")
-        assert_problem(answer, 503, "2 clients are connected")
+        assert_problem(answer, 503, "2 clients connected")
         assert answer.headers["Retry-After"] == "1"
         assert answer.headers["Connection"] == "close"
         assert call(service, "GET", "/healthz").status == 200
@@ -6397,7 +6423,7 @@ def test_who_sends_slowly_makes_room_for_a_newcomer(sent, registry, impatient):
         assert call(service, "GET", "/api/v1/types").status == 200
         answer = held[0].makefile("rb").read()
         assert answer.startswith(b"HTTP/1.1 503 ")
-        assert b"1 clients are connected" in answer
+        assert b"1 client connected" in answer
 
 
 def test_clients_share_one_copy_of_a_large_result(registry):
@@ -6519,8 +6545,7 @@ def test_who_makes_room_is_told_in_the_log_now_and_then(registry, impatient):
             until(lambda: not connections(service))
     (line,) = [record.getMessage() for record in kept]
     assert line == (
-        "clients that are idle or slow make room: "
-        "1 clients are connected, as many as may"
+        "clients that are idle or slow make room: 1 client connected, as many as may"
     )
 
 
@@ -7059,7 +7084,9 @@ def test_a_place_where_no_unix_socket_can_be_is_one_line(name, tmp_path, capsys)
     assert longtasks.main(["--unix-socket", str(tmp_path / name)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("longtasks: UNIX_SOCKET /")
-    assert "No such file" in err or "too long" in err
+    assert err.endswith("No such file or directory: %s/none\n" % tmp_path) or (
+        "too long" in err
+    )
     assert err.count("\n") == 1
 
 
@@ -7978,7 +8005,7 @@ def test_a_full_service_is_told_with_code_4(client, registry):
     with serving(QUEUE_LIMIT=1) as service:
         client(service, "submit", "long_computation", "--delay=60")
         ran = client(service, "run", "long_computation")
-        assert (ran.code, ran.complaints) == (4, ["the queue is full: 1 tasks wait"])
+        assert (ran.code, ran.complaints) == (4, ["the queue is full: 1 task waiting"])
 
 
 @pytest.mark.parametrize(
@@ -8465,13 +8492,23 @@ def test_the_help_of_the_service_names_the_commands(capsys):
     assert "|".join(longtasks.CLIENT) + " [ARGUMENT ...]" in text.partition("\n\n")[0]
 
 
+@pytest.mark.parametrize("name", longtasks.CLIENT)
+def test_help_with_a_command_is_the_help_of_that_command(name, client, service, capsys):
+    ran = client(service, "help", name)
+    with pytest.raises(SystemExit):
+        longtasks.main([name, "--help"])
+    assert (ran.code, ran.out) == (0, capsys.readouterr().out)
+
+
 def test_help_and_an_unknown_command_tell_the_commands(client, service):
     ran = client(service, "help")
     about = {name: command.help for name, command in longtasks.CLIENT.items()}
     assert dict(line.split(None, 1) for line in ran.out.splitlines()) == about
-    ran = client(service, "lst")
-    text = 'there is no command "lst", only ' + ", ".join(longtasks.CLIENT)
-    assert (ran.code, ran.complaints) == (2, [text])
+    text = 'there is no command "serve", only %s; without a command it is the service'
+    text %= ", ".join(longtasks.CLIENT)
+    for words in (["serve"], ["help", "serve"]):
+        ran = client(service, *words)
+        assert (ran.code, ran.out, ran.complaints) == (2, "", [text])
 
 
 # ======================================================================
@@ -9839,7 +9876,9 @@ def test_a_task_elsewhere_is_cancelled_when_there_is_no_thread_left(
     [
         ("f.py", "write FILE:FACTORY"),
         ("missing.py:f", "No such file"),
-        ("f.py:missing", "has no attribute 'missing'"),
+        ("f.py:", "write FILE:FACTORY"),
+        ("f.py:missing", 'f.py has no function "missing"'),
+        ("f.py:os", 'f.py has no function "os"'),
         ("f.py:broken", "OSError: no scheduler"),
         ("f.py:nothing", "it made no Executor"),
         ("f.py:threads", 'the isolated task type "ctx" takes a Context'),
@@ -9861,6 +9900,19 @@ def test_an_executor_that_cannot_be_used_is_one_line_and_code_2(
     assert err.count("\n") == 1
     assert why in err
     assert not longtasks.EXECUTOR
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_an_executor_with_nothing_to_run_is_warned_of(
+    isolated, registry, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(longtasks, "EXECUTOR", [])
+    handler("t", isolated=isolated)(lambda: 1)
+    executor = write(tmp_path, text_of_factories(ELSEWHERE), "f.py") + ":threads"
+    with records("WARNING") as kept:
+        longtasks.load_executor(executor)
+    text = "--executor %s has nothing to run: no handler is isolated" % executor
+    assert [record.getMessage() for record in kept] == ([] if isolated else [text])
 
 
 DASK = """
@@ -10178,7 +10230,8 @@ def test_a_drain_leaves_what_waits_in_the_file_and_the_next_start_runs_it(
         running.logged("draining, 1 running and 1 waiting")
         (tmp_path / "a").touch()
         assert running.wait() == 0
-        running.logged("stopped, 1 tasks finished, 0 put back, 1 left waiting")
+        running.logged("stopped, 1 task finished, 0 put back, 1 left waiting")
+        running.logged(", 1 worker, pid %d" % running.process.pid)
     assert rows_of(path) == [(ids[0], "completed"), (ids[1], "pending")]
     (tmp_path / "b").touch()
     with process(*held["flags"], "--db", str(path), env=env) as running:
@@ -10922,6 +10975,19 @@ def test_a_room_uses_only_those_above_it():
         if room_of.get(name, 0) > bisect.bisect(lines, scope.get_lineno())
     }
     assert {name for _, name in upward} == {"PAGE"}, "which is long, and comes last"
+
+
+def test_a_benchmark_that_this_python_cannot_be_set_up_for_is_one_line():
+    file = HERE / ".ci" / "bench"
+    if not file.exists():
+        pytest.skip("the benchmark is not here")
+    code = "import runpy, sys; sys.version_info = (3, 10); sys.argv[1:] = "
+    code += "['--setup', '/no/folder']; runpy.run_path(%r, run_name='__main__')"
+    command = [sys.executable, "-c", code % str(file)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, timeout=LONG)
+    told = rb"--setup needs Python 3\.11 or newer for FastAPI; this is \S+\n"
+    assert done.returncode == 1
+    assert re.fullmatch(told, done.stderr)
 
 
 def test_the_readme_and_openapi_have_every_refusal():

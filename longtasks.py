@@ -7003,6 +7003,7 @@ class Service:
         """Begin to work and to listen; raises SettingsError."""
         workers = counted(self.settings["WORKER_COUNT"], "worker")
         log.info("listening on %s, %s, pid %d", self.server.url, workers, os.getpid())
+        self._warn_of_plain_token()
         if self.journal:
             counts, interrupted = self.ledger.counts(), self.ledger.interrupted
             found = counted(counts.pending, "task"), counts.finished, interrupted
@@ -7020,6 +7021,15 @@ class Service:
         )
         self._acceptor.start()
         self.supervisor.tell("READY=1")
+
+    def _warn_of_plain_token(self) -> None:
+        access, host = self.server.app.access, self.server.server_name
+        if access.token and not (access.local or access.path or self.server.tls):
+            log.warning(
+                "HOST %s without TLS: the token goes in the clear; set TLS_CERT, or "
+                "listen on 127.0.0.1 behind a proxy that speaks TLS",
+                host,
+            )
 
     def _tell_given_up(self) -> None:
         """Warn of each task that has failed by this start, interrupted too often."""

@@ -5345,6 +5345,22 @@ def test_a_name_counts_as_the_address_it_leads_to(registry, monkeypatch):
         longtasks.Service(settings)
 
 
+@pytest.mark.parametrize(
+    "host, more, warned",
+    [
+        ("0.0.0.0", {"API_TOKEN": TOKEN}, True),
+        ("0.0.0.0", {"INSECURE": True}, False),
+        ("127.0.0.1", {"API_TOKEN": TOKEN}, False),
+    ],
+)
+def test_a_token_that_would_go_in_the_clear_is_warned_of(host, more, warned, registry):
+    with records("WARNING") as kept, serving(HOST=host, **more):
+        pass
+    text = "HOST 0.0.0.0 without TLS: the token goes in the clear; set TLS_CERT, or "
+    text += "listen on 127.0.0.1 behind a proxy that speaks TLS"
+    assert [record.getMessage() for record in kept] == [text] * warned
+
+
 def test_a_service_open_to_others_by_mistake_is_one_line_and_code_2(capsys):
     assert longtasks.main(["--port=0", "--host=0.0.0.0"]) == 2
     err = capsys.readouterr().err
@@ -7218,6 +7234,16 @@ def until_closed(client):
     while not parts or parts[-1]:
         parts.append(client.recv(65536))
     return b"".join(parts)
+
+
+@needs_unix
+def test_over_tls_or_a_unix_socket_no_token_goes_in_the_clear(
+    registry, pairs, tmp_path
+):
+    for settings in tls_settings(pairs), {"UNIX_SOCKET": str(tmp_path / "socket")}:
+        settings.update(HOST="0.0.0.0", API_TOKEN=TOKEN)
+        with records("WARNING") as kept, serving(**settings):
+            assert kept == []
 
 
 def test_it_speaks_tls(secure, pairs):

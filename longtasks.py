@@ -1851,6 +1851,55 @@ _FIRST_WORD = dict(
 )
 
 
+# Programs that run a text as code: their names, the options that the text follows,
+# those that another value follows, and how to pass a value to such a text.
+# fmt: off
+_INTERPRETERS = (
+    ("(ba|rba|da|a|k|mk|z|fi|c|tc)?sh", r"-\w*c|--command",
+     r"[-+]\w*[oO]|--rcfile|--init-file", """sh -c 'ls "$1" | wc -l' sh {dir}"""),
+    ("su", r"-\w*c|--(session-)?command",
+     "su|-|-l|--login|-s|--shell", """su app -c 'ls "$1" | wc -l' sh {dir}"""),
+    ("python|pypy", "-[bBdEiIOPqRsSuvx]*c",
+     "-[WX]", "python3 -c 'import sys; print(sys.argv[1])' {dir}"),
+    ("perl", r"-\w*[eE]", "-I", "perl -e 'print shift' {dir}"),
+    ("ruby", r"-\w*e", "-[rIEC]", "ruby -e 'puts ARGV[0]' {dir}"),
+    ("node|nodejs", "-[ep]|--eval|--print",
+     "-r|--require|--import", "node -e 'console.log(process.argv[1])' {dir}"),
+)
+# fmt: on
+_FOR_A_SHELL = re.compile(r"\|\|?|\|&|&&?|<|[0-9&]?>>?(&[0-9]|[\w./-]+)?")
+
+
+def program_texts(words: Sequence[str]) -> Iterator[Tuple[str, str]]:
+    """Yield the words that an interpreter in a line runs as code.
+
+    With each one comes an example of how to pass it a value instead. Interpreters are
+    looked for among all words, since others start them: env, sudo, timeout, busybox.
+    """
+    for at, word in enumerate(words):
+        for name, code, other, example in _INTERPRETERS:
+            if re.fullmatch("(%s)[-.0-9]*" % name, os.path.basename(word)):
+                for text in _texts_after(words[at:], code, other):
+                    yield text, example
+
+
+def _texts_after(words: Sequence[str], code: str, other: str) -> Iterator[str]:
+    """Yield the program texts among an interpreter's options, up to its arguments."""
+    text_follows, value_follows = False, bool(re.fullmatch(other, words[0]))
+    for word in words[1:]:
+        if word[:1] in ("-", "+"):
+            if re.match(code, word):
+                text_follows = True
+                yield word  # as -eTEXT and --eval=TEXT have it
+            value_follows = bool(re.fullmatch(other, word))
+        elif text_follows or value_follows:
+            if text_follows:
+                yield word
+            text_follows, value_follows = text_follows and value_follows, False
+        else:
+            return
+
+
 class Program:
     """A program as a task type. Raises HandlerError for a line that can't be one."""
 
@@ -1862,6 +1911,10 @@ class Program:
             raise HandlerError("its quotes don't fit: %s" % error) from None
         if not equals or not self.words:
             raise HandlerError("write NAME=PROGRAM ARGUMENTS")
+        for text, example in program_texts(self.words):
+            for match in self._placeholders(text):
+                detail = "%s would be run as part of the code %s; pass it as a word: %s"
+                raise HandlerError(detail % (match.group(), shown(text), example))
         if not hasattr(os, "killpg"):
             raise HandlerError("this system has no process groups")
         found = shutil.which(self.words[0])
@@ -2013,6 +2066,10 @@ def register_command(line: str) -> None:
         _check_name(program.name)
     except HandlerError as error:
         raise HandlerError("--command %s: %s" % (shown(line), error)) from None
+    lost = list(filter(_FOR_A_SHELL.fullmatch, program.words))
+    if lost:
+        text = "--command %s: no shell sees its %s; for that write %s"
+        log.warning(text, shown(program.name), shown(lost[0]), _INTERPRETERS[0][-1])
     name, schema = program.name, program.schema
     check = checker(schema)
     HANDLERS[name] = Handler(name, program, schema, True, "ctx", {}, False, check)

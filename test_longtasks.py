@@ -3272,6 +3272,9 @@ def program(line):
     return longtasks.Program(line)
 
 
+ANY_SCRIPT = "t=sh -c 'eval \"$1\"' sh {script}"
+
+
 class Listener(Context):
     """A context that keeps what it is told."""
 
@@ -3316,6 +3319,99 @@ def test_a_line_that_is_no_program_is_one_line_and_code_2(line, why, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert why in err
+
+
+@pytest.mark.parametrize(
+    "line, example",
+    [
+        ("sh -c 'ls {dir}'", "sh -c 'ls \"$1\" | wc -l' sh {dir}"),
+        ("sh -c {dir}", "sh -c"),
+        ("sh -c 'ls {dir=/}'", "sh -c"),
+        ("/bin/bash -lc 'ls {dir}'", "sh -c"),
+        ("bash -euo pipefail -c 'ls {dir}'", "sh -c"),
+        ("bash -c -x +O extglob -- 'ls {dir}'", "sh -c"),
+        ("env A=1 sh -ec 'ls {dir}'", "sh -c"),
+        ("timeout 5 nice -n 9 sh -c 'ls {dir}'", "sh -c"),
+        ("env sudo -u app busybox sh -c 'ls {dir}'", "sh -c"),
+        ("find . -exec sh -c 'ls {dir}' sh {{}} +", "sh -c"),
+        ("env su - app -c 'ls {dir}'", "su app -c"),
+        ("env python3.12 -Ic 'print({dir})'", "python3 -c"),
+        ("env python3 -X dev -W error -c 'print({dir})'", "python3 -c"),
+        ("env python3 -c'print({dir})'", "python3 -c"),
+        ("env perl -I lib -MFile::Find -lane 'print {dir}'", "perl -e"),
+        ("env perl -e 'print 1;' -e 'print {dir}'", "perl -e"),
+        ("env ruby -rjson -e 'puts {dir}'", "ruby -e"),
+        ("env node -e 'f({dir})'", "node -e"),
+        ("env node -r ./a.js --print 'f({dir})'", "node -e"),
+        ("env nodejs --eval='f({dir})'", "node -e"),
+    ],
+)
+def test_a_placeholder_in_code_is_refused_with_the_right_form(line, example):
+    with pytest.raises(HandlerError, match="run as part of the code") as caught:
+        program("t=" + line)
+    assert "; pass it as a word: " + example in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sh -c 'ls \"$1\" | wc -l' sh {dir}",
+        "sh -c 'echo {{}}' sh {dir} -c {dir}",
+        "sh -e backup.sh -c {dir}",
+        "bash -o pipefail backup.sh -c {dir}",
+        "env python3 -u train.py -c {dir}",
+        "env python3 -m train -c {dir}",
+        "env python3 -Wignore train.py -c {dir}",
+        "env perl -i.bak -pe 's/a/b/' {dir}",
+        "env node --max-old-space-size={mb} app.js -e {dir}",
+        "env ssh -c {cipher} host tar -c {dir}",
+        "env {dir} -c {dir}",
+        "tar -c {dir}",
+    ],
+)
+def test_a_placeholder_beside_code_is_a_word_like_any_other(line):
+    assert "required" in program("t=" + line).schema
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "|",
+        "||",
+        "|&",
+        "&&",
+        "&",
+        "<",
+        ">",
+        ">>",
+        "2>&1",
+        ">&2",
+        "&>",
+        "&>>",
+        "2>",
+        ">out.txt",
+        "2>/dev/null",
+    ],
+)
+def test_a_sign_for_a_shell_is_warned_of_once(word, registry, caplog):
+    longtasks.register_command("t=echo {a} '%s' b '%s'" % (word, word))
+    (record,) = caplog.records
+    assert 'no shell sees its "%s"' % word in record.getMessage()
+
+
+@pytest.mark.parametrize("word", ["a|b", "<b>", "a>b", ";", "1>2 3", "-", "{a}&b"])
+def test_a_word_that_is_no_sign_for_a_shell_is_not_warned_of(word, registry, caplog):
+    longtasks.register_command("t=echo '%s'" % word)
+    assert not caplog.records
+
+
+def test_the_recipe_for_a_pipe_works(registry, tmp_path):
+    (tmp_path / "-l").touch()
+    (tmp_path / "$(id)").touch()
+    recipe = shell_blocks("Programs as task types")[1]
+    (line,) = re.findall("--command '(.*)'\n", recipe)
+    outcome, _ = run_program(line, {"dir": str(tmp_path)})
+    assert json.loads(outcome.result)["output"].strip() == "2"
 
 
 def test_commands_come_from_repeated_flags_or_lines():
@@ -3423,13 +3519,13 @@ def test_progress_shows_while_the_line_is_being_written():
     ],
 )
 def test_a_program_that_fails_fails_its_task(script, error):
-    outcome, _ = run_program("t=sh -c {script}", {"script": script})
+    outcome, _ = run_program(ANY_SCRIPT, {"script": script})
     assert (outcome.status, outcome.error) == ("failed", error)
 
 
 def test_the_end_of_a_failed_programs_output_is_in_the_error():
     script = "yes | head -100000; echo the reason; exit 1"
-    outcome, _ = run_program("t=sh -c {script}", {"script": script})
+    outcome, _ = run_program(ANY_SCRIPT, {"script": script})
     assert len(outcome.error) <= longtasks.MAX_ERROR
     assert outcome.error.endswith("y\nthe reason")
 
@@ -3438,7 +3534,7 @@ def test_a_program_has_no_input_no_secrets_and_its_tasks_id(monkeypatch):
     monkeypatch.setenv("API_TOKEN", "secret")
     monkeypatch.setenv("OTHER", "kept")
     script = "cat; echo $LONGTASKS_TASK_ID:$API_TOKEN:$OTHER"
-    outcome, _ = run_program("t=sh -c {script}", {"script": script})
+    outcome, _ = run_program(ANY_SCRIPT, {"script": script})
     assert json.loads(outcome.result)["output"] == "id::kept\n"
 
 

@@ -1212,6 +1212,8 @@ def checker(schema: Schema) -> Check:
     def check(value: Any) -> Sequence[Problem]:
         if fits(value):
             return deeper(value) if deeper else ()
+        if type(value) is str and "pattern" in schema:
+            return [((), _text_fault(schema, value))]
         return [((), " must be %s, not %s" % (_in_words(schema), shown(value)))]
 
     return check
@@ -1304,6 +1306,18 @@ def _text_test(schema: Dict[str, Any]) -> Callable[[Any], bool]:
 _HALF = re.compile("[\ud800-\udfff]")
 
 
+def _text_fault(schema: Dict[str, Any], text: str) -> str:
+    """Say what is wrong with a text that a pattern or its length refuses."""
+    if len(text) > schema["maxLength"]:
+        most = schema["maxLength"], len(text)
+        return " must have at most %d characters, not %d" % most
+    if "\0" in text:
+        return " must not contain NUL"
+    if _HALF.search(text):
+        return " must not contain a lone surrogate, which is half a character"
+    return " must not begin with -, since it could pass for an option"
+
+
 def _in_words(schema: Dict[str, Any]) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(map(shown, schema["enum"]))
@@ -1311,8 +1325,6 @@ def _in_words(schema: Dict[str, Any]) -> str:
         words = " or ".join(_in_words(s) for s in schema["anyOf"])
     else:
         words = _JSON_TYPES[schema["type"]][1] if "type" in schema else "a value"
-    if "pattern" in schema:
-        words += " " + schema["description"]
     if "minimum" in schema:
         words += " from %s" % shown(schema["minimum"])
     if "maximum" in schema:
@@ -1928,13 +1940,15 @@ class Program:
         """The JSON Schema of the placeholders."""
         defaults: Dict[str, Optional[str]] = {}
         bare: Set[str] = set()  # where nothing keeps the value from being an option
+        options_end = False
         for word in self.words[1:]:
+            options_end = options_end or word == "--"
             end = 0
             for match in self._placeholders(word):
                 name, default = match.groups()
                 if defaults.setdefault(name, default) != default:
                     raise HandlerError("{%s} has two defaults" % name)
-                if match.start() == end:
+                if match.start() == end and not options_end:
                     bare.add(name)
                     end = match.end()
         properties = {name: _FIRST_WORD if name in bare else _WORD for name in defaults}

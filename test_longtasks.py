@@ -3374,24 +3374,7 @@ def test_a_placeholder_beside_code_is_a_word_like_any_other(line):
 
 
 @pytest.mark.parametrize(
-    "word",
-    [
-        "|",
-        "||",
-        "|&",
-        "&&",
-        "&",
-        "<",
-        ">",
-        ">>",
-        "2>&1",
-        ">&2",
-        "&>",
-        "&>>",
-        "2>",
-        ">out.txt",
-        "2>/dev/null",
-    ],
+    "word", ["|", "||", "&&", "&", "<", ">>", "2>&1", ">out.txt", "2>/dev/null"]
 )
 def test_a_sign_for_a_shell_is_warned_of_once(word, registry, caplog):
     longtasks.register_command("t=echo {a} '%s' b '%s'" % (word, word))
@@ -3462,10 +3445,29 @@ def test_a_brace_is_written_twice():
         ("t=echo {a}", {"a": 1}, False),
         ("t=echo {a}", {"a": ""}, True),
         ("t=echo {a}", {"b": "x"}, False),
+        ("t=echo -n -- x {a}", {"a": "-rf"}, True),
+        ("t=echo {a} -- {a}", {"a": "-rf"}, False),
+        ("t=echo --- {a}", {"a": "-rf"}, False),
     ],
 )
 def test_a_value_that_could_be_an_option_is_refused(line, params, good):
     assert (not longtasks.checker(program(line).schema)(params)) == good
+
+
+@pytest.mark.parametrize(
+    "value, reason",
+    [
+        (5, "must be a string, not 5"),
+        (None, "must be a string, not null"),
+        ("-" * 5000, "must have at most 4096 characters, not 5000"),
+        ("-\0", "must not contain NUL"),
+        ("\ud800", "must not contain a lone surrogate, which is half a character"),
+        ("-rf", "must not begin with -, since it could pass for an option"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_reason_that_applies(value, reason):
+    check = longtasks.checker(program("t=echo {a}").schema)
+    assert check({"a": value}) == [(("a",), " " + reason)]
 
 
 def test_its_output_is_the_log_and_its_tail_the_result():

@@ -1912,6 +1912,31 @@ def _texts_after(words: Sequence[str], code: str, other: str) -> Iterator[str]:
             return
 
 
+def find_program(word: str) -> str:
+    """Return the path of a program; raises HandlerError if it can't be run."""
+    found = shutil.which(word)
+    if found and exec_fault(found):
+        raise HandlerError("%s %s" % (shown(found), exec_fault(found)))
+    if found:
+        return found
+    found = shutil.which(word, os.F_OK)
+    if found:
+        raise HandlerError("%s is not executable: chmod +x %s" % (shown(found), found))
+    hint = ""
+    if os.path.basename(word) == word and os.path.exists(word):
+        hint = " on the PATH; for the file in this folder write ./" + word
+    raise HandlerError("there is no program %s%s" % (shown(word), hint))
+
+
+def exec_fault(path: str) -> str:
+    """Say what in an executable file keeps it from running, as far as that shows."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(4096)
+        if head[:2] != b"#!" and b"\0" not in head:
+            return "has no #! line, such as #!/bin/sh"
+    return ""
+
+
 class Program:
     """A program as a task type. Raises HandlerError for a line that can't be one."""
 
@@ -1929,10 +1954,7 @@ class Program:
                 raise HandlerError(detail % (match.group(), shown(text), example))
         if not hasattr(os, "killpg"):
             raise HandlerError("this system has no process groups")
-        found = shutil.which(self.words[0])
-        if found is None:
-            raise HandlerError("there is no program %s" % shown(self.words[0]))
-        self.words[0] = found
+        self.words[0] = find_program(self.words[0])
         self.__doc__ = command.strip()
         self.schema = self._schema()
 
@@ -1986,14 +2008,19 @@ class Program:
 
         environ = {k: v for k, v in os.environ.items() if k not in SECRETS}
         GUARD.ready()  # it takes a while to start; nothing may run unguarded so long
-        process = subprocess.Popen(
-            self.arguments(params),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=dict(environ, LONGTASKS_TASK_ID=ctx.task_id),
-            start_new_session=True,  # a process group of its own
-        )
+        try:
+            process = subprocess.Popen(
+                self.arguments(params),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=dict(environ, LONGTASKS_TASK_ID=ctx.task_id),
+                start_new_session=True,  # a process group of its own
+            )
+        except OSError as error:
+            reason = exec_fault(self.words[0]) or error.strerror
+            text = "can't run %s: %s" % (shown(self.words[0]), reason)
+            raise Failure(text) from None
         with killable(process.pid, ctx, lambda: GUARD.signal(process.pid, TERM)):
             output = ProgramOutput(process.stdout, ctx)
             if hasattr(os, "waitid"):  # has ended then, but its number is not free yet

@@ -3397,6 +3397,60 @@ def test_the_recipe_for_a_pipe_works(registry, tmp_path):
     assert json.loads(outcome.result)["output"].strip() == "2"
 
 
+def executable(folder, content, mode=0o755):
+    path = folder / "backup"
+    path.write_bytes(content)
+    path.chmod(mode)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "content, mode, word, reason",
+    [
+        (b"#!/bin/sh\n", 0o644, "%s", '"%s" is not executable: chmod +x %s'),
+        (b"#!/bin/sh\n", 0o644, "backup", '"%s" is not executable: chmod +x %s'),
+        (b"echo 1\n", 0o755, "%s", '"%s" has no #! line, such as #!/bin/sh'),
+        (b"", 0o755, "backup", '"%s" has no #! line, such as #!/bin/sh'),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_refused_with_the_reason(
+    content, mode, word, reason, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = executable(tmp_path, content, mode)
+    with pytest.raises(HandlerError) as caught:
+        program("t=" + word.replace("%s", path))
+    assert str(caught.value) == reason.replace("%s", path)
+
+
+def test_a_program_in_this_folder_is_found_by_its_path_only(tmp_path, monkeypatch):
+    executable(tmp_path, b"#!/bin/sh\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HandlerError, match=r"on the PATH; .* write \./backup"):
+        program("t=backup")
+    assert program("t=./backup").words == ["./backup"]
+    with pytest.raises(HandlerError, match="there is no program"):
+        program("t=%s" % tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"echo 1\n", "has no #! line, such as #!/bin/sh"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_program_that_became_unrunnable_fails_its_task(content, reason, tmp_path):
+    path = executable(tmp_path, b"#!/bin/sh\n")
+    made = program("t=" + path)
+    os.remove(path)
+    if content:
+        executable(tmp_path, content)
+    with pytest.raises(longtasks.Failure) as caught:
+        made({}, Context("id"))
+    assert str(caught.value) == 'can\'t run "%s": %s' % (path, reason)
+
+
 def test_commands_come_from_repeated_flags_or_lines():
     read = longtasks.read_settings
     lines = ["a=echo x:y", "b=echo"]

@@ -1845,8 +1845,8 @@ def _obey(theirs: Any, ctx: Context) -> None:
 
 MAX_ARGUMENT = 4096  # characters of a placeholder's value
 MAX_OUTPUT = 16 << 10  # characters of a program's output that go into its result
-# Of the environment, but no business of a program's.
-SECRETS = frozenset(setting.name for setting in SETTINGS if setting.secret)
+# Of the environment, but no business of a program's: secrets and the files of them.
+SECRETS = frozenset(["API_TOKEN", "API_TOKEN_FILE", "TLS_KEY"])
 
 _BRACES = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?:=([^{}]*))?\}|\{\{|\}\}|[{}]")
 _PERCENT = re.compile(r"([0-9]{1,3}(?:[.,][0-9]+)?) ?%")
@@ -4525,13 +4525,13 @@ def show_result(app: App, request: Request) -> Reply:
 
 
 def show_log(app: App, request: Request) -> Reply:
-    """Give the last lines of what a task has logged."""
+    """Give the last lines of what a task has logged, control characters escaped."""
     task = app.ledger.get(request.task_id)
     lines, dropped = app.ledger.feed.log_of(task.id)
     if dropped:
         lines.insert(0, "(dropped before these: %s)" % counted(dropped, "line"))
-    text = "".join(line + "\n" for line in lines)
-    return Reply(200, text.encode("utf-8", "backslashreplace"), TEXT)
+    text = "".join(_escaped(line) + "\n" for line in lines)
+    return Reply(200, text.encode(), TEXT)
 
 
 def cancel_task(app: App, request: Request) -> Reply:
@@ -7435,7 +7435,7 @@ PAGE = r"""<!doctype html>
     --warn: #33290f; --warn-line: #6b561d;
   }
 }
-* { box-sizing: border-box; margin: 0; }
+* { box-sizing: border-box; margin: 0; unicode-bidi: isolate; }
 [hidden] { display: none !important; }
 body { background: var(--ground); color: var(--ink); }
 body { font: 14px/1.45 system-ui, sans-serif; }
@@ -7690,7 +7690,12 @@ function make(tag, properties, ...children) {
   return element;
 }
 
+// Escapes control characters, which would not be seen; tabs and line ends stay.
+const plain = (text) => text.replace(/[\0-\x08\x0b-\x1f\x7f-\x9f]/g,
+  (c) => "\\x" + c.charCodeAt().toString(16).padStart(2, "0"));
+
 function put(element, text) {
+  text = plain(text);
   if (element.textContent !== text) element.textContent = text;
 }
 
@@ -7989,7 +7994,7 @@ class Detail {
     }).filter(([, value]) => value);
     if (String(facts) !== this.shown)
       this.facts.replaceChildren(...facts.map(([name, value]) =>
-        make("div", {}, make("dt", {}, name), make("dd", {}, String(value)))));
+        make("div", {}, make("dt", {}, name), make("dd", {}, plain(String(value))))));
     this.shown = String(facts);
     const over = ENDED.includes(task.status);
     this.cancel.disabled = over || Boolean(task.cancel_requested);

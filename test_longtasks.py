@@ -3587,9 +3587,10 @@ def test_the_end_of_a_failed_programs_output_is_in_the_error():
 
 
 def test_a_program_has_no_input_no_secrets_and_its_tasks_id(monkeypatch):
-    monkeypatch.setenv("API_TOKEN", "secret")
+    for name in ("API_TOKEN", "API_TOKEN_FILE", "TLS_KEY"):
+        monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("OTHER", "kept")
-    script = "cat; echo $LONGTASKS_TASK_ID:$API_TOKEN:$OTHER"
+    script = "cat; echo $LONGTASKS_TASK_ID:$API_TOKEN$API_TOKEN_FILE$TLS_KEY:$OTHER"
     outcome, _ = run_program(ANY_SCRIPT, {"script": script})
     assert json.loads(outcome.result)["output"] == "id::kept\n"
 
@@ -5037,6 +5038,16 @@ def test_the_log_of_a_task_is_shown_as_it_is(registry):
         assert len(answer.body.decode()) < 66_000
         call(service, "DELETE", "/api/v1/tasks/" + task_id)
         assert call(service, "GET", "/api/v1/tasks/%s/log" % task_id).status == 410
+
+
+def test_the_log_of_a_task_holds_no_character_that_a_terminal_obeys(registry):
+    longtasks.register_command("t=printf {text}")
+    text = r"a\tb\033[2J\001\177\r\n\302\233m\342\200\256é"
+    with serving() as service:
+        task_id = submitted(service, "t", {"text": text})
+        result_of(service, task_id)
+        log = call(service, "GET", "/api/v1/tasks/%s/log" % task_id).body.decode()
+    assert log == "a\tb\\x1b[2J\\x01\\x7f\n\\x9bm\\u202eé\n"
 
 
 def talk(ctx: Context):
@@ -10853,6 +10864,52 @@ def test_whatever_comes_from_the_service_is_shown_as_text(browser, registry):
             "return [window.hacked, document.images.length, document.scripts.length]"
         )
         assert browser.run(count) == [None, 0, 1]
+
+
+PLACES = """
+const place = (e) => e.getBoundingClientRect();
+return [...document.querySelectorAll(".task")].map(({firstElementChild: cell}) => {
+  const [type, id] = cell.firstElementChild.children;
+  return place(id).left >= place(type).right;
+});
+"""
+LEAKS = """
+return [...document.body.querySelectorAll("*")].filter(
+  (e) => getComputedStyle(e).unicodeBidi === "normal").length;
+"""
+
+
+def test_text_that_runs_to_the_left_stays_within_its_element(browser, registry):
+    handler("\u05d0\u05d1")(lambda: 1)
+    with serving() as service:
+        task_id = "12345678-0000-4000-8000-000000000000"
+        document = {"type": "\u05d0\u05d1", "params": {}}
+        call(service, "PUT", "/api/v1/tasks/" + task_id, document)
+        browser.go(service)
+        browser.see(row(task_id), "completed")
+        browser.click(row(task_id) + " .name")
+        browser.see(".ended", "1")
+        assert browser.run(PLACES) == [True]
+        assert browser.run(LEAKS) == 0
+
+
+def test_control_characters_are_escaped_on_the_page(browser, gate):
+    @handler("odd", retries=1, backoff=60)
+    def odd(ctx: Context):
+        ctx.log("l\x1bog\tx")
+        ctx.progress(0, "p\x01rogress\x9b")
+        gate()
+        raise ValueError("e\x7frror")
+
+    with serving() as service:
+        task = row(submitted(service, "odd"))
+        browser.go(service)
+        browser.see(task, "p\\x01rogress\\x9b")
+        browser.click(task + " .name")
+        browser.see(".log", "l\\x1bog\tx")
+        gate.release.set()
+        browser.see(task, "e\\x7frror")
+        browser.see(".detail dl", "e\\x7frror")
 
 
 def test_the_list_on_the_page_is_filtered_by_status_and_type(by_events, registry):

@@ -1522,6 +1522,7 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
 
 TERM = getattr(signal, "SIGTERM", 15)
 KILL = getattr(signal, "SIGKILL", 9)
+HANGUP = getattr(signal, "SIGHUP", None)
 
 
 def kill_session(session: int) -> None:
@@ -6976,7 +6977,6 @@ JOURNAL_PATIENCE = 5.0  # seconds that the last writing may take
 # What is recorded in the place where signal handlers record their number.
 _DONE = "all tasks are done"
 _CLOSED = "the server is closed"
-_RELOAD = "the token and the certificate may be new"
 
 Events = Any  # a queue.SimpleQueue of signal numbers and these
 
@@ -7216,9 +7216,12 @@ class Service:
             wait = min(0.25, end - time.monotonic())
             with contextlib.suppress(queue.Empty):
                 event = events.get(timeout=max(0, wait))
-                if event != _RELOAD:
+                if event != HANGUP:
                     return event
-                self.reload()
+                if self.settings["API_TOKEN_FILE"] or self.settings["TLS_CERT"]:
+                    self.reload()
+                elif not self.ledger.draining:  # a terminal that closes may send two
+                    return event
                 continue
             if wait < 0.25:
                 return None
@@ -7396,8 +7399,9 @@ def _record_signals(reloads: bool) -> Events:
     events: Events = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: events.put(number))
-    if reloads and hasattr(signal, "SIGHUP"):  # else it is the end, as it is by default
-        signal.signal(signal.SIGHUP, lambda number, frame: events.put(_RELOAD))
+    # Under nohup, a terminal that closes is not to end the service.
+    if HANGUP and (reloads or signal.getsignal(HANGUP) != signal.SIG_IGN):
+        signal.signal(HANGUP, lambda number, frame: events.put(number))
     return events
 
 

@@ -9006,21 +9006,48 @@ def test_streams_outlast_a_reload_but_not_their_token(registry, monkeypatch, tmp
             assert stream.response.read() == b""
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
-def test_with_nothing_to_read_again_sighup_ends_it():
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+@contextlib.contextmanager
+def inherited(number, action):
+    """Have processes that start meanwhile inherit what a signal does."""
+    before = signal.signal(number, action)
     try:
-        with process() as running:
-            running.signal(signal.SIGHUP)
-            assert running.wait() == -signal.SIGHUP
+        yield
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
-def test_sighup_does_not_hurry_a_drain(tmp_path, held):
+def test_with_nothing_to_read_again_sighup_drains(tmp_path, held):
+    with inherited(signal.SIGHUP, signal.SIG_DFL), process(
+        *held["flags"], env=held["env"]
+    ) as running:
+        submitted(running.port, "deaf", {"name": "a"})
+        began(tmp_path, "a")
+        running.signal(signal.SIGHUP)
+        running.logged("SIGHUP: draining, 1 running")
+        running.signal(signal.SIGHUP)  # some terminals send it twice
+        (tmp_path / "a").touch()
+        assert running.wait() == 0
+        assert not any("told to stop" in line for line in running.lines)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_under_nohup_sighup_stays_ignored():
+    with inherited(signal.SIGHUP, signal.SIG_IGN), process() as running:
+        running.signal(signal.SIGHUP)
+        running.signal()
+        running.logged("SIGTERM: draining")
+        assert running.wait() == 0
+        assert not any("SIGHUP" in line for line in running.lines)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+@pytest.mark.parametrize("action", [signal.SIG_DFL, signal.SIG_IGN])
+def test_sighup_does_not_hurry_a_drain(action, tmp_path, held):
     flags = ["--api-token-file", write(tmp_path, TOKEN, "token")]
-    with process(*held["flags"], *flags, env=held["env"]) as running:
+    with inherited(signal.SIGHUP, action), process(
+        *held["flags"], *flags, env=held["env"]
+    ) as running:
         document = {"type": "deaf", "params": {"name": "a"}}
         call(running, "POST", "/api/v1/tasks", document, Authorization=BEARER)
         began(tmp_path, "a")

@@ -63,6 +63,7 @@ import os
 import queue
 import random
 import re
+import select
 import selectors
 import shlex
 import shutil
@@ -82,7 +83,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Container, Deque, Dict, FrozenSet, Iterator
-from typing import List, Mapping, MutableMapping
+from typing import Iterable, List, Mapping, MutableMapping
 from typing import NamedTuple, Optional, Sequence, Set, Tuple, Union
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -2959,7 +2960,7 @@ class Ledger:
         self._agenda = Agenda(ticks)  # by run, by waiting task's id, or by what to do
         self._ended: Deque[str] = deque()  # in this order, with ids of deleted ones
         self._forgotten: OrderedDict[str, None] = OrderedDict()
-        self._waiting: Dict[str, threading.Event] = {}  # to set at a task's end
+        self._waiting: Dict[str, Set[threading.Event]] = {}  # to set at a task's end
         self._beyond: Set[str] = set()  # can't start before the end of the drain
         self._counts = dict.fromkeys(EXITS, 0)  # of what is in _tasks
         self._tally = Tally(types)
@@ -3428,8 +3429,8 @@ class Ledger:
             if before:
                 self._tally.end(task)
             self._ended.append(task.id)
-            if task.id in self._waiting:
-                self._waiting.pop(task.id).set()
+            for done in self._waiting.pop(task.id, ()):
+                done.set()
 
     def _enqueue(self, task: Task) -> None:
         rank = -task.options.priority
@@ -3506,21 +3507,29 @@ class Ledger:
             self._drop_old(self._clock())
             return self._find(task_id)
 
-    def wait(self, task_id: str, patience: float) -> Task:
+    def wait(
+        self, task_id: str, patience: float, done: Optional[threading.Event] = None
+    ) -> Task:
         """Return the task once it is finished, or after so many seconds as it is then.
 
-        Returns at once when the service drains. Raises as get() does.
+        Returns at once when the service drains, or when somebody else sets `done`,
+        which must be new. Raises as get() does.
         """
         task = self.get(task_id)
         if task.finished or patience <= 0:
             return task
+        done = done or threading.Event()
         with self._lock:
             task = self._find(task_id)
             if task.finished or self.draining:
                 return task
-            done = self._waiting.setdefault(task_id, threading.Event())
+            self._waiting.setdefault(task_id, set()).add(done)
         done.wait(min(patience, threading.TIMEOUT_MAX))
-        return self.get(task_id)
+        task = self.get(task_id)
+        if not task.finished:
+            with self._lock:
+                self._waiting.get(task_id, set()).discard(done)
+        return task
 
     def watch(
         self, task_id: str, after: Optional[int] = None
@@ -3706,7 +3715,7 @@ class Ledger:
             return list(self._running)
 
     def _wake_all(self) -> None:
-        for done in self._waiting.values():
+        for done in set().union(*self._waiting.values()):
             done.set()
         self._waiting.clear()
 
@@ -3965,7 +3974,6 @@ TEXT = "text/plain; charset=utf-8"
 HTML = "text/html; charset=utf-8"
 SSE = "text/event-stream"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"  # prometheus.io/docs/instrumenting
-LOOK_AFTER = 5.0  # seconds after which to see whether a client still waits
 KEEP_ALIVE = 15.0  # seconds after which a silent stream sends a comment
 
 OTHER = "other"  # what metrics call a path or method that is not known
@@ -4012,7 +4020,7 @@ class Request:
         "keep",
         "chunked",
         "length",
-        "is_gone",
+        "client_left",
     )
 
     def __init__(
@@ -4030,7 +4038,8 @@ class Request:
         self.keep = self._keeps_alive()
         self.chunked = self._is_chunked()
         self.length = self._length()
-        self.is_gone: Callable[[], bool] = lambda: False  # the client, meanwhile
+        # While the answer waits for something: set once the client has closed its side.
+        self.client_left: Optional[threading.Event] = None
 
     def _keeps_alive(self) -> bool:
         """Whether the client means to go on using the connection (RFC 9112, 9.3)."""
@@ -4484,17 +4493,11 @@ def await_end(app: App, request: Request, task_id: str, patience: float) -> Task
     """Wait for the end of a task, as long as the client does."""
     if not patience:
         return app.ledger.get(task_id)
-    end = time.monotonic() + patience
-    while True:
-        left = end - time.monotonic()
-        task = app.ledger.wait(task_id, min(left, LOOK_AFTER))
-        if (
-            task.finished
-            or left <= LOOK_AFTER
-            or request.is_gone()
-            or app.ledger.draining
-        ):
-            return task
+    request.client_left = threading.Event()
+    try:
+        return app.ledger.wait(task_id, patience, request.client_left)
+    finally:
+        request.client_left = None
 
 
 def show_task(app: App, request: Request) -> Reply:
@@ -4559,14 +4562,14 @@ def events_reply(app: App, request: Request, task_id: str) -> Reply:
     if last:
         match = re.fullmatch(feed.life + "-([0-9]{1,15})", last)
         after, known = (int(match.group(1)), True) if match else (None, False)
-    stream = event_stream(app, task_id, after, known)
+    stream = event_stream(app, request, task_id, after, known)
     next(stream)  # begin to watch now, so that there is still time to refuse
     # Proxies that gather an answer before they pass it on are asked not to.
     return Reply(200, b"", SSE, {"X-Accel-Buffering": "no"}, stream)
 
 
 def event_stream(
-    app: App, task_id: str, after: Optional[int], known: bool
+    app: App, request: Request, task_id: str, after: Optional[int], known: bool
 ) -> Iterator[bytes]:
     """Yield nothing, and then events as they come, until the task or the service ends.
 
@@ -4575,6 +4578,7 @@ def event_stream(
     """
     feed = app.ledger.feed
     task, watch, lacks = app.ledger.watch(task_id, after)
+    request.client_left = watch.told  # for a comment: sending shows who is really gone
     try:
         yield b""
         yield b"retry: 1000\n\n"
@@ -4599,6 +4603,7 @@ def event_stream(
                 yield b":\n\n"
             over = over or (task is not None and any(map(ends_stream, news)))
     finally:
+        request.client_left = None
         feed.leave(task_id, watch)
 
 
@@ -5603,18 +5608,6 @@ class Connection(socketserver.BaseRequestHandler):
             return now - max(self.since, self.began)
         return now - self.since if self.idle or self.sending else 0.0
 
-    def _is_gone(self) -> bool:
-        """Whether the client has closed its side."""
-        if self.buffer:  # it has sent another request
-            return False
-        self._wait_at_most(0)
-        try:
-            return not self.request.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
     def _reply_to(self, request: Request) -> Reply:
         if self.crowded and request.path not in ("/healthz", "/readyz"):
             return self.server.crowded_reply()
@@ -5670,7 +5663,6 @@ class Connection(socketserver.BaseRequestHandler):
         if request.headers.get("expect", "100-continue").lower() != "100-continue":
             raise HTTPError(417, "only 100-continue can be expected")
         self.refused = None
-        request.is_gone = self._is_gone
         return request
 
     def _read_head(self) -> Optional[bytes]:
@@ -5866,6 +5858,24 @@ class Connection(socketserver.BaseRequestHandler):
             most = LARGE  # this one does send
 
 
+# What poll(2) is asked for; systems without it report POLLHUP.
+_HAS_LEFT = getattr(select, "POLLRDHUP", 0)
+
+
+def have_left(numbers: Iterable[int]) -> Dict[int, int]:
+    """Return which of these sockets the other side has closed, by file number.
+
+    Perhaps it only sends no more; with POLLHUP in the value it is known to be gone.
+    """
+    if not hasattr(select, "poll"):  # on Windows
+        return {}
+    poll = select.poll()
+    for number in numbers:
+        if number >= 0:  # else it was closed here just now
+            poll.register(number, _HAS_LEFT)
+    return dict(poll.poll(0))
+
+
 def set_kernel_timeouts(client: socket.socket, read: float, write: float) -> bool:
     """Have the kernel end a blocking read or write after so many seconds, if it can.
 
@@ -5924,17 +5934,6 @@ def _tls_socket_class(ssl: Any) -> Any:
     """Return a class of TLS sockets that serve a Connection as plain ones do."""
 
     class TLSSocket(ssl.SSLSocket):  # type: ignore
-        peeked = b""
-
-        def recv(self, size: int = 1024, flags: int = 0) -> bytes:
-            """Receive, or only look what would be received if there are flags."""
-            try:
-                data = self.peeked or super().recv(size)
-            except ssl.SSLWantReadError:
-                raise BlockingIOError(errno.EAGAIN, "nothing has come") from None
-            self.peeked = data if flags else b""
-            return bytes(data)
-
         def shutdown(self, how: int) -> None:
             """Shut down; before the end of ours alone, say that it is no accident."""
             if how != socket.SHUT_WR:
@@ -6054,6 +6053,7 @@ class Server(ThreadingHTTPServer):
     reserve = 32  # connections past the limit, to be told so, and for probes
     many = 100  # connections that have ended, after which memory is given back,
     rest = 10.0  # but not again for so many seconds
+    look_after = 0.25  # seconds, then see again whether clients still wait
     # For so many seconds an idle client, and one who sends or reads, is no hindrance.
     idle_excuse, slow_excuse = 0.1, 0.3
 
@@ -6081,7 +6081,7 @@ class Server(ThreadingHTTPServer):
         self._crowded: Set[socket.socket] = set()  # those that came past the limit
         self._leaving: Set[socket.socket] = set()  # those that are to make room
         self._few = min(self.reserve, 1 + max_connections // 32)  # that leave at once
-        self._warned_at = self._gave_back_at = -math.inf
+        self._warned_at = self._gave_back_at = self._looked_at = -math.inf
         self._ended = 0  # connections, since then
         self._date = (0, "")
         if isinstance(address, str):
@@ -6147,9 +6147,23 @@ class Server(ThreadingHTTPServer):
         """Accept who else has come, and tidy up; called by socketserver, by and by."""
         self._accept_rest()
         now = time.monotonic()
+        if now - self._looked_at >= self.look_after:
+            self._looked_at = now
+            self._wake_abandoned()
         if self._ended >= self.many and now - self._gave_back_at >= self.rest:
             self._ended, self._gave_back_at = 0, now
             give_back_memory()
+
+    def _wake_abandoned(self) -> None:
+        """Wake the threads that wait for something on behalf of clients that left."""
+        waiting: Dict[int, threading.Event] = {}
+        with self._changed:
+            for connection in filter(None, self._connections.values()):
+                client_left = connection.last and connection.last.client_left
+                if client_left:
+                    waiting[connection.request.fileno()] = client_left
+        for number in have_left(waiting):
+            waiting[number].set()
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; called by socketserver."""

@@ -4942,10 +4942,14 @@ def test_who_comes_back_too_late_is_told_that_something_is_missing(last, service
         assert [stream.event()["event"] for _ in range(2)] == ["gap", "status"]
 
 
+def follower():
+    return longtasks.Request("GET", "/api/v1/events", "1.0", {})
+
+
 def test_a_stream_begins_with_the_task_as_it_was_and_goes_on_from_there(gate, service):
     app, gate_id = service.server.app, submitted(service, "gate")
     gate.wait_started()
-    stream = longtasks.event_stream(app, gate_id, None, True)
+    stream = longtasks.event_stream(app, follower(), gate_id, None, True)
     next(stream)  # it watches from here on
     gate.release.set()
     until(lambda: service.ledger.get(gate_id).finished)
@@ -4960,7 +4964,7 @@ def test_many_events_go_out_in_pieces_that_are_made_as_they_are_taken(service):
     lines = ["%d-" % n + "x" * 3000 for n in range(200)]
     for line in lines:
         feed.publish("a", "log", line)
-    stream = longtasks.event_stream(service.server.app, "", 0, True)
+    stream = longtasks.event_stream(service.server.app, follower(), "", 0, True)
     next(stream)
     for line in lines:
         feed.publish("b", "log", line)
@@ -5012,17 +5016,39 @@ def test_past_the_limit_stuck_handlers_are_not_replaced(gate):
         assert result_of(service, ids[4])["status"] == "completed"
 
 
-def test_a_waiter_that_has_gone_frees_its_place(gate, monkeypatch):
+WAITING = [
+    b"?wait=100",
+    b"/events",
+    b"?wait=100 HTTP/1.1\r\nHost: localhost\r\n\r\nGET /",
+]
+
+
+@pytest.mark.parametrize("wait", WAITING)
+def test_a_client_that_left_is_not_waited_for(wait, gate, monkeypatch):
+    monkeypatch.setattr(longtasks, "KEEP_ALIVE", 100)
     with serving() as service:
-        task_id = submitted(service, "gate")
+        task_id = submitted(service, "gate").encode()
         address = ("127.0.0.1", service.server.server_port)
-        monkeypatch.setattr(longtasks, "LOOK_AFTER", 0.01)
         with socket.create_connection(address) as client:
-            path = "/api/v1/tasks/%s?wait=100" % task_id
-            client.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
-            until(lambda: task_id in service.ledger._waiting)
-            until(lambda: len(service.server._connections) == 1)
+            client.sendall(b"GET /api/v1/tasks/%s%s HTTP/1.0\r\n\r\n" % (task_id, wait))
+            until(lambda: waiting(service))
         until(lambda: not service.server._connections)
+
+
+def waiting(service):
+    return [c for c in connections(service) if c and c.last and c.last.client_left]
+
+
+def test_of_those_who_wait_for_a_task_only_the_one_that_left_is_woken(gate):
+    with serving() as service:
+        path = "/api/v1/tasks/%s?wait=100" % submitted(service, "gate")
+        request = b"GET %s HTTP/1.0\r\n\r\n" % path.encode()
+        with held_by(service, request, request) as held:
+            until(lambda: len(waiting(service)) == 2)
+            held.pop().close()
+            until(lambda: len(connections(service)) == 1)
+            gate.release.set()
+            assert b'"completed"' in held[0].makefile("rb").read()
 
 
 def test_the_log_of_a_task_is_shown_as_it_is(registry):
@@ -5848,7 +5874,7 @@ class Wire:
         self.pieces = [piece for piece in pieces if piece]
         self.sent = b""
 
-    def recv(self, size, flags=0):
+    def recv(self, size):
         if not self.pieces:
             return b""
         data, rest = self.pieces[0][:size], self.pieces[0][size:]
@@ -6453,7 +6479,7 @@ def test_what_happened_before_the_end_of_the_service_is_still_told(gate):
     with serving() as service:
         task_id, app = submitted(service, "gate"), service.server.app
         gate.wait_started()
-        stream = longtasks.event_stream(app, task_id, None, True)
+        stream = longtasks.event_stream(app, follower(), task_id, None, True)
         told = [next(stream) for _ in range(3)]  # to the task as it is
         gate.release.set()
         until(lambda: service.ledger.get(task_id).finished)
@@ -7524,48 +7550,30 @@ def test_a_refused_upload_over_tls_still_gets_its_answer(secure, pairs, monkeypa
         assert until_closed(client).startswith(b"HTTP/1.1 413 ")
 
 
-@pytest.mark.parametrize("leave", [ssl.SSLSocket.unwrap, ssl.SSLSocket.close])
-def test_a_waiter_over_tls_that_has_gone_frees_its_place(
-    leave, gate, pairs, monkeypatch
-):
-    monkeypatch.setattr(longtasks, "LOOK_AFTER", 0.01)
+def test_a_waiter_over_tls_that_has_gone_frees_its_place(gate, pairs):
     with serving(**tls_settings(pairs)) as service:
         task_id = submitted_to(service)
-        client = knock(service, trust(pairs))
-        path = "/api/v1/tasks/%s?wait=100" % task_id
-        client.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
-        until(lambda: task_id in service.ledger._waiting)
-        client.settimeout(0.1)
-        with contextlib.suppress(OSError):
-            leave(client)
+        with knock(service, trust(pairs)) as client:
+            path = "/api/v1/tasks/%s?wait=100" % task_id
+            client.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
+            until(lambda: task_id in service.ledger._waiting)
         until(lambda: not service.server._connections)
-        client.close()
 
 
 def submitted_to(service, type="gate"):
     return service.ledger.submit(type, b"{}").id
 
 
-def test_what_comes_over_tls_while_one_waits_is_answered(gate, pairs, monkeypatch):
-    looks, is_gone = [], longtasks.Connection._is_gone
-
-    def look(connection):
-        looks.append(is_gone(connection))
-        return looks[-1]
-
-    monkeypatch.setattr(longtasks, "LOOK_AFTER", 0.01)
-    monkeypatch.setattr(longtasks.Connection, "_is_gone", look)
+def test_what_comes_over_tls_while_one_waits_is_answered(gate, pairs):
     with serving(**tls_settings(pairs)) as service:
         task_id = submitted_to(service)
         with knock(service, trust(pairs)) as client:
             head = b"GET /api/v1/tasks/%s%s HTTP/1.1\r\nHost: localhost\r\n"
             client.sendall(head % (task_id.encode(), b"?wait=100") + b"\r\n")
             until(lambda: task_id in service.ledger._waiting)
-            until(lambda: looks)
-            more = head % (task_id.encode(), b"") + b"Connection: close\r\n\r\n"
-            client.sendall(more)
-            (ours,) = service.server._connections
-            until(lambda: ours.peeked)
+            client.sendall(
+                head % (task_id.encode(), b"") + b"Connection: close\r\n\r\n"
+            )
             gate.release.set()
             assert until_closed(client).count(b'"status": "completed"') == 2
 

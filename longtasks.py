@@ -77,6 +77,7 @@ import threading
 import time
 import traceback
 import typing
+import zlib
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from email.utils import formatdate
@@ -427,7 +428,7 @@ class ForgottenTask(TaskError):
 
 
 class DamagedTask(TaskError):
-    """What was submitted can't be read any more in the file that it was kept in."""
+    """The file that the task was kept in is damaged where it stands."""
 
 
 class Unfinished(TaskError):
@@ -2235,11 +2236,12 @@ def run_elsewhere(known: Handler, params: Mapping[str, Any], ctx: Context) -> An
 #
 # The file that tasks survive in: SQLite in WAL mode, one row a task. One
 # thread writes; whatever has gathered while it wrote goes into the next
-# transaction. It keeps what it is told and decides nothing.
+# transaction. It keeps what it is told and decides nothing. Each row has a
+# checksum, so that a damaged one is never taken for what was written.
 # ======================================================================
 
 APPLICATION_ID = 0x6C6F6E67  # "long", in the file's header (sqlite.org/fileformat.html)
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _TYPES = {str: "TEXT", bytes: "TEXT", int: "INTEGER", float: "REAL"}
 
@@ -2255,15 +2257,33 @@ def _columns() -> Iterator[Tuple[str, type, bool]]:
 
 # Those of a task, and then those of its options. An older file lacks some of them.
 COLUMNS = tuple(_columns())
-_NAMES = ", ".join(name for name, _, _ in COLUMNS)
-_MARKS = ", ".join("?" * len(COLUMNS))
+_NAMES = ", ".join([name for name, _, _ in COLUMNS] + ["checksum"])
+_MARKS = ", ".join("?" * (len(COLUMNS) + 1))
 _REPLACE = "REPLACE INTO tasks (%s) VALUES (%s)" % (_NAMES, _MARKS)  # noqa: S608
 _SELECT = "SELECT %s FROM tasks" % _NAMES  # noqa: S608
+_REALS = [place for place, column in enumerate(COLUMNS) if column[1] is float]
 
 
-def _is_sane(value: Union[str, int, float]) -> bool:
-    """Whether a number can be one of a task's: none is beyond 2**53."""
-    return isinstance(value, str) or -(2**53) < value < 2**53
+def checksum(values: Tuple[Any, ...]) -> str:
+    """Return the checksum of a row: the CRC-32 of its values, and its id once more.
+
+    The second copy of the id tells whose row it is when the first one is damaged.
+    """
+    # ascii(), since what repr() escapes differs between versions of Python.
+    return "%08x %s" % (zlib.crc32(ascii(values).encode()), values[1])
+
+
+def _is_valid(row: Sequence[Any]) -> bool:
+    """Whether a row that has no checksum yet can be that of a task."""
+    for value, (_, kind, optional) in zip(row, COLUMNS):
+        stored = str if kind is bytes else kind
+        if type(value) is not stored and not (value is None and optional):
+            return False
+        if isinstance(value, (int, float)) and not -(2**53) < value < 2**53:
+            return False
+    row_id, status, ended_at = (row[_PLACES[n]] for n in ("id", "status", "ended_at"))
+    known = _UUID.fullmatch(row_id) and status in EXITS
+    return bool(known) and (status in FINISHED) == (ended_at is not None)
 
 
 class JournalError(Exception):
@@ -2352,6 +2372,10 @@ class Journal:
         # Only the thread that writes adds to it. Who copies it without a lock may see
         # a commit's count before its time; the next look has both.
         self.commit_times = Histogram(COMMIT_BOUNDS)
+        # Rows that load() found damaged, and the ids of their tasks: one each, or two
+        # where the two copies in a row differ.
+        self.damaged_rows = 0
+        self.damaged: Set[str] = set()
         # The lock guards the batches that are open for more records, of one kind
         # each, and is notified when there is something to do for the writer.
         self._changed = threading.Condition()
@@ -2393,6 +2417,8 @@ class Journal:
         ours = int.from_bytes(head[68:72], "big") == APPLICATION_ID
         if head and not (ours and head.startswith(b"SQLite format 3\0")):
             raise JournalError("DB %s is not a file of longtasks" % self.path)
+        if head and not 1 <= head[19] <= 2:  # SQLite would overlook the WAL
+            raise JournalError("DB %s is corrupt: its header is damaged" % self.path)
         return bool(head)
 
     def _check(self) -> None:
@@ -2402,9 +2428,15 @@ class Journal:
             if version > SCHEMA_VERSION:
                 text = "DB %s has version %d; this longtasks knows up to version %d"
                 raise JournalError(text % (self.path, version, SCHEMA_VERSION))
-            (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
-            if found != "ok":
-                raise JournalError("DB %s is corrupt: %s" % (self.path, found))
+            for (found,) in db.execute("PRAGMA quick_check"):
+                # A wrong value is a matter of its row's checksum.
+                if found != "ok" and not re.match(r"\S+ value in ", found):
+                    raise JournalError("DB %s is corrupt: %s" % (self.path, found))
+            types = {row[1]: row[2] for row in db.execute("PRAGMA table_info(tasks)")}
+            for name, kind, _ in COLUMNS if version == SCHEMA_VERSION else ():
+                if types.get(name) != _TYPES[kind]:
+                    text = "DB %s is corrupt: its column %s is missing or altered"
+                    raise JournalError(text % (self.path, name))
 
     def _create(self) -> None:
         """Make an empty journal beside the path, and move it there when it is whole."""
@@ -2417,11 +2449,11 @@ class Journal:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new)
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        with contextlib.closing(self._sqlite.connect(new)) as db:
+        with contextlib.closing(self._sqlite.connect(new, isolation_level=None)) as db:
             db.execute("CREATE TABLE tasks (seq INTEGER PRIMARY KEY)")
-            self._add_columns(db)
+            self._migrate(db)
             db.execute("PRAGMA application_id = %d" % APPLICATION_ID)
-            db.execute("PRAGMA user_version = %d" % SCHEMA_VERSION)
+            self._touch(db)
             db.execute("PRAGMA journal_mode = WAL")
         os.replace(new, self.path)
         with contextlib.suppress(OSError):  # not every system can open a folder
@@ -2438,20 +2470,24 @@ class Journal:
         db.execute("PRAGMA fullfsync = ON")  # really on disk, on macOS
         db.execute("PRAGMA journal_size_limit = %d" % (16 << 20))
         db.execute("BEGIN IMMEDIATE")
-        self._add_columns(db)
+        if db.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+            self._migrate(db)
         self._touch(db)  # so that a read-only file is told now
         db.execute("COMMIT")
         return db
 
     def _open_file(self, mode: str) -> Any:
         uri = "file:%s?mode=%s" % (quote(os.fsencode(self.path)), mode)
-        return self._sqlite.connect(
+        db = self._sqlite.connect(
             uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
         )
+        # sqlite3 would raise for damaged text, and its message would quote it.
+        db.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
+        return db
 
     @staticmethod
-    def _add_columns(db: Any) -> None:
-        """Give the table those columns that an older version did not know."""
+    def _migrate(db: Any) -> None:
+        """Add what an older version did not know: columns, and then the checksums."""
         there = {row[1] for row in db.execute("PRAGMA table_info(tasks)")}
         for name, kind, optional in COLUMNS:
             if name not in there:
@@ -2461,6 +2497,12 @@ class Journal:
                         "''" if kind in (str, bytes) else "0"
                     )
                 db.execute("ALTER TABLE tasks ADD COLUMN " + column)
+        if "checksum" not in there:
+            column = "checksum TEXT NOT NULL DEFAULT ''"
+            db.execute("ALTER TABLE tasks ADD COLUMN " + column)
+        rows = db.execute(_SELECT + " WHERE checksum = ''")
+        sums = [(checksum(row[:-1]), row[0]) for row in rows if _is_valid(row)]
+        db.executemany("UPDATE tasks SET checksum = ? WHERE seq = ?", sums)
 
     @staticmethod
     def _touch(db: Any) -> None:
@@ -2469,30 +2511,39 @@ class Journal:
     # -- reading
 
     def load(self) -> Iterator[Task]:
-        """Yield finished tasks by their end, then the others by their submission."""
+        """Yield finished tasks by their end, then the others by their submission.
+
+        Those whose row is damaged are left out, and noted in `damaged`.
+        """
         order = " ORDER BY ended_at IS NULL, ended_at, seq"
         try:
             for row in self._db.execute(_SELECT + order):
-                yield self._task(row)
+                if row[-1] == checksum(row[:-1]):
+                    yield self._task(row)
+                else:
+                    self._note_damaged(row)
         except self._sqlite.Error as error:
             raise JournalError("DB %s: %s" % (self.path, error)) from None
 
-    def _task(self, row: Sequence[Any]) -> Task:
-        """Read a row, which someone else may have written into the file."""
-        values = list(row)
-        for index, (name, kind, optional) in enumerate(COLUMNS):
-            stored = str if kind is bytes else kind
-            if type(row[index]) is stored and _is_sane(row[index]):
-                values[index] = row[index].encode() if kind is bytes else row[index]
-            elif row[index] is not None or not optional:
-                raise JournalError("DB %s: a task's %s is amiss" % (self.path, name))
+    @staticmethod
+    def _task(row: Sequence[Any]) -> Task:
+        values = [
+            value.encode() if kind is bytes and value is not None else value
+            for value, (_, kind, _) in zip(row, COLUMNS)
+        ]
         plain = len(Task._fields) - 1
-        task = Task(*values[:plain], Options(*values[plain:]))  # type: ignore
-        if not _UUID.fullmatch(task.id):  # else it could not go into answers as it is
-            raise JournalError("DB %s: a task's id is amiss" % self.path)
-        if task.status not in EXITS or task.finished == (task.ended_at is None):
-            raise JournalError("DB %s: a task's status is amiss" % self.path)
-        return task
+        return Task(*values[:plain], Options(*values[plain:]))  # type: ignore
+
+    def _note_damaged(self, row: Sequence[Any]) -> None:
+        """Keep in mind whose row is damaged; raises JournalError if it doesn't say."""
+        ids = set(_UUID.findall("%s %s" % (row[1], row[-1])))
+        if not ids:
+            text = "DB %s is corrupt: the task with seq %s is damaged, even its id"
+            raise JournalError(text % (self.path, row[0]))
+        self.damaged_rows += 1
+        self.damaged |= ids
+        text = "DB %s: the row of task %s is damaged; it stays as it is"
+        log.error(text, self.path, " or ".join(sorted(ids)))
 
     # -- writing
 
@@ -2594,8 +2645,13 @@ class Journal:
 
     @staticmethod
     def _row(task: Task) -> Sequence[Any]:
-        values = task[:-1] + task.options
-        return [v.decode() if type(v) is bytes else v for v in values]
+        values: List[Any] = list(task[:-1] + task.options)
+        values = [v.decode() if type(v) is bytes else v for v in values]
+        for place in _REALS:
+            if values[place] is not None:
+                values[place] += 0.0  # as SQLite gives it back: no 5, and no -0.0
+        row = tuple(values)
+        return (*row, checksum(row))
 
 
 def lock_file(path: str) -> Any:
@@ -3027,11 +3083,12 @@ class Ledger:
                 self._drop_old(self._clock())
                 if task_id in self._submitting:
                     known, batch = self._submitting[task_id]
-                elif task_id in self._tasks or task_id in self._forgotten:
-                    known, batch = self._find(task_id), None
                 else:
-                    tasks, batch = self._take_in([(task_id, wanted)])
-                    break
+                    try:
+                        known, batch = self._find(task_id), None
+                    except UnknownTask:
+                        tasks, batch = self._take_in([(task_id, wanted)])
+                        break
             if not same_request(known, wanted):
                 raise DifferentRequest("%s was submitted with other content" % task_id)
             if batch is None:
@@ -3642,6 +3699,9 @@ class Ledger:
             return self._tasks[task_id]
         if task_id in self._forgotten:
             raise ForgottenTask("task %s was deleted or has expired" % task_id)
+        if self._journal and task_id in self._journal.damaged:
+            text = "task %s is damaged in the file: its row fails its checksum"
+            raise DamagedTask(text % task_id)
         raise UnknownTask("there is no task %s" % shown(task_id))
 
     def responds(self, patience: float) -> bool:
@@ -4773,6 +4833,8 @@ def task_metrics(app: App) -> Iterator[Metric]:
     if journal:
         name, about = "longtasks_journal_commit_seconds", "Time that a commit took."
         yield histogram(name, about, [({}, journal.commit_times.copy())])
+        name, about = "longtasks_journal_damaged_rows", "Rows that fail their checksum."
+        yield gauge(name, about, journal.damaged_rows)
 
 
 def http_metrics(app: App) -> Iterator[Metric]:

@@ -1177,7 +1177,7 @@ def test_the_file_is_private_and_says_what_it_is(tmp_path):
                 db.execute("PRAGMA " + name).fetchone()[0]
                 for name in ("application_id", "user_version", "journal_mode")
             ]
-    assert found == [0x6C6F6E67, 2, "wal"]
+    assert found == [0x6C6F6E67, 3, "wal"]
     # A change here needs another SCHEMA_VERSION.
     assert rows_of(path, "*") == []
     assert (
@@ -1216,6 +1216,12 @@ def foreign(path, *statements):
         db.commit()
 
 
+def older(path, *statements):
+    """Make it a file of the version that had no checksums."""
+    unsealed = "UPDATE tasks SET checksum = ''", "PRAGMA user_version = 2"
+    foreign(path, *statements, *unsealed)
+
+
 def newer(path):
     longtasks.Journal(str(path)).close(LONG)
     foreign(path, "PRAGMA user_version = 99")
@@ -1248,7 +1254,7 @@ def corrupt(path):
             ),
             "is not a file of longtasks",
         ),
-        (newer, "has version 99; this longtasks knows up to version 2"),
+        (newer, "has version 99; this longtasks knows up to version 3"),
         (corrupt, "is corrupt|malformed"),
     ],
 )
@@ -1309,26 +1315,93 @@ def test_one_who_died_while_making_the_file_leaves_no_hindrance(tmp_path):
     assert not (tmp_path / "tasks.db.new").exists()
 
 
-@pytest.mark.parametrize(
-    "change, why",
-    [
-        ("status = 'lost'", "status is amiss"),
-        ("id = 'x\"'", "id is amiss"),
-        ("status = 'completed'", "status is amiss"),
-        ("attempt = 'x'", "attempt is amiss"),
-        ("params = x'00'", "params is amiss"),
-        ("created_at = 'now'", "created_at is amiss"),
-    ],
-)
-def test_a_row_that_someone_spoilt_is_told(change, why, tmp_path):
+SPOILT = [
+    "status = 'lost'",
+    "id = 'x\"'",
+    "status = 'completed'",
+    "attempt = 'x'",
+    "attempt = 1.0",
+    "params = x'00'",
+    "created_at = 'now'",
+    "seq = seq + 5",
+    "checksum = ''",
+]
+
+
+@pytest.mark.parametrize("change", [*SPOILT, "params = '{} '", "priority = 1"])
+def test_a_damaged_row_costs_its_task_and_no_other(change, tmp_path):
     path = tmp_path / "tasks.db"
     with journalled(path) as ledger:
-        ledger.submit("t", b"{}")
-    foreign(path, "UPDATE tasks SET " + change)
-    journal = longtasks.Journal(str(path))
-    with pytest.raises(longtasks.JournalError, match=why):
-        list(journal.load())
-    journal.close(LONG)
+        task, other = ledger.submit_all([asked(b'{"secret": 1}'), asked(b"{}")])
+    damage(path, task.id, change)
+    before = rows_of(path, "*")
+    with journalled(path) as ledger:
+        assert ledger.page(10) == ([other], None)
+        wanted = asked(b'{"secret": 1}')
+        for do in (
+            lambda: ledger.get(task.id),
+            lambda: ledger.cancel(task.id),
+            lambda: ledger.delete(task.id),
+            lambda: ledger.submit_once(task.id, wanted),
+        ):
+            with pytest.raises(longtasks.DamagedTask, match="fails its checksum"):
+                do()
+        assert ledger.journal.damaged_rows == 1
+        assert ledger.claim()[0].id == other.id
+    left = [row for row in rows_of(path, "*") if row[1] != other.id]
+    assert left == [row for row in before if row[1] != other.id]
+
+
+def damage(path, task_id, change):
+    """Change a task's row behind the journal's back."""
+    foreign(path, "UPDATE tasks SET %s WHERE id = '%s'" % (change, task_id))
+
+
+def test_whose_row_is_damaged_is_reported_and_nothing_that_is_in_it(tmp_path, registry):
+    path = tmp_path / "tasks.db"
+    with journalled(path) as ledger:
+        task = ledger.submit("long_computation", b'{"secret": 1}')
+    damage(path, task.id, "params = CAST(x'7b22736563726574ff' AS TEXT)")
+    with records("INFO") as kept, serving(DB=str(path)) as service:
+        answer = call(service, "GET", "/api/v1/tasks/" + task.id)
+        assert_problem(answer, 410, "task %s is damaged in the file" % task.id)
+        assert metrics_of(service)["longtasks_journal_damaged_rows"] == 1
+    lines = [record.getMessage() for record in kept if record.levelname == "ERROR"]
+    text = "DB %s: the row of task %s is damaged; it stays as it is"
+    assert lines == [text % (path, task.id)]
+
+
+def test_a_damaged_id_answers_for_both_that_it_may_have_been(tmp_path):
+    path, other = tmp_path / "tasks.db", longtasks.new_id()
+    with journalled(path) as ledger:
+        task = ledger.submit("t", b"{}")
+    damage(path, task.id, "id = '%s'" % other)
+    with journalled(path) as ledger:
+        for task_id in (task.id, other):
+            with pytest.raises(longtasks.DamagedTask):
+                ledger.get(task_id)
+        with pytest.raises(longtasks.UnknownTask):
+            ledger.get(longtasks.new_id())
+
+
+def test_a_damaged_row_that_does_not_say_whose_it_is_stops_the_start(tmp_path, capsys):
+    path = tmp_path / "tasks.db"
+    with journalled(path) as ledger:
+        task = ledger.submit("t", b"{}")
+    damage(path, task.id, "id = 'x', checksum = ''")
+    assert longtasks.main(["--port", "0", "--db", str(path)]) == 2
+    text = "longtasks: DB %s is corrupt: the task with seq %d is damaged, even its id\n"
+    assert capsys.readouterr().err == text % (path, task.seq)
+
+
+def test_numbers_come_back_as_they_are_summed(tmp_path):
+    path, clock = tmp_path / "tasks.db", Clock()
+    clock.now = 5  # and no float
+    options = longtasks.Options(timeout=5, delay=-0.0, retries=2, priority=-3)
+    with journalled(path, clock) as ledger:
+        task = ledger.submit("t", '{"é\U0001fae8": "\x00"}'.encode(), options)
+    with journalled(path, clock) as ledger:
+        assert ledger.get(task.id) == task
 
 
 @pytest.mark.parametrize(
@@ -1345,7 +1418,7 @@ def test_spoilt_params_fail_their_task_and_not_the_start(params, error, tmp_path
     path = tmp_path / "tasks.db"
     with journalled(path) as ledger:
         ledger.submit("long_computation", b"{}")
-    foreign(path, "UPDATE tasks SET params = '%s'" % params)
+    older(path, "UPDATE tasks SET params = '%s'" % params)
     with journalled(path) as ledger:
         outcome = longtasks.run_one(*ledger.claim(), longtasks.HANDLERS, 1000)
     assert outcome.status == "failed"
@@ -2684,20 +2757,36 @@ def test_a_file_of_the_first_version_is_taken_up(tmp_path):
     path = tmp_path / "tasks.db"
     with journalled(path) as ledger:
         task = ledger.submit("t", b'{"a": 1}')
-    newer = longtasks.COLUMNS[12:]
-    kept = ", ".join(name for name, _, _ in longtasks.COLUMNS[:12])
+    assert longtasks.COLUMNS[12][0] == "failures"  # the first that it did not know
+    known = longtasks.COLUMNS[1:12]
+    columns = ["%s %s" % (name, longtasks._TYPES[kind]) for name, kind, _ in known]
+    names = ", ".join(["seq"] + [name for name, _, _ in known])
     foreign(
         path,
-        "CREATE TABLE old AS SELECT %s FROM tasks" % kept,
-        "DROP TABLE tasks",
-        "ALTER TABLE old RENAME TO tasks",
+        "ALTER TABLE tasks RENAME TO newer",
+        "CREATE TABLE tasks (seq INTEGER PRIMARY KEY, %s)" % ", ".join(columns),
+        "INSERT INTO tasks SELECT %s FROM newer" % names,
+        "DROP TABLE newer",
         "PRAGMA user_version = 1",
     )
-    assert newer[0][0] == "failures"
+    for _ in range(2):
+        with journalled(path) as ledger:
+            assert ledger.get(task.id) == task
+            with contextlib.closing(sqlite3.connect(str(path))) as db:
+                assert db.execute("PRAGMA user_version").fetchone() == (3,)
+
+
+def test_an_older_file_is_given_checksums_but_for_rows_that_cannot_be(tmp_path):
+    path = tmp_path / "tasks.db"
     with journalled(path) as ledger:
-        assert ledger.get(task.id) == task
-        with contextlib.closing(sqlite3.connect(str(path))) as db:
-            assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        sound, spoilt = ledger.submit_all([asked(b"{}")] * 2)
+    damage(path, spoilt.id, "attempt = 'x'")
+    older(path)
+    for _ in range(2):
+        with journalled(path) as ledger:
+            assert ledger.get(sound.id) == sound
+            with pytest.raises(longtasks.DamagedTask):
+                ledger.get(spoilt.id)
 
 
 def test_a_failed_journal_is_tried_even_when_there_is_nothing_to_write(tmp_path):
@@ -4371,7 +4460,7 @@ def test_who_asks_for_params_that_are_damaged_is_told_so(params, registry, tmp_p
         other = call(service, "POST", "/api/v1/tasks", document, **keyed).json["id"]
         for each in (task_id, other):
             result_of(service, each)
-    foreign(path, "UPDATE tasks SET params = '%s'" % params)
+    older(path, "UPDATE tasks SET params = '%s'" % params)
     with serving(DB=str(path)) as service:
         for answer in (
             call(service, "GET", "/api/v1/tasks/%s/submission" % task_id),

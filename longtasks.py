@@ -2234,7 +2234,8 @@ def run_elsewhere(known: Handler, params: Mapping[str, Any], ctx: Context) -> An
 # ======================================================================
 # 4. Journal
 #
-# The file that tasks survive in: SQLite in WAL mode, one row a task. One
+# The file that tasks survive in: SQLite in WAL mode, one row a task, and the
+# ids of the last ones that were deleted or have expired. One
 # thread writes; whatever has gathered while it wrote goes into the next
 # transaction. It keeps what it is told and decides nothing. Each row has a
 # checksum, so that a damaged one is never taken for what was written.
@@ -2363,6 +2364,7 @@ class Journal:
     """A journal file, in the hands of this process only. Raises JournalError."""
 
     pause = 1.0  # seconds from an error to the next try
+    trim_after = 1000  # ids of tasks that are gone; looking for old ones takes time
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)  # so that a link to it finds the same lock
@@ -2382,6 +2384,8 @@ class Journal:
         self._open = (Batch(False), Batch(True))
         self._closing = False
         self._held: List[Batch] = []  # what could not be written yet
+        self._gone_limit = 0  # ids that are kept of tasks that are gone
+        self._untrimmed = self.trim_after  # ids that came since there were too many
         self._thread: Optional[threading.Thread] = None
         try:
             import sqlite3  # a small host may lack it
@@ -2397,7 +2401,8 @@ class Journal:
                 self._create()
             self._db = self._connect()
             self._inode = os.stat(self.path).st_ino
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, UnicodeError) as error:
+            # sqlite3 raises UnicodeError where its message would quote damaged text.
             text = error.strerror if isinstance(error, OSError) else error
             raise JournalError("DB %s: %s" % (self.path, text)) from None
 
@@ -2487,7 +2492,7 @@ class Journal:
 
     @staticmethod
     def _migrate(db: Any) -> None:
-        """Add what an older version did not know: columns, and then the checksums."""
+        """Add what an older version did not know: columns, checksums, a table."""
         there = {row[1] for row in db.execute("PRAGMA table_info(tasks)")}
         for name, kind, optional in COLUMNS:
             if name not in there:
@@ -2503,6 +2508,9 @@ class Journal:
         rows = db.execute(_SELECT + " WHERE checksum = ''")
         sums = [(checksum(row[:-1]), row[0]) for row in rows if _is_valid(row)]
         db.executemany("UPDATE tasks SET checksum = ? WHERE seq = ?", sums)
+        # The id twice, as in a task's row with its checksum.
+        columns = "number INTEGER PRIMARY KEY, id TEXT NOT NULL, again TEXT NOT NULL"
+        db.execute("CREATE TABLE IF NOT EXISTS gone (%s)" % columns)
 
     @staticmethod
     def _touch(db: Any) -> None:
@@ -2545,11 +2553,32 @@ class Journal:
         text = "DB %s: the row of task %s is damaged; it stays as it is"
         log.error(text, self.path, " or ".join(sorted(ids)))
 
+    def gone(self) -> Iterator[str]:
+        """Yield the ids of tasks that are gone, from the first to the last.
+
+        Where the two copies of an id differ, since one is damaged, it is both.
+        """
+        try:
+            for row in self._db.execute("SELECT id, again FROM gone ORDER BY number"):
+                ids = set(_UUID.findall("%s %s" % row))
+                if not ids:
+                    text = "DB %s is corrupt: an id of its table gone is damaged"
+                    raise JournalError(text % self.path)
+                yield from ids
+        except self._sqlite.Error as error:
+            raise JournalError("DB %s: %s" % (self.path, error)) from None
+
     # -- writing
 
-    def start(self, written: Callable[[Sequence[Record]], None]) -> None:
-        """Begin to write; `written` is called with the records that are on disk."""
+    def start(
+        self, written: Callable[[Sequence[Record]], None], gone_limit: int = 0
+    ) -> None:
+        """Begin to write; `written` is called with the records that are on disk.
+
+        Of tasks that are gone, at least so many ids are kept.
+        """
         self._written = written
+        self._gone_limit = gone_limit
         self._thread = threading.Thread(
             target=self._write_on, name="journal", daemon=True
         )
@@ -2629,12 +2658,12 @@ class Journal:
         if os.stat(self.path).st_ino != self._inode:
             raise OSError("the file was replaced")
         rows = [self._row(record) for record in records if isinstance(record, Task)]
-        gone = [(record.seq,) for record in records if isinstance(record, Gone)]
+        gone = [record for record in records if isinstance(record, Gone)]
         self._db.execute("BEGIN IMMEDIATE")
         try:
             self._db.executemany(_REPLACE, rows)
-            # Last, since no task comes back that has gone.
-            self._db.executemany("DELETE FROM tasks WHERE seq = ?", gone)
+            if gone:
+                self._delete(gone)  # last, since no task comes back that has gone
             if self.error:
                 self._touch(self._db)  # a try, even if there is nothing to write
             self._db.execute("COMMIT")
@@ -2642,6 +2671,19 @@ class Journal:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
+
+    def _delete(self, gone: Sequence[Gone]) -> None:
+        """Delete rows of tasks, and keep the ids of the last ones."""
+        seqs = [(record.seq,) for record in gone]
+        self._db.executemany("DELETE FROM tasks WHERE seq = ?", seqs)
+        ids = [(record.id, record.id) for record in gone[-self._gone_limit :]]
+        self._db.executemany("INSERT INTO gone (id, again) VALUES (?, ?)", ids)
+        self._untrimmed += len(ids)
+        if self._untrimmed > self.trim_after:
+            newest = "SELECT number FROM gone ORDER BY number DESC LIMIT 1 OFFSET ?"
+            trim = "DELETE FROM gone WHERE number <= (%s)" % newest  # noqa: S608
+            self._db.execute(trim, (self._gone_limit,))
+            self._untrimmed = 0
 
     @staticmethod
     def _row(task: Task) -> Sequence[Any]:
@@ -3042,6 +3084,8 @@ class Ledger:
         """Go on where the process before left off; from now on all is kept there."""
         with self._lock:
             self._journal = journal
+            for task_id in journal.gone():
+                self._remember(task_id)
             for task in journal.load():
                 now = task.after_crash(self._clock())
                 self._publish(now)
@@ -3056,7 +3100,7 @@ class Ledger:
             self._last_seq = max([self._last_seq] + [t.seq for t in in_order[-1:]])
             self._first_seq = self._last_seq
             self._delayed_before = {t.id for t in in_order if t.due_at is not None}
-        journal.start(self._written)
+        journal.start(self._written, self.limits.forgotten)
 
     # -- the life of a task ------------------------------------------------
 
@@ -3750,7 +3794,11 @@ class Ledger:
     def _forget(self, task: Task) -> None:
         self._add(self._tasks.pop(task.id), -1)
         self.feed.forget(task.id)
-        self._forgotten[task.id] = None
+        self._remember(task.id)
+
+    def _remember(self, task_id: str) -> None:
+        """Keep the id of a task that is gone; there are limits to that, too."""
+        self._forgotten[task_id] = None
         if len(self._forgotten) > self.limits.forgotten:
             self._forgotten.popitem(last=False)
 
@@ -4948,7 +4996,7 @@ REFUSALS = {
     406: "Not to be had in any form that Accept lists.",
     408: "The request came too slowly.",
     409: "The task's state does not allow it, or another task has this id.",
-    410: "The task was deleted or has expired, or what was submitted is lost.",
+    410: "The task was deleted or has expired, or is damaged in the file.",
     411: "A body must come with its Content-Length, or in chunks.",
     413: "The body is too large.",
     414: "The target is too long.",

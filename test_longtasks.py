@@ -1132,11 +1132,11 @@ def journalled(path, clock=None, kind=longtasks.Journal, **limits):
     journal = kind(str(path))
     clock = clock or Clock()
     rules = longtasks.Rules()
-    ledger = longtasks.Ledger(
-        longtasks.Limits(**limits), clock, journal, lambda type: rules, clock
-    )
-    ledger.journal = journal
     try:
+        ledger = longtasks.Ledger(
+            longtasks.Limits(**limits), clock, journal, lambda type: rules, clock
+        )
+        ledger.journal = journal
         yield ledger
     finally:
         if kind is HeldJournal:
@@ -1152,10 +1152,10 @@ def begun(ledger):
     return task, context
 
 
-def rows_of(path, what="id, status"):
-    uri = "file:%s?mode=ro" % path
+def rows_of(path, what="id, status", table="tasks", order="seq"):
+    uri, asked = "file:%s?mode=ro" % path, (what, table, order)
     with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-        return db.execute("SELECT %s FROM tasks ORDER BY seq" % what).fetchall()
+        return db.execute("SELECT %s FROM %s ORDER BY %s" % asked).fetchall()
 
 
 def background(work):
@@ -1392,6 +1392,42 @@ def test_a_damaged_row_that_does_not_say_whose_it_is_stops_the_start(tmp_path, c
     assert longtasks.main(["--port", "0", "--db", str(path)]) == 2
     text = "longtasks: DB %s is corrupt: the task with seq %d is damaged, even its id\n"
     assert capsys.readouterr().err == text % (path, task.seq)
+
+
+def answer_of(ledger, task_id):
+    try:
+        return ledger.get(task_id)
+    except longtasks.TaskError as error:
+        return type(error).__name__
+
+
+def test_a_flipped_bit_in_the_file_never_gives_a_wrong_answer(tmp_path):
+    path, dice = tmp_path / "tasks.db", random.Random(1)
+    with journalled(path) as ledger:
+        ids = [finished_task(ledger).id for _ in range(20)]
+        until(lambda: ledger.counts().finished == 20)
+        for task_id in ids[:10]:
+            ledger.delete(task_id)
+        ids += [task.id for task in ledger.submit_all([asked(b'{"n": 1}')] * 20)]
+        true = {task_id: answer_of(ledger, task_id) for task_id in ids}
+    sound = path.read_bytes()
+    refused = damaged = 0
+    for number in range(100):
+        data = bytearray(sound)
+        data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+        path = tmp_path / ("%d.db" % number)
+        path.write_bytes(data)
+        try:
+            with journalled(path) as ledger:
+                found = {task_id: answer_of(ledger, task_id) for task_id in ids}
+        except longtasks.JournalError:
+            refused += 1
+            continue
+        wrong = [i for i in ids if found[i] not in (true[i], "DamagedTask")]
+        assert not wrong, {i: (found[i], true[i]) for i in wrong}
+        damaged += "DamagedTask" in found.values()
+    assert 0 < refused < 50
+    assert damaged
 
 
 def test_numbers_come_back_as_they_are_summed(tmp_path):
@@ -2060,6 +2096,79 @@ def test_a_hundred_thousand_finished_tasks_are_taken_up_within_the_limits(
     # What is let go costs its record in the journal's queue, 200 bytes or so.
     assert peak < 50e6
     assert took < 30  # under tracemalloc
+
+
+def by_count(ledger, clock):
+    finished_task(ledger)
+    finished_task(ledger)
+
+
+def by_age(ledger, clock):
+    clock.now += 101
+    ledger.expire()
+
+
+def by_deletion(ledger, clock):
+    ledger.delete(ledger.page(1)[0][0].id)
+
+
+@pytest.mark.parametrize("lose", [by_count, by_age, by_deletion])
+def test_an_id_that_is_gone_is_remembered_across_restarts(lose, tmp_path):
+    path, clock = tmp_path / "tasks.db", Clock()
+    with journalled(path, clock, results=2, result_ttl=100) as ledger:
+        task_id = finished_task(ledger).id
+        until(lambda: ledger.counts().finished)
+        lose(ledger, clock)
+        until(lambda: task_id in ledger._forgotten)
+    for _ in range(2):
+        with journalled(path, clock, results=2, result_ttl=100) as ledger:
+            with pytest.raises(longtasks.ForgottenTask):
+                ledger.get(task_id)
+            with pytest.raises(longtasks.ForgottenTask):
+                ledger.submit_once(task_id, asked(b"{}"))
+            assert ledger.counts().pending == 0
+
+
+def test_what_expires_at_the_start_is_remembered_too(tmp_path):
+    path, clock = tmp_path / "tasks.db", Clock()
+    with journalled(path, clock, result_ttl=100) as ledger:
+        task_id = finished_task(ledger).id
+        until(lambda: ledger.counts().finished)
+    clock.now += 101
+    for _ in range(2):
+        with journalled(path, clock, result_ttl=100) as ledger, pytest.raises(
+            longtasks.ForgottenTask
+        ):
+            ledger.get(task_id)
+
+
+def test_as_many_ids_are_remembered_in_the_file_as_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(longtasks.Journal, "trim_after", 2)
+    path = tmp_path / "tasks.db"
+    with journalled(path, forgotten=5) as ledger:
+        ids = [finished_task(ledger).id for _ in range(20)]
+        until(lambda: ledger.counts().finished == 20)
+        for task_id in ids:
+            ledger.delete(task_id)
+            assert len(rows_of(path, "id", "gone", "number")) <= 5 + 2
+    with journalled(path, forgotten=5) as ledger:
+        assert list(ledger._forgotten) == ids[-5:]
+
+
+def test_an_id_that_is_gone_and_damaged_answers_for_both_it_may_have_been(tmp_path):
+    path, other = tmp_path / "tasks.db", longtasks.new_id()
+    with journalled(path) as ledger:
+        task_id = finished_task(ledger).id
+        until(lambda: ledger.counts().finished)
+        ledger.delete(task_id)
+    foreign(path, "UPDATE gone SET again = '%s'" % other)
+    with journalled(path) as ledger:
+        assert set(ledger._forgotten) == {task_id, other}
+    foreign(path, "UPDATE gone SET again = '', id = 'x'")
+    journal = longtasks.Journal(str(path))
+    with pytest.raises(longtasks.JournalError, match="table gone is damaged"):
+        list(journal.gone())
+    journal.close(LONG)
 
 
 @pytest.fixture(params=["in memory", "with a journal"])
@@ -10634,6 +10743,13 @@ def test_submits_are_idempotent_across_a_restart(tmp_path):
         other = submit(running.port, "long_computation", {"duration": 1}, **key)
         assert other.status == 422
         assert len(call(running.port, "GET", "/api/v1/tasks").json["tasks"]) == 2
+        result_of(running.port, task_id)
+        for each in (task_id, first.json["id"]):
+            assert call(running.port, "DELETE", "/api/v1/tasks/" + each).status == 204
+    with process(*flags) as running:
+        assert_problem(put(running.port, task_id), 410, "was deleted or has expired")
+        again = submit(running.port, "long_computation", {"duration": 0}, **key)
+        assert_problem(again, 410, "was deleted or has expired")
 
 
 def test_without_db_nothing_is_written(tmp_path):

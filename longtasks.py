@@ -48,6 +48,7 @@ client of the API, comes last.
 
 import _thread
 import codecs
+import collections.abc
 import contextlib
 import errno
 import functools
@@ -949,7 +950,7 @@ class Handler(NamedTuple):
     @property
     def description(self) -> str:
         """The first paragraph of the function's docstring, in one line."""
-        text = inspect.getdoc(self.function) or ""
+        text = inspect.getdoc(_without_partials(self.function)) or ""
         return " ".join(text.split("\n\n")[0].split())
 
     def run(self, params: Dict[str, Any], context: Context) -> Any:
@@ -968,6 +969,13 @@ class Handler(NamedTuple):
         return self.function(**params, **extra)
 
 
+def _without_partials(function: Any) -> Any:
+    """Return what functools.partial has wrapped, or the function itself."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
 HANDLERS: Dict[str, Handler] = {}  # filled before the service starts, then only read
 
 
@@ -981,10 +989,12 @@ def handler(
     """Register the function below as the task type `name`.
 
     Its signature says which params the type takes. Parameters may be annotated with
-    int, float, str, bool, list, dict, None, Any, List[...], Dict[str, ...], Optional,
-    Union and Literal; without an annotation anything goes. The parameter annotated
-    with Context is handed the task's Context. A single `params: dict`, or `**params`,
-    takes whatever comes. `limits` narrows numbers with JSON Schema's words:
+    int, float, str, bool, list, dict, None, Any, object, List[...], Sequence[...],
+    Dict[str, ...], Mapping[str, ...], Optional, Union, Literal, a NewType or Annotated
+    of these; without an annotation anything goes. Values come as JSON has them: a
+    Sequence is a list, a Mapping a dict. The parameter annotated with Context, or
+    Optional[Context], is handed the task's Context. A single `params: dict`, or
+    `**params`, takes whatever comes. `limits` narrows numbers with JSON Schema's words:
     {"duration": {"minimum": 0, "maximum": 60}}.
 
     `timeout` is the seconds that a run may take, `retries` how many times a task is run
@@ -1055,7 +1065,8 @@ def _inspected(
     """Read a function's signature into a Handler."""
     if not callable(function) or inspect.isclass(function):
         raise HandlerError("a handler is a function")
-    code = function if inspect.isroutine(function) else type(function).__call__
+    code = _without_partials(function)
+    code = code if inspect.isroutine(code) else type(code).__call__
     if any(unlike(code) for unlike in _NOT_PLAIN):
         raise HandlerError(
             "a handler is a plain function, neither async nor a generator"
@@ -1083,20 +1094,17 @@ def _sorted_parameters(
     function: Callable[..., Any],
 ) -> Tuple[Optional[str], List[inspect.Parameter], bool]:
     """Return the context's parameter, the task's parameters, and whether **rest."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-        hints = typing.get_type_hints(function) if inspect.isroutine(function) else {}
-    except Exception as error:
-        raise HandlerError("its signature can't be read: %s" % error) from None
+    parameters, scope = _parameters_of(function)
     contexts: List[str] = []
     params, rest = [], False
     for parameter in parameters:
-        hint = hints.get(parameter.name, parameter.annotation)
         if parameter.kind is parameter.VAR_KEYWORD:
             rest = True
-        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+            continue
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
             raise HandlerError("%s can't be given by name" % parameter)
-        elif hint is Context:
+        hint = _resolved(parameter, scope)
+        if hint in (Context, Optional[Context]):
             contexts.append(parameter.name)
         elif parameter.name == "ctx" and hint is parameter.empty:
             raise HandlerError("annotate ctx, as in ctx: Context")
@@ -1107,9 +1115,51 @@ def _sorted_parameters(
     return (contexts[0] if contexts else None), params, rest
 
 
+def _parameters_of(
+    function: Callable[..., Any],
+) -> Tuple[Sequence[inspect.Parameter], Dict[str, Any]]:
+    """Return a function's parameters, and the globals that their annotations mean."""
+    options: Dict[str, Any] = {}
+    if sys.version_info >= (
+        3,
+        14,
+    ):  # or it would evaluate that of the return value, too
+        import annotationlib
+
+        options["annotation_format"] = annotationlib.Format.FORWARDREF
+    try:
+        found = [*inspect.signature(function, **options).parameters.values()]
+    except Exception as error:
+        raise HandlerError("its signature can't be read: %s" % error) from None
+    # To the function whose signature that is.
+    while hasattr(function, "__wrapped__") or not inspect.isroutine(function):
+        if isinstance(function, functools.partial):
+            function = function.func
+        else:
+            function = getattr(function, "__wrapped__", type(function).__call__)
+    return found, getattr(function, "__globals__", {})
+
+
+def _resolved(parameter: inspect.Parameter, scope: Dict[str, Any]) -> Any:
+    """Return a parameter's annotation, which may be text or hold some."""
+    if parameter.annotation is parameter.empty:
+        return parameter.empty
+
+    def holder() -> None:
+        pass
+
+    holder.__annotations__ = {parameter.name: parameter.annotation}
+    try:
+        return typing.get_type_hints(holder, scope)[parameter.name]
+    except Exception as error:
+        text = "the annotation of %s can't be resolved: %s"
+        raise HandlerError(text % (parameter.name, describe(error))) from None
+
+
 def _takes_all(param: inspect.Parameter) -> bool:
     origin = typing.get_origin(param.annotation) or param.annotation
-    return param.name == "params" and origin is dict and param.default is param.empty
+    takes_object = origin in (dict, collections.abc.Mapping)
+    return param.name == "params" and takes_object and param.default is param.empty
 
 
 def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
@@ -1131,38 +1181,44 @@ def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
 _SCHEMAS: Dict[Any, Dict[str, Any]] = {
     inspect.Parameter.empty: {},
     Any: {},
+    object: {},
     bool: {"type": "boolean"},
     int: {"type": "integer"},
     float: {"type": "number"},
     str: {"type": "string"},
     list: {"type": "array"},
     dict: {"type": "object"},
+    collections.abc.Sequence: {"type": "array"},
+    collections.abc.Mapping: {"type": "object"},
     None: {"type": "null"},
     type(None): {"type": "null"},
 }
 
 
+_IN_LITERALS = (str, int, bool, type(None))
+
+
 def schema_of(annotation: Any) -> Dict[str, Any]:
     """Return the JSON Schema for an annotation, or raise HandlerError."""
+    while hasattr(annotation, "__supertype__"):  # a NewType
+        annotation = annotation.__supertype__
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     # A TypeVar stands where 3.8's bare List and Dict have no argument.
     args = tuple(Any if isinstance(arg, typing.TypeVar) else arg for arg in args)
-    try:
-        if annotation in _SCHEMAS:
-            return dict(_SCHEMAS[annotation])
-        if origin in (list, dict) and not args:
-            return dict(_SCHEMAS[origin])
-    except TypeError:  # not hashable, so no annotation that is known here
-        pass
+    plain = origin if origin and not args else annotation
+    with contextlib.suppress(TypeError):  # not hashable, so nothing that is known here
+        if plain in _SCHEMAS:
+            return dict(_SCHEMAS[plain])
     if origin is Union or type(annotation).__name__ == "UnionType":  # int | None: 3.10
         return {"anyOf": [schema_of(arg) for arg in args]}
-    if origin is typing.Literal and all(type(a) in (str, int, bool) for a in args):
+    if origin is typing.Literal and all(type(a) in _IN_LITERALS for a in args):
         return {"enum": list(args)}
-    if origin is list:
+    if origin in (list, collections.abc.Sequence):
         return {"type": "array", "items": schema_of(args[0])}
-    if origin is dict and args[0] in (str, Any):
+    if origin in (dict, collections.abc.Mapping) and args[0] in (str, Any):
         return {"type": "object", "additionalProperties": schema_of(args[1])}
-    raise HandlerError("the annotation %s has no counterpart in JSON" % (annotation,))
+    text = "the annotation %s has no counterpart in JSON; take what JSON has, such as "
+    raise HandlerError((text + "str or dict, and convert it") % (annotation,))
 
 
 def _narrow(properties: Dict[str, Any], param: str, limit: Mapping[str, float]) -> None:

@@ -8,8 +8,10 @@ import _thread
 import ast
 import bisect
 import collections
+import collections.abc
 import concurrent.futures
 import contextlib
+import enum
 import errno
 import functools
 import hmac
@@ -37,11 +39,13 @@ import sys
 import threading
 import time
 import tracemalloc
+import typing
 import unicodedata
 import urllib.parse
 import uuid
 from pathlib import Path
-from typing import Any, Dict, List, Literal, NamedTuple, Optional, Union
+from typing import Any, Dict, List, Literal, Mapping, NamedTuple, NewType, Optional
+from typing import Sequence, Tuple, Union
 
 import pytest
 
@@ -667,8 +671,20 @@ def checked(function, params, registry, **options):
         (Union[int, str], [1, "a"], [None, 1.5, []]),
         (Literal["a", "b"], ["a", "b"], ["c", None, 1]),
         (Literal[1, True], [1, True], [0, False, "1"]),
+        (Literal["a", None], ["a", None], ["b", 0, False]),
         (List, [[], [1]], ["a"]),
         (Dict, [{}], [[]]),
+        (Sequence[int], [[], [1]], ["ab", ["a"], {}]),
+        (Sequence, [[], ["a"]], ["ab", {}]),
+        (collections.abc.Sequence, [[]], ["ab"]),
+        (Mapping[str, int], [{}, {"a": 1}], [{"a": "b"}, []]),
+        (Mapping, [{}], [[]]),
+        (collections.abc.Mapping, [{}], [[]]),
+        (object, [None, 1, "a", [], {}], []),
+        (NewType("UserId", int), [1], ["1"]),
+        (List[NewType("UserId", int)], [[1]], [["1"]]),
+        ("int", [1], ["1"]),
+        (List["int"], [[1]], [["1"]]),
     ],
 )
 def test_params_are_checked_against_annotations(annotation, good, bad, registry):
@@ -687,6 +703,11 @@ def test_newer_spellings_of_annotations_work_where_python_has_them(registry):
         test_params_are_checked_against_annotations(list[int], [[1]], [["a"]], registry)
         test_params_are_checked_against_annotations(
             dict[str, int], [{}], [{"a": ""}], registry
+        )
+        annotated = typing.Annotated[int, "a word about it"]
+        test_params_are_checked_against_annotations(annotated, [1], ["a"], registry)
+        test_params_are_checked_against_annotations(
+            List[annotated], [[1]], [["a"]], registry
         )
     if sys.version_info >= (3, 10):
         test_params_are_checked_against_annotations(
@@ -825,8 +846,21 @@ def positional_only():
     return eval("lambda a, /: a")
 
 
+class Status(enum.Enum):
+    GOOD = "good"
+
+
+class Point(NamedTuple):
+    x: int
+
+
 async def coroutine():
     pass
+
+
+class AsyncObject:
+    async def __call__(self):
+        pass
 
 
 def generator():
@@ -840,6 +874,9 @@ def generator():
         (positional_only(), "can't be given by name"),
         (lambda ctx: 1, "annotate ctx"),
         (coroutine, "neither async"),
+        (functools.partial(coroutine), "neither async"),
+        (AsyncObject(), "neither async"),
+        (functools.partial(AsyncObject()), "neither async"),
         (generator, "neither async"),
         (dict, "a handler is a function"),
         (3, "a handler is a function"),
@@ -852,15 +889,83 @@ def test_an_unusable_signature_is_refused(function, why, registry):
 
 
 @pytest.mark.parametrize(
-    "annotation", [object, set, "Nowhere", List[set], Dict[int, str]]
+    "annotation",
+    [
+        *(set, List[set], Dict[int, str], Mapping[int, str], Tuple[int, ...], tuple),
+        *(Status, Path, Point, bytes, Literal[b"a"], Union[int, Path]),
+    ],
 )
 def test_an_annotation_without_counterpart_in_json_is_refused(annotation, registry):
     def function(value):
         return value
 
     function.__annotations__["value"] = annotation
-    with pytest.raises(HandlerError, match="t"):
+    why = 'type "bad": parameter value: the annotation .* has no counterpart in JSON; '
+    with pytest.raises(HandlerError, match=why + "take what JSON has, such as str"):
         handler("bad")(function)
+
+
+def test_an_annotation_that_leads_nowhere_is_refused(registry):
+    def function(value: "Nowhere"):  # noqa: F821
+        return value
+
+    with pytest.raises(HandlerError) as raised:
+        handler("bad")(function)
+    why = "the annotation of value can't be resolved: NameError: name 'Nowhere'"
+    assert why in str(raised.value)
+
+
+ANNOTATED = """
+from __future__ import annotations
+import functools
+from typing import Optional
+from longtasks import Context, handler
+
+def add(a: int, b: int = 1, *, ctx: Optional[Context] = None) -> Nowhere:
+    "Add them."
+    return [a + b, ctx.task_id]
+
+class Adder:
+    def __call__(self, a: int, ctx: Context) -> Nowhere:
+        return add(a, ctx=ctx)
+
+def wrapped(function):
+    @functools.wraps(function)
+    def wrapper(**params):
+        return function(**params)
+    return wrapper
+
+handler("plain")(add)
+handler("partial")(functools.partial(add, b=1))
+handler("object")(Adder())
+handler("method")(Adder().__call__)
+handler("wrapped")(wrapped(add))
+handler("cached")(functools.lru_cache(add))
+handler("all")(wrapped(functools.partial(functools.partial(wrapped(add)), b=1)))
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "partial", "object", "method", "wrapped", "cached", "all"]
+)
+def test_annotations_that_are_text_are_read_whatever_the_function_is_in(
+    name, tmp_path, registry
+):
+    longtasks.load_handlers(write(tmp_path, ANNOTATED))
+    known = registry[name]
+    assert (known.context, known.schema["required"]) == ("ctx", ["a"])
+    assert known.schema["properties"]["a"] == {"type": "integer"}
+    assert run(registry, name, {"a": 2}) == [3, "id"]
+    assert registry["partial"].description == "Add them."
+
+
+def test_a_context_may_be_optional(registry):
+    @handler("t")
+    def function(a: int = 1, ctx: Optional[Context] = None):
+        return ctx.task_id
+
+    assert run(registry, "t") == "id"
+    assert "ctx" not in registry["t"].schema["properties"]
 
 
 def test_a_types_name_may_have_100_characters(registry):

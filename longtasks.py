@@ -2318,7 +2318,8 @@ _NAMES = ", ".join([name for name, _, _ in COLUMNS] + ["checksum"])
 _MARKS = ", ".join("?" * (len(COLUMNS) + 1))
 _REPLACE = "REPLACE INTO tasks (%s) VALUES (%s)" % (_NAMES, _MARKS)  # noqa: S608
 _SELECT = "SELECT %s FROM tasks" % _NAMES  # noqa: S608
-_REALS = [place for place, column in enumerate(COLUMNS) if column[1] is float]
+_REAL_PLACES = [place for place, column in enumerate(COLUMNS) if column[1] is float]
+_JSON_PLACES = [place for place, column in enumerate(COLUMNS) if column[1] is bytes]
 
 
 def checksum(values: Tuple[Any, ...]) -> str:
@@ -2591,12 +2592,12 @@ class Journal:
 
     @staticmethod
     def _task(row: Sequence[Any]) -> Task:
-        values = [
-            value.encode() if kind is bytes and value is not None else value
-            for value, (_, kind, _) in zip(row, COLUMNS)
-        ]
+        values = list(row)
+        for place in _JSON_PLACES:
+            if values[place] is not None:
+                values[place] = values[place].encode()
         plain = len(Task._fields) - 1
-        return Task(*values[:plain], Options(*values[plain:]))  # type: ignore
+        return Task(*values[:plain], Options(*values[plain:-1]))  # type: ignore
 
     def _note_damaged(self, row: Sequence[Any]) -> None:
         """Keep in mind whose row is damaged; raises JournalError if it doesn't say."""
@@ -2745,7 +2746,7 @@ class Journal:
     def _row(task: Task) -> Sequence[Any]:
         values: List[Any] = list(task[:-1] + task.options)
         values = [v.decode() if type(v) is bytes else v for v in values]
-        for place in _REALS:
+        for place in _REAL_PLACES:
             if values[place] is not None:
                 values[place] += 0.0  # as SQLite gives it back: no 5, and no -0.0
         row = tuple(values)

@@ -285,7 +285,19 @@ def read_token(settings: Settings) -> str:
         raise SettingsError("API_TOKEN_FILE %s must hold %s" % (file, right)) from None
     if not found:
         raise SettingsError("API_TOKEN_FILE %s is empty" % file)
+    warn_if_readable("API_TOKEN_FILE", file)
     return found
+
+
+def warn_if_readable(name: str, file: str) -> None:
+    """Log a warning if everybody on the host can read a file that holds a secret.
+
+    Its group may: where an ACL lets the service read the file, it looks like that.
+    """
+    with contextlib.suppress(OSError):
+        if os.name == "posix" and os.stat(file).st_mode & stat.S_IROTH:
+            text = "%s %s: others can read it; chmod o-r keeps them out"
+            log.warning(text, name, file)
 
 
 def make_parser(hint: str, **about: Any) -> Any:
@@ -2454,6 +2466,7 @@ class Journal:
             self._lock = lock_file(self.path)
             if self._exists():
                 self._check()
+                self._tighten()
             else:
                 self._create()
             self._db = self._connect()
@@ -2499,6 +2512,22 @@ class Journal:
                 if types.get(name) != _TYPES[kind]:
                     text = "DB %s is corrupt: its column %s is missing or altered"
                     raise JournalError(text % (self.path, name))
+
+    def _tighten(self) -> None:
+        """Take from others the right to open the file and those beside it."""
+        if os.name != "posix":
+            return
+        for path in (self.path, self.path + "-wal", self.path + "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.lstat(path).st_mode
+                if not (stat.S_ISREG(mode) and mode & 0o077):
+                    continue
+                try:
+                    os.chmod(path, 0o600)
+                    done = "its mode is 0600 now"
+                except OSError as error:  # it is another user's, perhaps
+                    done = "its mode can't be changed: %s" % error.strerror
+                log.warning("DB %s: others could open it; %s", path, done)
 
     def _create(self) -> None:
         """Make an empty journal beside the path, and move it there when it is whole."""
@@ -2760,7 +2789,15 @@ def lock_file(path: str) -> Any:
     system frees the lock when the process ends, however it ends; so the lock file may
     stay. Where there is no flock(), nothing is locked.
     """
-    file = os.fdopen(os.open(path + ".lock", os.O_RDWR | os.O_CREAT, 0o600), "r+")
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        file = os.fdopen(os.open(path + ".lock", flags, 0o600), "r+")
+    except OSError as error:
+        # Where others may write into the folder, it could lead to any file.
+        if error.errno != errno.ELOOP:
+            raise
+        text = "DB %s: %s.lock is a symbolic link; remove it"
+        raise JournalError(text % (path, path)) from None
     with contextlib.suppress(ImportError):
         import fcntl
 
@@ -6085,6 +6122,9 @@ def tls_context(settings: Settings) -> Any:
     except OSError as error:
         text = "TLS_CERT or TLS_KEY %s: %s"
         raise SettingsError(text % (error.filename, error.strerror)) from None
+    warn_if_readable(
+        "TLS_KEY" if key else "TLS_CERT, which holds the key,", key or cert
+    )
     return context
 
 

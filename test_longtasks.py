@@ -455,6 +455,20 @@ def test_a_file_that_holds_no_token_is_told(text, more, why, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "mode, warned", [(0o644, 1), (0o604, 1), (0o640, 0), (0o600, 0)]
+)
+def test_a_file_with_a_secret_that_others_can_read_is_a_warning(mode, warned, tmp_path):
+    (tmp_path / "token").write_text("0123456789abcdef")
+    (tmp_path / "token").chmod(mode)
+    path = str(tmp_path / "token")
+    settings = longtasks.read_settings([], {"API_TOKEN_FILE": path})
+    with records() as kept:
+        assert longtasks.read_token(settings) == "0123456789abcdef"
+    text = "API_TOKEN_FILE %s: others can read it; chmod o-r keeps them out" % path
+    assert [record.getMessage() for record in kept] == [text] * warned
+
+
+@pytest.mark.parametrize(
     "flags, variable, value",
     [
         ([], "", False),
@@ -1306,6 +1320,38 @@ def test_the_file_is_private_and_says_what_it_is(tmp_path):
         ("delay", float, False),
         ("priority", int, False),
     ) == longtasks.COLUMNS
+
+
+def test_a_file_that_others_can_read_is_tightened(tmp_path):
+    path = tmp_path / "tasks.db"
+    with journalled(path) as ledger:
+        ledger.submit("t", b"{}")
+        copies = [
+            (tmp_path / n, (tmp_path / n).read_bytes()) for n in os.listdir(tmp_path)
+        ]
+    for copy, data in copies:  # as a crash leaves them
+        copy.write_bytes(data)
+        copy.chmod(0o644)
+    with records() as kept, journalled(path) as ledger:
+        assert ledger.counts().pending == 1
+        for end in ("", "-wal", "-shm"):
+            assert Path(str(path) + end).stat().st_mode & 0o777 == 0o600
+        lines = [record.getMessage() for record in kept]
+    text = "DB %s%s: others could open it; its mode is 0600 now"
+    assert lines == [text % (path, end) for end in ("", "-wal", "-shm")]
+    with records() as kept, journalled(path):
+        assert kept == []
+
+
+def test_a_symbolic_link_is_no_lock(tmp_path, capsys):
+    path, diary = tmp_path / "tasks.db", tmp_path / "diary"
+    diary.write_text("dear diary")
+    (tmp_path / "tasks.db.lock").symlink_to(diary)
+    assert longtasks.main(["--port", "0", "--db", str(path)]) == 2
+    text = "longtasks: DB %s: %s.lock is a symbolic link; remove it\n"
+    assert capsys.readouterr().err == text % (path, path)
+    assert diary.read_text() == "dear diary"
+    assert not path.exists()
 
 
 def test_a_commit_waits_for_the_disk(tmp_path):
@@ -7690,6 +7736,20 @@ def pairs(tmp_path_factory):
 def tls_settings(folder, cert="one.crt", key="one.key"):
     key = str(folder / key) if key else ""
     return {"TLS_CERT": str(folder / cert), "TLS_KEY": key}
+
+
+@pytest.mark.parametrize("key, text", [("one.key", "TLS_KEY"), ("", "TLS_CERT, which")])
+def test_a_private_key_that_others_can_read_is_a_warning(key, text, tmp_path, pairs):
+    for name in ("one.crt", "one.key", "both.pem"):
+        shutil.copy(str(pairs / name), str(tmp_path))
+        (tmp_path / name).chmod(0o644)
+    cert = "one.crt" if key else "both.pem"
+    with records() as kept:
+        settings = longtasks.read_settings([], tls_settings(tmp_path, cert, key))
+        assert longtasks.tls_context(settings)
+    (line,) = [record.getMessage() for record in kept]
+    assert line.startswith(text)
+    assert ("%s: others can read it" % (key or cert)) in line
 
 
 @pytest.fixture

@@ -4176,6 +4176,7 @@ TEXT = "text/plain; charset=utf-8"
 HTML = "text/html; charset=utf-8"
 SSE = "text/event-stream"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"  # prometheus.io/docs/instrumenting
+LOOK_AFTER = 0.001  # seconds of answering without a look whether the client is there
 KEEP_ALIVE = 15.0  # seconds after which a silent stream sends a comment
 
 OTHER = "other"  # what metrics call a path or method that is not known
@@ -5714,6 +5715,7 @@ class Connection(socketserver.BaseRequestHandler):
         # When it began to wait or, where something comes, what would be the same for a
         # client that lets it wait and then sends or takes all at once.
         self.since = self.began = time.monotonic()
+        self.looked_at = 0.0  # when it last looked whether its client is still there
         self.bare = False  # it is a HEAD, so that its answer has no body
         self.blocks = False  # the socket waits as _block() says
         self.refused: Optional[Request] = None  # understood, but not let in
@@ -6013,6 +6015,17 @@ class Connection(socketserver.BaseRequestHandler):
                 self.unsent = part
         if not keep or not self.buffer or len(self.unsent) > LARGE:
             self._flush()
+        elif self.began - self.looked_at > LOOK_AFTER:
+            self.looked_at = self.began
+            self._look_for_client()
+
+    def _look_for_client(self) -> None:
+        """Raise OSError if the client is gone, so that the rest is not answered."""
+        number = self.request.fileno()
+        if have_left([number]):
+            self._flush()  # perhaps it only sends no more; now the kernel can tell
+            if have_left([number]).get(number, 0) & select.POLLHUP:
+                raise ConnectionResetError("more of its requests are not answered")
 
     def _flush(self) -> None:
         """Send what is unsent; who does not take it in time is dropped."""

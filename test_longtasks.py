@@ -5400,6 +5400,33 @@ def test_of_those_who_wait_for_a_task_only_the_one_that_left_is_woken(gate):
             assert b'"completed"' in held[0].makefile("rb").read()
 
 
+def test_a_client_that_sends_no_more_gets_all_its_answers(service):
+    with socket.create_connection(("127.0.0.1", service.server.server_port)) as client:
+        client.sendall((GET + b"\r\n") * 50)
+        client.shutdown(socket.SHUT_WR)
+        assert client.makefile("rb").read().count(b"HTTP/1.1 200 OK\r\n") == 50
+
+
+def test_the_rest_is_not_answered_once_a_client_is_known_to_be_gone(
+    service, monkeypatch
+):
+    monkeypatch.setattr(longtasks, "LOOK_AFTER", 0)
+    answered, closed = [], threading.Event()
+
+    def answer(app, request):
+        answered.append(request)
+        assert closed.wait(LONG)
+        return longtasks.text_reply("ok")
+
+    monkeypatch.setattr(longtasks, "respond", answer)
+    with socket.create_connection(("127.0.0.1", service.server.server_port)) as client:
+        client.sendall((GET + b"\r\n") * 200)
+        until(lambda: answered)
+    closed.set()
+    until(lambda: not service.server._connections)
+    assert len(answered) == 1
+
+
 def test_the_log_of_a_task_is_shown_as_it_is(registry):
     handler("talk")(talk)
     with serving() as service:
@@ -6238,6 +6265,9 @@ class Wire:
         return len(data)
 
     sendall = send
+
+    def fileno(self):
+        return -1
 
     def do_nothing(self, *given):
         pass

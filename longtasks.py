@@ -575,6 +575,7 @@ class Outcome(NamedTuple):
     result: Optional[bytes] = None
     error: Optional[str] = None
     after: Optional[float] = None
+    final: bool = False  # has failed for good, whatever its number of retries
 
 
 _UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -642,17 +643,21 @@ def from_json(data: bytes) -> Any:
     twice in an object, and what is nested or has numbers beyond reason.
     """
     try:
-        text = data.decode("utf-8")
-        if _too_deep(text):
-            raise ValueError("nested more than %d levels deep" % MAX_DEPTH)
-        value = _QUICK.decode(text)
-        # Without a colon in a string there is one for each key: fewer keys, and one of
-        # them occurred twice. To tell that from colons in strings takes longer.
-        return value if _keys(value) == text.count(":") else _CAREFUL.decode(text)
+        return parse_json(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Malformed("not UTF-8: byte %d is wrong" % error.start) from None
     except ValueError as error:
         raise Malformed("not JSON: %s" % error) from None
+
+
+def parse_json(text: str) -> Any:
+    """Read JSON as from_json() does, but raise ValueError."""
+    if _too_deep(text):
+        raise ValueError("nested more than %d levels deep" % MAX_DEPTH)
+    value = _QUICK.decode(text)
+    # Without a colon in a string there is one for each key: fewer keys, and one of
+    # them occurred twice. To tell that from colons in strings takes longer.
+    return value if _keys(value) == text.count(":") else _CAREFUL.decode(text)
 
 
 # A string, closed or not. No branch of it can fail late, so that the time it takes
@@ -747,6 +752,10 @@ class Cancelled(BaseException):
 
 class Failure(Exception):
     """Raised by what this file runs itself; its text is the task's error as it is."""
+
+
+class BadResult(Failure):
+    """A result that can't be kept. Its handler is done, and would hardly do better."""
 
 
 class Retry(Exception):
@@ -1186,7 +1195,7 @@ def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
     if param.default is None and checker(schema)(None):
         schema = {"anyOf": [schema, {"type": "null"}]}
     with contextlib.suppress(TypeError, ValueError, RecursionError):
-        schema = dict(schema, default=json.loads(to_json(param.default)))
+        schema = dict(schema, default=parse_json(to_json(param.default).decode()))
     return schema
 
 
@@ -1474,7 +1483,8 @@ def with_integers(schema: Schema) -> Callable[[Any], Any]:
         if isinstance(value, list):
             return [each(item) for item in value]
         if whole and type(value) is float and value.is_integer():
-            return int(value)
+            # Beyond 2**53 a float may stand for another integer than was meant.
+            return int(value) if abs(value) <= 2**53 else value
         return value
 
     return made
@@ -1763,10 +1773,47 @@ def ending(code: int) -> str:
 
 
 class Encoded(bytes):
-    """A result that is JSON already."""
+    """A result that is JSON already, by encode_result() in another process."""
 
 
-LARGE_RESULT = "the result has %d bytes, more than the %d that are kept"
+def encode_result(value: Any, limit: int) -> bytes:
+    """Return what a handler returned as JSON that could come in, too.
+
+    Raises BadResult for anything else, and for more than `limit` bytes.
+    """
+    if isinstance(value, Encoded):
+        return bytes(value)
+    try:
+        result = to_json(value)
+        if len(result) <= limit and _may_be_refused(result):
+            parse_json(result.decode())
+    except BaseException as error:  # of a class of the handler's own, anything
+        raise BadResult(NOT_JSON + describe(error)) from None
+    if len(result) > limit:
+        text = "the result has %d bytes, more than the %d that are kept"
+        raise BadResult(text % (len(result), limit))
+    return result
+
+
+# What the encoder makes of a key that is no text, so that 1 and "1" are the same one.
+_MADE_KEY = re.compile(rb'"(?:-?[0-9][^"]*|true|false|null)": ')
+_TO_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+_TOO_LONG = b"0" * (MAX_DIGITS + 1)
+
+
+def _may_be_refused(result: bytes) -> bool:
+    """Whether JSON that was written here has to be read to see if it could come in.
+
+    This takes a small part of the time that reading does.
+    """
+    return (
+        _MADE_KEY.search(result) is not None
+        or _TOO_LONG in result.translate(_TO_ZEROS)
+        or _too_deep(result.decode())
+    )
+
+
+NOT_JSON = "the result does not fit into JSON: "
 MAX_TOLD = 64 << 10  # characters of what a child tells but the result
 
 # Held while a child is started or its exit code is fetched: multiprocessing looks after
@@ -1845,8 +1892,11 @@ def _as_said(said: Any, code: int, ctx: Context) -> Any:
         raise Retry(*what)
     if kind == "cancelled":
         raise Cancelled
-    log_run(logging.WARNING, ctx, "raised in its process", traceback=what[1])
-    raise Failure(what[0])
+    line, trace, is_bad_result = what
+    if is_bad_result:
+        raise BadResult(line)
+    log_run(logging.WARNING, ctx, "raised in its process", traceback=trace)
+    raise Failure(line)
 
 
 def isolated_child(theirs: Any, about: bytes) -> None:
@@ -1873,24 +1923,18 @@ def isolated_child(theirs: Any, about: bytes) -> None:
         for file in files:
             if file not in LOADED:
                 load_handlers(file)
-        say("result", _result_here(HANDLERS[name], params, ctx))
+        value = HANDLERS[name].run_here(params, ctx)
+        say("result", encode_result(value, max_result).decode())
     except Cancelled:
         say("cancelled", None)
     except Retry as error:
         say("retry", [_text_of(error)[:MAX_TOLD], _seconds(error.after)])
     except BaseException as error:
-        say("failed", [describe(error), traceback.format_exc()[-10_000:]])
+        trace = traceback.format_exc()[-10_000:]
+        say("failed", [describe(error), trace, isinstance(error, BadResult)])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # whatever threads the handler has left
-
-
-def _result_here(known: Handler, params: Dict[str, Any], ctx: Context) -> str:
-    """Run a handler and return its result as JSON, unless it would not be kept."""
-    result = to_json(known.run_here(params, ctx))
-    if len(result) > ctx.max_result:
-        raise Failure(LARGE_RESULT % (len(result), ctx.max_result))
-    return result.decode()
 
 
 def _obey(theirs: Any, ctx: Context) -> None:
@@ -2241,13 +2285,18 @@ def run(files, name, params, whole):
                 kept.found, kept.files = load(files, kept.Retry), files
         function, params = kept.found[name], json.loads(params)
         value = function(params=params) if whole else function(**params)
-        return json.dumps(["result", json.dumps(value, allow_nan=False)])
     except kept.Retry as error:
         after = error.after if type(error.after) in (int, float) else None
         return json.dumps(["retry", [str(error), after]])
     except BaseException as error:
         line = type(error).__name__ + (": %s" % error if str(error) else "")
-        return json.dumps(["failed", [line, traceback.format_exc()[-10000:]]])
+        return json.dumps(["failed", [line, traceback.format_exc()[-10000:], False]])
+    try:
+        text = json.dumps(value, allow_nan=False, check_circular=False)
+    except BaseException as error:
+        line = "%s: %s" % (type(error).__name__, error)
+        return json.dumps(["failed", [not_json + line, "", True]])
+    return json.dumps(["result", text])
 """
 
 
@@ -2280,7 +2329,7 @@ def run_elsewhere(known: Handler, params: Mapping[str, Any], ctx: Context) -> An
     call = "(exec(source, scope), scope['run'](files, name, params, whole))[1]"
     values = {
         "source": ELSEWHERE,
-        "scope": {},
+        "scope": {"not_json": NOT_JSON},
         "files": dict(LOADED),
         "name": known.name,
         "params": json.dumps(params),
@@ -2296,7 +2345,11 @@ def run_elsewhere(known: Handler, params: Mapping[str, Any], ctx: Context) -> An
     if not future.done() or future.cancelled():
         ctx.check()  # what runs there may go on; nobody listens any more
         raise Failure("the executor has cancelled it")
-    return _as_said(json.loads(future.result()), 0, ctx)
+    result = _as_said(json.loads(future.result()), 0, ctx)
+    try:
+        return parse_json(result.decode())  # it was written by another encoder
+    except ValueError as error:
+        raise BadResult(NOT_JSON + describe(error)) from None
 
 
 # ======================================================================
@@ -3492,7 +3545,7 @@ class Ledger:
             retries = rules.retries
         if outcome.status != PENDING:  # else the handler itself asks for another run
             task = task._replace(failures=task.failures + 1)
-            if task.failures > retries:
+            if task.failures > retries or outcome.final:
                 return self._moved(task, FAILED, error=outcome.error)
         wait = outcome.after
         if wait is None:
@@ -3996,6 +4049,7 @@ def run_one(
             raise Failure(text % (shown(task.type), known))
         context.check()  # it may have been cancelled before it could begin
         value = handlers[task.type].run(params_of(task), context)
+        return Outcome(COMPLETED, encode_result(value, max_result))
     except Cancelled:
         if context.cancelled:
             return Outcome(CANCELLED)
@@ -4009,21 +4063,8 @@ def run_one(
     except BaseException as error:  # SystemExit too: it must not end the worker
         if not isinstance(error, Failure):
             _log_raised(context)
-        return Outcome(FAILED, error=describe(error))
-    return _outcome_of(value, max_result)
-
-
-def _outcome_of(value: Any, max_result: int) -> Outcome:
-    """The outcome of a handler that returned this."""
-    try:
-        result = bytes(value) if isinstance(value, Encoded) else to_json(value)
-    except BaseException as error:  # of a class of the handler's own, anything
-        text = "the result does not fit into JSON: " + describe(error)
-        return Outcome(FAILED, error=text)
-    if len(result) > max_result:
-        text = LARGE_RESULT % (len(result), max_result)
-        return Outcome(FAILED, error=text)
-    return Outcome(COMPLETED, result)
+        final = isinstance(error, BadResult)
+        return Outcome(FAILED, error=describe(error), final=final)
 
 
 def _log_raised(context: Context) -> None:

@@ -3196,6 +3196,8 @@ class Ledger:
         self._tasks: Dict[str, Task] = {}
         self._submitting: Dict[str, Tuple[Task, Batch]] = {}
         self._deciding: Dict[str, Tuple[Task, Batch]] = {}
+        # What to call with a task once its end, or that it waits again, is on disk.
+        self._on_durable: Dict[str, Tuple[Task, Callable[[Task], Any]]] = {}
         # The runs of what is processing by the latest decision; and the types of these
         # and of those that were given up but have not returned, and how often each is.
         self._running: Dict[str, Context] = {}
@@ -3411,11 +3413,16 @@ class Ledger:
     def _timeout(self, task: Task) -> float:
         return task.options.timeout or self._rules(task.type).timeout
 
-    def finish(self, context: Context, outcome: Outcome) -> Task:
+    def finish(
+        self,
+        context: Context,
+        outcome: Outcome,
+        on_durable: Callable[[Task], Any] = lambda task: None,
+    ) -> Task:
         """Record that a handler has returned, and how.
 
-        Returns what has become of its task. Raises IllegalMove when that was decided
-        before.
+        Returns what has become of its task, and calls `on_durable` with that once it
+        can't be lost any more. Raises IllegalMove when that was decided before.
         """
         with self._lock:
             self._release(context)
@@ -3423,6 +3430,11 @@ class Ledger:
                 raise IllegalMove("this run of %s is over" % context.task_id)
             task = self._end(context, outcome)
             self._tell_if_done()
+            if self._journal is not None:
+                # It has no other end before this one is on disk: see begin().
+                self._on_durable[task.id] = task, on_durable
+                return task
+        on_durable(task)
         return task
 
     def cancel(self, task_id: str) -> Task:
@@ -3716,8 +3728,11 @@ class Ledger:
 
     def _written(self, records: Sequence[Record]) -> None:
         """Show what has reached the disk; called by the journal, without the lock."""
+        durable = []
         with self._lock:
             for record in records:
+                if self._on_durable.get(record.id, (None,))[0] is record:
+                    durable.append(self._on_durable.pop(record.id))
                 if isinstance(record, Gone):
                     task = self._tasks.get(record.id)
                     if task and task.seq == record.seq:
@@ -3730,6 +3745,8 @@ class Ledger:
                     self._publish(record)
             self._drop_old(self._clock())
             self._tell_if_done()
+        for task, on_durable in durable:
+            on_durable(task)
 
     def _tell(self, context: Context, kind: str, line: str) -> None:
         """Pass on what a handler tells of its task, as long as it is its run."""
@@ -4177,10 +4194,13 @@ class Pool:
         max_result = self._ledger.limits.result_bytes
         outcome = run_one(task, context, self._handlers, max_result)
         try:
-            ended = self._ledger.finish(context, outcome)
+            tell = functools.partial(self._log_end, context, task)
+            self._ledger.finish(context, outcome, tell)
         except IllegalMove:
             log_run(logging.WARNING, context, "its handler came back late")
-            return
+
+    def _log_end(self, context: Context, task: Task, ended: Task) -> None:
+        """Log what became of a task by a run."""
         word = ended.status
         if word == PENDING:
             word = "failed, to be run again," if ended.due_at else "put back"

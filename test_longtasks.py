@@ -3177,6 +3177,38 @@ def test_a_run_that_a_handler_asks_for_uses_up_no_retry():
     assert ledger.finish(ledger.claim()[1], FAILED).status == "failed"
 
 
+@pytest.mark.parametrize("outcome", [DONE, FAILED, longtasks.Outcome("pending")])
+def test_what_follows_an_end_waits_until_it_is_on_disk(outcome, tmp_path):
+    told = []
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+        for _ in range(2):  # the submission and the start
+            ledger.journal.let.release()
+        ledger.submit("t", b"{}")
+        ended = ledger.finish(begun(ledger)[1], outcome, told.append)
+        for _ in range(3):
+            ledger.journal.wait_held()
+        assert told == []
+        ledger.journal.free()
+        until(lambda: told == [ended])
+        assert not ledger._on_durable
+
+
+def test_a_task_is_logged_as_completed_once_that_is_on_disk(
+    registry, tmp_path, monkeypatch
+):
+    handler("t")(lambda: 1)
+    monkeypatch.setattr(longtasks, "Journal", HeldJournal)
+    with records("INFO") as kept, serving(DB=str(tmp_path / "tasks.db")) as service:
+        for _ in range(2):  # the submission and the start
+            service.journal.let.release()
+        task_id = submitted(service, "t")
+        for _ in range(3):
+            service.journal.wait_held()
+        assert not any(is_end(record, task_id) for record in kept)
+        service.journal.free()
+        until(lambda: any(is_end(record, task_id) for record in kept))
+
+
 def test_nobody_is_told_of_an_end_that_is_not_on_disk(tmp_path):
     with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
         ledger.journal.let.release()
@@ -9226,6 +9258,7 @@ def held(name, ctx=None):
         time.sleep(0.005)
         if ctx:
             ctx.check()
+    open(os.path.join(folder, name + ".ended"), "w").close()
 
 @handler("polite")
 def polite(name: str, ctx: Context):
@@ -10893,10 +10926,12 @@ def test_a_full_disk_refuses_new_tasks_and_loses_nothing(tmp_path, held):
         assert_problem(answer, 503, "nothing can be written: ")
         assert_problem(call(running.port, "GET", "/readyz"), 503, "nothing can be")
         (tmp_path / "a").touch()  # its handler goes on, and ends
-        running.logged("(deaf): completed")
+        until((tmp_path / "a.ended").exists)
         status = call(running.port, "GET", "/api/v1/tasks/" + before)
         assert status.json["status"] == "processing"  # as far as is on disk
+        assert not [line for line in running.lines if "completed" in line]
         resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+        running.logged("(deaf): completed")
         assert result_of(running.port, before)["status"] == "completed"
         until(lambda: call(running.port, "GET", "/readyz").status == 200)
         (tmp_path / "b").touch()

@@ -47,7 +47,6 @@ client of the API, comes last.
 """
 
 import _thread
-import codecs
 import collections.abc
 import contextlib
 import errno
@@ -779,8 +778,9 @@ SHUTDOWN = "the service stops"
 
 TELL_AFTER = 1.0  # seconds after which progress is told that came too soon before
 
-# Told: "progress", which the context itself has, or "log" and a line.
-Tell = Callable[["Context", str, str], None]
+# Told: "progress", which the context itself has, "log" and a line, or "lines", with
+# those lines and how many were dropped before them; returns whether they are followed.
+Tell = Callable[["Context", str, Any], Any]
 
 
 class Latch:
@@ -848,23 +848,26 @@ class Context:
         self.max_result = sys.maxsize  # bytes, for a child process to know
         self.began = 0.0  # on the monotonic clock
         self.why = ""  # it is to stop
-        self._progress: Optional[Tuple[float, str]] = None
+        self._progress: Optional[Tuple[Optional[float], str]] = None
         self._stop = Latch()
         # Guards `why` and _on_stop.
         self._stopping = threading.Lock()
         self._on_stop: Optional[threading.Event] = None
         self._tell = tell
-        self._told: Optional[Tuple[float, str]] = None  # latest of it
+        self._told: Optional[Tuple[Optional[float], str]] = None  # latest of it
         self._told_at = 0.0
 
-    def progress(self, fraction: float, message: str = "") -> None:
+    def progress(self, fraction: Optional[float], message: str = "") -> None:
         """Tell how far the task is: `fraction` from 0 to 1, and a word about it.
 
-        Raises Cancelled when the task is to stop.
+        The fraction is None where it isn't known. Raises Cancelled when the task is to
+        stop.
         """
         self.check()
+        if fraction is not None:
+            fraction = min(1.0, max(0.0, float(fraction)))
         # One tuple, stored in one step: a reader sees the old pair or the new one.
-        self._progress = (min(1.0, max(0.0, float(fraction))), str(message)[:1000])
+        self._progress = (fraction, str(message)[:1000])
         # Who watches can't read faster anyway; if this is the latest for a while, it is
         # told later.
         if time.monotonic() - self._told_at >= 0.1:
@@ -883,6 +886,21 @@ class Context:
         log_run(level, self, "%s", text)
         for line in str(text).splitlines() or [""]:
             self._tell(self, "log", line)
+
+    def log_output(self, lines: Sequence[str], dropped: int) -> bool:
+        """Add what a program printed to the task's log, and to the service's for debug.
+
+        Before these lines `dropped` more came that nobody has. Returns whether somebody
+        takes in each line.
+        """
+        debug = log.isEnabledFor(logging.DEBUG)
+        for line in lines if debug else ():
+            log_run(logging.DEBUG, self, "%s", line)
+        # Not too many at a time, since a lock is held meanwhile.
+        followed, some = False, len(lines) if dropped else 1000
+        for at in range(0, len(lines), some):
+            followed = self._tell(self, "lines", (lines[at : at + some], dropped))
+        return debug or bool(followed)
 
     def sleep(self, seconds: float) -> None:
         """Wait so many seconds; raises Cancelled at once when the task is to stop."""
@@ -926,6 +944,8 @@ class Context:
         if latest is None:
             return None
         fraction, message = latest
+        if fraction is None:
+            return {"message": message}
         return {"percent": round(fraction * 100, 1), "message": message}
 
 
@@ -1871,8 +1891,9 @@ def _listen_to(ours: Any, ctx: Context) -> Any:
         while True:
             kind, what = json.loads(ours.recv_bytes(most))
             if kind == "progress":
+                percent = what.get("percent")
                 with contextlib.suppress(Cancelled):
-                    ctx.progress(what["percent"] / 100, what["message"])
+                    ctx.progress(percent and percent / 100, what["message"])
             elif kind == "log":
                 ctx.log(what)
             else:
@@ -1960,11 +1981,16 @@ def _obey(theirs: Any, ctx: Context) -> None:
 
 MAX_ARGUMENT = 4096  # characters of a placeholder's value
 MAX_OUTPUT = 16 << 10  # characters of a program's output that go into its result
+FLOOD = 64 << 10  # bytes of output that are kept until it is looked at
 # Of the environment, but no business of a program's: secrets and the files of them.
 SECRETS = frozenset(["API_TOKEN", "API_TOKEN_FILE", "TLS_KEY"])
 
 _BRACES = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?:=([^{}]*))?\}|\{\{|\}\}|[{}]")
 _PERCENT = re.compile(r"([0-9]{1,3}(?:[.,][0-9]+)?) ?%")
+# What may stand before the percentage of a meter: a [tag] or "progress", then numbers,
+# units and signs.
+_BEFORE = r"(?:\W*(?:\[\w+\]|progress))?(?:[\W\d_]|(?<=\d)[kmgt]i?b?\b)*?"
+_METER = re.compile(_BEFORE + _PERCENT.pattern, re.IGNORECASE)
 _WORD: Dict[str, Any] = {
     "type": "string",
     "maxLength": MAX_ARGUMENT,
@@ -2152,14 +2178,22 @@ class Program:
 
 
 class ProgramOutput:
-    """Reads what a program writes: its lines are logged, percentages are progress."""
+    """Takes in what a program prints: lines for the log, the result's end, progress.
+
+    It is looked at ten times a second, so that a flood costs little: nobody would have
+    more than its end. Only where somebody takes in each line, each one is passed on.
+    """
 
     def __init__(self, file: Any, ctx: Context) -> None:
         self._file = file
         self._ctx = ctx
         self._over = False  # only ever set, and looked at again and again
         # What follows is the thread's alone until end() has joined it.
-        self._rest = ""  # of a line that is not complete
+        self._new = bytearray()  # not looked at; the start of a line stays here
+        self._dropped = 0  # lines before that
+        self._recent: List[str] = []  # the latest lines, since progress was looked for
+        self._fraction: Optional[float] = None
+        self._followed = log.isEnabledFor(logging.DEBUG)
         self.tail = ""  # the last lines, of MAX_OUTPUT characters
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -2171,7 +2205,7 @@ class ProgramOutput:
         self._file.close()
 
     def _read(self) -> None:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        due, new = 0.0, False
         with selectors.DefaultSelector() as selector:
             selector.register(self._file, selectors.EVENT_READ)
             # Who left the program's group may hold on to its output, and write to it,
@@ -2179,40 +2213,78 @@ class ProgramOutput:
             left = 65536
             while left > 0:
                 over = self._over  # before what there is to read is looked for
-                if selector.select(0 if over else 0.5):
+                wait = max(0, due - time.monotonic()) if new else 0.5
+                if selector.select(0 if over else wait):
                     data = os.read(self._file.fileno(), 65536)
                     if not data:
                         break
-                    self._take(decoder.decode(data))
+                    self._take(data)
+                    new = True
                     left -= len(data) if over else 0
                 elif over:
                     break
-        if self._rest:
-            self._add_line(self._rest)
+                if new and time.monotonic() >= due:
+                    self._look()
+                    due, new = time.monotonic() + 0.1, False
+        self._look()
+        if self._new:
+            self._pass_lines(len(self._new))
 
-    def _take(self, text: str) -> None:
-        *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            self._add_line(line)
-        if len(self._rest) > 65536:
-            self._add_line(self._rest)
-            self._rest = ""
-        elif self._rest:
-            self._note_progress(self._rest)
+    def _take(self, data: bytes) -> None:
+        self._new += data
+        if self._followed and b"\n" in data:
+            self._pass_lines(self._new.rfind(b"\n") + 1)
+        elif len(self._new) > 2 * FLOOD:
+            cut = self._new.find(b"\n", -FLOOD) + 1 or len(self._new) - FLOOD
+            self._dropped += self._new.count(b"\n", 0, cut)
+            del self._new[:cut]
 
-    def _add_line(self, line: str) -> None:
-        line = line.rstrip("\r").rpartition("\r")[2]  # what a terminal would show
-        self._note_progress(line)
-        self._ctx.log(line, logging.DEBUG)
-        self.tail = (self.tail + line + "\n")[-MAX_OUTPUT:]
-
-    def _note_progress(self, text: str) -> None:
-        found = _PERCENT.findall(text)
-        if found:
-            last = text.rstrip("\r").rpartition("\r")[2].strip()
+    def _look(self) -> None:
+        """Pass on the lines, and the progress that the latest ones show."""
+        if b"\n" in self._new:
+            self._pass_lines(self._new.rfind(b"\n") + 1)
+        # Of a line that is drawn again and again, the latest is enough.
+        redrawn = self._new.rstrip(b"\r").rfind(b"\r")
+        del self._new[: max(0, redrawn)]
+        if len(self._new) > FLOOD:
+            self._pass_lines(len(self._new))
+        message = ""
+        for line in [*self._recent, self._new[:4000].decode("utf-8", "ignore")]:
+            message = visible(line).strip() or message
+            percent = percentage(line)
+            if percent is not None:
+                self._fraction = percent / 100
+        self._recent = []
+        if message:
             with contextlib.suppress(Cancelled):
-                percent = float(found[-1].replace(",", "."))
-                self._ctx.progress(percent / 100, last)
+                self._ctx.progress(self._fraction, message)
+
+    def _pass_lines(self, end: int) -> None:
+        text = self._new[:end].decode("utf-8", "replace")
+        del self._new[:end]
+        lines = (text[:-1] if text.endswith("\n") else text).split("\n")
+        self._recent = (self._recent + lines[-100:])[-100:]
+        if "\r" in text:
+            lines = list(map(visible, lines))
+        self.tail = (self.tail + "\n".join(lines) + "\n")[-MAX_OUTPUT:]
+        self._followed = self._ctx.log_output(lines, self._dropped)
+        self._dropped = 0
+
+
+def visible(line: str) -> str:
+    """Return what a terminal would show of a line that may be drawn anew (\\r)."""
+    return line.rstrip("\r").rpartition("\r")[2]
+
+
+def percentage(line: str) -> Optional[float]:
+    """Return the percentage in a line of output that looks like a meter.
+
+    It is the first one in it. A line that was drawn anew is a meter. Of others only
+    those are that have little before the percentage, since "overhead: 0.1%" is none.
+    """
+    find = _PERCENT.search if "\r" in line.rstrip("\r") else _METER.match
+    found = "%" in line and find(visible(line)[:1000])
+    return float(found.group(1).replace(",", ".")) if found else None
 
 
 def register_command(line: str) -> None:
@@ -2988,11 +3060,18 @@ class TaskLog:
         self.size = 0  # characters
         self.dropped = 0  # lines
 
-    def append(self, line: str, most: int) -> int:
-        """Add a line, drop old ones; return by how much it has grown."""
+    def extend(self, lines: Sequence[str], dropped: int, most: int) -> int:
+        """Add lines, drop old ones; return by how much it has grown.
+
+        With `dropped` of them missing before these, all older ones are dropped, too.
+        """
         before = self.size
-        self.lines.append(line)
-        self.size += len(line) + 1
+        if dropped:
+            self.dropped += len(self.lines) + dropped
+            self.lines.clear()
+            self.size = 0
+        self.lines.extend(lines)
+        self.size += sum(map(len, lines)) + len(lines)
         while self.size > most:
             self.size -= len(self.lines.popleft()) + 1
             self.dropped += 1
@@ -3069,15 +3148,26 @@ class Feed:
                 watch.over = watch.over or over
                 watch.told.set()
 
-    def log(self, task_id: str, line: str) -> None:
-        """Add a line to a task's log."""
-        line = line[: self.line_length]
+    def log(self, task_id: str, *lines: str, dropped: int = 0) -> bool:
+        """Add lines to a task's log, behind so many more that nobody has.
+
+        Returns whether somebody follows. Those who come back after such a loss are told
+        of a gap in the events.
+        """
+        lines = tuple(line[: self.line_length] for line in lines)
         with self._lock:
             kept = self._logs.setdefault(task_id, TaskLog())
-            self._logs_size += kept.append(line, self.log_size)
+            self._logs_size += kept.extend(lines, dropped, self.log_size)
             while self._logs_size > self.logs_size:  # whose began first
                 self._drop_log(next(iter(self._logs)))
-        self.publish(task_id, "log", line)
+            followed = bool(self._watches)
+            if dropped and not followed:
+                self._last += 1
+                self._recent.clear()
+                return False
+        for line in lines:
+            self.publish(task_id, "log", line)
+        return followed
 
     def log_of(self, task_id: str) -> Tuple[List[str], int]:
         """Return the lines that are kept of a task's log, and how many were not."""
@@ -3748,15 +3838,18 @@ class Ledger:
         for task, on_durable in durable:
             on_durable(task)
 
-    def _tell(self, context: Context, kind: str, line: str) -> None:
+    def _tell(self, context: Context, kind: str, payload: Any) -> bool:
         """Pass on what a handler tells of its task, as long as it is its run."""
         with self._lock:
             if self._running.get(context.task_id) is not context:
-                return
+                return False
+            if kind == "lines":
+                lines, dropped = payload
+                return self.feed.log(context.task_id, *lines, dropped=dropped)
             if kind == "log":
-                self.feed.log(context.task_id, line)
-            else:
-                self.feed.publish(context.task_id, kind, context.progress_document())
+                return self.feed.log(context.task_id, payload)
+            self.feed.publish(context.task_id, kind, context.progress_document())
+            return False
 
     # -- looking -----------------------------------------------------------
 
@@ -5211,7 +5304,7 @@ DOCUMENTS: Dict[str, Schema] = {
         attempt=COUNT,
         priority={"type": "integer"},
         cancel_requested={"type": "boolean"},
-        progress=_object("percent message", percent={"type": "number"}),
+        progress=_object("percent? message", percent={"type": "number"}),
         **_TIMES,
     ),
     "Result": _object(
@@ -6845,21 +6938,23 @@ class Display:
     def show(self, document: Mapping[str, Any]) -> None:
         """Tell of a status document, or of what an event says of progress."""
         status = text = document.get("status", self._told[0])
-        progress = document if "percent" in document else document.get("progress")
-        percent = progress["percent"] if progress else 0.0
+        progress = document if "message" in document else document.get("progress")
+        percent = progress.get("percent") if progress else None
         if progress:
-            text = ("%3d%% %s" % (percent, progress["message"])).rstrip()
+            text = progress["message"]
+        if percent is not None:
+            text = ("%3d%% %s" % (percent, text)).rstrip()
         before, past, when = self._told
         now = self._clock()
         if self._live:
-            self._draw(_escaped(text), percent if progress else None)
+            self._draw(_escaped(text), percent)
         elif status == before and not (
-            progress and (percent >= past + self.step or now >= when + self.step)
+            progress and ((percent or 0) >= past + self.step or now >= when + self.step)
         ):
             return  # not worth a line
         else:
             self.say(text)
-        self._told = status, percent, now
+        self._told = status, percent or 0.0, now
 
     def _draw(self, text: str, percent: Optional[float]) -> None:
         columns = 80
@@ -7134,7 +7229,9 @@ def list_command(client: Client, args: Any) -> int:
 def task_row(task: Mapping[str, Any]) -> Sequence[str]:
     """What a list tells of a task."""
     progress = task.get("progress")
-    how = "%g%% %s" % (progress["percent"], progress["message"]) if progress else ""
+    how = progress["message"] if progress else ""
+    if progress and "percent" in progress:
+        how = "%g%% %s" % (progress["percent"], how)
     return task["id"], task["status"], task["created_at"][:19] + "Z", task["type"], how
 
 

@@ -1040,6 +1040,8 @@ def test_progress_is_kept_within_bounds():
     for fraction, percent in [(0, 0), (0.1234, 12.3), (1, 100), (7, 100), (-1, 0)]:
         context.progress(fraction, "word")
         assert context.progress_document() == {"percent": percent, "message": "word"}
+    context.progress(None, "word")
+    assert context.progress_document() == {"message": "word"}
 
 
 @pytest.mark.parametrize("length, kept", [(1000, 1000), (1001, 1000), (10**7, 1000)])
@@ -3429,6 +3431,23 @@ def test_a_log_is_kept_up_to_its_limit(count, dropped):
     assert feed.log_of("a")[1] == dropped
 
 
+def test_lines_that_nobody_has_are_counted_and_a_gap_for_those_who_come_back():
+    feed = longtasks.Feed()
+    watch, _ = feed.watch("a")
+    feed.log("a", "1", "2")
+    feed.log("a", "6", dropped=3)
+    assert [event.what for event in watch.take(0)] == ["1", "2", "6"]
+    assert feed.log_of("a") == (["6"], 5)
+    feed.leave("a", watch)
+    feed.log("a", "7")
+    last = feed._last
+    assert not feed.watch("a", last - 1)[1], "there is no gap"
+    feed.leave("a", *feed._watches["a"])
+    assert not feed.log("a", "9", dropped=1)
+    assert feed.watch("a", last)[1]
+    assert feed.log("a", "10")
+
+
 def test_who_does_not_take_the_news_is_dropped_and_holds_up_nobody():
     feed = longtasks.Feed()
     watch, _ = feed.watch("")
@@ -3711,15 +3730,19 @@ class Listener(Context):
     """A context that keeps what it is told."""
 
     def __init__(self):
-        super().__init__(
-            "id", 1, lambda context, kind, what: self.told.append((kind, what))
-        )
+        super().__init__("id", 1, self.hear)
         self.told = []
+        self.lines = []
+        self.dropped = 0
         self.grace = 0.2
+        self.follows = False
 
-    @property
-    def lines(self):
-        return [what for kind, what in list(self.told) if kind == "log"]
+    def hear(self, context, kind, payload):
+        self.told.append((kind, payload))
+        if kind == "lines":
+            self.lines += payload[0]
+            self.dropped += payload[1]
+        return self.follows
 
 
 def run_program(line, params=None, context=None):
@@ -3973,18 +3996,36 @@ def test_its_output_is_the_log_and_its_tail_the_result():
 @pytest.mark.parametrize(
     "text, percent, message",
     [
-        ("  1,234  45%  1.2MB/s\\r", 45, "1,234  45%  1.2MB/s"),
+        ("  1,234  45%  1.2MB/s\\r", 45, "1,234  45%  1.2MB/s"),  # rsync
         ("10%\\r20.5 %\\r", 20.5, "20.5 %"),
-        ("a 7,5% b\\n", 7.5, "a 7,5% b"),
+        ("\\r####     45.0%", 45, "####     45.0%"),  # curl -#
+        ("   450K .......... ..........  4% 1.2M 12s\\n", 4, None),  # wget
+        ("Objects: 5% (1/20)\\rObjects: 45% (9/20)\\r", 45, "Objects: 45% (9/20)"),
+        (" 45%|####  | 45/100 [00:12<00:15]\\n", 45, None),  # tqdm
+        ("[download]  45.3% of 10MiB at 1MiB/s\\n", 45.3, None),
+        ("[ 45%] Building C object a.c\\n", 45, None),
+        ("Progress: 45%\\r\\n", 45, "Progress: 45%"),
+        ("7,5% b\\n\\n", 7.5, "7,5% b"),
+        ("10% of cpu 90%\\n", 10, "10% of cpu 90%"),
         ("140%\\n", 100, "140%"),
+        ("50%\\ncopying\\n", 50, "copying"),
+        ("audio:0kB muxing overhead: 0.149%\\n", None, None),  # ffmpeg
+        ("frame=9\\rframe=10\\nmuxing overhead: 0.1%", None, "muxing overhead: 0.1%"),
+        ("3 received, 0% packet loss\\n", None, None),
         ("no number %\\n", None, None),
+        ("one\\ntwo\\n", None, "two"),
+        ("one\\ntwo\\rthree\\r", None, "three"),
+        ("one\\ntwo", None, "two"),
+        ("\\n \\n", None, ""),
     ],
 )
-def test_a_percentage_in_its_output_is_its_progress(text, percent, message):
+def test_its_latest_output_is_its_progress(text, percent, message):
     _, context = run_program("t=printf {text}", {"text": text.replace("%", "%%")})
-    progress = context.progress_document()
-    expected = percent and {"percent": percent, "message": message}
-    assert progress == expected
+    message = text.replace("\\n", "").strip() if message is None else message
+    expected = {"percent": percent, "message": message}
+    if percent is None:
+        del expected["percent"]
+    assert context.progress_document() == (expected if message else None)
 
 
 def test_progress_shows_while_the_line_is_being_written():
@@ -3995,6 +4036,33 @@ def test_progress_shows_while_the_line_is_being_written():
     assert context.progress_document() == {"percent": 40.0, "message": "40%"}
     context.cancel()
     assert done.result(LONG)[0].status == "cancelled"
+
+
+def test_a_long_line_is_searched_for_a_percentage_in_no_time():
+    begin = time.process_time()
+    for line in (" " * 10**6, "1." * 10**6, "5k" * 10**6, "[a]" * 10**6, "\r" * 10**6):
+        assert longtasks.percentage(line + "%") is None
+    assert time.process_time() - begin < 1
+
+
+def test_of_a_flood_the_end_is_kept_and_the_rest_counted():
+    outcome, context = run_program("t=seq 1000000")
+    assert len(context.lines) + context.dropped == 10**6
+    assert context.dropped > 0
+    assert context.lines[-10_000:] == [str(n) for n in range(990_001, 10**6 + 1)]
+    assert json.loads(outcome.result)["output"].endswith("\n999999\n1000000\n")
+
+
+@pytest.mark.parametrize("by", ["a follower", "debug"])
+def test_each_line_of_a_flood_comes_to_those_who_want_it(by, monkeypatch, caplog):
+    context = Listener()
+    context.follows = by == "a follower"
+    if by == "debug":
+        caplog.set_level("DEBUG", "longtasks")
+        monkeypatch.setattr(longtasks, "log_run", lambda *arguments: None)
+    run_program("t=sh -c 'echo 0; sleep 0.2; seq 100000'", context=context)
+    assert context.lines == [str(n) for n in range(100_001)]
+    assert context.dropped == 0
 
 
 @pytest.mark.parametrize(
@@ -8590,15 +8658,17 @@ def test_a_list_is_aligned_for_people(client, service, echo):
     ).format("ID", first["id"], second["id"], *since)
 
 
-def test_a_list_tells_how_far_what_runs_is(client, service, gate):
+@pytest.mark.parametrize("fraction, percent", [(0.5, "50% "), (None, "")])
+def test_a_list_tells_how_far_what_runs_is(fraction, percent, client, service, gate):
     @handler("half")
     def half(ctx: Context):
-        ctx.progress(0.5, "a\tb\n\x1b")
+        ctx.progress(fraction, "a\tb\n\x1b")
         gate()
 
     client(service, "submit", "half")
     gate.wait_started()
-    assert client(service, "list").out.endswith("Z  half  50% a\tb\\n\\x1b\n")
+    end = "Z  half  %sa\tb\\n\\x1b\n" % percent
+    assert client(service, "list").out.endswith(end)
 
 
 def test_a_list_goes_on_from_page_to_page_up_to_its_limit(client, service):
@@ -9139,6 +9209,8 @@ def test_where_there_is_no_terminal_a_line_comes_only_now_and_then(capsys):
     assert lines(percent(100, "still")) == []
     clock.now += 1
     assert lines(percent(100, "a\nb\x1b")) == [r"100% a\nb\x1b"]
+    clock.now += 10
+    assert lines({"message": "no meter"}, {"message": "more"}) == ["no meter"]
     assert lines({"status": "completed"}) == ["completed"]
 
 
@@ -10285,6 +10357,16 @@ def test_an_isolated_handler_runs_in_a_process_of_its_own(isolated):
     assert done["result"] == {"n": 3, "attempt": 1}
     assert pid_of(isolated, done["task_id"]) != isolated.process.pid
     assert outcome(isolated, "again")["result"] == 2
+
+
+def test_an_isolated_handler_may_not_know_how_far_it_is():
+    ours, theirs = multiprocessing.Pipe()
+    context = Context("id")
+    with ours, theirs:
+        theirs.send_bytes(b'["progress", {"message": "copying"}]')
+        theirs.send_bytes(b'["result", "1"]')
+        assert longtasks._listen_to(ours, context) == ("result", "1")
+    assert context.progress_document() == {"message": "copying"}
 
 
 @pytest.mark.parametrize(
@@ -11437,7 +11519,7 @@ def test_control_characters_are_escaped_on_the_page(browser, gate):
     @handler("odd", retries=1, backoff=60)
     def odd(ctx: Context):
         ctx.log("l\x1bog\tx")
-        ctx.progress(0, "p\x01rogress\x9b")
+        ctx.progress(None, "p\x01rogress\x9b")
         gate()
         raise ValueError("e\x7frror")
 

@@ -2070,12 +2070,34 @@ def find_program(word: str) -> str:
 
 
 def exec_fault(path: str) -> str:
-    """Say what in an executable file keeps it from running, as far as that shows."""
+    """Say what in an executable file keeps it from running, as far as that shows.
+
+    Of an interpreter that is missing the system says that the file itself isn't there.
+    """
+    head = b"\0"
     with contextlib.suppress(OSError), open(path, "rb") as file:
         head = file.read(4096)
-        if head[:2] != b"#!" and b"\0" not in head:
-            return "has no #! line, such as #!/bin/sh"
+    line = head.partition(b"\n")[0]
+    if line[:2] != b"#!" and b"\0" not in head:
+        return "has no #! line, such as #!/bin/sh"
+    if line[:2] == b"#!" and line[-1:] == b"\r":
+        name = shown(os.fsdecode(line[2:].strip(b" \t")))
+        return "needs the interpreter %s: its lines end with CR LF, not LF" % name
+    for name in _interpreters(head):
+        if not shutil.which(name):
+            return "needs the interpreter %s, which can't be found or run" % shown(name)
     return ""
+
+
+def _interpreters(head: bytes) -> List[str]:
+    """The programs that run a file, by its #! line or a binary's header (elf(5))."""
+    line = re.match(rb"#![ \t]*([^ \t\n]+)[ \t]*([^ \t\n]*)", head)
+    if line:
+        name, argument = map(os.fsdecode, line.groups())
+        runs = os.path.basename(name) == "env" and argument and argument[0] != "-"
+        return [os.path.abspath(name), *([argument] if runs else [])]
+    loader = re.search(rb"\0(/[^\0]*/ld[-\w.]*)\0", head)
+    return [os.fsdecode(loader.group(1))] if loader and head[:4] == b"\x7fELF" else []
 
 
 class Program:

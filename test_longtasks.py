@@ -3878,6 +3878,27 @@ def test_a_file_that_cannot_be_run_is_refused_with_the_reason(
     assert str(caught.value) == reason.replace("%s", path)
 
 
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"#!/no/sh -e\n", '"/no/sh", which can\'t be found or run'),
+        (b"#! \t/no/sh\t-e", '"/no/sh", which can\'t be found or run'),
+        (b"#!/etc/passwd\n", '"/etc/passwd", which can\'t be found or run'),
+        (b"#!/usr/bin/env no-such\n", '"no-such", which can\'t be found or run'),
+        (b"#!/bin/sh\r\n", '"/bin/sh\\r": its lines end with CR LF, not LF'),
+        (b"#!/bin/sh -e\r\n", '"/bin/sh -e\\r": its lines end with CR LF, not LF'),
+        (b"\x7fELF\2\1\1\0\0/no/ld-musl.so.1\0", '"/no/ld-musl.so.1", which can\'t be'),
+    ],
+)
+def test_an_interpreter_that_is_missing_is_named(content, reason, tmp_path):
+    path = executable(tmp_path, content)
+    with pytest.raises(HandlerError) as caught:
+        program("t=" + path)
+    assert str(caught.value).startswith(
+        '"%s" needs the interpreter %s' % (path, reason)
+    )
+
+
 def test_a_program_in_this_folder_is_found_by_its_path_only(tmp_path, monkeypatch):
     executable(tmp_path, b"#!/bin/sh\n")
     monkeypatch.chdir(tmp_path)
@@ -3892,6 +3913,11 @@ def test_a_program_in_this_folder_is_found_by_its_path_only(tmp_path, monkeypatc
     "content, reason",
     [
         (b"echo 1\n", "has no #! line, such as #!/bin/sh"),
+        (b"#!/no/sh", 'needs the interpreter "/no/sh", which can\'t be found or run'),
+        (
+            b"#!/bin/sh\r\n",
+            'needs the interpreter "/bin/sh\\r": its lines end with CR LF, not LF',
+        ),
         (None, "No such file or directory"),
     ],
 )

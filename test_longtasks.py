@@ -4091,6 +4091,23 @@ def test_each_line_of_a_flood_comes_to_those_who_want_it(by, monkeypatch, caplog
     assert context.dropped == 0
 
 
+@pytest.mark.parametrize("follows", [False, True])
+@pytest.mark.parametrize("piece", [b"\r1% of it", b"1% of it\r", b"."])
+def test_the_work_for_a_piece_does_not_grow_with_those_before_it(
+    piece, follows, monkeypatch
+):
+    pieces = iter([b"begun\n"] + [piece] * 20_000)
+    ours, theirs = os.pipe()
+    os.close(theirs)  # so that there is always something to read
+    context = Listener()
+    context.follows = follows
+    monkeypatch.setattr(os, "read", lambda *arguments: next(pieces, b""))
+    begin = time.process_time()
+    longtasks.ProgramOutput(os.fdopen(ours, "rb", 0), context).end()
+    assert time.process_time() - begin < 1.5
+    assert context.progress_document()["message"].startswith(piece.strip().decode())
+
+
 @pytest.mark.parametrize(
     "script, error",
     [

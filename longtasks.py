@@ -542,11 +542,14 @@ class Task(NamedTuple):
         """Return the task as it waits for another run."""
         return self.moved_to(PENDING, started_at=None, **changes)
 
-    def after_crash(self, now: float) -> "Task":
-        """Return the task as it goes on after a process that ended without a word."""
+    def after_crash(self, now: float, crashed: bool = True) -> "Task":
+        """Return the task as it goes on after a process that ended without a word.
+
+        With `crashed` false it had stopped in order, and could not write that down.
+        """
         if self.status != PROCESSING:
             return self
-        task = self._replace(interruptions=self.interruptions + 1)
+        task = self._replace(interruptions=self.interruptions + crashed)
         now = max(now, task.started_at or now)
         if task.cancel_requested:
             return task.moved_to(CANCELLED, ended_at=now, error=CANCELLED_RUNNING)
@@ -2610,7 +2613,8 @@ class Journal:
         self._sqlite = sqlite3
         try:
             self._exists()  # if it is not ours, no lock is left beside it
-            self._lock = lock_file(self.path)
+            # Whether the last process stopped in order, but could not write all down.
+            self._lock, self.stopped = lock_file(self.path)
             if self._exists():
                 self._check()
                 self._tighten()
@@ -2829,17 +2833,24 @@ class Journal:
             return batch
 
     def close(self, patience: float) -> bool:
-        """Write the rest, within so many seconds; return whether all is on disk."""
+        """Write the rest, within so many seconds; return whether all is on disk.
+
+        If it is not, the lock file tells the next process that this one did not crash.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
         if self._thread:
             self._thread.join(patience)
-            if self._thread.is_alive():
-                return False
-        self._db.close()
-        self._lock.close()
-        return not self._held
+        writes = self._thread is not None and self._thread.is_alive()
+        saved = not writes and not self._held
+        if not saved:
+            with contextlib.suppress(OSError):
+                sign_lock(self._lock, STOPPED)
+        if not writes:
+            self._db.close()
+            self._lock.close()
+        return saved
 
     def _write_on(self) -> None:
         # Looked at without the lock: should either change now, the wait for the next
@@ -2867,6 +2878,9 @@ class Journal:
         begin = time.perf_counter()
         try:
             self._commit([record for batch in batches for record in batch.records])
+            if self.stopped:  # what that process could not write is on disk now
+                sign_lock(self._lock, RUNS)
+                self.stopped = False
             self.commit_times.add(time.perf_counter() - begin)
         except Exception as error:  # whatever it is, this thread must live
             text = getattr(error, "strerror", "") or str(error) or type(error).__name__
@@ -2875,17 +2889,22 @@ class Journal:
             self.error = text
             for batch in batches:
                 batch.settle(text)
+            self._show(())  # a drain does not wait for the disk any longer
             return [batch for batch in batches if batch.keep and batch.records]
         if self.error:
             log.warning("journal %s: it can be written again", self.path)
         self.error = ""
         for batch in batches:
-            try:
-                self._written(batch.records)
-            except Exception:  # this thread must live, whatever becomes of these
-                log.exception("what is on disk can't be shown")
+            self._show(batch.records)
             batch.settle()
         return []
+
+    def _show(self, records: Sequence[Record]) -> None:
+        """Hand over what is on disk."""
+        try:
+            self._written(records)
+        except Exception:  # this thread must live, whatever becomes of these
+            log.exception("what is on disk can't be shown")
 
     def _commit(self, records: Sequence[Record]) -> None:
         if os.stat(self.path).st_ino != self._inode:
@@ -2929,34 +2948,51 @@ class Journal:
         return (*row, checksum(row))
 
 
-def lock_file(path: str) -> Any:
+RUNS, STOPPED = "runs", "stopped"  # what the process does, or did, that has the lock
+
+
+def lock_file(path: str) -> Tuple[Any, bool]:
     """Lock a file beside this one for as long as what is returned stays open.
 
-    Raises OSError, or JournalError that tells the pid of the process that has it. The
+    Returns that, and whether the last process wrote there that it has stopped. Raises
+    OSError, or JournalError that tells the pid of the process that has the lock. The
     system frees the lock when the process ends, however it ends; so the lock file may
     stay. Where there is no flock(), nothing is locked.
     """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     try:
-        file = os.fdopen(os.open(path + ".lock", flags, 0o600), "r+")
+        opened = os.open(path + ".lock", flags, 0o600)
     except OSError as error:
         # Where others may write into the folder, it could lead to any file.
         if error.errno != errno.ELOOP:
             raise
         text = "DB %s: %s.lock is a symbolic link; remove it"
         raise JournalError(text % (path, path)) from None
+    file = os.fdopen(opened, "r+", errors="replace")
     with contextlib.suppress(ImportError):
         import fcntl
 
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            pid = (file.read(100).split() or ["unknown"])[0]
             text = "DB %s is in use by process %s"
-            raise JournalError(text % (path, file.read() or "unknown")) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
+            raise JournalError(text % (path, pid)) from None
+    stopped = STOPPED in file.read(100)
+    sign_lock(file, STOPPED if stopped else RUNS)  # until what it could not write is
+    return file, stopped
+
+
+def sign_lock(file: Any, word: str) -> None:
+    """Write into a lock file whose it is, and what that process does.
+
+    Always as long, so that it needs no room on a disk that is full. On the disk before
+    anything that relies on it.
+    """
+    file.seek(0)
+    file.write("%-10d %-7s\n" % (os.getpid(), word))
     file.flush()
-    return file
+    os.fsync(file.fileno())
 
 
 # ======================================================================
@@ -3348,7 +3384,7 @@ class Ledger:
             for task_id in journal.gone():
                 self._remember(task_id)
             for task in journal.load():
-                now = task.after_crash(self._clock())
+                now = task.after_crash(self._clock(), not journal.stopped)
                 self._publish(now)
                 if now is not task:
                     journal.append(True, now)
@@ -4133,7 +4169,13 @@ class Ledger:
 
     def _tell_if_done(self) -> None:
         """Say that the drain is over, if it is. Assumes the lock."""
-        if not self._when_done or self._running or self._deciding or self._submitting:
+        if not self._when_done:
+            return
+        busy: Any = self._running or self._deciding or self._submitting
+        if busy and self._journal and self._journal.error:
+            # The disk is not waited for, nor is a run that waits for it to begin.
+            busy = any(self._tasks[i].status == PROCESSING for i in self._running)
+        if busy:
             return
         waiting = self._counts[PENDING] - len(self._beyond)
         if not (self._may_start() and waiting):
@@ -7564,7 +7606,9 @@ class Service:
         if self.journal:
             saved = self.journal.close(JOURNAL_PATIENCE)
             if not saved:
-                log.error("the journal could not be written: what ended is run again")
+                text = "journal %s: %s; what has ended since then is run again"
+                why = self.journal.error or "it takes too long to write"
+                log.error(text, self.journal.path, why)
             finished = counted(len(ran) - put_back, "task")
             message = "stopped, %s finished, %d put back, %d left waiting"
             log.info(message, finished, put_back, len(left) - put_back)

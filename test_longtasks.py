@@ -11035,27 +11035,19 @@ def test_a_torn_journal_lacks_only_what_was_never_acknowledged(tmp_path):
 
 
 def test_a_full_disk_refuses_new_tasks_and_loses_nothing(tmp_path, held):
-    resource = pytest.importorskip("resource")
-    if not hasattr(resource, "prlimit"):
-        pytest.skip("only Linux can change another process's limits")
     path = tmp_path / "tasks.db"
     with process(*held["flags"], "--db", str(path), env=held["env"]) as running:
-        pid = running.process.pid
         before = submitted(running.port, "deaf", {"name": "a"})
         began(tmp_path, "a")
-        wal = Path(str(path) + "-wal")
-        unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        limit = wal.stat().st_size, unlimited[1]
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, limit)
-        answer = submit(running.port, "deaf", {"name": "b"})
-        assert_problem(answer, 503, "nothing can be written: ")
-        assert_problem(call(running.port, "GET", "/readyz"), 503, "nothing can be")
-        (tmp_path / "a").touch()  # its handler goes on, and ends
-        until((tmp_path / "a.ended").exists)
-        status = call(running.port, "GET", "/api/v1/tasks/" + before)
-        assert status.json["status"] == "processing"  # as far as is on disk
-        assert not [line for line in running.lines if "completed" in line]
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+        with full_disk(running, path):
+            answer = submit(running.port, "deaf", {"name": "b"})
+            assert_problem(answer, 503, "nothing can be written: ")
+            assert_problem(call(running.port, "GET", "/readyz"), 503, "nothing can be")
+            (tmp_path / "a").touch()  # its handler goes on, and ends
+            until((tmp_path / "a.ended").exists)
+            status = call(running.port, "GET", "/api/v1/tasks/" + before)
+            assert status.json["status"] == "processing"  # as far as is on disk
+            assert not [line for line in running.lines if "completed" in line]
         running.logged("(deaf): completed")
         assert result_of(running.port, before)["status"] == "completed"
         until(lambda: call(running.port, "GET", "/readyz").status == 200)
@@ -11084,6 +11076,94 @@ def test_a_drain_leaves_what_waits_in_the_file_and_the_next_start_runs_it(
     with process(*held["flags"], "--db", str(path), env=env) as running:
         assert result_of(running.port, ids[1])["status"] == "completed"
         assert result_of(running.port, ids[0])["status"] == "completed"
+
+
+@contextlib.contextmanager
+def full_disk(running, path):
+    """Have its writes fail that would make the WAL any larger."""
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("only Linux can change another process's limits")
+    pid, size = running.process.pid, Path(str(path) + "-wal").stat().st_size
+    unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, unlimited[1]))
+    yield
+    with contextlib.suppress(ProcessLookupError):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+
+
+def test_a_stop_while_the_disk_is_full_is_no_crash(tmp_path, held):
+    path, flags = tmp_path / "tasks.db", [*held["flags"], "--db"]
+    env = {**held["env"], "DRAIN_TIMEOUT": "0", "GRACE": "0.1"}
+    for attempt in range(1, 5):
+        with process(*flags, str(path), env=env) as running:
+            if attempt == 1:
+                task_id = submitted(running.port, "deaf", {"name": "a"})
+            began(tmp_path, "a")
+            with full_disk(running, path):
+                running.signal()
+                assert running.wait() == 1
+        running.logged("; what has ended since then is run again")
+        (tmp_path / "a.began").unlink()
+        found = rows_of(path, "status, attempt, interruptions")
+        assert found == [("processing", attempt, 0)]
+    (tmp_path / "a").touch()
+    with process(*flags, str(path), env=held["env"]) as running:
+        assert result_of(running.port, task_id)["status"] == "completed"
+    assert rows_of(path, "status, attempt, interruptions") == [("completed", 5, 0)]
+
+
+def test_after_a_stop_that_could_not_be_written_a_crash_is_one_again(tmp_path):
+    path = tmp_path / "tasks.db"
+    with journalled(path) as ledger:
+        ledger.submit("t", b"{}")
+    for stops in (True, False, True):
+        ledger = longtasks.Ledger(journal=HeldJournal(path))
+        ledger._journal.free()
+        begun(ledger)
+        if stops:
+            ledger._journal.failure = OSError(28, "disk full")
+            ledger.halt()
+            ledger.give_up()
+        assert ledger._journal.close(LONG) is not stops
+        longtasks.Journal(str(path)).close(LONG)  # a start that comes to nothing
+    with journalled(path) as ledger:
+        task = ledger.claim()[0]
+    assert (task.attempt, task.interruptions) == (4, 1)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_drain_does_not_wait_for_the_disk_when_nothing_runs(tmp_path, begins):
+    told = threading.Event()
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+        ledger.journal.let.release()
+        ledger.submit("t", b"{}")
+        if begins:
+            ledger.journal.let.release()
+            context = begun(ledger)[1]
+        ledger.journal.failure = OSError(28, "disk full")
+        if not begins:
+            ledger.claim()
+        ledger.drain(told.set)
+        ledger.journal.free()
+        if begins:
+            until(lambda: not ledger._deciding)
+            assert not told.is_set()
+            ledger.finish(context, DONE)
+        assert told.wait(LONG)
+
+
+def test_a_full_disk_does_not_hold_up_a_stop_when_nothing_runs(tmp_path, held):
+    path = tmp_path / "tasks.db"
+    env = {**held["env"], "DRAIN_TIMEOUT": "3000"}
+    with process(*held["flags"], "--db", str(path), env=env) as running:
+        submitted(running.port, "deaf", {"name": "a"})
+        began(tmp_path, "a")
+        with full_disk(running, path):
+            (tmp_path / "a").touch()
+            running.logged("(deaf): completed")
+            running.signal()
+            assert running.wait() == 1
 
 
 @pytest.mark.parametrize("type", ["deaf", "polite"])

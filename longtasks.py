@@ -87,6 +87,7 @@ from typing import Any, Callable, Container, Deque, Dict, FrozenSet, Iterator
 from typing import Iterable, List, Mapping, MutableMapping
 from typing import NamedTuple, Optional, Sequence, Set, Tuple, Union
 from urllib.parse import parse_qsl, quote, urlencode
+from weakref import WeakSet
 
 __version__ = "1.0.0"
 __all__ = ["Cancelled", "Context", "HandlerError", "Retry", "handler", "main"]
@@ -1008,9 +1009,10 @@ class Handler(NamedTuple):
     def run_here(self, params: Dict[str, Any], context: Context) -> Any:
         """Call the function in this process."""
         extra = {self.context: context} if self.context else {}
-        if self.whole:
-            return self.function(params=params, **extra)
-        return self.function(**params, **extra)
+        with SameProcess():
+            if self.whole:
+                return self.function(params=params, **extra)
+            return self.function(**params, **extra)
 
 
 def _without_partials(function: Any) -> Any:
@@ -1559,7 +1561,8 @@ def _load_file(flag: str, file: str) -> Any:
         spec = importlib.machinery.ModuleSpec(name, loader, origin=file)
         spec.has_location = True
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
+        with SameProcess():
+            loader.exec_module(module)
     except (Exception, SystemExit, GeneratorExit, Cancelled) as error:
         raise HandlerError("%s %s: %s" % (flag, file, _why(error, file))) from None
     return module
@@ -1616,6 +1619,79 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
             step / steps, "%g of %g s" % (round(duration * step / steps, 1), duration)
         )
     return {"message": "Long computation completed successfully", "duration": duration}
+
+
+# -- forks -----------------------------------------------------------------
+#
+# A handler may fork, as multiprocessing does. The child has a copy of all that the
+# service has, without its threads, and must not act as a second service.
+
+
+class SameProcess:
+    """A block of code that may fork: a child that comes back from it ends there.
+
+    It would go on as a second service. Its exit status is what Python would give it.
+    """
+
+    __slots__ = ("_pid",)
+
+    def __enter__(self) -> None:
+        self._pid = os.getpid()
+
+    def __exit__(self, kind: Any, error: Optional[BaseException], tb: Any) -> None:
+        if os.getpid() != self._pid:
+            code: Any = error.code if isinstance(error, SystemExit) else error
+            os._exit(code & 255 if isinstance(code, int) else code is not None)
+
+
+# Held while this process forks, and while a descriptor is open that a forked child
+# must not get but is not among PRIVATE.
+NO_FORK = threading.RLock()
+
+# What has a descriptor that only this process may hold: as long as a child held it,
+# too, a port would stay in use, a lock locked, a pipe without an end.
+PRIVATE: "WeakSet[Any]" = WeakSet()
+
+# What forked children do with the signals that the service takes for itself.
+IN_CHILDREN: Dict[int, Any] = {}
+_masks: List[Any] = []  # of a thread that forks; NO_FORK guards it
+
+
+def _before_fork() -> None:
+    NO_FORK.acquire()
+    if IN_CHILDREN:  # else one that came too early in the child would be lost there
+        _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, IN_CHILDREN))
+
+
+def _after_fork() -> None:
+    if _masks:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _masks.pop())
+    NO_FORK.release()
+
+
+def _after_fork_in_child() -> None:
+    """Give up what is the service's. The child has none of its threads.
+
+    Descriptors come to lead to where standard input does. Closing them would have
+    files flush what is the parent's, and wait for locks of threads that are not here.
+    SQLite is left alone: a fork does not inherit its locks, and no call is safe there.
+    """
+    for number, action in IN_CHILDREN.items():
+        signal.signal(number, action)
+    IN_CHILDREN.clear()
+    for owner in list(PRIVATE):
+        with contextlib.suppress(OSError, ValueError):  # it is closed
+            os.dup2(0, owner.fileno(), inheritable=False)
+    PRIVATE.clear()
+    _after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 # -- processes -------------------------------------------------------------
@@ -1732,12 +1808,13 @@ for pid in map(int, filter(str.isdigit, names)):
     def _start(self) -> None:
         import subprocess
 
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), NO_FORK:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", self.SOURCE],
                 stdin=subprocess.PIPE,
                 start_new_session=True,
             )
+            PRIVATE.add(self._process.stdin)
 
 
 GUARD = Guard()
@@ -1863,14 +1940,14 @@ def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
     import multiprocessing
 
     spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
     facts = ctx.task_id, ctx.attempt, ctx.max_result
     about = to_json([list(LOADED), name, params, *facts])
-    # Not daemonic, since such a process may have no children.
-    child = spawn.Process(target=isolated_child, args=(theirs, about), daemon=False)
-    with _CHILDREN:
+    with _CHILDREN, NO_FORK:
+        ours, theirs = spawn.Pipe()
+        # Not daemonic, since such a process may have no children.
+        child = spawn.Process(target=isolated_child, args=(theirs, about), daemon=False)
         child.start()
-    theirs.close()
+        theirs.close()
 
     def ask() -> None:
         with contextlib.suppress(OSError):
@@ -1929,7 +2006,7 @@ def isolated_child(theirs: Any, about: bytes) -> None:
         os.setsid()  # a process group of its own; Ctrl-C at the terminal is not for it
         # The pipe ends with this process, whatever the handler forks or starts.
         os.set_inheritable(theirs.fileno(), False)
-        os.register_at_fork(after_in_child=theirs.close)
+        PRIVATE.add(theirs)
     lock = threading.Lock()
 
     def say(kind: str, what: Any) -> None:
@@ -2175,14 +2252,15 @@ class Program:
         environ = {k: v for k, v in os.environ.items() if k not in SECRETS}
         GUARD.ready()  # it takes a while to start; nothing may run unguarded so long
         try:
-            process = subprocess.Popen(
-                self.arguments(params),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=dict(environ, LONGTASKS_TASK_ID=ctx.task_id),
-                start_new_session=True,  # a process group of its own
-            )
+            with NO_FORK:
+                process = subprocess.Popen(
+                    self.arguments(params),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env=dict(environ, LONGTASKS_TASK_ID=ctx.task_id),
+                    start_new_session=True,  # a process group of its own
+                )
         except OSError as error:
             reason = exec_fault(self.words[0]) or error.strerror
             text = "can't run %s: %s" % (shown(self.words[0]), reason)
@@ -2337,7 +2415,7 @@ def register_command(line: str) -> None:
 EXECUTOR: List[Any] = []  # the one, if there is one
 
 ELSEWHERE = """
-import json, sys, threading, traceback, types
+import json, os, sys, threading, traceback, types
 
 class Cancelled(BaseException):
     pass
@@ -2376,6 +2454,7 @@ def run(files, name, params, whole):
     kept = sys.modules.setdefault("longtasks_elsewhere", types.ModuleType("kept"))
     lock = kept.__dict__.setdefault("lock", threading.Lock())
     kept.__dict__.setdefault("Retry", Retry)
+    pid = os.getpid()
     try:
         with lock:  # the files are run once in a process
             if kept.__dict__.get("files") != files:
@@ -2388,6 +2467,9 @@ def run(files, name, params, whole):
     except BaseException as error:
         line = type(error).__name__ + (": %s" % error if str(error) else "")
         return json.dumps(["failed", [line, traceback.format_exc()[-10000:], False]])
+    finally:
+        if os.getpid() != pid:  # a child that the handler has forked
+            os._exit(0)
     try:
         text = json.dumps(value, allow_nan=False, check_circular=False)
     except BaseException as error:
@@ -2407,7 +2489,8 @@ def load_executor(text: str) -> None:
         detail = "%s has no function %s" % (file, shown(name))
         raise HandlerError("--executor %s: %s" % (text, detail))
     try:
-        executor = factory()
+        with SameProcess():
+            executor = factory()
     except Exception as error:
         raise HandlerError("--executor %s: %s" % (text, describe(error))) from None
     if not callable(getattr(executor, "submit", None)):
@@ -2614,7 +2697,9 @@ class Journal:
         try:
             self._exists()  # if it is not ours, no lock is left beside it
             # Whether the last process stopped in order, but could not write all down.
-            self._lock, self.stopped = lock_file(self.path)
+            with NO_FORK:
+                self._lock, self.stopped = lock_file(self.path)
+                PRIVATE.add(self._lock)
             if self._exists():
                 self._check()
                 self._tighten()
@@ -3337,6 +3422,7 @@ class Ledger:
         self._rules = rules
         self._ready: queue.PriorityQueue[Entry] = queue.PriorityQueue()
         self._ticks = ticks
+        self._pid = os.getpid()
         # The lock guards everything below.
         self._lock = threading.Lock()
         # Every known task as it is on disk, in the order of submission; and what is not
@@ -3898,6 +3984,10 @@ class Ledger:
 
     def _tell(self, context: Context, kind: str, payload: Any) -> bool:
         """Pass on what a handler tells of its task, as long as it is its run."""
+        if os.getpid() != self._pid:
+            return (
+                False  # a forked child, which lacks the thread that may hold the lock
+            )
         with self._lock:
             if self._running.get(context.task_id) is not context:
                 return False
@@ -6528,6 +6618,7 @@ class Server(ThreadingHTTPServer):
             ipv6 = ":" in address[0]
             self.address_family = socket.AF_INET6 if ipv6 else socket.AF_INET
         super().__init__(address, Connection)
+        PRIVATE.add(self.socket)
 
     def server_bind(self) -> None:
         """Bind, without the look-up of the host's name that could take seconds."""
@@ -6544,7 +6635,7 @@ class Server(ThreadingHTTPServer):
         self.app.access.listen_on(self.server_name)  # the address that it really is
 
     def _bind_unix(self, path: str) -> None:
-        with socket_place(path):
+        with NO_FORK, socket_place(path):
             self.socket.bind(path)
             self.server_activate()  # who looks from now on finds it alive
             self._file = os.lstat(path)
@@ -6611,6 +6702,7 @@ class Server(ThreadingHTTPServer):
                 request = self.tls.wrap_socket(
                     request, server_side=True, do_handshake_on_connect=False
                 )
+            PRIVATE.add(request)
             return request, address or (self.url, 0)  # a Unix socket's has none
         except OSError as error:
             if error.errno in _NO_ROOM:
@@ -7466,6 +7558,7 @@ class Supervisor:
             os.set_inheritable(self.first_fd, False)
             listener = socket.socket(fileno=self.first_fd)
             listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            PRIVATE.add(listener)
             if count == "1" and listens and listener.family != socket.AF_UNIX:
                 return listener
         except OSError:
@@ -7847,7 +7940,7 @@ def _end_children() -> None:
     multiprocessing = sys.modules.get("multiprocessing")
     if multiprocessing:
         for child in multiprocessing.active_children():
-            child.kill()  # forked ones would ignore SIGTERM, as this process does
+            child.kill()  # it may ignore SIGTERM
 
 
 def _record_signals(reloads: bool) -> Events:
@@ -7857,9 +7950,12 @@ def _record_signals(reloads: bool) -> Events:
     events: Events = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: events.put(number))
+    # What a terminal sends goes to forked children, too, whose tasks are to finish.
+    IN_CHILDREN.update({TERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_IGN})
     # Under nohup, a terminal that closes is not to end the service.
     if HANGUP and (reloads or signal.getsignal(HANGUP) != signal.SIG_IGN):
         signal.signal(HANGUP, lambda number, frame: events.put(number))
+        IN_CHILDREN[HANGUP] = signal.SIG_IGN
     return events
 
 

@@ -10571,6 +10571,194 @@ def test_after_a_second_signal_nobody_waits_for_isolated_handlers(tmp_path):
         until(lambda: not any(map(alive, pids)))
 
 
+# -- forks -----------------------------------------------------------------
+
+FORKING = """
+import json, multiprocessing, os, signal, sys, threading, time
+from longtasks import Context, handler
+
+fork = multiprocessing.get_context("fork")
+
+def back(how):
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1] >> 8
+    if how == "exit":
+        sys.exit(7)
+    if how == "raise":
+        raise ValueError("in the child")
+
+handler("plain")(back)
+handler("isolated", isolated=True)(back)
+
+@handler("thread")
+def thread(how: str):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(back(how)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+@handler("kept")
+def kept():
+    ours, theirs = os.pipe()
+    if os.fork():
+        os.close(theirs)
+        return json.load(os.fdopen(ours))
+    opened = set()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            opened.add(os.readlink("/proc/self/fd/" + fd))
+        except OSError:
+            pass  # that of the folder itself
+    opened -= {os.readlink("/proc/self/fd/%d" % fd) for fd in (0, 1, 2, ours)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    signals = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    os.write(theirs, json.dumps([list(opened), list(mask), signals]).encode())
+
+@handler("pool")
+def pool():
+    with fork.Pool(2) as p:
+        return p.map(abs, [1, -2, 3])
+
+@handler("hold")
+def hold(ctx: Context):
+    child = fork.Process(target=time.sleep, args=(1000,))
+    child.start()
+    ctx.log("pid %d" % child.pid)
+    child.join()
+"""
+
+can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+
+
+@pytest.fixture(scope="module")
+def forking(tmp_path_factory):
+    """A service with a journal and handlers that fork."""
+    folder = tmp_path_factory.mktemp("forking")
+    flags = ["--handlers", write(folder, FORKING), "--db", str(folder / "tasks.db")]
+    with process(*flags) as running:
+        yield running
+        running.signal()
+        assert running.wait() == 0
+
+
+@can_fork
+@pytest.mark.parametrize("type", ["plain", "isolated"])
+@pytest.mark.parametrize("how, status", [("return", 0), ("exit", 7), ("raise", 1)])
+def test_a_child_that_comes_back_from_its_handler_ends(type, how, status, forking):
+    assert outcome(forking, type, {"how": how})["result"] == status
+    assert not [line for line in forking.lines if "in the child" in line]
+
+
+@can_fork
+def test_a_child_that_comes_back_from_a_thread_of_its_handler_ends(forking):
+    assert outcome(forking, "thread", {"how": "return"})["result"] == 0
+
+
+@can_fork
+def test_a_child_that_comes_back_from_its_handler_on_an_executor_ends(tmp_path):
+    text = "from concurrent.futures import ThreadPoolExecutor as factory"
+    flags = ["--executor", write(tmp_path, text, "f.py") + ":factory"]
+    with process("--handlers", write(tmp_path, FORKING), *flags) as running:
+        for how in ("return", "exit", "raise"):
+            assert outcome(running, "isolated", {"how": how})["result"] == 0
+
+
+@can_fork
+@pytest.mark.parametrize(
+    "forks", ["os.fork() and os.wait(), 0", "0, os.fork() and os.wait()"]
+)
+def test_a_child_that_comes_back_from_loading_a_file_ends(forks, tmp_path):
+    text = "import concurrent.futures, os\n%s\n"
+    text += (
+        "def factory():\n    %s\n    return concurrent.futures.ThreadPoolExecutor(1)\n"
+    )
+    file = write(tmp_path, text % tuple(forks.split(", ")), "f.py")
+    with process("--executor", file + ":factory") as running:
+        assert running.logged("listening").endswith("pid %d\n" % running.process.pid)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="there is no /proc")
+def test_a_forked_child_has_nothing_of_the_service(forking):
+    opened, mask, signals = outcome(forking, "kept")["result"]
+    assert not [name for name in opened if re.match(r"socket:|.*\.lock$", name)]
+    assert (mask, signals) == ([], [signal.SIG_DFL, signal.SIG_IGN])
+
+
+@can_fork
+def test_a_pool_of_processes_ends_with_its_handler(forking):
+    ids = [submitted(forking.port, "pool") for _ in range(60)]
+    assert [result_of(forking, id)["result"] for id in ids] == [[1, 2, 3]] * 60
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+def test_a_forked_child_that_survives_the_service_is_in_nobodys_way(tmp_path):
+    flags = ["--handlers", write(tmp_path, FORKING), "--db", str(tmp_path / "tasks.db")]
+    flags += ["--command", "program=sh -c 'echo pid $$; sleep 1000'"]
+    with contextlib.ExitStack() as ends:
+        running = ends.enter_context(process(*flags))
+        program = pid_of(running, submitted(running.port, "program"))
+        task_id = submitted(running.port, "hold")
+        child = pid_of(running, task_id)
+        ends.callback(os.kill, child, signal.SIGTERM)
+        running.process.kill()
+        until(lambda: not alive(program))
+        again = ends.enter_context(process(*flags, env={"PORT": str(running.port)}))
+        ends.callback(os.kill, pid_of(again, task_id), signal.SIGTERM)
+        assert alive(child)
+
+
+@can_fork
+def test_a_signal_that_comes_during_a_fork_reaches_the_child(monkeypatch):
+    set_action = signal.signal
+
+    def signalled_before(number, action):
+        os.kill(os.getpid(), number)
+        return set_action(number, action)
+
+    monkeypatch.setitem(longtasks.IN_CHILDREN, signal.SIGUSR1, signal.SIG_DFL)
+    monkeypatch.setattr(signal, "signal", signalled_before)
+    before = set_action(signal.SIGUSR1, lambda number, frame: None)
+    try:
+        assert os.waitpid(os.fork() or os._exit(0), 0)[1] == signal.SIGUSR1
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        set_action(signal.SIGUSR1, before)
+
+
+@can_fork
+def test_what_a_forked_child_tells_of_its_task_waits_for_no_lock():
+    ledger = longtasks.Ledger()
+    context = Context("id", 1, ledger._tell, "t")
+    with ledger._lock:
+        pid = os.fork()
+        if not pid:
+            context.log("a line")
+            context.progress(0.5)
+            os._exit(5)
+    until(lambda: os.waitpid(pid, os.WNOHANG)[1] >> 8 == 5)
+
+
+@can_fork
+def test_a_fork_waits_while_another_child_is_started(monkeypatch):
+    popen, held_up = subprocess.Popen, []
+
+    def fork_one():
+        os.waitpid(os.fork() or os._exit(0), 0)
+
+    def start(*args, **options):
+        held_up.append(is_held_up(fork_one))
+        return popen(*args, **options)
+
+    monkeypatch.setattr(longtasks, "GUARD", longtasks.Guard())
+    monkeypatch.setattr(subprocess, "Popen", start)
+    assert run_program("t=true")[0].status == "completed"
+    assert held_up == [True, True]
+    longtasks.GUARD._process.stdin.close()
+    assert longtasks.GUARD._process.wait(LONG) == 0
+
+
 # -- executors -------------------------------------------------------------
 
 ELSEWHERE = """

@@ -11349,7 +11349,7 @@ def test_a_full_disk_does_not_hold_up_a_stop_when_nothing_runs(tmp_path, held):
         began(tmp_path, "a")
         with full_disk(running, path):
             (tmp_path / "a").touch()
-            running.logged("(deaf): completed")
+            until((tmp_path / "a.ended").exists)
             running.signal()
             assert running.wait() == 1
 

@@ -47,6 +47,7 @@ client of the API, comes last.
 """
 
 import _thread
+import atexit
 import collections.abc
 import contextlib
 import errno
@@ -92,7 +93,9 @@ from weakref import WeakSet
 __version__ = "1.0.0"
 __all__ = ["Cancelled", "Context", "HandlerError", "Retry", "handler", "main"]
 
-log = logging.getLogger("longtasks")
+# Not one of those that logging knows of: libraries switch these off, by dictConfig()
+# with its default disable_existing_loggers, or by disable().
+log = logging.Manager(logging.root).getLogger("longtasks")
 
 
 # ======================================================================
@@ -2000,6 +2003,19 @@ def _as_said(said: Any, code: int, ctx: Context) -> Any:
     raise Failure(line)
 
 
+def print_at_once() -> None:
+    """Have what handlers print() come line by line, also into a file or a pipe."""
+    with contextlib.suppress(Exception):  # there is none, or it is of another kind
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def flush_output() -> None:
+    """Write what is printed but has no end of line yet."""
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__):
+        with contextlib.suppress(Exception):  # there is none, or it is closed
+            stream.flush()  # type: ignore[union-attr]
+
+
 def isolated_child(theirs: Any, about: bytes) -> None:
     """What a child process does: run one handler, and end."""
     if hasattr(os, "setsid"):
@@ -2015,6 +2031,7 @@ def isolated_child(theirs: Any, about: bytes) -> None:
             theirs.send_bytes(to_json([kind, what]))
 
     log.disabled = True  # the parent logs what it is told
+    print_at_once()
     files, name, params, task_id, attempt, max_result = json.loads(about)
 
     ctx = Context(task_id, attempt, lambda _, kind, line: say(kind, line[-MAX_TOLD:]))
@@ -2033,8 +2050,7 @@ def isolated_child(theirs: Any, about: bytes) -> None:
     except BaseException as error:
         trace = traceback.format_exc()[-10_000:]
         say("failed", [describe(error), trace, isinstance(error, BadResult)])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(0)  # whatever threads the handler has left
 
 
@@ -7521,6 +7537,8 @@ def client_parser(name: str) -> Any:
 # ======================================================================
 
 JOURNAL_PATIENCE = 5.0  # seconds that the last writing may take
+LOG_PATIENCE = 5.0  # seconds at the end in which somebody must read some of the log
+END_PATIENCE = 5.0  # seconds that anything else may take at the end
 
 # What is recorded in the place where signal handlers record their number.
 _DONE = "all tasks are done"
@@ -7863,14 +7881,93 @@ def _fields_of(record: logging.LogRecord) -> Dict[str, Any]:
     return fields
 
 
+class LogWriter(logging.Handler):
+    """Writes the log to stderr in a thread of its own, so that it never holds up work.
+
+    Where nobody reads, lines wait in a bounded queue; further ones are dropped, and
+    counted in a line of their own later. None that tells of a task given up is dropped.
+    """
+
+    most = 1 << 20  # characters that may wait
+
+    def __init__(self, file: int = 2) -> None:
+        super().__init__()
+        # A copy of stderr itself, since libraries may close or replace sys.stderr.
+        self._file = os.dup(file)
+        self._lines: Any = queue.SimpleQueue()
+        self._written = 0  # bytes, so that finish() sees whether somebody reads
+        # Both are guarded by the handler's own lock, which is held around emit().
+        self._waiting = 0  # characters
+        self._dropped = 0  # lines
+        threading.Thread(target=self._write_all, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a record's lines; called by logging."""
+        text = self.format(record) + "\n"
+        is_full = self._waiting + len(text) > self.most
+        if is_full and "task" not in getattr(record, "fields", {}):
+            self._dropped += 1
+        else:
+            self._waiting += len(text)
+            self._lines.put(text)
+
+    def _write_all(self) -> None:
+        while True:
+            text = self._lines.get()
+            while len(text) < LARGE and self._lines.qsize():
+                text += self._lines.get()
+            self._write(text.encode("utf-8", "backslashreplace"))
+            self.acquire()
+            self._waiting -= len(text)
+            if self._dropped and not self._waiting:
+                self._tell_dropped()
+            self.release()
+
+    def _write(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # nobody can read it any more
+            while data:
+                try:
+                    sent = os.write(self._file, data[:PIECE])
+                except BlockingIOError:  # who shares the pipe has made it so
+                    select.select([], [self._file], [])
+                    continue
+                data = data[sent:]
+                self._written += sent
+
+    def _tell_dropped(self) -> None:
+        """Queue how many lines were dropped. Assumes the lock."""
+        text = "nobody read the log: %d lines were dropped" % self._dropped
+        self._dropped = 0
+        self.emit(logging.LogRecord(log.name, logging.WARNING, "", 0, text, (), None))
+
+    def finish(self, patience: float = LOG_PATIENCE) -> None:
+        """Wait until all is written, or for so many seconds while nobody reads."""
+        before, end = -1, 0.0
+        while self._waiting:
+            if self._written != before:
+                before, end = self._written, time.monotonic() + patience
+            elif time.monotonic() >= end:
+                return
+            time.sleep(0.005)
+
+
+def finish_log() -> None:
+    """Wait until the log is written, but not for a reader that has stopped reading."""
+    for output in log.handlers:
+        if isinstance(output, LogWriter):
+            output.finish()
+
+
 def start_logging(level: str, format: str = "text") -> None:
     """Log to stderr from this level on, as text or as JSON."""
-    output = logging.StreamHandler()
+    writers = [each for each in log.handlers if isinstance(each, LogWriter)]
+    output = writers[0] if writers else LogWriter()
     output.setFormatter(LogFormatter() if format == "text" else JSONLogFormatter())
     log.handlers[:] = [output]
     log.propagate = False
     log.setLevel(level.upper())
     logging.raiseExceptions = False  # a log that can't be written is no reason to fail
+    atexit.register(finish_log)  # unless the process ends by os._exit()
 
 
 def allow_descriptors(wanted: int) -> None:
@@ -7902,19 +7999,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
         return client_main(argv[0], argv[1:])
+    stderr = sys.stderr  # a file of handlers may replace or close it
+    print_at_once()
     try:
         settings = read_settings(argv, os.environ)
         for name in SECRETS:
             os.environ.pop(name, None)  # no child process is to have it
         start_logging(settings["LOG_LEVEL"], settings["LOG_FORMAT"])
         supervisor = Supervisor(os.environ)
-        for file in settings["HANDLERS"]:
-            before = len(HANDLERS)
-            load_handlers(file)
-            if len(HANDLERS) == before:
-                log.warning(
-                    "--handlers %s has no @handler: no task type is in it", file
-                )
+        load_all(settings["HANDLERS"])
         for line in settings["COMMANDS"]:
             register_command(line)
         if settings["EXECUTOR"]:
@@ -7925,11 +8018,38 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         allow_descriptors(settings["MAX_CONNECTIONS"] + 1000)
         service.start()
     except (SettingsError, HandlerError, JournalError) as error:
-        print("longtasks: %s" % _escaped(str(error)), file=sys.stderr)
+        finish_log()
+        print("longtasks: %s" % _escaped(str(error)), file=stderr)
         return 2
     code = service.run(events)
-    _end_children()
+    within(END_PATIENCE, _end_children)
     return code
+
+
+def load_all(files: Sequence[str]) -> None:
+    """Run these files of handlers; raises HandlerError."""
+    # What the service imports later comes first: a file may put a folder at the head of
+    # sys.path in which there is, say, another uuid.py.
+    for name in ("base64", "hashlib", "hmac", "subprocess", "uuid") if files else ():
+        importlib.import_module(name)
+    for file in files:
+        before = len(HANDLERS)
+        load_handlers(file)
+        if len(HANDLERS) == before:
+            log.warning("--handlers %s has no @handler: no task type is in it", file)
+
+
+def within(seconds: float, do: Callable[[], None]) -> None:
+    """Do what may fail or hang, but must not hold up the end for longer than this."""
+
+    def run() -> None:
+        with contextlib.suppress(BaseException):  # it runs code of libraries
+            do()
+
+    thread = threading.Thread(target=run, name="end", daemon=True)
+    with contextlib.suppress(RuntimeError):  # the system has no thread left
+        thread.start()
+        thread.join(seconds)
 
 
 def _end_children() -> None:
@@ -8880,7 +9000,7 @@ follow();
 
 if __name__ == "__main__":
     code = main()
-    with contextlib.suppress(OSError, AttributeError):  # it may be closed
-        sys.stderr.flush()
+    finish_log()
+    within(END_PATIENCE, flush_output)
     # Not sys.exit(), which would wait for threads that handlers have left behind.
     os._exit(code)

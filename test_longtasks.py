@@ -7764,11 +7764,9 @@ def ask(connection, method="GET", path="/api/v1/types", body=None, **headers):
 
 
 @needs_unix
-def test_it_listens_on_a_unix_socket_instead(registry, tmp_path, caplog):
-    longtasks.log.propagate = True
-    caplog.set_level("DEBUG", "longtasks")
+def test_it_listens_on_a_unix_socket_instead(registry, tmp_path):
     path = str(tmp_path / "a socket")
-    with serving(UNIX_SOCKET=path, HOST="0.0.0.0") as service:
+    with records() as kept, serving(UNIX_SOCKET=path, HOST="0.0.0.0") as service:
         assert service.server.url == "unix:" + path
         with contextlib.closing(UnixConnection(path)) as connection:
             body = {"type": "long_computation", "params": {"duration": 0}}
@@ -7776,7 +7774,8 @@ def test_it_listens_on_a_unix_socket_instead(registry, tmp_path, caplog):
             index = ask(connection, path="/").body.decode()
             assert "curl --unix-socket '%s' http://any.example/api/v1" % path in index
         until(lambda: not service.server._connections)
-        assert "unix:%s POST /api/v1/tasks: 202" % path in caplog.text
+        texts = [record.getMessage() for record in kept]
+        assert any("unix:%s POST /api/v1/tasks: 202" % path in text for text in texts)
 
 
 @needs_unix
@@ -9307,11 +9306,12 @@ def test_help_and_an_unknown_command_tell_the_commands(client, service):
 class Process:
     """A real `python longtasks.py` on a free port."""
 
-    def __init__(self, *flags, env=None, command=(sys.executable, SCRIPT)):
+    def __init__(self, *flags, env=None, command=(sys.executable, SCRIPT), stdout=None):
         environ = {k: v for k, v in os.environ.items() if k not in NAMES}
         self.lines: List[str] = []
         self.process = subprocess.Popen(
             [*command, *flags],
+            stdout=stdout,
             stderr=subprocess.PIPE,
             close_fds=False,  # what is inheritable is meant to be inherited
             env={**environ, "PORT": "0", **(env or {})},
@@ -9685,6 +9685,110 @@ def test_it_listens_on_ipv6_too(registry):
             assert service.server.url.startswith("http://[::1]:")
     except longtasks.SettingsError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def unread():
+    """A log that writes to a full pipe and keeps a few lines, and the pipe to read."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"\n" * 4096)
+    os.set_blocking(writer, True)
+    output = longtasks.LogWriter(writer)
+    output.setFormatter(longtasks.LogFormatter())
+    output.most = 200
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        yield output, file
+
+
+def logged_by(output, text, **fields):
+    record = logging.LogRecord("longtasks", logging.ERROR, "", 0, text, (), None)
+    record.fields = fields
+    output.handle(record)
+
+
+def read_to(file, end):
+    lines = []
+    while not lines or end not in lines[-1]:
+        lines.append(next(line for line in file if line.strip()))
+    return lines
+
+
+def test_a_log_that_nobody_reads_holds_up_nothing_and_counts_what_it_drops(unread):
+    output, file = unread
+    for number in range(100):
+        logged_by(output, "line %d" % number)
+    lines = read_to(file, "were dropped")
+    kept = [re.search(r"line (\d+)$", line).group(1) for line in lines[:-1]]
+    assert kept == [str(number) for number in range(len(kept))]
+    assert "log: %d lines were dropped" % (100 - len(kept)) in lines[-1]
+    logged_by(output, "again")
+    assert len(read_to(file, "again")) == 1, "that is told once"
+
+
+def test_no_task_that_is_given_up_is_dropped_from_the_log(unread):
+    output, file = unread
+    for number in range(100):
+        logged_by(output, "given up", task={"id": number})
+    begin = time.monotonic()
+    output.finish(0.05)
+    assert 0.05 <= time.monotonic() - begin < LONG, "nobody reads: it must end"
+    finishing = background(output.finish)
+    lines = read_to(file, '{"id": 99}')
+    finishing.result(LONG)
+    assert len(lines) == 100
+
+
+GLOBALS = """
+import locale, logging.config, random, socket, sys, time, warnings
+from longtasks import handler
+
+logging.config.dictConfig({"version": 1})
+logging.disable(logging.CRITICAL)
+warnings.simplefilter("error")
+locale.setlocale(locale.LC_ALL, "")
+socket.setdefaulttimeout(0.01)
+random.seed(1)
+sys.path.insert(0, sys.path.pop())
+sys.stderr.close()
+sys.stderr = None
+
+@handler("nap")
+def nap():
+    print("begun")
+    print("no end", end="")
+    time.sleep(99)
+"""
+
+
+def test_what_a_library_does_to_the_whole_process_does_not_reach_the_service(tmp_path):
+    for name in ("base64", "hashlib", "hmac", "subprocess", "uuid"):
+        write(tmp_path, "raise SystemExit(name)", name + ".py")
+    flags = ["--handlers", write(tmp_path, GLOBALS), "--command", "say=echo {word}"]
+    flags += ["--drain-timeout", "0", "--grace", "0"]
+    with open(tmp_path / "out", "wb") as out, process(*flags, stdout=out) as running:
+        for type, params in (("say", {"word": "hello"}), ("nap", {})):
+            body = {"type": type, "params": params}
+            path = "/api/v1/tasks" + ("?wait=20" if params else "")
+            answer = call(running, "POST", path, body, Idempotency_Key=type)
+            assert answer.json["status"] == ("completed" if params else "pending")
+        assert call(running, "GET", "/", Accept="text/html").status == 200
+        until(lambda: (tmp_path / "out").read_text().startswith("begun\n"), "the line")
+        running.signal()
+        assert running.wait() == 1
+        assert '"type": "nap"' in running.logged("given up: ")
+        assert "stopped" in running.logged("given up\n")
+    assert (tmp_path / "out").read_text() == "begun\nno end"
+
+
+def test_nothing_at_the_end_can_fail_or_hang():
+    held = threading.Event()
+    longtasks.within(0.01, held.wait)
+    held.set()
+    longtasks.within(LONG, lambda: sys.exit("at the end"))
 
 
 def test_a_log_line_has_no_character_that_a_terminal_obeys():

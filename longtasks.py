@@ -1167,20 +1167,18 @@ def _sorted_parameters(
 def _parameters_of(
     function: Callable[..., Any],
 ) -> Tuple[Sequence[inspect.Parameter], Dict[str, Any]]:
-    """Return a function's parameters, and the globals that their annotations mean."""
+    """Return a function's parameters, and the globals for their annotations."""
     options: Dict[str, Any] = {}
-    if sys.version_info >= (
-        3,
-        14,
-    ):  # or it would evaluate that of the return value, too
+    if sys.version_info >= (3, 14):
         import annotationlib
 
+        # Else all of them are evaluated, that of the return value, too.
         options["annotation_format"] = annotationlib.Format.FORWARDREF
     try:
         found = [*inspect.signature(function, **options).parameters.values()]
     except Exception as error:
         raise HandlerError("its signature can't be read: %s" % error) from None
-    # To the function whose signature that is.
+    # Annotations mean the globals of the function that they are written at.
     while hasattr(function, "__wrapped__") or not inspect.isroutine(function):
         if isinstance(function, functools.partial):
             function = function.func

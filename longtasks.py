@@ -109,7 +109,28 @@ log = logging.Manager(logging.root).getLogger("longtasks")
 
 
 class SettingsError(Exception):
-    """A setting that can't be used; the text names it and what would be right."""
+    """A setting that can't be used; the text names it and what would be right.
+
+    With `temporary` the same start may succeed later though nobody mends anything.
+    """
+
+    def __init__(self, text: str, temporary: bool = False) -> None:
+        super().__init__(text)
+        self.temporary = temporary
+
+
+_TEMPORARY = {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EAGAIN, errno.EMFILE}
+_TEMPORARY |= {errno.ENFILE, errno.ENOMEM, errno.ENOSPC, getattr(errno, "EDQUOT", 0)}
+
+
+def is_temporary(error: Exception) -> bool:
+    """Whether an error may pass by itself, such as a full disk or a port in use."""
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    if isinstance(error, OSError):
+        return error.errno in _TEMPORARY
+    # One of sqlite3, which tells its codes only since Python 3.11.
+    return bool(re.search("locked|full|disk I/O error", str(error)))
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -2603,7 +2624,7 @@ def _is_valid(row: Sequence[Any]) -> bool:
     return bool(known) and (status in FINISHED) == (ended_at is not None)
 
 
-class JournalError(Exception):
+class JournalError(SettingsError):
     """A file that can't be used as a journal; the text says which and why."""
 
 
@@ -2724,7 +2745,8 @@ class Journal:
         except (OSError, sqlite3.Error, UnicodeError) as error:
             # sqlite3 raises UnicodeError where its message would quote damaged text.
             text = error.strerror if isinstance(error, OSError) else error
-            raise JournalError("DB %s: %s" % (self.path, text)) from None
+            temporary = is_temporary(error)
+            raise JournalError("DB %s: %s" % (self.path, text), temporary) from None
 
     # -- the file
 
@@ -3076,7 +3098,7 @@ def lock_file(path: str) -> Tuple[Any, bool]:
         except OSError:
             pid = (file.read(100).split() or ["unknown"])[0]
             text = "DB %s is in use by process %s"
-            raise JournalError(text % (path, pid)) from None
+            raise JournalError(text % (path, pid), temporary=True) from None
     stopped = STOPPED in file.read(100)
     sign_lock(file, STOPPED if stopped else RUNS)  # until what it could not write is
     return file, stopped
@@ -4374,7 +4396,8 @@ class Pool:
         with self._lock:
             self._start_thread()
             if not self._threads:
-                raise SettingsError("no thread can be started; tasks would never run")
+                text = "no thread can be started; tasks would never run"
+                raise SettingsError(text, temporary=True)
         self.timer = threading.Thread(target=self._keep_time, name="timer", daemon=True)
         self.timer.start()
 
@@ -7531,8 +7554,11 @@ def client_parser(name: str) -> Any:
 #
 # Puts the rooms together, starts them, waits for a signal, drains, and
 # leaves with a code that tells the truth: 0 when nothing was lost, 1 when
-# some task was given up, 2 when it could not start.
+# some task was given up or the end could not be written, 2 when it could not
+# start until somebody mends something, 75 when it may later.
 # ======================================================================
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 JOURNAL_PATIENCE = 5.0  # seconds that the last writing may take
 LOG_PATIENCE = 5.0  # seconds at the end in which somebody must read some of the log
@@ -7657,10 +7683,10 @@ class Service:
         try:
             return Server(address, app, *most, self.supervisor.listener)
         except OSError as error:
-            text = error.strerror or str(error)
+            text = "%s: can't listen: %s" % (where, error.strerror or error)
             if error.filename:  # the folder of a Unix socket
                 text += ": " + str(error.filename)
-            raise SettingsError("%s: can't listen: %s" % (where, text)) from None
+            raise SettingsError(text, is_temporary(error)) from None
 
     def start(self) -> None:
         """Begin to work and to listen; raises SettingsError."""
@@ -8015,10 +8041,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         events = _record_signals(settings["API_TOKEN_FILE"] or settings["TLS_CERT"])
         allow_descriptors(settings["MAX_CONNECTIONS"] + 1000)
         service.start()
-    except (SettingsError, HandlerError, JournalError) as error:
+    except (SettingsError, HandlerError) as error:
         finish_log()
         print("longtasks: %s" % _escaped(str(error)), file=stderr)
-        return 2
+        return TRY_AGAIN if getattr(error, "temporary", False) else 2
     code = service.run(events)
     within(END_PATIENCE, _end_children)
     return code

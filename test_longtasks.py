@@ -1457,6 +1457,32 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
     assert "Permission denied" in capsys.readouterr().err
 
 
+def test_a_start_that_a_locked_file_stops_may_succeed_later(tmp_path, capsys):
+    path = tmp_path / "tasks.db"
+    longtasks.Journal(str(path)).close(LONG)
+    with contextlib.closing(sqlite3.connect(str(path))) as db:
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("BEGIN EXCLUSIVE")
+        assert longtasks.main(["--port", "0", "--db", str(path)]) == 75
+    assert capsys.readouterr().err == "longtasks: DB %s: database is locked\n" % path
+
+
+@pytest.mark.parametrize(
+    "number, code",
+    [(errno.ENOSPC, 75), (errno.EMFILE, 75), (errno.EACCES, 2), (errno.EROFS, 2)],
+)
+def test_an_error_at_the_start_says_by_the_code_whether_it_may_pass(
+    number, code, tmp_path, monkeypatch, capsys
+):
+    def fail(file, word):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(longtasks, "sign_lock", fail)
+    flags = ["--port", "0", "--db", str(tmp_path / "tasks.db")]
+    assert longtasks.main(flags) == code
+    assert capsys.readouterr().err.endswith(": %s\n" % os.strerror(number))
+
+
 def test_without_sqlite_in_python_one_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sqlite3", None)
     assert longtasks.main(["--port", "0", "--db", str(tmp_path / "tasks.db")]) == 2
@@ -7822,7 +7848,7 @@ def test_a_unix_socket_that_was_left_behind_is_replaced(registry, tmp_path):
 def test_a_unix_socket_that_is_in_use_is_refused(registry, tmp_path, capsys):
     path = str(tmp_path / "socket")
     with serving(UNIX_SOCKET=path), contextlib.closing(UnixConnection(path)) as one:
-        assert longtasks.main(["--unix-socket", path]) == 2
+        assert longtasks.main(["--unix-socket", path]) == 75
         expected = (
             "longtasks: UNIX_SOCKET %s: can't listen: another process listens there"
         )
@@ -7908,7 +7934,7 @@ def test_who_starts_while_another_does_waits_but_not_for_ever(
     fcntl.flock(folder, fcntl.LOCK_EX)
     with monkeypatch.context() as patch:
         patch.setattr(longtasks, "LOCK_PATIENCE", 0.0)
-        assert longtasks.main(["--unix-socket", path]) == 2
+        assert longtasks.main(["--unix-socket", path]) == 75
     why = "can't listen: another process keeps the folder locked\n"
     assert capsys.readouterr().err.endswith(why)
     monkeypatch.setattr(longtasks.time, "sleep", lambda seconds: os.close(folder))
@@ -9660,9 +9686,9 @@ def test_sighup_does_not_hurry_a_drain(action, tmp_path, held):
         assert not any("told to stop" in line for line in running.lines)
 
 
-def test_a_port_in_use_is_one_line_and_code_2(service, capsys):
+def test_a_port_in_use_is_one_line_and_code_75(service, capsys):
     port = str(service.server.server_port)
-    assert longtasks.main(["--port", port]) == 2
+    assert longtasks.main(["--port", port]) == 75
     err = capsys.readouterr().err
     assert err.startswith("longtasks: HOST 127.0.0.1, PORT %s: can't listen: " % port)
     assert err.count("\n") == 1
@@ -11495,7 +11521,7 @@ def test_a_type_that_is_gone_fails_its_tasks_and_nothing_else(tmp_path, held):
 def test_a_start_that_is_refused_changes_nothing_in_the_file(tmp_path, service, capsys):
     path = tmp_path / "tasks.db"
     flags = ["--db=%s" % path, "--port=%d" % service.server.server_port]
-    assert longtasks.main(flags) == 2
+    assert longtasks.main(flags) == 75
     assert "can't listen" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -11515,7 +11541,7 @@ def test_a_second_process_on_the_file_is_told_the_pid_of_the_first(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert second.returncode == 2
+        assert second.returncode == 75
         text = "longtasks: DB %s is in use by process %d\n"
         assert second.stderr == text % (path, running.process.pid)
         running.process.kill()

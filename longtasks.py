@@ -2701,6 +2701,7 @@ class Journal:
     """A journal file, in the hands of this process only. Raises JournalError."""
 
     pause = 1.0  # seconds from an error to the next try
+    wal_limit = 128 << 20  # bytes of the WAL; it is emptied long before, if it can be
     trim_after = 1000  # ids of tasks that are gone; looking for old ones takes time
 
     def __init__(self, path: str) -> None:
@@ -2721,6 +2722,7 @@ class Journal:
         self._open = (Batch(False), Batch(True))
         self._closing = False
         self._held: List[Batch] = []  # what could not be written yet
+        self._wal_is_large = False  # which is told once, until it is not
         self._gone_limit = 0  # ids that are kept of tasks that are gone
         self._untrimmed = self.trim_after  # ids that came since there were too many
         self._thread: Optional[threading.Thread] = None
@@ -2759,6 +2761,10 @@ class Journal:
             return False
         if not os.path.isfile(self.path):
             raise JournalError("DB %s is not a regular file" % self.path)
+        names = os.stat(self.path).st_nlink
+        if names > 1:  # under another one, neither the WAL nor the lock would be found
+            text = "DB %s has %d names (hard links); leave it one, copies are no links"
+            raise JournalError(text % (self.path, names))
         with open(self.path, "rb") as file:
             head = file.read(100)
         ours = int.from_bytes(head[68:72], "big") == APPLICATION_ID
@@ -3015,10 +3021,29 @@ class Journal:
         if self.error:
             log.warning("journal %s: it can be written again", self.path)
         self.error = ""
+        self._look_at_wal()
         for batch in batches:
             self._show(batch.records)
             batch.settle()
         return []
+
+    def wal_size(self) -> int:
+        """Return how many bytes the WAL has."""
+        try:
+            return os.stat(self.path + "-wal").st_size
+        except OSError:
+            return 0
+
+    def _look_at_wal(self) -> None:
+        """Log a warning once if the WAL grows without end."""
+        large = self.wal_size() > self.wal_limit
+        if large and not self._wal_is_large:
+            text = (
+                "journal %s: its -wal has more than %d MiB, and grows until "
+                "a program that reads the file ends its transaction"
+            )
+            log.warning(text, self.path, self.wal_limit >> 20)
+        self._wal_is_large = large
 
     def _show(self, records: Sequence[Record]) -> None:
         """Hand over what is on disk."""
@@ -5323,6 +5348,9 @@ def task_metrics(app: App) -> Iterator[Metric]:
         yield histogram(name, about, [({}, journal.commit_times.copy())])
         name, about = "longtasks_journal_damaged_rows", "Rows that fail their checksum."
         yield gauge(name, about, journal.damaged_rows)
+        yield gauge(
+            "longtasks_journal_wal_bytes", "Size of the WAL.", journal.wal_size()
+        )
 
 
 def http_metrics(app: App) -> Iterator[Metric]:

@@ -1759,6 +1759,28 @@ def test_commits_are_counted_with_their_time(tmp_path):
         journal.failure = None
 
 
+def test_a_wal_that_a_long_reader_keeps_is_warned_of_once(
+    tmp_path, registry, monkeypatch
+):
+    monkeypatch.setattr(longtasks.Journal, "wal_limit", 5 << 20)  # more than 1000 pages
+    path, params = tmp_path / "tasks.db", b'{"x": "%s"}' % (b"x" * 500_000)
+    wal = Path(str(path) + "-wal")
+    with records() as kept, serving(DB=str(path)) as service:
+        service.ledger.submit("t", b"{}")
+        with contextlib.closing(sqlite3.connect(str(path))) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM tasks").fetchone()
+            for _ in range(15):
+                service.ledger.submit("t", params)
+            found = metrics_of(service)["longtasks_journal_wal_bytes"]
+        assert found == wal.stat().st_size > 5 << 20
+        lines = [
+            record.getMessage() for record in kept if "-wal" in record.getMessage()
+        ]
+    assert len(lines) == 1
+    assert "its -wal has more than 5 MiB, and grows until a program" in lines[0]
+
+
 def test_a_histogram_has_each_time_under_the_first_bound_that_holds_it():
     histogram = longtasks.Histogram((0.5, 1, 5))
     for time_taken in (0.5, 0.6, 1, 1.1, 5, 5.1, 400, -3):
@@ -3317,6 +3339,19 @@ def test_a_link_to_the_file_is_the_file(tmp_path, capsys):
         (tmp_path / "link.db").symlink_to(tmp_path / "tasks.db")
         with pytest.raises(longtasks.JournalError, match="is in use by process"):
             longtasks.Journal(str(tmp_path / "link.db"))
+
+
+def test_a_file_of_two_names_is_refused(tmp_path, capsys):
+    path, other = tmp_path / "tasks.db", tmp_path / "other.db"
+    with journalled(path):
+        os.link(str(path), str(other))
+        assert longtasks.main(["--port", "0", "--db", str(other)]) == 2
+    text = (
+        "longtasks: DB %s has 2 names (hard links); leave it one, copies are no links\n"
+    )
+    assert capsys.readouterr().err == text % other
+    other.unlink()
+    longtasks.Journal(str(path)).close(LONG)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")

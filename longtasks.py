@@ -3517,7 +3517,8 @@ class Ledger:
         self._when_done: Optional[Callable[[], None]] = None  # set: draining
         self._drained_by = math.inf  # by `ticks`
         self._halted = False  # what runs was told to stop
-        self.interrupted = 0  # tasks that were processing when the last process died
+        # Tasks that were processing when the last process died, as they go on.
+        self.interrupted: List[Task] = []
         self._regularly(60, self.expire)
         self._regularly(TELL_AFTER, self._tell_progress)
         self._regularly(1, self._follow_wall_clock)
@@ -3526,18 +3527,17 @@ class Ledger:
 
     def take_up(self, journal: Journal) -> None:
         """Go on where the process before left off; from now on all is kept there."""
+        batch: Optional[Batch] = None
         with self._lock:
             self._journal = journal
             for task_id in journal.gone():
                 self._remember(task_id)
             for task in journal.load():
+                self._publish(task)
                 now = task.after_crash(self._clock(), not journal.stopped)
-                self._publish(now)
                 if now is not task:
-                    journal.append(True, now)
-                    self.interrupted += 1
-                    if now.finished:
-                        self._tally.end(now)
+                    batch = self._decide(now)
+                    self.interrupted.append(now)
                 self._drop_old(self._clock())
             in_order = sorted(self._tasks.values(), key=lambda task: task.seq)
             self._tasks = {task.id: task for task in in_order}
@@ -3545,6 +3545,9 @@ class Ledger:
             self._first_seq = self._last_seq
             self._delayed_before = {t.id for t in in_order if t.due_at is not None}
         journal.start(self._written, self.limits.forgotten)
+        if batch:  # so that they have their places in the queue before anything starts
+            with contextlib.suppress(Unavailable):
+                batch.wait()
 
     # -- the life of a task ------------------------------------------------
 
@@ -3779,7 +3782,11 @@ class Ledger:
                     raise
             if later:
                 later[1].wait_written()
-            return self.get(task.id)  # its run has ended meanwhile, as one cancelled
+            task = self.get(task.id)  # its run has ended meanwhile
+            if task.status != CANCELLED:
+                text = "task %s is %s already"
+                raise Finished(text % (task.id, task.status)) from None
+            return task
         with self._lock:
             self._follow_cancel(task)
         return task
@@ -4036,8 +4043,7 @@ class Ledger:
                 if self._deciding.get(record.id, (None,))[0] is record:
                     del self._deciding[record.id]
                 self._end_submitting(record.id)
-                if self._tasks.get(record.id) is not record:  # else it was taken up
-                    self._publish(record)
+                self._publish(record)
             self._drop_old(self._clock())
             self._tell_if_done()
         for task, on_durable in durable:
@@ -7679,7 +7685,6 @@ class Service:
         rules = functools.lru_cache(maxsize=1000)(
             functools.partial(rules_of, handlers, settings["TASK_TIMEOUT"])
         )
-        self._begun = time.time()
         self.ledger = Ledger(limits, rules=rules, types=handlers)
         self.pool = Pool(self.ledger, handlers, settings["WORKER_COUNT"])
         scheme = "https" if tls else "http"
@@ -7723,7 +7728,8 @@ class Service:
         self._warn_of_plain_token()
         if self.journal:
             counts, interrupted = self.ledger.counts(), self.ledger.interrupted
-            found = counted(counts.pending, "task"), counts.finished, interrupted
+            waiting = counted(counts.pending + counts.processing, "task")
+            found = waiting, counts.finished, len(interrupted)
             text = "journal %s: %s waiting, %d finished, %d interrupted"
             log.info(text, self.journal.path, *found)
             if interrupted:
@@ -7750,8 +7756,8 @@ class Service:
 
     def _tell_given_up(self) -> None:
         """Warn of each task that has failed by this start, interrupted too often."""
-        for task in self.ledger.page(sys.maxsize, status=FAILED)[0]:
-            if (task.ended_at or 0) >= self._begun:
+        for task in self.ledger.interrupted:
+            if task.status == FAILED:
                 fields = {
                     "task_id": task.id,
                     "type": task.type,

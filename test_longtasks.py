@@ -2253,6 +2253,49 @@ def test_a_task_that_kills_the_process_is_failed_after_three_times(tmp_path):
         assert task.error == "interrupted 3 times: the process died while it ran"
 
 
+def test_an_interrupted_task_waits_again_only_once_that_is_on_disk(tmp_path):
+    path, seen = tmp_path / "tasks.db", []
+    with journalled(path) as ledger:
+        task = ledger.submit("t", b"{}")
+        begun(ledger)
+
+    class LookedAt(longtasks.Journal):
+        def start(self, written):
+            seen.append(ledger.get(task.id).status)
+            super().start(written)
+
+    ledger, journal = longtasks.Ledger(), LookedAt(path)
+    ledger.take_up(journal)
+    assert [*seen, ledger.get(task.id).status] == ["processing", "pending"]
+    assert ledger.claim()[0].attempt == 2
+    assert journal.close(LONG)
+
+
+def test_a_cancel_right_after_a_restart_is_not_undone_by_it(tmp_path, monkeypatch):
+    path, waits = tmp_path / "tasks.db", threading.Event()
+    with journalled(path) as ledger:
+        task = ledger.submit("t", b"{}")
+        begun(ledger)
+    wait = longtasks.Batch.wait
+    monkeypatch.setattr(
+        longtasks.Batch, "wait", lambda batch: [waits.set(), wait(batch)]
+    )
+
+    class CancelledFirst(longtasks.Journal):
+        def start(self, written):
+            cancels.append(background(lambda: ledger.cancel(task.id)))
+            assert waits.wait(LONG)
+            super().start(written)
+
+    cancels, ledger, journal = [], longtasks.Ledger(), CancelledFirst(path)
+    ledger.take_up(journal)
+    assert cancels[0].result(LONG).status == "cancelled"
+    assert ledger.get(task.id).status == "cancelled"
+    assert journal.close(LONG)
+    with journalled(path) as ledger:
+        assert ledger.get(task.id).status == "cancelled"
+
+
 def test_an_orderly_end_is_no_interruption(tmp_path):
     path = tmp_path / "tasks.db"
     with journalled(path) as ledger:
@@ -2591,6 +2634,23 @@ def test_a_cancel_that_has_ended_a_run_is_no_error_though_its_writing_failed(tmp
         ledger.journal.failure = None
         assert cancel.result(LONG).status == "cancelled"
         assert ledger.get(task.id).status == "cancelled"
+
+
+def test_a_cancel_whose_writing_failed_is_a_conflict_if_the_task_completed(tmp_path):
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+        ledger.journal.let.release()
+        task = ledger.submit("t", b"{}")
+        ledger.journal.let.release()
+        _, context = begun(ledger)
+        cancel = background(lambda: ledger.cancel(task.id))
+        until(lambda: task.id in ledger._deciding)
+        ledger.journal.failure = OSError(28, "disk full")
+        ledger.finish(context, DONE)
+        ledger.journal.free()
+        until(lambda: ledger.journal.error, "an error")
+        ledger.journal.failure = None
+        with pytest.raises(longtasks.Finished, match="is completed already"):
+            cancel.result(LONG)
 
 
 def test_a_refused_cancel_does_not_shorten_the_wait_for_a_retry(tmp_path):

@@ -1773,7 +1773,7 @@ def test_a_wal_that_a_long_reader_keeps_is_warned_of_once(
             for _ in range(15):
                 service.ledger.submit("t", params)
             found = metrics_of(service)["longtasks_journal_wal_bytes"]
-        assert found == wal.stat().st_size > 5 << 20
+        assert 5 << 20 < found <= wal.stat().st_size
         lines = [
             record.getMessage() for record in kept if "-wal" in record.getMessage()
         ]
@@ -2260,7 +2260,7 @@ def test_an_interrupted_task_waits_again_only_once_that_is_on_disk(tmp_path):
         begun(ledger)
 
     class LookedAt(longtasks.Journal):
-        def start(self, written):
+        def start(self, written, gone_limit):
             seen.append(ledger.get(task.id).status)
             super().start(written)
 
@@ -2282,7 +2282,7 @@ def test_a_cancel_right_after_a_restart_is_not_undone_by_it(tmp_path, monkeypatc
     )
 
     class CancelledFirst(longtasks.Journal):
-        def start(self, written):
+        def start(self, written, gone_limit):
             cancels.append(background(lambda: ledger.cancel(task.id)))
             assert waits.wait(LONG)
             super().start(written)
@@ -3952,16 +3952,18 @@ def test_a_placeholder_beside_code_is_a_word_like_any_other(line):
 @pytest.mark.parametrize(
     "word", ["|", "||", "&&", "&", "<", ">>", "2>&1", ">out.txt", "2>/dev/null"]
 )
-def test_a_sign_for_a_shell_is_warned_of_once(word, registry, caplog):
-    longtasks.register_command("t=echo {a} '%s' b '%s'" % (word, word))
-    (record,) = caplog.records
+def test_a_sign_for_a_shell_is_warned_of_once(word, registry):
+    with records() as kept:
+        longtasks.register_command("t=echo {a} '%s' b '%s'" % (word, word))
+    (record,) = kept
     assert 'no shell sees its "%s"' % word in record.getMessage()
 
 
 @pytest.mark.parametrize("word", ["a|b", "<b>", "a>b", ";", "1>2 3", "-", "{a}&b"])
-def test_a_word_that_is_no_sign_for_a_shell_is_not_warned_of(word, registry, caplog):
-    longtasks.register_command("t=echo '%s'" % word)
-    assert not caplog.records
+def test_a_word_that_is_no_sign_for_a_shell_is_not_warned_of(word, registry):
+    with records() as kept:
+        longtasks.register_command("t=echo '%s'" % word)
+    assert not kept
 
 
 def test_the_recipe_for_a_pipe_works(registry, tmp_path):
@@ -4193,7 +4195,8 @@ def test_a_long_line_is_searched_for_a_percentage_in_no_time():
 
 
 def test_of_a_flood_the_end_is_kept_and_the_rest_counted():
-    outcome, context = run_program("t=seq 1000000")
+    with records("INFO"):
+        outcome, context = run_program("t=seq 1000000")
     assert len(context.lines) + context.dropped == 10**6
     assert context.dropped > 0
     assert context.lines[-10_000:] == [str(n) for n in range(990_001, 10**6 + 1)]
@@ -4201,13 +4204,13 @@ def test_of_a_flood_the_end_is_kept_and_the_rest_counted():
 
 
 @pytest.mark.parametrize("by", ["a follower", "debug"])
-def test_each_line_of_a_flood_comes_to_those_who_want_it(by, monkeypatch, caplog):
+def test_each_line_of_a_flood_comes_to_those_who_want_it(by, monkeypatch):
     context = Listener()
     context.follows = by == "a follower"
     if by == "debug":
-        caplog.set_level("DEBUG", "longtasks")
         monkeypatch.setattr(longtasks, "log_run", lambda *arguments: None)
-    run_program("t=sh -c 'echo 0; sleep 0.2; seq 100000'", context=context)
+    with records("DEBUG" if by == "debug" else "INFO"):
+        run_program("t=sh -c 'echo 0; sleep 0.2; seq 100000'", context=context)
     assert context.lines == [str(n) for n in range(100_001)]
     assert context.dropped == 0
 
@@ -10014,11 +10017,13 @@ def test_each_task_that_is_given_up_at_the_start_is_a_warning(tmp_path, registry
         assert all("interrupted 3 times" in line["error"] for line in warned)
 
 
-def test_a_file_without_a_handler_is_a_warning(tmp_path, capsys):
+def test_a_file_without_a_handler_is_a_warning(tmp_path):
     file = write(tmp_path, "def count():\n    return 1\n")
-    assert longtasks.main(["--handlers", file, "--command", "nothing"]) == 2
-    text = "WARNING --handlers %s has no @handler: no task type is in it\n" % file
-    assert text in capsys.readouterr().err
+    with records() as kept:
+        longtasks.load_all([file])
+    (record,) = kept
+    text = "--handlers %s has no @handler: no task type is in it" % file
+    assert (record.levelname, record.getMessage()) == ("WARNING", text)
 
 
 def test_a_traceback_is_a_field_in_json(registry):

@@ -806,8 +806,9 @@ SHUTDOWN = "the service stops"
 
 TELL_AFTER = 1.0  # seconds after which progress is told that came too soon before
 
-# Told: "progress", which the context itself has, "log" and a line, or "lines", with
-# those lines and how many were dropped before them; returns whether they are followed.
+# It is given "progress", which the context itself has; "log" and a line; or "lines" and
+# a pair: lines, and how many were dropped before them. It returns whether somebody
+# follows them.
 Tell = Callable[["Context", str, Any], Any]
 
 
@@ -2131,11 +2132,11 @@ _INTERPRETERS = (
      "-[WX]", "python3 -c 'import sys; print(sys.argv[1])' {dir}"),
     ("perl", r"-\w*[eE]", "-I", "perl -e 'print shift' {dir}"),
     ("ruby", r"-\w*e", "-[rIEC]", "ruby -e 'puts ARGV[0]' {dir}"),
-    ("node|nodejs", "-[ep]|--eval|--print",
-     "-r|--require|--import", "node -e 'console.log(process.argv[1])' {dir}"),
+    ("node|nodejs", "-[ep]|--eval|--print", "-r|--(require|import|loader|input-type)",
+     "node -e 'console.log(process.argv[1])' {dir}"),
 )
 # fmt: on
-_FOR_A_SHELL = re.compile(r"\|\|?|\|&|&&?|<|[0-9&]?>>?(&[0-9]|[\w./-]+)?")
+_FOR_A_SHELL = re.compile(r"\|[|&]?|&&?|([0-9&]?>>?|<)(&[0-9]|[\w./{}=-]+)?")
 
 
 def program_texts(words: Sequence[str]) -> Iterator[Tuple[str, str]]:
@@ -2194,7 +2195,7 @@ def exec_fault(path: str) -> str:
         head = file.read(4096)
     line = head.partition(b"\n")[0]
     if line[:2] != b"#!" and b"\0" not in head:
-        return "has no #! line, such as #!/bin/sh"
+        return "does not begin with a #! line, such as #!/bin/sh"
     if line[:2] == b"#!" and line[-1:] == b"\r":
         name = shown(os.fsdecode(line[2:].strip(b" \t")))
         return "needs the interpreter %s: its lines end with CR LF, not LF" % name

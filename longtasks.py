@@ -76,6 +76,7 @@ import struct
 import sys
 import threading
 import time
+import tokenize
 import traceback
 import typing
 import zlib
@@ -1557,7 +1558,8 @@ def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submiss
     return submissions
 
 
-LOADED: Dict[str, str] = {}  # the files of handlers and their text, for other processes
+# The files of handlers, for other processes, and their text, for those of an executor.
+LOADED: Dict[str, str] = {}
 
 
 def load_handlers(file: str) -> None:
@@ -1566,8 +1568,12 @@ def load_handlers(file: str) -> None:
     `import longtasks` in it yields this very module, also when it runs as __main__.
     Modules that lie beside the file can be imported from it.
     """
-    module = _load_file("--handlers", file)
-    LOADED[file] = module.__loader__.get_source(module.__name__)
+    _load_file("--handlers", file)
+    LOADED[file] = ""
+
+
+# What a file of handlers may raise; a Ctrl-C meanwhile is not the file's.
+_NOT_LOADED = (Exception, SystemExit, GeneratorExit, Cancelled)
 
 
 def _load_file(flag: str, file: str) -> Any:
@@ -1586,7 +1592,7 @@ def _load_file(flag: str, file: str) -> Any:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         with SameProcess():
             loader.exec_module(module)
-    except (Exception, SystemExit, GeneratorExit, Cancelled) as error:
+    except _NOT_LOADED as error:
         raise HandlerError("%s %s: %s" % (flag, file, _why(error, file))) from None
     return module
 
@@ -2527,17 +2533,36 @@ def load_executor(text: str) -> None:
     try:
         with SameProcess():
             executor = factory()
-    except Exception as error:
+        submits = callable(getattr(executor, "submit", None))
+    except _NOT_LOADED as error:
         raise HandlerError("--executor %s: %s" % (text, describe(error))) from None
-    if not callable(getattr(executor, "submit", None)):
+    if not submits:
         raise HandlerError("--executor %s: it made no Executor" % text)
-    for known in HANDLERS.values():
-        if known.isolated and known.context:
+    _check_sendable(text)
+    EXECUTOR[:] = [executor]
+
+
+def _check_sendable(text: str) -> None:
+    """See what the executor is to run, and that it can; raises HandlerError."""
+    isolated = [known for known in HANDLERS.values() if known.isolated]
+    if not isolated:
+        log.warning("--executor %s has nothing to run: no handler is isolated", text)
+    for known in isolated:
+        if known.context:
             detail = "the isolated task type %s takes a Context, and none goes there"
             raise HandlerError("--executor %s: %s" % (text, detail % shown(known.name)))
-    if not any(known.isolated for known in HANDLERS.values()):
-        log.warning("--executor %s has nothing to run: no handler is isolated", text)
-    EXECUTOR[:] = [executor]
+    for file in LOADED:
+        LOADED[file] = _source(file)
+
+
+def _source(file: str) -> str:
+    """Return the text of a file of handlers; raises HandlerError."""
+    try:
+        with tokenize.open(file) as opened:
+            return opened.read()
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        detail = "the executor can't be sent its text: " + describe(error)
+        raise HandlerError("--handlers %s: %s" % (file, detail)) from None
 
 
 def run_elsewhere(known: Handler, params: Mapping[str, Any], ctx: Context) -> Any:

@@ -1148,6 +1148,20 @@ def write(folder, text, name="mine.py"):
     return str(path)
 
 
+def test_a_handlers_file_need_not_be_utf_8_but_for_an_executor(
+    tmp_path, registry, monkeypatch
+):
+    monkeypatch.setattr(longtasks, "LOADED", {})
+    text = "# \xe9\nfrom longtasks import handler\n@handler('odd')\ndef odd(): pass\n"
+    (tmp_path / "odd.py").write_bytes(text.encode("latin-1"))
+    longtasks.load_handlers(str(tmp_path / "odd.py"))
+    assert "odd" in longtasks.HANDLERS
+    factory = write(tmp_path, "from concurrent.futures import ThreadPoolExecutor as f")
+    with pytest.raises(HandlerError, match="the executor can't be sent its text"):
+        longtasks.load_executor(factory + ":f")
+    assert not longtasks.EXECUTOR
+
+
 def test_a_handlers_file_adds_types_and_may_import_its_neighbours(tmp_path, registry):
     write(tmp_path, "ANSWER = 42\n", "neighbour_of_mine.py")
     file = write(
@@ -11014,6 +11028,9 @@ def broken():
 def nothing():
     return None
 
+def leave():
+    raise SystemExit("no")
+
 def helper(n):
     return 2 * n
 
@@ -11121,6 +11138,7 @@ def test_a_task_elsewhere_is_cancelled_when_there_is_no_thread_left(
         ("f.py:os", 'f.py has no function "os"'),
         ("f.py:broken", "OSError: no scheduler"),
         ("f.py:nothing", "it made no Executor"),
+        ("f.py:leave", "f.py:leave: SystemExit: no"),
         ("f.py:threads", 'the isolated task type "ctx" takes a Context'),
     ],
 )

@@ -180,6 +180,22 @@ def address(text: str) -> str:
     return text
 
 
+try:
+    FOLDER: Optional[str] = os.getcwd()  # where the service was started
+except OSError:
+    FOLDER = None  # it was removed
+
+
+def path(text: str) -> str:
+    """Make a path absolute, since a handler may change the working directory."""
+    if not text or os.path.isabs(text):
+        return text
+    try:
+        return os.path.join(os.getcwd(), text)
+    except OSError:
+        raise ValueError("absolute, since the working directory is gone") from None
+
+
 def switch(text: str) -> bool:
     """Check whether something is wanted: yes or no, or 1 or 0."""
     return one_of("yes", "no", "1", "0")(text) in ("yes", "1")
@@ -231,22 +247,24 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("PORT", "8080", whole(0, 65535), "port to listen on; 0 picks a free one"),
     Setting("HOST", "127.0.0.1", address, "address to listen on", "ADDRESS"),
-    Setting("UNIX_SOCKET", "", str, "Unix socket to listen on instead", "PATH"),
+    Setting("UNIX_SOCKET", "", path, "Unix socket to listen on instead", "PATH"),
     Setting("API_TOKEN", "", token, "token that clients must send", secret=True),
-    Setting("API_TOKEN_FILE", "", str, "file that holds the clients' token", "FILE"),
+    Setting("API_TOKEN_FILE", "", path, "file that holds the clients' token", "FILE"),
     Setting("INSECURE", "no", switch, "let everybody in, on any HOST, without a token"),
-    Setting("TLS_CERT", "", str, "certificate to speak TLS with, PEM", "FILE"),
-    Setting("TLS_KEY", "", str, "its key, unless it is in the same file", "FILE"),
+    Setting("TLS_CERT", "", path, "certificate to speak TLS with, PEM", "FILE"),
+    Setting("TLS_KEY", "", path, "its key, unless it is in the same file", "FILE"),
     Setting("WORKER_COUNT", "10", whole(1, 100_000), "tasks that may run at once"),
     Setting("LOG_LEVEL", "info", one_of("debug", "info", "warning", "error"),
             "debug, info, warning or error", "LEVEL"),
     Setting("LOG_FORMAT", "text", one_of("text", "json"),
             "text for people, or json: an object a line", "FORMAT"),
-    Setting("HANDLERS", "", str,
+    Setting("HANDLERS", "", path,
             "Python file that registers task types", "FILE", os.pathsep),
     Setting("COMMANDS", "", str, "program that becomes a task type", "NAME=LINE", "\n"),
-    Setting("EXECUTOR", "", str, "where isolated handlers run instead", "FILE:FACTORY"),
-    Setting("DB", "", str, "SQLite file that keeps the tasks, made if need be", "FILE"),
+    Setting("EXECUTOR", "", path,
+            "where isolated handlers run instead", "FILE:FACTORY"),
+    Setting("DB", "", path,
+            "SQLite file that keeps the tasks, made if need be", "FILE"),
     Setting("TASK_TIMEOUT", "0", seconds,
             "seconds that a run may take where nothing else is said; 0: no end",
             "SECONDS"),
@@ -1966,12 +1984,19 @@ def check_isolated() -> None:
 
 def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
     """Run a handler in a child process, as if it ran here."""
-    import multiprocessing
+    import multiprocessing.process
 
+    # Where a child finds this module. It is where we were when it was first imported,
+    # which may have been after a handler had gone elsewhere.
+    multiprocessing.process.ORIGINAL_DIR = FOLDER  # type: ignore[attr-defined]
     spawn = multiprocessing.get_context("spawn")
     facts = ctx.task_id, ctx.attempt, ctx.max_result
-    about = to_json([list(LOADED), name, params, *facts])
+    about = to_json([FOLDER, list(LOADED), name, params, *facts])
     with _CHILDREN, NO_FORK:
+        try:
+            os.getcwd()
+        except OSError:  # a handler went there and removed it; no child could start
+            os.chdir(FOLDER or "/")
         ours, theirs = spawn.Pipe()
         # Not daemonic, since such a process may have no children.
         child = spawn.Process(target=isolated_child, args=(theirs, about), daemon=False)
@@ -2058,7 +2083,9 @@ def isolated_child(theirs: Any, about: bytes) -> None:
 
     log.disabled = True  # the parent logs what it is told
     print_at_once()
-    files, name, params, task_id, attempt, max_result = json.loads(about)
+    folder, files, name, params, task_id, attempt, max_result = json.loads(about)
+    with contextlib.suppress(OSError):  # it was removed
+        os.chdir(folder or ".")  # else it is where the last handler went
 
     ctx = Context(task_id, attempt, lambda _, kind, line: say(kind, line[-MAX_TOLD:]))
     ctx.max_result = max_result
@@ -2176,17 +2203,19 @@ def _texts_after(words: Sequence[str], code: str, other: str) -> Iterator[str]:
 
 
 def find_program(word: str) -> str:
-    """Return the path of a program; raises HandlerError if it can't be run."""
-    found = shutil.which(word)
+    """Return the absolute path of a program; raises HandlerError if it can't be run."""
+    folder = FOLDER or ""
+    name = os.path.join(folder, word) if os.path.dirname(word) else word
+    found = shutil.which(name)
     if found and exec_fault(found):
         raise HandlerError("%s %s" % (shown(found), exec_fault(found)))
     if found:
-        return found
-    found = shutil.which(word, os.F_OK)
+        return os.path.join(folder, found)
+    found = shutil.which(name, os.F_OK)
     if found:
         raise HandlerError("%s is not executable: chmod +x %s" % (shown(found), found))
     hint = ""
-    if os.path.basename(word) == word and os.path.exists(word):
+    if name == word and os.path.exists(os.path.join(folder, word)):
         hint = " on the PATH; for the file in this folder write ./" + word
     raise HandlerError("there is no program %s%s" % (shown(word), hint))
 
@@ -2301,6 +2330,7 @@ class Program:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     env=dict(environ, LONGTASKS_TASK_ID=ctx.task_id),
+                    cwd=FOLDER,
                     start_new_session=True,  # a process group of its own
                 )
         except OSError as error:

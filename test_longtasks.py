@@ -337,16 +337,38 @@ def test_defaults_are_those_that_were_promised():
 
 
 def test_handlers_files_come_from_repeated_flags_or_a_path_list():
-    variable = os.pathsep.join(["a.py", "b.py"])
+    variable = os.pathsep.join(["/a.py", "/b.py"])
     assert longtasks.read_settings([], {"HANDLERS": variable})["HANDLERS"] == [
-        "a.py",
-        "b.py",
+        "/a.py",
+        "/b.py",
     ]
-    flags = ["--handlers", "c.py", "--handlers", "d.py"]
+    flags = ["--handlers", "/c.py", "--handlers", "/d.py"]
     assert longtasks.read_settings(flags, {"HANDLERS": variable})["HANDLERS"] == [
-        "c.py",
-        "d.py",
+        "/c.py",
+        "/d.py",
     ]
+
+
+PATHS = ["UNIX_SOCKET", "API_TOKEN_FILE", "TLS_CERT", "TLS_KEY"]
+PATHS += ["HANDLERS", "EXECUTOR", "DB"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_is_one_from_where_the_service_is_started(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = longtasks.read_settings([], {name: "x"})[name]
+    assert found in (str(tmp_path / "x"), [str(tmp_path / "x")])
+    assert longtasks.read_settings([], {name: "/x"})[name] in ("/x", ["/x"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others keep such a folder")
+def test_a_relative_path_needs_a_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(longtasks.SettingsError, match="must be absolute, since"):
+        longtasks.read_settings([], {"DB": "x"})
+    assert longtasks.read_settings([], {"DB": "/x"})["DB"] == "/x"
 
 
 @pytest.mark.parametrize(
@@ -9555,6 +9577,46 @@ def test_main_started_as_a_script_is_the_module_that_handlers_import(tmp_path):
         assert (
             result_of(running.port, submitted(running.port, "same"))["result"] is True
         )
+
+
+WANDERER = """
+import os
+from longtasks import handler
+
+os.chdir("elsewhere")
+
+@handler("go")
+def go():
+    os.mkdir("gone")
+    os.chdir("gone")
+    os.rmdir("../gone")
+
+@handler("apart", isolated=True)
+def apart():
+    return os.getcwd()
+"""
+
+
+@needs_unix
+def test_a_handler_may_change_the_working_directory(tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    write(tmp_path, WANDERER)
+    os.chmod(write(tmp_path, "#!/bin/sh\ncat data\n", "tool"), 0o755)
+    write(tmp_path, "hello", "data")
+    shutil.copy(SCRIPT, tmp_path)
+    command = "cd %s; exec %s longtasks.py" % (tmp_path, sys.executable)
+    flags = " --handlers mine.py --command 'tool=./tool' --db tasks.db"
+    with process(command=["sh", "-c", command + flags]) as running:
+        port = running.port
+        for _ in range(2):
+            found = result_of(port, submitted(port, "tool"))
+            assert found["result"]["output"] == "hello\n"
+            assert result_of(port, submitted(port, "apart"))["result"] == str(folder)
+            result_of(port, submitted(port, "go"))
+        running.signal()
+        assert running.wait() == 0
+    assert (tmp_path / "tasks.db").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

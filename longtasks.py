@@ -1980,6 +1980,23 @@ def check_isolated() -> None:
             "the isolated task type %s needs Python's multiprocessing, which is missing"
         )
         raise HandlerError(text % shown(isolated[0])) from None
+    if not _is_importable():
+        text = (
+            "the isolated task type %s needs longtasks.py as a file, for processes of "
+            "its own: start that, not an archive, a folder or standard input"
+        )
+        raise HandlerError(text % shown(isolated[0]))
+
+
+def _is_importable() -> bool:
+    """Whether multiprocessing can load this module in a child."""
+    if __name__ != "__main__":
+        return True
+    spec = sys.modules["__main__"].__spec__
+    if spec:  # python -m NAME; it is __main__ in an archive or a folder
+        return spec.name != "__main__"
+    # There is none of standard input; until Python 3.9 it may be relative.
+    return os.path.isfile(os.path.join(FOLDER or "", globals().get("__file__", "")))
 
 
 def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:

@@ -43,6 +43,7 @@ import typing
 import unicodedata
 import urllib.parse
 import uuid
+import zipapp
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Mapping, NamedTuple, NewType, Optional
 from typing import Sequence, Tuple, Union
@@ -9617,6 +9618,40 @@ def test_a_handler_may_change_the_working_directory(tmp_path):
         running.signal()
         assert running.wait() == 0
     assert (tmp_path / "tasks.db").exists()
+
+
+APART = """
+from longtasks import handler
+
+@handler("apart", isolated=True)
+def apart():
+    return 1
+"""
+
+
+def started(text, *command, **options):
+    """What the service says as it refuses to start."""
+    ran = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "PORT": "0", "HANDLERS": text},
+        stderr=subprocess.PIPE,
+        timeout=LONG,
+        **options,
+    )
+    assert (ran.returncode, ran.stderr.count(b"\n")) == (2, 1), ran.stderr
+    return ran.stderr.decode()
+
+
+def test_isolated_handlers_need_a_file_that_other_processes_can_run(tmp_path):
+    file = write(tmp_path, APART)
+    (tmp_path / "app").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "app" / "__main__.py")
+    zipapp.create_archive(tmp_path / "app")
+    with open(SCRIPT, "rb") as script:
+        found = [started(file, "-", stdin=script)]
+    found += [started(file, tmp_path / name) for name in ("app", "app.pyz")]
+    right = 'the isolated task type "apart" needs longtasks.py as a file'
+    assert all(right in text for text in found)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -4582,17 +4582,17 @@ class Pool:
         max_result = self._ledger.limits.result_bytes
         outcome = run_one(task, context, self._handlers, max_result)
         try:
-            tell = functools.partial(self._log_end, context, task)
+            took = time.monotonic() - context.began
+            tell = functools.partial(self._log_end, context, took)
             self._ledger.finish(context, outcome, tell)
         except IllegalMove:
             log_run(logging.WARNING, context, "its handler came back late")
 
-    def _log_end(self, context: Context, task: Task, ended: Task) -> None:
+    def _log_end(self, context: Context, took: float, ended: Task) -> None:
         """Log what became of a task by a run."""
         word = ended.status
         if word == PENDING:
             word = "failed, to be run again," if ended.due_at else "put back"
-        took = (ended.ended_at or time.time()) - (task.started_at or 0)
         more: Dict[str, Any] = {"duration": round(took, 3)}
         if word.startswith(FAILED) and ended.error:
             more["error"] = first_line(ended.error)

@@ -10108,6 +10108,19 @@ def test_why_a_run_failed_is_told_in_its_line(registry):
     assert re.search(r": failed after \S+ s: ValueError: no\\x1bx{182}\.\.\.$", line)
 
 
+@pytest.mark.parametrize("jump", [-3600, 3600])
+def test_the_time_that_a_run_took_is_right_though_the_clock_is_set(jump, registry):
+    @handler("t")
+    def set_clock():
+        service.ledger._clock = lambda: time.time() + jump
+
+    with records("INFO") as kept, serving() as service:
+        task_id = submitted(service, "t")
+        until(lambda: any(is_end(record, task_id) for record in kept))
+    (line,) = [as_json(record) for record in kept if is_end(record, task_id)]
+    assert 0 <= line["duration"] < LONG
+
+
 def test_what_did_not_fail_has_no_error_in_its_line(registry):
     handler("fine")(lambda: 1)
     with records() as kept, serving() as service:

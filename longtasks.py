@@ -60,6 +60,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
@@ -2671,17 +2672,36 @@ _NAMES = ", ".join([name for name, _, _ in COLUMNS] + ["checksum"])
 _MARKS = ", ".join("?" * (len(COLUMNS) + 1))
 _REPLACE = "REPLACE INTO tasks (%s) VALUES (%s)" % (_NAMES, _MARKS)  # noqa: S608
 _SELECT = "SELECT %s FROM tasks" % _NAMES  # noqa: S608
-_REAL_PLACES = [place for place, column in enumerate(COLUMNS) if column[1] is float]
 _JSON_PLACES = [place for place, column in enumerate(COLUMNS) if column[1] is bytes]
 
+# The numbers of a row, and its texts. A number that is missing counts as one that none
+# can be, and -0.0, which SQLite makes 0.0 of, as that.
+_KINDS = [_TYPES[kind] for _, kind, _ in COLUMNS]
+_numbers_of = operator.itemgetter(*[p for p, k in enumerate(_KINDS) if k != "TEXT"])
+_texts_of = operator.itemgetter(*[p for p, k in enumerate(_KINDS) if k == "TEXT"])
+_FORM = [{"INTEGER": "q", "REAL": "d"}.get(kind, "") for kind in _KINDS]
+_pack = struct.Struct("<" + "".join(_FORM)).pack
+_MISSING = -(2**63)
 
-def checksum(values: Tuple[Any, ...]) -> str:
+
+def checksum(row: Sequence[Any]) -> str:
     """Return the checksum of a row: the CRC-32 of its values, and its id once more.
 
     The second copy of the id tells whose row it is when the first one is damaged.
+    Raises struct.error or TypeError for a number that is none.
     """
+    numbers = [_MISSING if n is None else n + 0 for n in _numbers_of(row)]
     # ascii(), since what repr() escapes differs between versions of Python.
-    return "%08x %s" % (zlib.crc32(ascii(values).encode()), values[1])
+    texts = ascii(_texts_of(row)).encode()
+    return "%08x %s" % (zlib.crc32(_pack(*numbers), zlib.crc32(texts)), row[1])
+
+
+def _is_intact(row: Sequence[Any]) -> bool:
+    """Whether a row is as it was written."""
+    try:
+        return bool(row[-1] == checksum(row))
+    except (struct.error, TypeError):
+        return False
 
 
 def _is_valid(row: Sequence[Any]) -> bool:
@@ -2692,6 +2712,8 @@ def _is_valid(row: Sequence[Any]) -> bool:
             return False
         if isinstance(value, (int, float)) and not -(2**53) < value < 2**53:
             return False
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            return False  # it was no UTF-8
     row_id, status, ended_at = (row[_PLACES[n]] for n in ("id", "status", "ended_at"))
     known = _UUID.fullmatch(row_id) and status in EXITS
     return bool(known) and (status in FINISHED) == (ended_at is not None)
@@ -2811,8 +2833,8 @@ class Journal:
                 self._lock, self.stopped = lock_file(self.path)
                 PRIVATE.add(self._lock)
             if self._exists():
-                self._check()
                 self._tighten()
+                self._check()
             else:
                 self._create()
             self._db = self._connect()
@@ -2943,7 +2965,7 @@ class Journal:
             column = "checksum TEXT NOT NULL DEFAULT ''"
             db.execute("ALTER TABLE tasks ADD COLUMN " + column)
         rows = db.execute(_SELECT + " WHERE checksum = ''")
-        sums = [(checksum(row[:-1]), row[0]) for row in rows if _is_valid(row)]
+        sums = [(checksum(row), row[0]) for row in rows if _is_valid(row)]
         db.executemany("UPDATE tasks SET checksum = ? WHERE seq = ?", sums)
         # The id twice, as in a task's row with its checksum.
         columns = "number INTEGER PRIMARY KEY, id TEXT NOT NULL, again TEXT NOT NULL"
@@ -2963,7 +2985,7 @@ class Journal:
         order = " ORDER BY ended_at IS NULL, ended_at, seq"
         try:
             for row in self._db.execute(_SELECT + order):
-                if row[-1] == checksum(row[:-1]):
+                if _is_intact(row):
                     yield self._task(row)
                 else:
                     self._note_damaged(row)
@@ -3158,13 +3180,12 @@ class Journal:
 
     @staticmethod
     def _row(task: Task) -> Sequence[Any]:
-        values: List[Any] = list(task[:-1] + task.options)
-        values = [v.decode() if type(v) is bytes else v for v in values]
-        for place in _REAL_PLACES:
+        values: List[Any] = [*task[:-1], *task.options]
+        for place in _JSON_PLACES:
             if values[place] is not None:
-                values[place] += 0.0  # as SQLite gives it back: no 5, and no -0.0
-        row = tuple(values)
-        return (*row, checksum(row))
+                values[place] = values[place].decode()
+        values.append(checksum(values))
+        return values
 
 
 RUNS, STOPPED = "runs", "stopped"  # what the process does, or did, that has the lock

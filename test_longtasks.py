@@ -1553,9 +1553,20 @@ SPOILT = [
     "seq = seq + 5",
     "checksum = ''",
 ]
+BAD_TEXT = "params = CAST(x'7b22736563726574ff' AS TEXT)"
 
 
-@pytest.mark.parametrize("change", [*SPOILT, "params = '{} '", "priority = 1"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *SPOILT,
+        "params = '{} '",
+        "priority = 1",
+        "attempt = 1.5",
+        "retries = 'x'",
+        "delay = x''",
+    ],
+)
 def test_a_damaged_row_costs_its_task_and_no_other(change, tmp_path):
     path = tmp_path / "tasks.db"
     with journalled(path) as ledger:
@@ -1588,7 +1599,7 @@ def test_whose_row_is_damaged_is_reported_and_nothing_that_is_in_it(tmp_path, re
     path = tmp_path / "tasks.db"
     with journalled(path) as ledger:
         task = ledger.submit("long_computation", b'{"secret": 1}')
-    damage(path, task.id, "params = CAST(x'7b22736563726574ff' AS TEXT)")
+    damage(path, task.id, BAD_TEXT)
     with records("INFO") as kept, serving(DB=str(path)) as service:
         answer = call(service, "GET", "/api/v1/tasks/" + task.id)
         assert_problem(answer, 410, "task %s is damaged in the file" % task.id)
@@ -3203,11 +3214,21 @@ def test_a_file_of_the_first_version_is_taken_up(tmp_path):
                 assert db.execute("PRAGMA user_version").fetchone() == (3,)
 
 
-def test_an_older_file_is_given_checksums_but_for_rows_that_cannot_be(tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        "status = 'lost'",
+        "attempt = 'x'",
+        "params = x'00'",
+        BAD_TEXT,
+        "attempt = 1 << 60",
+    ],
+)
+def test_an_older_file_is_given_checksums_but_for_rows_that_cannot_be(change, tmp_path):
     path = tmp_path / "tasks.db"
     with journalled(path) as ledger:
         sound, spoilt = ledger.submit_all([asked(b"{}")] * 2)
-    damage(path, spoilt.id, "attempt = 'x'")
+    damage(path, spoilt.id, change)
     older(path)
     for _ in range(2):
         with journalled(path) as ledger:
@@ -11672,7 +11693,7 @@ def test_after_a_stop_that_could_not_be_written_a_crash_is_one_again(tmp_path):
     for stops in (True, False, True):
         ledger = longtasks.Ledger(journal=HeldJournal(path))
         ledger._journal.free()
-        begun(ledger)
+        background(lambda: begun(ledger)).result(LONG)  # noqa: B023
         if stops:
             ledger._journal.failure = OSError(28, "disk full")
             ledger.halt()

@@ -3100,9 +3100,6 @@ class Journal:
         begin = time.perf_counter()
         try:
             self._commit([record for batch in batches for record in batch.records])
-            if self.stopped:  # what that process could not write is on disk now
-                sign_lock(self._lock, RUNS)
-                self.stopped = False
             self.commit_times.add(time.perf_counter() - begin)
         except Exception as error:  # whatever it is, this thread must live
             text = getattr(error, "strerror", "") or str(error) or type(error).__name__
@@ -3116,6 +3113,10 @@ class Journal:
         if self.error:
             log.warning("journal %s: it can be written again", self.path)
         self.error = ""
+        if self.stopped:  # what that process could not write is on disk now
+            with contextlib.suppress(OSError):  # or else after the next commit
+                sign_lock(self._lock, RUNS)
+                self.stopped = False
         self._look_at_wal()
         for batch in batches:
             self._show(batch.records)

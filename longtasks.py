@@ -1705,6 +1705,17 @@ IN_CHILDREN: Dict[int, Any] = {}
 _masks: List[Any] = []  # of a thread that forks; NO_FORK guards it
 
 
+@contextlib.contextmanager
+def starting_a_child() -> Iterator[None]:
+    """While this lasts, nobody forks, and programs start with no signal blocked."""
+    with NO_FORK:
+        mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _before_fork() -> None:
     NO_FORK.acquire()
     if IN_CHILDREN:  # else one that came too early in the child would be lost there
@@ -1856,7 +1867,7 @@ for pid in map(int, filter(str.isdigit, names)):
     def _start(self) -> None:
         import subprocess
 
-        with contextlib.suppress(OSError), NO_FORK:
+        with contextlib.suppress(OSError), starting_a_child():
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", self.SOURCE],
                 stdin=subprocess.PIPE,
@@ -2010,7 +2021,7 @@ def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
     spawn = multiprocessing.get_context("spawn")
     facts = ctx.task_id, ctx.attempt, ctx.max_result
     about = to_json([FOLDER, list(LOADED), name, params, *facts])
-    with _CHILDREN, NO_FORK:
+    with _CHILDREN, starting_a_child():
         try:
             os.getcwd()
         except OSError:  # a handler went there and removed it; no child could start
@@ -2341,7 +2352,7 @@ class Program:
         environ = {k: v for k, v in os.environ.items() if k not in SECRETS}
         GUARD.ready()  # it takes a while to start; nothing may run unguarded so long
         try:
-            with NO_FORK:
+            with starting_a_child():
                 process = subprocess.Popen(
                     self.arguments(params),
                     stdin=subprocess.DEVNULL,
@@ -7795,7 +7806,7 @@ class Service:
             journal = Journal(self.settings["DB"])
             self.ledger.take_up(journal)
             return journal
-        except JournalError:
+        except BaseException:  # KeyboardInterrupt, too
             self.server.server_close()
             raise
 
@@ -8144,6 +8155,16 @@ def allow_descriptors(wanted: int) -> None:
         log.warning(text, wanted, most)
 
 
+def _load_task_types(settings: Settings) -> None:
+    """Register the task types that the settings name; raises HandlerError."""
+    load_all(settings["HANDLERS"])
+    for line in settings["COMMANDS"]:
+        register_command(line)
+    if settings["EXECUTOR"]:
+        load_executor(settings["EXECUTOR"])
+    check_isolated()
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the service until it is told to stop, or a command of the client.
 
@@ -8154,27 +8175,29 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return client_main(argv[0], argv[1:])
     stderr = sys.stderr  # a file of handlers may replace or close it
     print_at_once()
+    signals = Signals()
     try:
+        signals.take()
         settings = read_settings(argv, os.environ)
         for name in SECRETS:
             os.environ.pop(name, None)  # no child process is to have it
         start_logging(settings["LOG_LEVEL"], settings["LOG_FORMAT"])
         supervisor = Supervisor(os.environ)
-        load_all(settings["HANDLERS"])
-        for line in settings["COMMANDS"]:
-            register_command(line)
-        if settings["EXECUTOR"]:
-            load_executor(settings["EXECUTOR"])
-        check_isolated()
+        _load_task_types(settings)
+        signals.take(bool(settings["API_TOKEN_FILE"] or settings["TLS_CERT"]))
         service = Service(settings, supervisor=supervisor)
-        events = _record_signals(settings["API_TOKEN_FILE"] or settings["TLS_CERT"])
         allow_descriptors(settings["MAX_CONNECTIONS"] + 1000)
+        signals.starting = False
         service.start()
     except (SettingsError, HandlerError) as error:
         finish_log()
         print("longtasks: %s" % _escaped(str(error)), file=stderr)
-        return TRY_AGAIN if getattr(error, "temporary", False) else 2
-    code = service.run(events)
+        code = TRY_AGAIN if getattr(error, "temporary", False) else 2
+    except KeyboardInterrupt:
+        print("longtasks: stopped by %s at the start" % signals.name, file=stderr)
+        code = 0
+    else:
+        code = service.run(signals.events)
     within(END_PATIENCE, _end_children)
     return code
 
@@ -8216,20 +8239,44 @@ def _end_children() -> None:
             child.kill()  # it may ignore SIGTERM
 
 
-def _record_signals(reloads: bool) -> Events:
-    """Have signals recorded, and return where."""
-    # A signal handler only records: it may run in the midst of anything, and put()
-    # of a SimpleQueue is one of the few things that are safe there.
-    events: Events = queue.SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: events.put(number))
-    # What a terminal sends goes to forked children, too, whose tasks are to finish.
-    IN_CHILDREN.update({TERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_IGN})
-    # Under nohup, a terminal that closes is not to end the service.
-    if HANGUP and (reloads or signal.getsignal(HANGUP) != signal.SIG_IGN):
-        signal.signal(HANGUP, lambda number, frame: events.put(number))
-        IN_CHILDREN[HANGUP] = signal.SIG_IGN
-    return events
+class Signals:
+    """Records the signals that the service takes for itself, from the first moment on.
+
+    A signal handler only records: it may run in the midst of anything, and put() of a
+    SimpleQueue is one of the few things that are safe there. But it interrupts a start,
+    which may take long and has nothing to lose.
+    """
+
+    def __init__(self) -> None:
+        self.events: Events = queue.SimpleQueue()
+        self.starting = True
+
+    @property
+    def name(self) -> str:
+        """The name of the first one. A handlers file may raise what Ctrl-C does."""
+        number = signal.SIGINT if self.events.empty() else self.events.get()
+        return signal.Signals(number).name
+
+    def take(self, reloads: bool = False) -> None:
+        """Take the signals, whatever the parent or a handlers file has done to them."""
+        # What a terminal sends goes to forked children, too, whose tasks are to finish.
+        IN_CHILDREN.update({TERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_IGN})
+        # Under nohup, a terminal that closes is not to end the service.
+        if HANGUP and (reloads or signal.getsignal(HANGUP) != signal.SIG_IGN):
+            IN_CHILDREN[HANGUP] = signal.SIG_IGN
+        for number in IN_CHILDREN:
+            signal.signal(number, self._record)
+        if not hasattr(signal, "pthread_sigmask"):
+            return  # Windows, which lacks all that follows
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, IN_CHILDREN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else no exit code is to be had
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a client that is gone
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that may not grow
+
+    def _record(self, number: int, frame: Any) -> None:
+        self.events.put(number)
+        if self.starting:
+            raise KeyboardInterrupt
 
 
 # ======================================================================

@@ -130,6 +130,18 @@ def gate(registry):
     gate.release.set()
 
 
+@pytest.fixture(autouse=True)
+def same_signals(monkeypatch):
+    """What main() does to signals lasts no longer than the test."""
+    monkeypatch.setattr(longtasks, "IN_CHILDREN", {})
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD", "SIGPIPE", "SIGXFSZ")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, action in before.items():
+        signal.signal(number, action)
+
+
 @contextlib.contextmanager
 def serving(**changes):
     """A real service on a free port, stopped whatever happens."""
@@ -9920,6 +9932,81 @@ def test_sighup_does_not_hurry_a_drain(action, tmp_path, held):
         (tmp_path / "a").touch()
         assert running.wait() == 0
         assert not any("told to stop" in line for line in running.lines)
+
+
+SLOW_START = """
+import sys, time
+print("loading", file=sys.stderr, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("below", [[], ["unshare", "--pid", "--fork", "--kill-child"]])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_start_in_order_even_that_of_pid_1(below, number, tmp_path):
+    if below and (not shutil.which("unshare") or subprocess.call([*below, "true"])):
+        pytest.skip("this user can't make PID 1")
+    command = [*below, sys.executable, SCRIPT, "--port", "0"]
+    command += ["--handlers", write(tmp_path, SLOW_START)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as started:
+        assert started.stderr.readline() == b"loading\n"
+        pid = started.pid
+        if below:
+            pid = int(Path("/proc/%d/task/%d/children" % (pid, pid)).read_text())
+        os.kill(pid, number)
+        line = "longtasks: stopped by %s at the start\n" % number.name
+        assert started.stderr.read().decode() == line
+        assert started.wait(LONG) == 0
+
+
+def test_a_signal_that_a_handlers_file_swallows_ends_the_service_all_the_same(tmp_path):
+    text = "try:\n    %s\nexcept BaseException:\n    pass\n"
+    text %= "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    with process("--handlers", write(tmp_path, text)) as running:
+        assert running.wait() == 0
+        running.logged("SIGTERM: draining")
+
+
+SIGNALS = """
+import os, signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])
+"""
+INHERITING = (
+    SIGNALS
+    + """
+import sys
+os.execv(sys.executable, [sys.executable] + sys.argv[1:])
+"""
+)
+SHOW_SIGNALS = """signals=%s -c 'from signal import *
+print(*map(int, pthread_sigmask(SIG_BLOCK, ())))
+print(*map(int, map(getsignal, [SIGCHLD, SIGTERM])))'
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="not POSIX")
+@pytest.mark.parametrize("by", ["its parent", "a handlers file"])
+def test_signals_are_what_they_have_to_be_whatever_was_done_to_them(by, tmp_path):
+    flags, command = (
+        ["--command", SHOW_SIGNALS % sys.executable],
+        [sys.executable, SCRIPT],
+    )
+    if by == "its parent":
+        command = [sys.executable, "-c", INHERITING, SCRIPT]
+    else:
+        flags += ["--handlers", write(tmp_path, SIGNALS)]
+    with process(*flags, command=command) as running:
+        result = outcome(running, "signals")["result"]
+        assert result == {"exit_code": 0, "output": "\n0 0\n"}
+        if sys.platform == "linux":
+            status = Path("/proc/%d/status" % running.process.pid).read_text()
+            ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
+            assert ignored & 1 << signal.SIGPIPE - 1
+        running.signal()
+        assert running.wait() == 0
 
 
 def test_a_port_in_use_is_one_line_and_code_75(service, capsys):

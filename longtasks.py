@@ -8155,6 +8155,22 @@ def allow_descriptors(wanted: int) -> None:
         log.warning(text, wanted, most)
 
 
+def open_standard_files() -> None:
+    """Have /dev/null take the place of standard files that are closed.
+
+    Else the next socket or file would get its number, and whatever is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free, which is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:  # where it was closed when Python started
+            mode = "w" if number else "r"
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
 def _load_task_types(settings: Settings) -> None:
     """Register the task types that the settings name; raises HandlerError."""
     load_all(settings["HANDLERS"])
@@ -8170,6 +8186,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     Returns the exit code.
     """
+    open_standard_files()
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
         return client_main(argv[0], argv[1:])

@@ -10009,6 +10009,41 @@ def test_signals_are_what_they_have_to_be_whatever_was_done_to_them(by, tmp_path
         assert running.wait() == 0
 
 
+PRINTING = """
+import os, sys
+from longtasks import handler
+sys.stdout.write("a line")
+sys.stderr.write("another")
+
+@handler("names")
+def names():
+    os.write(1, b"raw")
+    os.write(2, b"raw")
+    return [os.readlink("/proc/self/fd/%d" % fd) for fd in range(3)]
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="there is no /proc")
+@pytest.mark.parametrize("closed", [[0], [1], [0, 1], [0, 1, 2]])
+def test_nothing_takes_the_place_of_a_standard_file_that_is_closed(closed, tmp_path):
+    path, db = str(tmp_path / "socket"), str(tmp_path / "tasks.db")
+    words = [sys.executable, SCRIPT, "--unix-socket", path, "--db", db]
+    words += ["--handlers", write(tmp_path, PRINTING)]
+    how = "".join(" %d>&-" % fd for fd in closed)
+    started = subprocess.Popen(["sh", "-c", 'exec "$@"' + how, "sh", *words])
+    try:
+        until(lambda: os.path.exists(path) or started.poll() is not None)
+        ask = [sys.executable, SCRIPT, "run", "names", "--url", "unix:" + path]
+        ran = subprocess.run(ask, stdout=subprocess.PIPE, timeout=LONG)
+        names = json.loads(ran.stdout)
+        assert [names[fd] for fd in closed] == ["/dev/null"] * len(closed)
+        started.terminate()
+        assert started.wait(LONG) == 0
+    finally:
+        started.kill()
+        started.wait()
+
+
 def test_a_port_in_use_is_one_line_and_code_75(service, capsys):
     port = str(service.server.server_port)
     assert longtasks.main(["--port", port]) == 75

@@ -3128,7 +3128,6 @@ class Journal:
             with contextlib.suppress(OSError):  # or else after the next commit
                 sign_lock(self._lock, RUNS)
                 self.stopped = False
-        self._look_at_wal()
         for batch in batches:
             self._show(batch.records)
             batch.settle()
@@ -3141,7 +3140,7 @@ class Journal:
         except OSError:
             return 0
 
-    def _look_at_wal(self) -> None:
+    def check_wal(self) -> None:
         """Log a warning once if the WAL grows without end."""
         large = self.wal_size() > self.wal_limit
         if large and not self._wal_is_large:
@@ -3654,6 +3653,7 @@ class Ledger:
         if batch:  # so that they have their places in the queue before anything starts
             with contextlib.suppress(Unavailable):
                 batch.wait()
+        self._regularly(60, journal.check_wal)
 
     # -- the life of a task ------------------------------------------------
 

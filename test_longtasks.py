@@ -9958,9 +9958,12 @@ def test_a_signal_ends_a_start_in_order_even_that_of_pid_1(below, number, tmp_pa
         if below:
             pid = int(Path("/proc/%d/task/%d/children" % (pid, pid)).read_text())
         os.kill(pid, number)
-        line = "longtasks: stopped by %s at the start\n" % number.name
-        assert started.stderr.read().decode() == line
-        assert started.wait(LONG) == 0
+        try:
+            line = "longtasks: stopped by %s at the start\n" % number.name
+            assert started.communicate(timeout=LONG)[1].decode() == line
+            assert started.returncode == 0
+        finally:
+            started.kill()
 
 
 def test_a_signal_that_a_handlers_file_swallows_ends_the_service_all_the_same(tmp_path):

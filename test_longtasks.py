@@ -10091,8 +10091,7 @@ def unread():
     output.setFormatter(longtasks.LogFormatter())
     output.most = 200
     os.close(writer)
-    with open(reader, encoding="utf-8") as file:
-        yield output, file
+    return output, os.fdopen(reader, encoding="utf-8")
 
 
 def logged_by(output, text, **fields):
@@ -10102,10 +10101,19 @@ def logged_by(output, text, **fields):
 
 
 def read_to(file, end):
-    lines = []
-    while not lines or end not in lines[-1]:
-        lines.append(next(line for line in file if line.strip()))
-    return lines
+    """Read lines up to one with this in it."""
+
+    lines = [""]
+
+    def read():
+        while end not in lines[-1]:
+            lines.append(next(line for line in file if line.strip()))
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    reading.join(LONG)
+    assert end in lines[-1]
+    return lines[1:]
 
 
 def test_a_log_that_nobody_reads_holds_up_nothing_and_counts_what_it_drops(unread):
@@ -10160,7 +10168,10 @@ def test_what_a_library_does_to_the_whole_process_does_not_reach_the_service(tmp
         write(tmp_path, "raise SystemExit(name)", name + ".py")
     flags = ["--handlers", write(tmp_path, GLOBALS), "--command", "say=echo {word}"]
     flags += ["--drain-timeout", "0", "--grace", "0"]
-    with open(tmp_path / "out", "wb") as out, process(*flags, stdout=out) as running:
+    env = {"PYTHONUNBUFFERED": ""}
+    with open(tmp_path / "out", "wb") as out, process(
+        *flags, env=env, stdout=out
+    ) as running:
         for type, params in (("say", {"word": "hello"}), ("nap", {})):
             body = {"type": type, "params": params}
             path = "/api/v1/tasks" + ("?wait=20" if params else "")

@@ -6755,6 +6755,7 @@ class Server(ThreadingHTTPServer):
     send_timeout = 60.0  # seconds to take a whole answer, and more for a long one
     stream_timeout = 10.0  # seconds to take what is new of a stream
     linger_timeout = 2.0  # seconds
+    half_closed_limit = 32  # connections whose clients send no more, served at once
     reserve = 32  # connections past the limit, to be told so, and for probes
     many = 100  # connections that have ended, after which memory is given back,
     rest = 10.0  # but not again for so many seconds
@@ -6785,6 +6786,9 @@ class Server(ThreadingHTTPServer):
         self._connections: Dict[socket.socket, Optional[Connection]] = {}
         self._crowded: Set[socket.socket] = set()  # those that came past the limit
         self._leaving: Set[socket.socket] = set()  # those that are to make room
+        # Those whose clients had closed their side when they were accepted. They may
+        # be gone, and a flood of them must not keep the others waiting.
+        self._half_closed: Set[socket.socket] = set()
         self._few = min(self.reserve, 1 + max_connections // 32)  # that leave at once
         self._warned_at = self._gave_back_at = self._looked_at = -math.inf
         self._ended = 0  # connections, since then
@@ -6901,13 +6905,16 @@ class Server(ThreadingHTTPServer):
         reply = self.crowded_reply()
         with self._changed:
             self._counts[OTHER, OTHER, reply.status] += 1
+            if request in self._half_closed:
+                text = "too many clients that have closed their side wait for answers"
+                reply = problem(503, text, {"Retry-After": "1"})
         request.setblocking(False)  # this is the thread that accepts: it must not wait
         with contextlib.suppress(OSError):
             request.send(encode_head(reply, self.date(), "1.1", False) + reply.body)
         self.shutdown_request(request)
 
     def _enter(self, request: Any) -> bool:
-        """Note a connection; False when it is too many even to be told so in peace."""
+        """Note a connection; False when it is one too many to be served in a thread."""
         with self._changed:
             if self._is_full():
                 self._make_room(self.crowded_text())
@@ -6916,6 +6923,10 @@ class Server(ThreadingHTTPServer):
             if self._is_full():
                 self._crowded.add(request)
             self._connections[request] = None
+            if have_left([request.fileno()]):
+                self._half_closed.add(request)
+                if len(self._half_closed) > self.half_closed_limit:
+                    return False
             return len(self._connections) <= self.max_connections + self.reserve
 
     def _await_room(self, why: str) -> None:
@@ -6976,6 +6987,7 @@ class Server(ThreadingHTTPServer):
             self._counts.update(connection.counts if connection else {})
             self._crowded.discard(request)
             self._leaving.discard(request)
+            self._half_closed.discard(request)
             self._ended += 1
             self._changed.notify_all()
 

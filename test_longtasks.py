@@ -7968,6 +7968,22 @@ def ask(connection, method="GET", path="/api/v1/types", body=None, **headers):
 
 
 @needs_unix
+@pytest.mark.parametrize("limit, status", [(1, b"200"), (0, b"503")])
+def test_few_clients_that_have_closed_their_side_are_served_at_once(
+    limit, status, service
+):
+    service.server.half_closed_limit = limit
+    address = "127.0.0.1", service.server.server_port
+    with service.server._changed:  # nobody is taken in meanwhile
+        client = socket.create_connection(address, LONG)
+        client.sendall(GET + b"Connection: close\r\n\r\n")
+        client.shutdown(socket.SHUT_WR)
+    with client:
+        assert client.recv(65536)[9:12] == status
+    until(lambda: not service.server._half_closed)
+    assert call(service, "GET", "/healthz").status == 200
+
+
 def test_it_listens_on_a_unix_socket_instead(registry, tmp_path):
     path = str(tmp_path / "a socket")
     with records() as kept, serving(UNIX_SOCKET=path, HOST="0.0.0.0") as service:

@@ -2867,10 +2867,14 @@ class Journal:
             return False
         if not os.path.isfile(self.path):
             raise JournalError("DB %s is not a regular file" % self.path)
+        # Under another name neither the WAL nor the lock would be found. The one that
+        # has a lock beside it is the one that the service has used.
         names = os.stat(self.path).st_nlink
-        if names > 1:  # under another one, neither the WAL nor the lock would be found
-            text = "DB %s has %d names (hard links); leave it one, copies are no links"
-            raise JournalError(text % (self.path, names))
+        if names > 1 and not os.path.exists(self.path + ".lock"):
+            text = (
+                "DB %s is another name (hard link) of a file; use the first, or a copy"
+            )
+            raise JournalError(text % self.path)
         with open(self.path, "rb") as file:
             head = file.read(100)
         ours = int.from_bytes(head[68:72], "big") == APPLICATION_ID

@@ -3473,16 +3473,13 @@ def test_a_link_to_the_file_is_the_file(tmp_path, capsys):
             longtasks.Journal(str(tmp_path / "link.db"))
 
 
-def test_a_file_of_two_names_is_refused(tmp_path, capsys):
+def test_a_file_is_refused_under_a_second_name(tmp_path, capsys):
     path, other = tmp_path / "tasks.db", tmp_path / "other.db"
     with journalled(path):
         os.link(str(path), str(other))
         assert longtasks.main(["--port", "0", "--db", str(other)]) == 2
-    text = (
-        "longtasks: DB %s has 2 names (hard links); leave it one, copies are no links\n"
-    )
-    assert capsys.readouterr().err == text % other
-    other.unlink()
+    text = "DB %s is another name (hard link) of a file; use the first, or a copy\n"
+    assert capsys.readouterr().err == "longtasks: " + text % other
     longtasks.Journal(str(path)).close(LONG)
 
 
@@ -11254,11 +11251,12 @@ def test_a_signal_that_comes_during_a_fork_reaches_the_child(monkeypatch):
         os.kill(os.getpid(), number)
         return set_action(number, action)
 
-    monkeypatch.setitem(longtasks.IN_CHILDREN, signal.SIGUSR1, signal.SIG_DFL)
-    monkeypatch.setattr(signal, "signal", signalled_before)
     before = set_action(signal.SIGUSR1, lambda number, frame: None)
     try:
-        assert os.waitpid(os.fork() or os._exit(0), 0)[1] == signal.SIGUSR1
+        with monkeypatch.context() as patch:
+            patch.setitem(longtasks.IN_CHILDREN, signal.SIGUSR1, signal.SIG_DFL)
+            patch.setattr(signal, "signal", signalled_before)
+            assert os.waitpid(os.fork() or os._exit(0), 0)[1] == signal.SIGUSR1
         assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
     finally:
         set_action(signal.SIGUSR1, before)

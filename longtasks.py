@@ -8183,8 +8183,9 @@ def open_standard_files() -> None:
             # The lowest number that is free, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:  # where it was closed when Python started
-            mode = "w" if number else "r"
-            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+            mode, errors = "w" if number else "r", "backslashreplace"
+            file = os.fdopen(number, mode, errors=errors, closefd=False)
+            setattr(sys, name, file)
 
 
 def _load_task_types(settings: Settings) -> None:
@@ -8227,6 +8228,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print("longtasks: %s" % _escaped(str(error)), file=stderr)
         code = TRY_AGAIN if getattr(error, "temporary", False) else 2
     except KeyboardInterrupt:
+        finish_log()
         print("longtasks: stopped by %s at the start" % signals.name, file=stderr)
         code = 0
     else:

@@ -89,7 +89,8 @@ from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Container, Deque, Dict, FrozenSet, Iterator
 from typing import Iterable, List, Mapping, MutableMapping
 from typing import NamedTuple, Optional, Sequence, Set, Tuple, Union
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, urlencode
+from urllib.parse import quote as url_quote
 from weakref import WeakSet
 
 __version__ = "1.0.0"
@@ -240,7 +241,7 @@ class Setting(NamedTuple):
                 raise SettingsError("%s must be %s" % (self.name, right)) from None
             raise SettingsError(
                 "%s (%s) must be %s, not %s"
-                % (self.name, self.flag, right, shown(text))
+                % (self.name, self.flag, right, quote(text))
             ) from None
 
 
@@ -387,7 +388,7 @@ def _argument_parser() -> Any:
     return parser
 
 
-def shown(value: Any) -> str:
+def quote(value: Any) -> str:
     """Show a value in a message: as JSON, safe in a line, and not too long."""
     try:
         text = json.dumps(value)
@@ -408,7 +409,7 @@ _OBEYED = re.compile(
 )
 
 
-def _escaped(text: str) -> str:
+def escape(text: str) -> str:
     """Replace each character that a terminal would obey by its escape."""
     return _OBEYED.sub(lambda match: ascii(match.group())[1:-1], text)
 
@@ -480,7 +481,7 @@ class UnknownTask(TaskError):
     """There never was a task with this id, or it is no longer remembered."""
 
 
-class ForgottenTask(TaskError):
+class GoneTask(TaskError):
     """There was a task with this id; it was deleted or its time is over."""
 
 
@@ -755,7 +756,7 @@ def _read_object(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError("the key %s occurs twice in one object" % shown(twice))
+        raise ValueError("the key %s occurs twice in one object" % quote(twice))
     return found
 
 
@@ -777,7 +778,7 @@ def params_of(task: Task) -> Any:
 
 
 # ======================================================================
-# 3. Handlers
+# 3. Task registry
 #
 # The registry: a dict from a task type's name to its handler. A handler's
 # signature becomes a JSON Schema once, when it is registered; params are
@@ -819,197 +820,21 @@ class Retry(Exception):
         self.after = after
 
 
-# Why a run was told to stop.
-BY_CLIENT = "a client cancelled it"
-TIMED_OUT = "its time was up"
-SHUTDOWN = "the service stops"
+class SameProcess:
+    """A block of code that may fork: a child that comes back from it ends there.
 
-TELL_AFTER = 1.0  # seconds after which progress is told that came too soon before
-
-# It is given "progress", which the context itself has; "log" and a line; or "lines" and
-# a pair: lines, and how many were dropped before them. It returns whether somebody
-# follows them.
-Tell = Callable[["Context", str, Any], Any]
-
-
-class Latch:
-    """Something that happens once, however many wait for it.
-
-    They pass through one lock, one after the other, as the GIL would have it anyway:
-    an Event makes a lock for each of them, and wakes them all at once. `done` is only
-    ever set, so it can be looked at freely: who sees it late finds the door open.
+    It would go on as a second service. Its exit status is what Python would give it.
     """
 
-    __slots__ = ("done", "_door")
+    __slots__ = ("_pid",)
 
-    def __init__(self) -> None:
-        self.done = False
-        self._door = threading.Lock()
-        self._door.acquire()
+    def __enter__(self) -> None:
+        self._pid = os.getpid()
 
-    def open(self) -> None:
-        """Let it have happened; only one thread may do so."""
-        if not self.done:
-            self.done = True
-            self._door.release()
-
-    def wait(self, patience: float = -1) -> None:
-        """Wait until it has happened, or so many seconds if they aren't negative."""
-        if not self.done and self._door.acquire(timeout=patience):
-            self._door.release()
-
-
-class Context:
-    """What a handler knows of its task, and its line to those who watch it."""
-
-    __slots__ = (
-        "task_id",
-        "attempt",
-        "type",
-        "grace",
-        "began",
-        "why",
-        "_progress",
-        "_stop",
-        "_stopping",
-        "_on_stop",
-        "_tell",
-        "_told",
-        "_told_at",
-        "max_result",
-    )
-
-    def __init__(
-        self,
-        task_id: str,
-        attempt: int = 1,
-        tell: Tell = lambda *told: None,
-        type: str = "",
-    ) -> None:
-        self.task_id = task_id
-        self.type = type
-        # 1 in the first run. A task is run again when the process died while it ran:
-        # at least once, that is, so that a handler should bear to be run twice.
-        self.attempt = attempt
-        self.grace = (
-            1.5  # seconds from being told to stop to being killed, if it can be
-        )
-        self.max_result = sys.maxsize  # bytes, for a child process to know
-        self.began = 0.0  # on the monotonic clock
-        self.why = ""  # it is to stop
-        self._progress: Optional[Tuple[Optional[float], str]] = None
-        self._stop = Latch()
-        # Guards `why` and _on_stop.
-        self._stopping = threading.Lock()
-        self._on_stop: Optional[threading.Event] = None
-        self._tell = tell
-        self._told: Optional[Tuple[Optional[float], str]] = None  # latest of it
-        self._told_at = 0.0
-
-    def progress(self, fraction: Optional[float], message: str = "") -> None:
-        """Tell how far the task is: `fraction` from 0 to 1, and a word about it.
-
-        The fraction is None where it isn't known. Raises Cancelled when the task is to
-        stop.
-        """
-        self.check()
-        if fraction is not None:
-            fraction = min(1.0, max(0.0, float(fraction)))
-        # One tuple, stored in one step: a reader sees the old pair or the new one.
-        self._progress = (fraction, str(message)[:1000])
-        # Who watches can't read faster anyway; if this is the latest for a while, it is
-        # told later.
-        if time.monotonic() - self._told_at >= 0.1:
-            self.tell_progress()
-
-    def tell_progress(self) -> None:
-        """Tell those who watch of the latest progress, unless they know it."""
-        if self._told is not self._progress:
-            # No lock: two threads may come by here at the same moment, which does no
-            # harm, since what is told is what is the latest when it is told.
-            self._told, self._told_at = self._progress, time.monotonic()
-            self._tell(self, "progress", "")
-
-    def log(self, text: str, level: int = logging.INFO) -> None:
-        """Add lines to the task's log, and to the service's."""
-        log_run(level, self, "%s", text)
-        for line in str(text).splitlines() or [""]:
-            self._tell(self, "log", line)
-
-    def log_output(self, lines: Sequence[str], dropped: int) -> bool:
-        """Add what a program printed to the task's log, and to the service's for debug.
-
-        Before these lines `dropped` more came that nobody has. Returns whether somebody
-        takes in each line.
-        """
-        debug = log.isEnabledFor(logging.DEBUG)
-        for line in lines if debug else ():
-            log_run(logging.DEBUG, self, "%s", line)
-        # Not too many at a time, since a lock is held meanwhile.
-        followed, some = False, len(lines) if dropped else 1000
-        for at in range(0, len(lines), some):
-            followed = self._tell(self, "lines", (lines[at : at + some], dropped))
-        return debug or bool(followed)
-
-    def sleep(self, seconds: float) -> None:
-        """Wait so many seconds; raises Cancelled at once when the task is to stop."""
-        self._stop.wait(max(0, min(seconds, threading.TIMEOUT_MAX)))
-        self.check()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the task is to stop."""
-        return self._stop.done
-
-    def check(self) -> None:
-        """Raise Cancelled when the task is to stop."""
-        if self._stop.done:
-            raise Cancelled()
-
-    def cancel(self, why: str = BY_CLIENT) -> None:
-        """Ask the handler to stop: wake it from sleep and have it raise Cancelled.
-
-        Of several reasons the first one counts.
-        """
-        with self._stopping:
-            self.why = self.why or why
-            self._stop.open()
-            if self._on_stop:
-                self._on_stop.set()
-
-    def on_stop(self, event: threading.Event) -> None:
-        """Have an event set as soon as the task is to stop, perhaps now.
-
-        No more than that: who stops a task holds locks, and must not wait or fail.
-        """
-        with self._stopping:
-            self._on_stop = event
-            if self._stop.done:
-                event.set()
-
-    def progress_document(self) -> Optional[Dict[str, Any]]:
-        """The latest progress, as a status document shows it; None at first."""
-        latest = self._progress
-        if latest is None:
-            return None
-        fraction, message = latest
-        if fraction is None:
-            return {"message": message}
-        return {"percent": round(fraction * 100, 1), "message": message}
-
-
-def log_run(
-    level: int, ctx: Context, text: str, *args: Any, exc_info: bool = False, **more: Any
-) -> None:
-    """Log a line about a run of a task.
-
-    Which run it is, and what `more` tells of it, are fields of the line's own: the
-    formatter for people puts them into the text.
-    """
-    if not log.isEnabledFor(level):
-        return
-    fields = {"task_id": ctx.task_id, "type": ctx.type, "attempt": ctx.attempt, **more}
-    log.log(level, text, *args, exc_info=exc_info, extra={"fields": fields})
+    def __exit__(self, kind: Any, error: Optional[BaseException], tb: Any) -> None:
+        if os.getpid() != self._pid:
+            code: Any = error.code if isinstance(error, SystemExit) else error
+            os._exit(code & 255 if isinstance(code, int) else code is not None)
 
 
 Schema = Union[bool, Dict[str, Any]]  # False allows nothing, {} allows all
@@ -1043,15 +868,7 @@ class Handler(NamedTuple):
         text = inspect.getdoc(_without_partials(self.function)) or ""
         return " ".join(text.split("\n\n")[0].split())
 
-    def run(self, params: Dict[str, Any], context: Context) -> Any:
-        """Call the function, wherever it runs; whatever it raises comes through."""
-        if self.isolated and EXECUTOR:
-            return run_elsewhere(self, params, context)
-        if self.isolated:
-            return run_isolated(self.name, params, context)
-        return self.run_here(params, context)
-
-    def run_here(self, params: Dict[str, Any], context: Context) -> Any:
+    def run_here(self, params: Dict[str, Any], context: Any) -> Any:
         """Call the function in this process."""
         extra = {self.context: context} if self.context else {}
         with SameProcess():
@@ -1067,7 +884,7 @@ def _without_partials(function: Any) -> Any:
     return function
 
 
-HANDLERS: Dict[str, Handler] = {}  # filled before the service starts, then only read
+REGISTRY: Dict[str, Handler] = {}  # filled before the service starts, then only read
 
 
 def handler(
@@ -1106,9 +923,9 @@ def handler(
             if isolated and not hasattr(os, "killpg"):
                 raise HandlerError("this system has no process groups to isolate it in")
             made = _inspected(name, function, limits or {}, rules)
-            HANDLERS[name] = made._replace(isolated=isolated)
+            REGISTRY[name] = made._replace(isolated=isolated)
         except HandlerError as error:
-            raise HandlerError("task type %s: %s" % (shown(name), error)) from None
+            raise HandlerError("task type %s: %s" % (quote(name), error)) from None
         return function
 
     return register
@@ -1120,8 +937,8 @@ def _check_name(name: str) -> None:
         raise HandlerError(text % name.__name__)
     if not isinstance(name, str) or not 0 < len(name) <= 100 or not name.isprintable():
         raise HandlerError("a task type's name is 1 to 100 printable characters")
-    if name in HANDLERS:
-        raise HandlerError("the task type %s is registered twice" % shown(name))
+    if name in REGISTRY:
+        raise HandlerError("the task type %s is registered twice" % quote(name))
 
 
 def _check_rules(rules: Mapping[str, float]) -> None:
@@ -1195,7 +1012,7 @@ def _sorted_parameters(
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
             raise HandlerError("%s can't be given by name" % parameter)
         hint = _resolved(parameter, scope)
-        if hint in (Context, Optional[Context]):
+        if any(getattr(h, "is_task_context", False) for h in _hints(hint)):
             contexts.append(parameter.name)
         elif parameter.name == "ctx" and hint is parameter.empty:
             raise HandlerError("annotate ctx, as in ctx: Context")
@@ -1243,6 +1060,12 @@ def _resolved(parameter: inspect.Parameter, scope: Dict[str, Any]) -> Any:
     except Exception as error:
         text = "the annotation of %s can't be resolved: %s"
         raise HandlerError(text % (parameter.name, describe(error))) from None
+
+
+def _hints(hint: Any) -> Sequence[Any]:
+    """Return an annotation's parts if it is Optional, or the annotation itself."""
+    args = typing.get_args(hint) if typing.get_origin(hint) is Union else ()
+    return [arg for arg in args if arg is not type(None)] if len(args) == 2 else [hint]
 
 
 def _takes_all(param: inspect.Parameter) -> bool:
@@ -1361,7 +1184,7 @@ def checker(schema: Schema) -> Check:
             return deeper(value) if deeper else ()
         if type(value) is str and "pattern" in schema:
             return [((), _text_fault(schema, value))]
-        return [((), " must be %s, not %s" % (_in_words(schema), shown(value)))]
+        return [((), " must be %s, not %s" % (_in_words(schema), quote(value)))]
 
     return check
 
@@ -1467,15 +1290,15 @@ def _text_fault(schema: Dict[str, Any], text: str) -> str:
 
 def _in_words(schema: Dict[str, Any]) -> str:
     if "enum" in schema:
-        return "one of " + ", ".join(map(shown, schema["enum"]))
+        return "one of " + ", ".join(map(quote, schema["enum"]))
     if "anyOf" in schema:
         words = " or ".join(_in_words(s) for s in schema["anyOf"])
     else:
         words = _JSON_TYPES[schema["type"]][1] if "type" in schema else "a value"
     if "minimum" in schema:
-        words += " from %s" % shown(schema["minimum"])
+        words += " from %s" % quote(schema["minimum"])
     if "maximum" in schema:
-        words += (" to %s" if "minimum" in schema else " up to %s") % shown(
+        words += (" to %s" if "minimum" in schema else " up to %s") % quote(
             schema["maximum"]
         )
     return words
@@ -1655,6 +1478,210 @@ def _seconds(value: Any) -> Optional[float]:
     return None
 
 
+# ======================================================================
+# 4. Execution
+#
+# How a task's handler is run, wherever that is: in a worker's thread, in a
+# child process (isolated handlers and programs), or on an executor. Each
+# handler that asks for it is given a Context.
+# ======================================================================
+
+
+# Why a run was told to stop.
+BY_CLIENT = "a client cancelled it"
+TIMED_OUT = "its time was up"
+SHUTDOWN = "the service stops"
+
+TELL_AFTER = 1.0  # seconds after which progress is told that came too soon before
+
+# It is given "progress", which the context itself has; "log" and a line; or "lines" and
+# a pair: lines, and how many were dropped before them. It returns whether somebody
+# follows them.
+Emit = Callable[["Context", str, Any], Any]
+
+
+class OneShotEvent:
+    """Something that happens once, however many wait for it.
+
+    They pass through one lock, one after the other, as the GIL would have it anyway:
+    an Event makes a lock for each of them, and wakes them all at once. `done` is only
+    ever set, so it can be looked at freely: who sees it late finds the door open.
+    """
+
+    __slots__ = ("done", "_door")
+
+    def __init__(self) -> None:
+        self.done = False
+        self._door = threading.Lock()
+        self._door.acquire()
+
+    def open(self) -> None:
+        """Let it have happened; only one thread may do so."""
+        if not self.done:
+            self.done = True
+            self._door.release()
+
+    def wait(self, patience: float = -1) -> None:
+        """Wait until it has happened, or so many seconds if they aren't negative."""
+        if not self.done and self._door.acquire(timeout=patience):
+            self._door.release()
+
+
+class Context:
+    """What a handler knows of its task, and its line to those who watch it."""
+
+    is_task_context = True  # the registry looks for it in annotations
+
+    __slots__ = (
+        "task_id",
+        "attempt",
+        "type",
+        "grace",
+        "began",
+        "reason",
+        "_progress",
+        "_stop",
+        "_stopping",
+        "_on_stop",
+        "_tell",
+        "_told",
+        "_told_at",
+        "max_result",
+    )
+
+    def __init__(
+        self,
+        task_id: str,
+        attempt: int = 1,
+        tell: Emit = lambda *told: None,
+        type: str = "",
+    ) -> None:
+        self.task_id = task_id
+        self.type = type
+        # 1 in the first run. A task is run again when the process died while it ran:
+        # at least once, that is, so that a handler should bear to be run twice.
+        self.attempt = attempt
+        self.grace = (
+            1.5  # seconds from being told to stop to being killed, if it can be
+        )
+        self.max_result = sys.maxsize  # bytes, for a child process to know
+        self.began = 0.0  # on the monotonic clock
+        self.reason = ""  # it is to stop
+        self._progress: Optional[Tuple[Optional[float], str]] = None
+        self._stop = OneShotEvent()
+        # Guards `why` and _on_stop.
+        self._stopping = threading.Lock()
+        self._on_stop: Optional[threading.Event] = None
+        self._tell = tell
+        self._told: Optional[Tuple[Optional[float], str]] = None  # latest of it
+        self._told_at = 0.0
+
+    def progress(self, fraction: Optional[float], message: str = "") -> None:
+        """Tell how far the task is: `fraction` from 0 to 1, and a word about it.
+
+        The fraction is None where it isn't known. Raises Cancelled when the task is to
+        stop.
+        """
+        self.check()
+        if fraction is not None:
+            fraction = min(1.0, max(0.0, float(fraction)))
+        # One tuple, stored in one step: a reader sees the old pair or the new one.
+        self._progress = (fraction, str(message)[:1000])
+        # Who watches can't read faster anyway; if this is the latest for a while, it is
+        # told later.
+        if time.monotonic() - self._told_at >= 0.1:
+            self.emit_progress()
+
+    def emit_progress(self) -> None:
+        """Tell those who watch of the latest progress, unless they know it."""
+        if self._told is not self._progress:
+            # No lock: two threads may come by here at the same moment, which does no
+            # harm, since what is told is what is the latest when it is told.
+            self._told, self._told_at = self._progress, time.monotonic()
+            self._tell(self, "progress", "")
+
+    def log(self, text: str, level: int = logging.INFO) -> None:
+        """Add lines to the task's log, and to the service's."""
+        log_run(level, self, "%s", text)
+        for line in str(text).splitlines() or [""]:
+            self._tell(self, "log", line)
+
+    def log_output(self, lines: Sequence[str], dropped: int) -> bool:
+        """Add what a program printed to the task's log, and to the service's for debug.
+
+        Before these lines `dropped` more came that nobody has. Returns whether somebody
+        takes in each line.
+        """
+        debug = log.isEnabledFor(logging.DEBUG)
+        for line in lines if debug else ():
+            log_run(logging.DEBUG, self, "%s", line)
+        # Not too many at a time, since a lock is held meanwhile.
+        followed, some = False, len(lines) if dropped else 1000
+        for at in range(0, len(lines), some):
+            followed = self._tell(self, "lines", (lines[at : at + some], dropped))
+        return debug or bool(followed)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait so many seconds; raises Cancelled at once when the task is to stop."""
+        self._stop.wait(max(0, min(seconds, threading.TIMEOUT_MAX)))
+        self.check()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the task is to stop."""
+        return self._stop.done
+
+    def check(self) -> None:
+        """Raise Cancelled when the task is to stop."""
+        if self._stop.done:
+            raise Cancelled()
+
+    def cancel(self, reason: str = BY_CLIENT) -> None:
+        """Ask the handler to stop: wake it from sleep and have it raise Cancelled.
+
+        Of several reasons the first one counts.
+        """
+        with self._stopping:
+            self.reason = self.reason or reason
+            self._stop.open()
+            if self._on_stop:
+                self._on_stop.set()
+
+    def on_stop(self, event: threading.Event) -> None:
+        """Have an event set as soon as the task is to stop, perhaps now.
+
+        No more than that: who stops a task holds locks, and must not wait or fail.
+        """
+        with self._stopping:
+            self._on_stop = event
+            if self._stop.done:
+                event.set()
+
+    def progress_document(self) -> Optional[Dict[str, Any]]:
+        """The latest progress, as a status document shows it; None at first."""
+        latest = self._progress
+        if latest is None:
+            return None
+        fraction, message = latest
+        if fraction is None:
+            return {"message": message}
+        return {"percent": round(fraction * 100, 1), "message": message}
+
+
+def log_run(
+    level: int, ctx: Context, text: str, *args: Any, exc_info: bool = False, **more: Any
+) -> None:
+    """Log a line about a run of a task.
+
+    Which run it is, and what `more` tells of it, are fields of the line's own: the
+    formatter for people puts them into the text.
+    """
+    if not log.isEnabledFor(level):
+        return
+    fields = {"task_id": ctx.task_id, "type": ctx.type, "attempt": ctx.attempt, **more}
+    log.log(level, text, *args, exc_info=exc_info, extra={"fields": fields})
+
+
 @handler("long_computation", limits={"duration": {"minimum": 0, "maximum": 604800}})
 def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
     """Wait so many seconds (at most a week): a stand-in for a slow service."""
@@ -1673,23 +1700,6 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
 #
 # A handler may fork, as multiprocessing does. The child has a copy of all that the
 # service has, without its threads, and must not act as a second service.
-
-
-class SameProcess:
-    """A block of code that may fork: a child that comes back from it ends there.
-
-    It would go on as a second service. Its exit status is what Python would give it.
-    """
-
-    __slots__ = ("_pid",)
-
-    def __enter__(self) -> None:
-        self._pid = os.getpid()
-
-    def __exit__(self, kind: Any, error: Optional[BaseException], tb: Any) -> None:
-        if os.getpid() != self._pid:
-            code: Any = error.code if isinstance(error, SystemExit) else error
-            os._exit(code & 255 if isinstance(code, int) else code is not None)
 
 
 # Held while this process forks, and while a descriptor is open that a forked child
@@ -1776,7 +1786,7 @@ def kill_session(session: int) -> None:
                     os.kill(pid, KILL)
 
 
-class Guard:
+class Reaper:
     """Kills what still runs in process groups when this process dies, however it dies.
 
     That is what a small process of its own does: it is told of the groups, and by the
@@ -1876,11 +1886,13 @@ for pid in map(int, filter(str.isdigit, names)):
             PRIVATE.add(self._process.stdin)
 
 
-GUARD = Guard()
+REAPER = Reaper()
 
 
 @contextlib.contextmanager
-def killable(group: int, ctx: Context, ask: Callable[[], None]) -> Iterator[None]:
+def managed_process(
+    group: int, ctx: Context, ask: Callable[[], None]
+) -> Iterator[None]:
     """While this lasts, a process group ends with its task, and with this process.
 
     When the task is to stop, `ask` is called, and after ctx.grace the group is killed,
@@ -1894,11 +1906,11 @@ def killable(group: int, ctx: Context, ask: Callable[[], None]) -> Iterator[None
         if not over.is_set():
             ask()
         if not over.wait(ctx.grace):
-            GUARD.kill(group)
+            REAPER.kill(group)
 
     # Started now, since there may be no thread left when the task is to stop.
     stopper = threading.Thread(target=stop, name="stopper", daemon=True)
-    GUARD.add(group)
+    REAPER.add(group)
     score = "/proc/%d/oom_score_adj" % group
     with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
         file.write("1000")  # the most there is (proc(5))
@@ -1907,15 +1919,15 @@ def killable(group: int, ctx: Context, ask: Callable[[], None]) -> Iterator[None
         ctx.on_stop(stopping)
         yield
     finally:
-        GUARD.kill(group)
+        REAPER.kill(group)
         over.set()
         stopping.set()
         if stopper.is_alive():  # or it would kill whoever has the group's number then
             stopper.join()
-        GUARD.remove(group)
+        REAPER.remove(group)
 
 
-def ending(code: int) -> str:
+def exit_status(code: int) -> str:
     """Say how a process ended."""
     if code >= 0:
         return "exit code %d" % code
@@ -1982,7 +1994,7 @@ _CHILDREN = threading.Lock()
 
 def check_isolated() -> None:
     """See that handlers can run in child processes, if some do; raises HandlerError."""
-    isolated = [name for name, known in HANDLERS.items() if known.isolated]
+    isolated = [name for name, known in REGISTRY.items() if known.isolated]
     if not isolated or EXECUTOR:
         return
     try:
@@ -1991,13 +2003,13 @@ def check_isolated() -> None:
         text = (
             "the isolated task type %s needs Python's multiprocessing, which is missing"
         )
-        raise HandlerError(text % shown(isolated[0])) from None
+        raise HandlerError(text % quote(isolated[0])) from None
     if not _is_importable():
         text = (
             "the isolated task type %s needs longtasks.py as a file, for processes of "
             "its own: start that, not an archive, a folder or standard input"
         )
-        raise HandlerError(text % shown(isolated[0]))
+        raise HandlerError(text % quote(isolated[0]))
 
 
 def _is_importable() -> bool:
@@ -2036,7 +2048,7 @@ def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
         with contextlib.suppress(OSError):
             ours.send_bytes(b"stop")
 
-    with killable(child.pid or 0, ctx, ask):
+    with managed_process(child.pid or 0, ctx, ask):
         said = _listen_to(ours, ctx)
         # Not for long: it may stay, or what it has left behind may hold the sentinel.
         multiprocessing.connection.wait([child.sentinel], 1.0)
@@ -2068,7 +2080,7 @@ def _as_said(said: Any, code: int, ctx: Context) -> Any:
     """Return or raise what the handler did in the child."""
     if said is None:
         ctx.check()
-        raise Failure("its process ended before it was done: " + ending(code))
+        raise Failure("its process ended before it was done: " + exit_status(code))
     kind, what = said
     if kind == "result":
         return Encoded(what.encode())
@@ -2123,7 +2135,7 @@ def isolated_child(theirs: Any, about: bytes) -> None:
         for file in files:
             if file not in LOADED:
                 load_handlers(file)
-        value = HANDLERS[name].run_here(params, ctx)
+        value = REGISTRY[name].run_here(params, ctx)
         say("result", encode_result(value, max_result).decode())
     except Cancelled:
         say("cancelled", None)
@@ -2140,7 +2152,7 @@ def _obey(theirs: Any, ctx: Context) -> None:
     """Stop the handler when the parent says so, and at once when it is gone."""
     try:
         while not theirs.poll(TELL_AFTER):
-            ctx.tell_progress()
+            ctx.emit_progress()
         theirs.recv_bytes()
         ctx.cancel()
         theirs.recv_bytes()
@@ -2237,16 +2249,16 @@ def find_program(word: str) -> str:
     name = os.path.join(folder, word) if os.path.dirname(word) else word
     found = shutil.which(name)
     if found and exec_fault(found):
-        raise HandlerError("%s %s" % (shown(found), exec_fault(found)))
+        raise HandlerError("%s %s" % (quote(found), exec_fault(found)))
     if found:
         return os.path.join(folder, found)
     found = shutil.which(name, os.F_OK)
     if found:
-        raise HandlerError("%s is not executable: chmod +x %s" % (shown(found), found))
+        raise HandlerError("%s is not executable: chmod +x %s" % (quote(found), found))
     hint = ""
     if name == word and os.path.exists(os.path.join(folder, word)):
         hint = " on the PATH; for the file in this folder write ./" + word
-    raise HandlerError("there is no program %s%s" % (shown(word), hint))
+    raise HandlerError("there is no program %s%s" % (quote(word), hint))
 
 
 def exec_fault(path: str) -> str:
@@ -2261,11 +2273,11 @@ def exec_fault(path: str) -> str:
     if line[:2] != b"#!" and b"\0" not in head:
         return "does not begin with a #! line, such as #!/bin/sh"
     if line[:2] == b"#!" and line[-1:] == b"\r":
-        name = shown(os.fsdecode(line[2:].strip(b" \t")))
+        name = quote(os.fsdecode(line[2:].strip(b" \t")))
         return "needs the interpreter %s: its lines end with CR LF, not LF" % name
     for name in _interpreters(head):
         if not shutil.which(name):
-            return "needs the interpreter %s, which can't be found or run" % shown(name)
+            return "needs the interpreter %s, which can't be found or run" % quote(name)
     return ""
 
 
@@ -2294,7 +2306,7 @@ class Program:
         for text, example in program_texts(self.words):
             for match in self._placeholders(text):
                 detail = "%s would be run as part of the code %s; pass it as a word: %s"
-                raise HandlerError(detail % (match.group(), shown(text), example))
+                raise HandlerError(detail % (match.group(), quote(text), example))
         if not hasattr(os, "killpg"):
             raise HandlerError("this system has no process groups")
         self.words[0] = find_program(self.words[0])
@@ -2333,7 +2345,7 @@ class Program:
                 yield match
             elif len(match.group()) == 1:
                 right = "a placeholder is {NAME} or {NAME=DEFAULT}, a brace {{ or }}"
-                raise HandlerError("%s in %s: %s" % (match.group(), shown(word), right))
+                raise HandlerError("%s in %s: %s" % (match.group(), quote(word), right))
 
     def arguments(self, params: Mapping[str, str]) -> List[str]:
         """Return the words with the params in their places."""
@@ -2350,7 +2362,7 @@ class Program:
         import subprocess
 
         environ = {k: v for k, v in os.environ.items() if k not in SECRETS}
-        GUARD.ready()  # it takes a while to start; nothing may run unguarded so long
+        REAPER.ready()  # it takes a while to start; nothing may run unguarded so long
         try:
             with starting_a_child():
                 process = subprocess.Popen(
@@ -2364,9 +2376,11 @@ class Program:
                 )
         except OSError as error:
             reason = exec_fault(self.words[0]) or error.strerror
-            text = "can't run %s: %s" % (shown(self.words[0]), reason)
+            text = "can't run %s: %s" % (quote(self.words[0]), reason)
             raise Failure(text) from None
-        with killable(process.pid, ctx, lambda: GUARD.signal(process.pid, TERM)):
+        with managed_process(
+            process.pid, ctx, lambda: REAPER.signal(process.pid, TERM)
+        ):
             output = ProgramOutput(process.stdout, ctx)
             if hasattr(os, "waitid"):  # has ended then, but its number is not free yet
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -2377,7 +2391,7 @@ class Program:
         if process.returncode == 0:
             return {"exit_code": 0, "output": output.tail}
         ctx.check()
-        how = ending(process.returncode)
+        how = exit_status(process.returncode)
         raise Failure((how + "\n" + output.tail[-MAX_ERROR + 100 :]).strip())
 
 
@@ -2497,14 +2511,14 @@ def register_command(line: str) -> None:
         program = Program(line)
         _check_name(program.name)
     except HandlerError as error:
-        raise HandlerError("--command %s: %s" % (shown(line), error)) from None
+        raise HandlerError("--command %s: %s" % (quote(line), error)) from None
     lost = list(filter(_FOR_A_SHELL.fullmatch, program.words))
     if lost:
         text = "--command %s: no shell sees its %s; for that write %s"
-        log.warning(text, shown(program.name), shown(lost[0]), _INTERPRETERS[0][-1])
+        log.warning(text, quote(program.name), quote(lost[0]), _INTERPRETERS[0][-1])
     name, schema = program.name, program.schema
     check = checker(schema)
-    HANDLERS[name] = Handler(name, program, schema, True, "ctx", {}, False, check)
+    REGISTRY[name] = Handler(name, program, schema, True, "ctx", {}, False, check)
 
 
 # -- executors -------------------------------------------------------------
@@ -2515,7 +2529,7 @@ def register_command(line: str) -> None:
 
 EXECUTOR: List[Any] = []  # the one, if there is one
 
-ELSEWHERE = """
+EXECUTOR_SOURCE = """
 import json, os, sys, threading, traceback, types
 
 class Cancelled(BaseException):
@@ -2584,10 +2598,10 @@ def load_executor(text: str) -> None:
     """Make the executor that FILE:FACTORY stands for; raises HandlerError."""
     file, _, name = text.rpartition(":")
     if not (file and name):
-        raise HandlerError("--executor %s: write FILE:FACTORY" % shown(text))
+        raise HandlerError("--executor %s: write FILE:FACTORY" % quote(text))
     factory = getattr(_load_file("--executor", file), name, None)
     if not callable(factory):
-        detail = "%s has no function %s" % (file, shown(name))
+        detail = "%s has no function %s" % (file, quote(name))
         raise HandlerError("--executor %s: %s" % (text, detail))
     try:
         with SameProcess():
@@ -2603,13 +2617,13 @@ def load_executor(text: str) -> None:
 
 def _check_sendable(text: str) -> None:
     """See what the executor is to run, and that it can; raises HandlerError."""
-    isolated = [known for known in HANDLERS.values() if known.isolated]
+    isolated = [known for known in REGISTRY.values() if known.isolated]
     if not isolated:
         log.warning("--executor %s has nothing to run: no handler is isolated", text)
     for known in isolated:
         if known.context:
             detail = "the isolated task type %s takes a Context, and none goes there"
-            raise HandlerError("--executor %s: %s" % (text, detail % shown(known.name)))
+            raise HandlerError("--executor %s: %s" % (text, detail % quote(known.name)))
     for file in LOADED:
         LOADED[file] = _source(file)
 
@@ -2624,11 +2638,11 @@ def _source(file: str) -> str:
         raise HandlerError("--handlers %s: %s" % (file, detail)) from None
 
 
-def run_elsewhere(known: Handler, params: Mapping[str, Any], ctx: Context) -> Any:
+def run_on_executor(known: Handler, params: Mapping[str, Any], ctx: Context) -> Any:
     """Run a handler by the executor, as if it ran here."""
     call = "(exec(source, scope), scope['run'](files, name, params, whole))[1]"
     values = {
-        "source": ELSEWHERE,
+        "source": EXECUTOR_SOURCE,
         "scope": {"not_json": NOT_JSON},
         "files": dict(LOADED),
         "name": known.name,
@@ -2652,8 +2666,17 @@ def run_elsewhere(known: Handler, params: Mapping[str, Any], ctx: Context) -> An
         raise BadResult(NOT_JSON + describe(error)) from None
 
 
+def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> Any:
+    """Call a handler, wherever it runs; whatever it raises comes through."""
+    if known.isolated and EXECUTOR:
+        return run_on_executor(known, params, ctx)
+    if known.isolated:
+        return run_isolated(known.name, params, ctx)
+    return known.run_here(params, ctx)
+
+
 # ======================================================================
-# 4. Journal
+# 5. Journal
 #
 # The file that tasks survive in: SQLite in WAL mode, one row a task, and the
 # ids of the last ones that were deleted or have expired. One
@@ -2782,8 +2805,8 @@ class Batch:
         self.keep = keep
         self.records: List[Record] = []
         self.error = ""
-        self._tried = Latch()
-        self._written = Latch()
+        self._tried = OneShotEvent()
+        self._written = OneShotEvent()
 
     def settle(self, error: str = "") -> None:
         """Let those go on who wait: the records are on disk, or could not be."""
@@ -2956,7 +2979,7 @@ class Journal:
         return db
 
     def _open_file(self, mode: str) -> Any:
-        uri = "file:%s?mode=%s" % (quote(os.fsencode(self.path)), mode)
+        uri = "file:%s?mode=%s" % (url_quote(os.fsencode(self.path)), mode)
         db = self._sqlite.connect(
             uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
         )
@@ -3251,83 +3274,14 @@ def sign_lock(file: Any, word: str) -> None:
 
 
 # ======================================================================
-# 5. Ledger
+# 6. Events
 #
-# The map of all tasks, and the only lock that guards their state. Every
-# move is decided here, once; who asks gets immutable tasks. The ledger
-# never runs a handler, and never waits for a disk or a client, while it
-# holds its lock.
-#
-# With a journal, a move is decided first, then written, then shown: what
-# decides the next move is the latest decision, and what anybody can see is
-# what is on disk. Without one, all three are the same moment.
+# What happens to tasks, for clients that follow it: the event stream, and
+# the tasks' logs. All of it is bounded.
 # ======================================================================
 
 
-class Limits(NamedTuple):
-    """How much the ledger may hold."""
-
-    queue: int = 10_000  # tasks that wait
-    queue_bytes: int = 64 << 20  # what they carry, in bytes
-    results: int = 10_000  # finished tasks
-    result_bytes: int = 64 << 20  # what finished tasks carry, in bytes
-    result_ttl: float = 86_400  # age of a finished task, in seconds
-    forgotten: int = 10_000  # ids of tasks that are gone
-    grace: float = 3.0  # seconds that a handler has to stop
-    stuck: int = 100  # handlers that do not
-
-
-class Counts(NamedTuple):
-    """How many tasks there are, by status."""
-
-    pending: int
-    processing: int
-    finished: int
-
-
-RUN_BOUNDS = (0.01, 0.1, 1, 5, 15, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
-
-
-class Tally:
-    """What has been counted since the start, by task type.
-
-    Only these types are told apart: others, which an old journal may hold, are one.
-    """
-
-    others = "(not registered)"
-
-    def __init__(self, types: Container[str]) -> None:
-        self._types = types
-        self.ended: Counter[Tuple[str, str]] = Counter()  # tasks, by type and status
-        self.times: Dict[Tuple[str, str], Histogram] = {}  # by what took it, and type
-
-    def end(self, task: Task) -> None:
-        """Count a task that has finished."""
-        self.ended[self._label(task), task.status] += 1
-
-    def add(self, what: str, task: Task, time: float) -> None:
-        """Count the seconds that a task was "waiting" or "running"."""
-        key = what, self._label(task)
-        kept = self.times.get(key)
-        if kept is None:
-            kept = self.times[key] = Histogram(RUN_BOUNDS)
-        kept.add(time)
-
-    def _label(self, task: Task) -> str:
-        return task.type if task.type in self._types else self.others
-
-
-class Measures(NamedTuple):
-    """What a ledger tells of itself, all of one moment."""
-
-    counts: Counts
-    stuck: int
-    ended: Mapping[Tuple[str, str], int]  # as a Tally has it
-    times: Mapping[Tuple[str, str], Histogram]
-    journal: Optional[Journal]
-
-
-class Watch:
+class Subscription:
     """One who follows the events of a task, or of all; news gather here until taken."""
 
     most = 10_000  # events that may gather; who is that far behind is dropped
@@ -3391,7 +3345,7 @@ class TaskLog:
         return self.size - before
 
 
-class Feed:
+class Events:
     """What happens, for those who watch, and the tasks' logs. All of it is bounded."""
 
     kept = 2000  # events, of some 4000 characters at most, for those who come back
@@ -3411,7 +3365,7 @@ class Feed:
         self._closed = False
         self._last = 0
         self._recent: Deque[Event] = deque(maxlen=self.kept)
-        self._watches: Dict[str, Set[Watch]] = {}  # by task id, "" for all
+        self._watches: Dict[str, Set[Subscription]] = {}  # by task id, "" for all
         self._logs: OrderedDict[str, TaskLog] = OrderedDict()
         self._logs_size = 0
 
@@ -3428,12 +3382,14 @@ class Feed:
                     for watch in self._watches.get(key, ()):
                         watch.tell(event)
 
-    def watch(self, task_id: str, after: Optional[int] = None) -> Tuple[Watch, bool]:
+    def watch(
+        self, task_id: str, after: Optional[int] = None
+    ) -> Tuple[Subscription, bool]:
         """Follow a task, or all with ""; events behind `after` are told again.
 
         Returns the watch, and whether it lacks some of those. Call leave() at the end.
         """
-        watch = Watch()
+        watch = Subscription()
         with self._lock:
             self.followed = True
             watch.over = self._closed
@@ -3445,7 +3401,7 @@ class Feed:
             known = after is None or oldest - 1 <= after <= self._last
             return watch, not known
 
-    def leave(self, task_id: str, watch: Watch) -> None:
+    def leave(self, task_id: str, watch: Subscription) -> None:
         """Follow no longer."""
         with self._lock:
             watches = self._watches.get(task_id, set())
@@ -3499,6 +3455,83 @@ class Feed:
         self._logs_size -= kept.size if kept else 0
 
 
+# ======================================================================
+# 7. Result store and task queue
+#
+# The map of all tasks, and the only lock that guards their state. Every
+# move is decided here, once; who asks gets immutable tasks. The ledger
+# never runs a handler, and never waits for a disk or a client, while it
+# holds its lock.
+#
+# With a journal, a move is decided first, then written, then shown: what
+# decides the next move is the latest decision, and what anybody can see is
+# what is on disk. Without one, all three are the same moment.
+# ======================================================================
+
+
+class Limits(NamedTuple):
+    """How much the ledger may hold."""
+
+    queue: int = 10_000  # tasks that wait
+    queue_bytes: int = 64 << 20  # what they carry, in bytes
+    results: int = 10_000  # finished tasks
+    result_bytes: int = 64 << 20  # what finished tasks carry, in bytes
+    result_ttl: float = 86_400  # age of a finished task, in seconds
+    forgotten: int = 10_000  # ids of tasks that are gone
+    grace: float = 3.0  # seconds that a handler has to stop
+    stuck: int = 100  # handlers that do not
+
+
+class Counts(NamedTuple):
+    """How many tasks there are, by status."""
+
+    pending: int
+    processing: int
+    finished: int
+
+
+RUN_BOUNDS = (0.01, 0.1, 1, 5, 15, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
+
+
+class Counters:
+    """What has been counted since the start, by task type.
+
+    Only these types are told apart: others, which an old journal may hold, are one.
+    """
+
+    others = "(not registered)"
+
+    def __init__(self, types: Container[str]) -> None:
+        self._types = types
+        self.ended: Counter[Tuple[str, str]] = Counter()  # tasks, by type and status
+        self.times: Dict[Tuple[str, str], Histogram] = {}  # by what took it, and type
+
+    def end(self, task: Task) -> None:
+        """Count a task that has finished."""
+        self.ended[self._label(task), task.status] += 1
+
+    def add(self, what: str, task: Task, time: float) -> None:
+        """Count the seconds that a task was "waiting" or "running"."""
+        key = what, self._label(task)
+        kept = self.times.get(key)
+        if kept is None:
+            kept = self.times[key] = Histogram(RUN_BOUNDS)
+        kept.add(time)
+
+    def _label(self, task: Task) -> str:
+        return task.type if task.type in self._types else self.others
+
+
+class Snapshot(NamedTuple):
+    """What a ledger tells of itself, all of one moment."""
+
+    counts: Counts
+    stuck: int
+    ended: Mapping[Tuple[str, str], int]  # as a Tally has it
+    times: Mapping[Tuple[str, str], Histogram]
+    journal: Optional[Journal]
+
+
 class Entry(NamedTuple):
     """A task's place in the queue: the least comes first."""
 
@@ -3523,12 +3556,12 @@ class Timer(NamedTuple):
     what: Tuple[Any, ...]
 
 
-class Agenda:
+class Timers:
     """What is to be done later. Whoever uses it holds the ledger's lock."""
 
-    def __init__(self, ticks: Callable[[], float]) -> None:
+    def __init__(self, monotonic: Callable[[], float]) -> None:
         self.changed = threading.Event()  # something is due sooner, perhaps
-        self._ticks = ticks
+        self._monotonic = monotonic
         self._numbers = itertools.count()
         self._heap: List[Timer] = []  # with what is dropped already
         self._timers: Dict[Any, Timer] = {}  # by key, without
@@ -3537,7 +3570,7 @@ class Agenda:
         self, key: Any, seconds: float, do: Callable[..., None], *what: Any
     ) -> None:
         """Have something done later, instead of what was planned under this key."""
-        timer = Timer(self._ticks() + seconds, next(self._numbers), key, do, what)
+        timer = Timer(self._monotonic() + seconds, next(self._numbers), key, do, what)
         self._timers[key] = timer
         heapq.heappush(self._heap, timer)
         if len(self._heap) > 2 * (len(self._timers) + 100):  # mostly dropped ones
@@ -3555,7 +3588,7 @@ class Agenda:
             heapq.heappop(self._heap)
         if not self._heap:
             return None, None
-        wait = self._heap[0].when - self._ticks()
+        wait = self._heap[0].when - self._monotonic()
         return (None, wait) if wait > 0 else (self._timers.pop(self._heap[0].key), 0)
 
     def has(self, key: Any) -> bool:
@@ -3567,7 +3600,7 @@ class Agenda:
         return [timer.key for timer in self._timers.values() if timer.when > when]
 
 
-class Ledger:
+class TaskStore:
     """All tasks, from submission until they are forgotten.
 
     `clock` gives the time in seconds since 1970, and `ticks` one that is never set.
@@ -3581,17 +3614,17 @@ class Ledger:
         clock: Callable[[], float] = time.time,
         journal: Optional[Journal] = None,
         rules: Callable[[str], Rules] = lambda type: Rules(),
-        ticks: Callable[[], float] = time.monotonic,
-        types: Container[str] = HANDLERS,
+        monotonic: Callable[[], float] = time.monotonic,
+        types: Container[str] = REGISTRY,
     ) -> None:
         self.limits = limits
-        self.feed = Feed()
+        self.events = Events()
         self.on_stuck: Callable[[Context], None] = lambda context: None
         self._clock = clock
         self._journal: Optional[Journal] = None
         self._rules = rules
         self._ready: queue.PriorityQueue[Entry] = queue.PriorityQueue()
-        self._ticks = ticks
+        self._monotonic = monotonic
         self._pid = os.getpid()
         # The lock guards everything below.
         self._lock = threading.Lock()
@@ -3608,20 +3641,22 @@ class Ledger:
         self._active: Dict[Context, str] = {}
         self._active_types: Counter[str] = Counter()
         self._parked: Dict[str, List[Entry]] = {}  # wait for one of their type to end
-        self._agenda = Agenda(ticks)  # by run, by waiting task's id, or by what to do
+        self._timers = Timers(
+            monotonic
+        )  # by run, by waiting task's id, or by what to do
         self._ended: Deque[str] = deque()  # in this order, with ids of deleted ones
         self._forgotten: OrderedDict[str, None] = OrderedDict()
         self._waiting: Dict[str, Set[threading.Event]] = {}  # to set at a task's end
         self._beyond: Set[str] = set()  # can't start before the end of the drain
         self._counts = dict.fromkeys(EXITS, 0)  # of what is in _tasks
-        self._tally = Tally(types)
+        self._counters = Counters(types)
         self._queued = 0  # bytes of pending tasks, and of those that are not yet
         self._held = 0  # bytes of finished tasks
         # Counts on from the time, so that a list's `after` still holds after a restart.
         self._last_seq = self._first_seq = int(clock() * 1e6)
         # Ids of tasks that an earlier process delayed, by the wall clock.
         self._delayed_before: Set[str] = set()
-        self._begun = ticks()
+        self._begun = monotonic()
         self._offset = clock() - self._begun  # of the wall clock
         self._when_done: Optional[Callable[[], None]] = None  # set: draining
         self._drained_by = math.inf  # by `ticks`
@@ -3629,7 +3664,7 @@ class Ledger:
         # Tasks that were processing when the last process died, as they go on.
         self.interrupted: List[Task] = []
         self._regularly(60, self.expire)
-        self._regularly(TELL_AFTER, self._tell_progress)
+        self._regularly(TELL_AFTER, self._emit_progress)
         self._regularly(1, self._follow_wall_clock)
         if journal:
             self.take_up(journal)
@@ -3799,12 +3834,12 @@ class Ledger:
         # Half of it, so that what can be killed is over before it is given up.
         context.grace = self.limits.grace / 2
         context.max_result = self.limits.result_bytes
-        context.began = self._ticks()
+        context.began = self._monotonic()
         self._running[task.id] = context
         self._active[context] = task.type
         self._active_types[task.type] += 1
         if task.due_at or attempt == 1:  # else the process has died since
-            self._tally.add("waiting", task, context.began - since)
+            self._counters.add("waiting", task, context.began - since)
         task = task.moved_to(
             PROCESSING, started_at=now, attempt=attempt, due_at=None, error=None
         )
@@ -3816,7 +3851,7 @@ class Ledger:
         """Let a run's time begin, if it has one. Assumes the lock."""
         timeout = self._timeout(task)
         if timeout and not context.cancelled:
-            self._agenda.plan(context, timeout, self._time_out, context)
+            self._timers.plan(context, timeout, self._time_out, context)
 
     def _timeout(self, task: Task) -> float:
         return task.options.timeout or self._rules(task.type).timeout
@@ -3938,14 +3973,14 @@ class Ledger:
     def _end(self, context: Context, outcome: Outcome) -> Task:
         """Decide what becomes of a task whose run is over."""
         del self._running[context.task_id]
-        self._agenda.drop(context)
+        self._timers.drop(context)
         ran = self._current(context.task_id)
-        self._tally.add("running", ran, self._ticks() - context.began)
-        task = self._after(ran, context.why, outcome)
+        self._counters.add("running", ran, self._monotonic() - context.began)
+        task = self._after(ran, context.reason, outcome)
         self._decide(task)
         return task
 
-    def _after(self, task: Task, why: str, outcome: Outcome) -> Task:
+    def _after(self, task: Task, reason: str, outcome: Outcome) -> Task:
         """The task after a run that ended so, and was told to stop if `why` says so.
 
         Who completes has won. Who was told to stop and did not complete has stopped,
@@ -3955,9 +3990,9 @@ class Ledger:
             return self._moved(task, COMPLETED, result=outcome.result, error=None)
         if task.cancel_requested:
             return self._moved(task, CANCELLED, error=CANCELLED_RUNNING)
-        if why == SHUTDOWN:
+        if reason == SHUTDOWN:
             return task.put_back()
-        if why == TIMED_OUT:
+        if reason == TIMED_OUT:
             error = "timed out after %.12g s" % self._timeout(task)
             return self._moved(task, FAILED, error=error)
         return self._after_failure(task, outcome)
@@ -3982,10 +4017,10 @@ class Ledger:
         changes.update(ended_at=ended_at, due_at=None)
         return task.moved_to(status, **changes)
 
-    def _stop(self, context: Context, why: str) -> None:
+    def _stop(self, context: Context, reason: str) -> None:
         """Tell a run to stop, and give it up when it does not within the grace."""
-        context.cancel(why)
-        self._agenda.plan(context, self.limits.grace, self._lose, context)
+        context.cancel(reason)
+        self._timers.plan(context, self.limits.grace, self._lose, context)
 
     def _release(self, context: Context) -> None:
         """A handler has returned: another one of its type may start."""
@@ -4002,17 +4037,17 @@ class Ledger:
 
     def tick(self) -> Optional[float]:
         """Do what is due; return the seconds until there is more, None for never."""
-        self._agenda.changed.clear()
+        self._timers.changed.clear()
         while True:
             with self._lock:
-                timer, wait = self._agenda.take()
+                timer, wait = self._timers.take()
             if timer is None:
                 return wait
             timer.do(*timer.what)
 
     def await_tick(self, patience: Optional[float]) -> bool:
         """Wait so many seconds, or until something may be due; False at the end."""
-        self._agenda.changed.wait(patience)
+        self._timers.changed.wait(patience)
         return not self._halted
 
     def _time_out(self, context: Context) -> None:
@@ -4035,7 +4070,7 @@ class Ledger:
     def _regularly(self, seconds: float, do: Callable[[], None]) -> None:
         """Do something now, and again each time so many seconds have passed."""
         with self._lock:
-            self._agenda.plan(do, seconds, self._regularly, seconds, do)
+            self._timers.plan(do, seconds, self._regularly, seconds, do)
         do()
 
     def _follow_wall_clock(self) -> None:
@@ -4045,20 +4080,20 @@ class Ledger:
         would wait for as long as it was wrong.
         """
         with self._lock:
-            before, self._offset = self._offset, self._clock() - self._ticks()
+            before, self._offset = self._offset, self._clock() - self._monotonic()
             if abs(self._offset - before) < 1:
                 return
-            self._delayed_before = set(filter(self._agenda.has, self._delayed_before))
+            self._delayed_before = set(filter(self._timers.has, self._delayed_before))
             for task_id in self._delayed_before:
                 self._beyond.discard(task_id)
                 self._enqueue(self._current(task_id))
 
-    def _tell_progress(self) -> None:
+    def _emit_progress(self) -> None:
         """Have those runs tell their progress that could not at once."""
         with self._lock:
             running = list(self._running.values())
         for context in running:
-            context.tell_progress()
+            context.emit_progress()
 
     # -- deciding, writing, showing; all of these assume the lock ----------
 
@@ -4090,16 +4125,18 @@ class Ledger:
             self._add(before, -1)
         self._tasks[task.id] = task
         self._add(task, 1)
-        if self.feed.followed:
-            self.feed.publish(task.id, "status", task._replace(params=b"", result=None))
+        if self.events.followed:
+            self.events.publish(
+                task.id, "status", task._replace(params=b"", result=None)
+            )
         if task.status == PENDING:
             self._enqueue(task)
             return
-        self._agenda.drop(task.id)
+        self._timers.drop(task.id)
         self._beyond.discard(task.id)
         if task.finished:
             if before:
-                self._tally.end(task)
+                self._counters.end(task)
             self._ended.append(task.id)
             for done in self._waiting.pop(task.id, ()):
                 done.set()
@@ -4107,12 +4144,12 @@ class Ledger:
     def _enqueue(self, task: Task) -> None:
         rank = -task.options.priority
         wait = (task.due_at or task.created_at) - self._clock()
-        since = self._ticks() + wait
+        since = self._monotonic() + wait
         entry = Entry(rank, task.seq, task.id, task.type, task.attempt, since)
         if task.due_at is None or wait <= 0:
             self._ready.put(entry)
             return
-        self._agenda.plan(task.id, wait, self._ready.put, entry)
+        self._timers.plan(task.id, wait, self._ready.put, entry)
         if since > self._drained_by:
             self._beyond.add(task.id)
 
@@ -4170,10 +4207,10 @@ class Ledger:
                 return False
             if kind == "lines":
                 lines, dropped = payload
-                return self.feed.log(context.task_id, *lines, dropped=dropped)
+                return self.events.log(context.task_id, *lines, dropped=dropped)
             if kind == "log":
-                return self.feed.log(context.task_id, payload)
-            self.feed.publish(context.task_id, kind, context.progress_document())
+                return self.events.log(context.task_id, payload)
+            self.events.publish(context.task_id, kind, context.progress_document())
             return False
 
     # -- looking -----------------------------------------------------------
@@ -4216,11 +4253,11 @@ class Ledger:
 
     def watch(
         self, task_id: str, after: Optional[int] = None
-    ) -> Tuple[Optional[Task], Watch, bool]:
+    ) -> Tuple[Optional[Task], Subscription, bool]:
         """Follow a task, or all with "": return the task as it is, and Feed.watch()."""
         with self._lock:  # so that no move falls between the two
             task = self._find(task_id) if task_id else None
-            return (task, *self.feed.watch(task_id, after))
+            return (task, *self.events.watch(task_id, after))
 
     @property
     def draining(self) -> bool:
@@ -4283,12 +4320,12 @@ class Ledger:
     def _stuck(self) -> int:
         return len(self._active) - len(self._running)
 
-    def measure(self) -> Measures:
+    def measure(self) -> Snapshot:
         """Return what is to be told of all of it."""
         with self._lock:
-            times = {key: kept.copy() for key, kept in self._tally.times.items()}
-            ended = self._tally.ended.copy()
-            return Measures(self._count(), self._stuck(), ended, times, self._journal)
+            times = {key: kept.copy() for key, kept in self._counters.times.items()}
+            ended = self._counters.ended.copy()
+            return Snapshot(self._count(), self._stuck(), ended, times, self._journal)
 
     def check_open(self) -> None:
         """Raise what submit() would raise now: a TaskError or nothing."""
@@ -4324,11 +4361,11 @@ class Ledger:
         if task_id in self._tasks:
             return self._tasks[task_id]
         if task_id in self._forgotten:
-            raise ForgottenTask("task %s was deleted or has expired" % task_id)
+            raise GoneTask("task %s was deleted or has expired" % task_id)
         if self._journal and task_id in self._journal.damaged:
             text = "task %s is damaged in the file: its row fails its checksum"
             raise DamagedTask(text % task_id)
-        raise UnknownTask("there is no task %s" % shown(task_id))
+        raise UnknownTask("there is no task %s" % quote(task_id))
 
     def responds(self, patience: float) -> bool:
         """Whether the ledger's lock is to be had within so many seconds."""
@@ -4349,7 +4386,7 @@ class Ledger:
         if task.ended_at is None or now - task.ended_at <= ttl:
             return False
         # Perhaps the clock was set: no task is older than the process that took it in.
-        return task.seq <= self._first_seq or self._ticks() - self._begun > ttl
+        return task.seq <= self._first_seq or self._monotonic() - self._begun > ttl
 
     def _drop_old(self, now: float) -> None:
         """Drop finished tasks past the limits, oldest first. Assumes the lock."""
@@ -4375,7 +4412,7 @@ class Ledger:
 
     def _forget(self, task: Task) -> None:
         self._add(self._tasks.pop(task.id), -1)
-        self.feed.forget(task.id)
+        self.events.forget(task.id)
         self._remember(task.id)
 
     def _remember(self, task_id: str) -> None:
@@ -4395,8 +4432,8 @@ class Ledger:
         """
         with self._lock:
             self._when_done = when_done
-            self._drained_by = self._ticks() + patience
-            late = self._agenda.later_than(self._drained_by)
+            self._drained_by = self._monotonic() + patience
+            late = self._timers.later_than(self._drained_by)
             self._beyond.update(key for key in late if key in self._tasks)
             if not self._may_start():
                 self._ready.put(_LAST)
@@ -4417,7 +4454,7 @@ class Ledger:
                 context.cancel(SHUTDOWN)
             self._wake_all()
             self._ready.put(_LAST)
-            self._agenda.changed.set()
+            self._timers.changed.set()
             self._tell_if_done()
 
     def give_up(self) -> List[Task]:
@@ -4471,7 +4508,7 @@ def backoff(first: float, failures: int) -> float:
 
 
 # ======================================================================
-# 6. Workers
+# 8. Worker pool
 #
 # run_one() runs a handler and always comes back with an outcome; the pool
 # calls it for ever in its threads. Threads are started when there is work
@@ -4487,9 +4524,9 @@ def run_one(
         if task.type not in handlers:  # it came from a journal
             known = ", ".join(sorted(handlers))
             text = "no task type %s is registered any more; known: %s"
-            raise Failure(text % (shown(task.type), known))
+            raise Failure(text % (quote(task.type), known))
         context.check()  # it may have been cancelled before it could begin
-        value = handlers[task.type].run(params_of(task), context)
+        value = run_handler(handlers[task.type], params_of(task), context)
         return Outcome(COMPLETED, encode_result(value, max_result))
     except Cancelled:
         if context.cancelled:
@@ -4513,13 +4550,13 @@ def _log_raised(context: Context) -> None:
         log_run(logging.WARNING, context, "raised", exc_info=True)
 
 
-class Pool:
+class WorkerPool:
     """Up to `count` threads that run the ledger's tasks, and one that keeps time."""
 
     def __init__(
-        self, ledger: Ledger, handlers: Mapping[str, Handler], count: int
+        self, store: TaskStore, handlers: Mapping[str, Handler], count: int
     ) -> None:
-        self._ledger = ledger
+        self._store = store
         self._handlers = handlers
         self._count = count
         # The lock guards what follows. While a thread more may be started, one is
@@ -4530,7 +4567,7 @@ class Pool:
         self._threads = 0
         self._idle = 0
         self._busy: Set[Context] = set()  # what the other threads have taken
-        ledger.on_stuck = self._replace
+        store.on_stuck = self._replace
 
     def start(self) -> None:
         """Start the first worker; raises SettingsError if not even that is possible."""
@@ -4576,14 +4613,14 @@ class Pool:
 
         Returns False when that is to be tried again.
         """
-        stuck = self._ledger.stuck()
-        return stuck > self._ledger.limits.stuck or self._start_if_needed()
+        stuck = self._store.stuck()
+        return stuck > self._store.limits.stuck or self._start_if_needed()
 
     def _keep_time(self) -> None:
         patience: Optional[float] = 0
-        while self._ledger.await_tick(patience):
+        while self._store.await_tick(patience):
             try:
-                patience = self._ledger.tick()
+                patience = self._store.tick()
             except Exception:
                 log.exception("a timer failed; the others go on")
                 patience = 1.0
@@ -4593,7 +4630,7 @@ class Pool:
 
     def _work(self) -> None:
         while True:
-            claimed = self._ledger.claim()
+            claimed = self._store.claim()
             with self._lock:
                 self._idle -= 1
                 if claimed is None:
@@ -4602,7 +4639,7 @@ class Pool:
                 task, context = claimed
                 self._busy.add(context)
                 self._start_if_needed()
-            if self._ledger.begin(task, context):
+            if self._store.begin(task, context):
                 self._run(task, context)
             with self._lock:
                 if context in self._busy:
@@ -4616,12 +4653,12 @@ class Pool:
     def _run(self, task: Task, context: Context) -> None:
         """Run a task and record how that ended, whatever it was."""
         log_run(logging.DEBUG, context, "attempt %d started", task.attempt)
-        max_result = self._ledger.limits.result_bytes
+        max_result = self._store.limits.result_bytes
         outcome = run_one(task, context, self._handlers, max_result)
         try:
             took = time.monotonic() - context.began
             tell = functools.partial(self._log_end, context, took)
-            self._ledger.finish(context, outcome, tell)
+            self._store.finish(context, outcome, tell)
         except IllegalMove:
             log_run(logging.WARNING, context, "its handler came back late")
 
@@ -4643,7 +4680,7 @@ def first_line(error: str) -> str:
 
 
 # ======================================================================
-# 7. Requests and replies
+# 9. HTTP API
 #
 # What is asked and what is answered over HTTP, whoever carries it: a
 # request knows its head and body, a reply its status and body, and ERRORS
@@ -4751,7 +4788,7 @@ class Request:
         if "" in codings or "chunked" in codings[:-1]:
             raise HTTPError(400, "chunked must be the last transfer coding, and once")
         if codings != ["chunked"]:
-            detail = "the only transfer coding is chunked, not " + shown(listed)
+            detail = "the only transfer coding is chunked, not " + quote(listed)
             raise HTTPError(501, detail)
         return True
 
@@ -4874,7 +4911,7 @@ ERRORS: Dict[type, Tuple[int, Optional[int]]] = {
     Malformed: (400, None),
     Invalid: (422, None),
     UnknownTask: (404, None),
-    ForgottenTask: (410, None),
+    GoneTask: (410, None),
     DamagedTask: (410, None),
     Unfinished: (409, 1),
     Finished: (409, None),
@@ -4904,15 +4941,6 @@ def _pointer(path: Path) -> str:
     """Write a path as a URI fragment's JSON Pointer (RFC 6901)."""
     steps = [str(step)[:200].replace("~", "~0").replace("/", "~1") for step in path]
     return "#" + "".join("/" + step for step in steps)
-
-
-# ======================================================================
-# 8. The API
-#
-# ROUTES is all of it. Endpoints are small functions from a request to a
-# reply; the metrics and the OpenAPI document are made from the same tables
-# that everything else goes by.
-# ======================================================================
 
 
 # -- documents -------------------------------------------------------------
@@ -4982,7 +5010,7 @@ def status_reply(
     app: "App", task: Task, status: int = 200, headers: Mapping[str, str] = {}
 ) -> "Reply":
     """Answer with a task's state."""
-    text = status_json(task, app.ledger.context(task.id)) + "\n"
+    text = status_json(task, app.store.context(task.id)) + "\n"
     return Reply(status, text.encode("utf-8"), JSON, headers)
 
 
@@ -5013,7 +5041,7 @@ class Traffic(NamedTuple):
 class App(NamedTuple):
     """What endpoints work with."""
 
-    ledger: Ledger
+    store: TaskStore
     handlers: Mapping[str, Handler]
     access: "Access"
     max_wait: float = 300  # seconds
@@ -5029,10 +5057,10 @@ def submit_task(app: App, request: Request) -> Reply:
         return submit_batch(app, wanted, media)
     key = request.headers.get("idempotency-key")
     if key is None:
-        task = app.ledger.submit_all([wanted])[0]
+        task = app.store.submit_all([wanted])[0]
     else:
         try:
-            task = app.ledger.submit_once(id_of_key(key), wanted)[0]
+            task = app.store.submit_once(id_of_key(key), wanted)[0]
         except DifferentRequest:
             detail = "this Idempotency-Key came with another task before"
             raise HTTPError(422, detail) from None
@@ -5042,7 +5070,7 @@ def submit_task(app: App, request: Request) -> Reply:
 
 def submit_batch(app: App, wanted: Sequence[Submission], media: str) -> Reply:
     """Submit all of these tasks or none."""
-    tasks = app.ledger.submit_all(wanted)
+    tasks = app.store.submit_all(wanted)
     if media == TEXT:
         return text_reply("\n".join(task.id for task in tasks), 202)
     texts = ['{"id": "%s", "status": "%s"}' % (task.id, PENDING) for task in tasks]
@@ -5056,7 +5084,7 @@ def put_task(app: App, request: Request) -> Reply:
         raise HTTPError(400, "the id must be a UUID, such as " + new_id())
     with _gently(request):
         wanted = read_submission(app, request, request.json())
-    task, new = app.ledger.submit_once(request.task_id, wanted)
+    task, new = app.store.submit_once(request.task_id, wanted)
     return submitted_reply(app, request, task, 202 if new else 200, media)
 
 
@@ -5087,7 +5115,7 @@ def read_submission(app: App, request: Request, document: Any) -> Submission:
     """Return what a request to submit one task asks for, all of it checked."""
     patience_of(app, request)  # a wait that can't be is refused before anything is done
     if not isinstance(document, dict):
-        raise Malformed("the body must be an object, not " + shown(document))
+        raise Malformed("the body must be an object, not " + quote(document))
     return check_submission(document, app.handlers)
 
 
@@ -5098,7 +5126,7 @@ def submitted_reply(
     patience, headers = patience_of(app, request)
     headers = {"Location": "/api/v1/tasks/" + task.id, **headers}
     if patience:
-        with contextlib.suppress(UnknownTask, ForgottenTask):  # it was taken in, anyway
+        with contextlib.suppress(UnknownTask, GoneTask):  # it was taken in, anyway
             task = await_end(app, request, task.id, patience)
     if media == TEXT:
         return text_reply(task.id, status, headers)
@@ -5170,21 +5198,21 @@ def list_tasks(app: App, request: Request) -> Reply:
     order = query.get("order", "asc")
     if order not in ("asc", "desc"):
         raise HTTPError(400, "order must be asc or desc, by submission")
-    tasks, behind = app.ledger.page(
+    tasks, behind = app.store.page(
         limit, after, status, query.get("type", ""), order == "desc"
     )
-    texts = [status_json(task, app.ledger.context(task.id)) for task in tasks]
-    about = to_json({"next": behind, "counts": app.ledger.totals()}).decode()
+    texts = [status_json(task, app.store.context(task.id)) for task in tasks]
+    about = to_json({"next": behind, "counts": app.store.totals()}).decode()
     return Reply(200, ('{"tasks": [%s], %s\n' % (", ".join(texts), about[1:])).encode())
 
 
 def await_end(app: App, request: Request, task_id: str, patience: float) -> Task:
     """Wait for the end of a task, as long as the client does."""
     if not patience:
-        return app.ledger.get(task_id)
+        return app.store.get(task_id)
     request.client_left = threading.Event()
     try:
-        return app.ledger.wait(task_id, patience, request.client_left)
+        return app.store.wait(task_id, patience, request.client_left)
     finally:
         request.client_left = None
 
@@ -5200,7 +5228,7 @@ def show_task(app: App, request: Request) -> Reply:
 
 def show_submission(app: App, request: Request) -> Reply:
     """Give what was submitted: a document to submit the same again."""
-    return json_reply(submission_document(app.ledger.get(request.task_id)))
+    return json_reply(submission_document(app.store.get(request.task_id)))
 
 
 def show_result(app: App, request: Request) -> Reply:
@@ -5219,17 +5247,17 @@ def show_result(app: App, request: Request) -> Reply:
 
 def show_log(app: App, request: Request) -> Reply:
     """Give the last lines of what a task has logged, control characters escaped."""
-    task = app.ledger.get(request.task_id)
-    lines, dropped = app.ledger.feed.log_of(task.id)
+    task = app.store.get(request.task_id)
+    lines, dropped = app.store.events.log_of(task.id)
     if dropped:
         lines.insert(0, "(dropped before these: %s)" % counted(dropped, "line"))
-    text = "".join(_escaped(line) + "\n" for line in lines)
+    text = "".join(escape(line) + "\n" for line in lines)
     return Reply(200, text.encode(), TEXT)
 
 
 def cancel_task(app: App, request: Request) -> Reply:
     """Cancel a task: one that waits at once; one that runs is asked to stop."""
-    task = app.ledger.cancel(request.task_id)
+    task = app.store.cancel(request.task_id)
     return status_reply(app, task, 200 if task.finished else 202)
 
 
@@ -5246,10 +5274,10 @@ def all_events(app: App, request: Request) -> Reply:
 def events_reply(app: App, request: Request, task_id: str) -> Reply:
     """Answer with Server-Sent Events (html.spec.whatwg.org/#server-sent-events)."""
     request.accepts(SSE)
-    feed, after, known = app.ledger.feed, None, True
+    events, after, known = app.store.events, None, True
     last = request.headers.get("last-event-id", "")
     if last:
-        match = re.fullmatch(feed.life + "-([0-9]{1,15})", last)
+        match = re.fullmatch(events.life + "-([0-9]{1,15})", last)
         after, known = (int(match.group(1)), True) if match else (None, False)
     stream = event_stream(app, request, task_id, after, known)
     next(stream)  # begin to watch now, so that there is still time to refuse
@@ -5265,21 +5293,21 @@ def event_stream(
     `after` is the number of the last event that is known, None for none; `known` is
     False when there was one, but in another life.
     """
-    feed = app.ledger.feed
-    task, watch, lacks = app.ledger.watch(task_id, after)
+    events = app.store.events
+    task, watch, lacks = app.store.watch(task_id, after)
     request.client_left = watch.told  # for a comment: sending shows who is really gone
     try:
         yield b""
         yield b"retry: 1000\n\n"
         if lacks or not known:
             yield b'event: gap\ndata: {"detail": "some events are no longer kept"}\n\n'
-        yield from encode_events(feed.life, watch.missed)
+        yield from encode_events(events.life, watch.missed)
         if task and any(ends_stream(event) for event in watch.missed):
             return
         # The task as it was when the watch began: behind what was missed, and before
         # anything that is new.
         if task and (task.finished or after is None or lacks):
-            text = status_json(task, app.ledger.context(task.id))
+            text = status_json(task, app.store.context(task.id))
             yield b"event: status\ndata: %b\n\n" % text.encode()
             if task.finished:
                 return
@@ -5287,13 +5315,13 @@ def event_stream(
         while not over:
             over = watch.over  # looked at first: what was told before it is still told
             news = watch.take(0 if over else KEEP_ALIVE)
-            yield from encode_events(feed.life, news)
+            yield from encode_events(events.life, news)
             if not news:
                 yield b":\n\n"
             over = over or (task is not None and any(map(ends_stream, news)))
     finally:
         request.client_left = None
-        feed.leave(task_id, watch)
+        events.leave(task_id, watch)
 
 
 def ends_stream(event: Event) -> bool:
@@ -5327,7 +5355,7 @@ def encode_event(life: str, event: Event) -> bytes:
 
 def delete_task(app: App, request: Request) -> Reply:
     """Forget a finished task."""
-    app.ledger.delete(request.task_id)
+    app.store.delete(request.task_id)
     return Reply(204)
 
 
@@ -5411,7 +5439,7 @@ def show_health(app: App, request: Request) -> Reply:
 
 def show_readiness(app: App, request: Request) -> Reply:
     """Tell whether a task would be taken in now."""
-    app.ledger.check_open()
+    app.store.check_open()
     return json_reply({"status": "ready"})
 
 
@@ -5440,16 +5468,14 @@ def show_metrics(app: App, request: Request) -> Reply:
 
 def task_metrics(app: App) -> Iterator[Metric]:
     """Yield what there is to tell of tasks and the journal."""
-    counts, stuck, ended, times, journal = app.ledger.measure()
+    counts, stuck, ended, times, journal = app.store.measure()
     finished = {(type, status): 0 for type in app.handlers for status in FINISHED}
     name, about = "longtasks_tasks_finished_total", "Tasks that have finished."
     yield counter(name, about, ("type", "status"), {**finished, **ended})
     yield gauge("longtasks_tasks_pending", "Tasks that wait.", counts.pending)
     yield gauge("longtasks_tasks_processing", "Tasks that run.", counts.processing)
     yield gauge("longtasks_tasks_kept", "Tasks kept after their end.", counts.finished)
-    yield gauge(
-        "longtasks_queue_limit", "Tasks that may wait.", app.ledger.limits.queue
-    )
+    yield gauge("longtasks_queue_limit", "Tasks that may wait.", app.store.limits.queue)
     yield gauge("longtasks_handlers_stuck", "Handlers that do not stop.", stuck)
     for what, about in (
         ("waiting", "Time from when a task could start to its start."),
@@ -5860,7 +5886,7 @@ def allowed_methods(path: str) -> str:
 def find_route(request: Request) -> Route:
     """Return a request's route, and note its task id and query; raises HTTPError."""
     if request.method not in METHODS:
-        raise HTTPError(501, "there is no method " + shown(request.method))
+        raise HTTPError(501, "there is no method " + quote(request.method))
     path, above = request.path, "/api/v1/tasks/"
     if path.startswith(above) and path != above:
         task_id, slash, below = path[len(above) :].partition("/")
@@ -5897,7 +5923,7 @@ def read_query(text: str, known: Sequence[str]) -> Dict[str, str]:
     for name, _ in pairs:
         if name not in known:
             names = ", ".join(known) or "none"
-            detail = "no query parameter %s here; known: %s" % (shown(name), names)
+            detail = "no query parameter %s here; known: %s" % (quote(name), names)
             raise HTTPError(400, detail)
     return dict(pairs)
 
@@ -5929,7 +5955,7 @@ def respond(app: App, request: Request) -> Reply:
 
 
 # ======================================================================
-# 9. The server
+# 10. HTTP server
 #
 # Access says who gets an answer at all. A request is read here, strictly
 # (RFC 9112), on a thread per connection. The server makes room when too
@@ -6017,7 +6043,7 @@ def check_host(host: str) -> None:
     browser then takes this service for a part of that page, but tells its name.
     """
     if host and not _LOOPBACK.fullmatch(host):
-        detail = "without a token only localhost is answered for, not " + shown(host)
+        detail = "without a token only localhost is answered for, not " + quote(host)
         raise HTTPError(421, detail)
 
 
@@ -6185,7 +6211,7 @@ def _head_form(status: int, media: str, sized: bool, connection: str) -> str:
 class Connection(socketserver.BaseRequestHandler):
     """A client's connection: reads requests and answers them, one after the other."""
 
-    server: "Server"
+    server: "APIServer"
 
     def setup(self) -> None:
         """Prepare to read; called by socketserver."""
@@ -6746,7 +6772,7 @@ _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _NO_MORE = (*_NO_ROOM, errno.EAGAIN, errno.EBADF)
 
 
-class Server(ThreadingHTTPServer):
+class APIServer(ThreadingHTTPServer):
     """Listens, and gives each client a thread."""
 
     request_queue_size = 1024  # the default, 5, costs clients seconds under load
@@ -6933,16 +6959,16 @@ class Server(ThreadingHTTPServer):
                     return False
             return len(self._connections) <= self.max_connections + self.reserve
 
-    def _await_room(self, why: str) -> None:
+    def _await_room(self, reason: str) -> None:
         """Pause accepting until a connection has ended, but not for long."""
         with self._changed:
-            self._make_room(why)
+            self._make_room(reason)
             self._changed.wait(0.1)
 
     def _is_full(self) -> bool:
         return len(self._connections) - len(self._leaving) >= self.max_connections
 
-    def _make_room(self, why: str) -> None:
+    def _make_room(self, reason: str) -> None:
         """Part with some whose clients have let us wait longest. Assumes the lock.
 
         Idle ones go first, since their clients know how to connect again, then those
@@ -6952,7 +6978,7 @@ class Server(ThreadingHTTPServer):
         now = time.monotonic()
         if now - self._warned_at >= 10:
             self._warned_at = now
-            log.warning("clients that are idle or slow make room: %s", why)
+            log.warning("clients that are idle or slow make room: %s", reason)
         found = [c for c in self._connections.values() if c and self._hinders(c, now)]
         few = self._few - len(self._leaving)
         for connection in heapq.nlargest(
@@ -7057,7 +7083,7 @@ class Server(ThreadingHTTPServer):
 
 
 # ======================================================================
-# 10. The client
+# 11. Client
 #
 # The same API from the other side, for hosts without curl. CLIENT lists
 # the commands, each a small function over Client.answer(). What was asked
@@ -7115,7 +7141,7 @@ class Client:
         match = self.urls.fullmatch(url)
         if not match:
             right = "http://HOST:PORT, https://HOST:PORT or unix:PATH"
-            raise ClientError(REFUSED, "a URL is %s, not %s" % (right, shown(url)))
+            raise ClientError(REFUSED, "a URL is %s, not %s" % (right, quote(url)))
         if match.group(4) and not hasattr(socket, "AF_UNIX"):
             raise ClientError(REFUSED, "this system has no Unix sockets")
         self.url = url
@@ -7218,7 +7244,7 @@ def make_client(url: Optional[str], environ: Mapping[str, str]) -> Client:
 
 def task_path(task_id: str, below: str = "") -> str:
     """Return the path of a task, or of what is below it."""
-    return "/api/v1/tasks/" + quote(task_id, "", errors="surrogateescape") + below
+    return "/api/v1/tasks/" + url_quote(task_id, "", errors="surrogateescape") + below
 
 
 def persist(do: Callable[[], Any], tell: Callable[[str], None]) -> Any:
@@ -7267,7 +7293,7 @@ def put_out(what: Union[str, bytes]) -> None:
 
 def put_table(*rows: Sequence[str]) -> None:
     """Print rows on stdout, their columns below each other."""
-    safe = [[_escaped(cell) for cell in row] for row in rows]
+    safe = [[escape(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*safe)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in safe]
     put_out("\n".join(lines))
@@ -7296,7 +7322,7 @@ class Display:
         before, past, when = self._told
         now = self._clock()
         if self._live:
-            self._draw(_escaped(text), percent)
+            self._draw(escape(text), percent)
         elif status == before and not (
             progress and ((percent or 0) >= past + self.step or now >= when + self.step)
         ):
@@ -7318,7 +7344,7 @@ class Display:
     def say(self, line: str) -> None:
         """Tell something in a line that stays."""
         self.clear()
-        tell(_escaped(line) + "\n")
+        tell(escape(line) + "\n")
 
     def clear(self) -> None:
         """Take away the line that changes."""
@@ -7344,11 +7370,11 @@ def read_params(client: Client, args: Any) -> Any:
     schema: Dict[str, Any] = {}
     params = _from_source(args.params)
     if args.words and not isinstance(params, dict):
-        raise ClientError(REFUSED, "--params must be an object, not " + shown(params))
+        raise ClientError(REFUSED, "--params must be an object, not " + quote(params))
     for word in args.words:
         match = re.fullmatch("([^=]+?)(:?=)(.*)", word, re.DOTALL)
         if not match:
-            text = "a param is key=value or key:=JSON, not " + shown(word)
+            text = "a param is key=value or key:=JSON, not " + quote(word)
             raise ClientError(REFUSED, text)
         key, sign, text = match.groups()
         if sign == ":=":
@@ -7594,7 +7620,7 @@ def types_command(client: Client, args: Any) -> int:
     for each in document["types"]:
         params = each["params"].get("properties", {}).items()
         words = [
-            name + ("=" + shown(param["default"]) if "default" in param else "")
+            name + ("=" + quote(param["default"]) if "default" in param else "")
             for name, param in params
             if param is not False
         ]
@@ -7678,7 +7704,7 @@ def dispatch(name: str, argv: Sequence[str]) -> int:
     except ClientError as error:
         failure = error
     for line in failure.args:
-        tell("longtasks: %s\n" % _escaped(line))
+        tell("longtasks: %s\n" % escape(line))
     return failure.code
 
 
@@ -7686,7 +7712,7 @@ def client_parser(name: str) -> Any:
     """Return the parser of a command's arguments; raises ClientError."""
     if name not in CLIENT:
         text = "there is no command %s, only %s; without a command it is the service"
-        raise ClientError(REFUSED, text % (shown(name), ", ".join(CLIENT)))
+        raise ClientError(REFUSED, text % (quote(name), ", ".join(CLIENT)))
     parser = make_parser(
         "; %s --help tells more" % name,
         prog="longtasks.py " + name,
@@ -7706,7 +7732,7 @@ def client_parser(name: str) -> Any:
 
 
 # ======================================================================
-# 11. Command line and main
+# 12. Main
 #
 # Puts the rooms together, starts them, waits for a signal, drains, and
 # leaves with a code that tells the truth: 0 when nothing was lost, 1 when
@@ -7724,10 +7750,10 @@ END_PATIENCE = 5.0  # seconds that anything else may take at the end
 _DONE = "all tasks are done"
 _CLOSED = "the server is closed"
 
-Events = Any  # a queue.SimpleQueue of signal numbers and these
+SignalQueue = Any  # a queue.SimpleQueue of signal numbers and these
 
 
-class Supervisor:
+class ServiceManager:
     """The line to a service manager, such as systemd, if one listens.
 
     It speaks by the environment (sd_notify(3), sd_watchdog_enabled(3) and
@@ -7788,11 +7814,11 @@ class Service:
     def __init__(
         self,
         settings: Settings,
-        handlers: Mapping[str, Handler] = HANDLERS,
-        supervisor: Optional[Supervisor] = None,
+        handlers: Mapping[str, Handler] = REGISTRY,
+        manager: Optional[ServiceManager] = None,
     ) -> None:
         self.settings = settings
-        self.supervisor = supervisor or Supervisor({})
+        self.manager = manager or ServiceManager({})
         limits = Limits(
             settings["QUEUE_LIMIT"],
             settings["QUEUE_BYTES"],
@@ -7807,10 +7833,10 @@ class Service:
         rules = functools.lru_cache(maxsize=1000)(
             functools.partial(rules_of, handlers, settings["TASK_TIMEOUT"])
         )
-        self.ledger = Ledger(limits, rules=rules, types=handlers)
-        self.pool = Pool(self.ledger, handlers, settings["WORKER_COUNT"])
+        self.store = TaskStore(limits, rules=rules, types=handlers)
+        self.pool = WorkerPool(self.store, handlers, settings["WORKER_COUNT"])
         scheme = "https" if tls else "http"
-        app = App(self.ledger, handlers, access, settings["MAX_WAIT"], scheme)
+        app = App(self.store, handlers, access, settings["MAX_WAIT"], scheme)
         self.server = self._listen(app)
         self.server.tls = tls
         # Last, so that a start that is refused has changed nothing there.
@@ -7820,13 +7846,13 @@ class Service:
         """Open the journal and go on with what is in it."""
         try:
             journal = Journal(self.settings["DB"])
-            self.ledger.take_up(journal)
+            self.store.take_up(journal)
             return journal
         except BaseException:  # KeyboardInterrupt, too
             self.server.server_close()
             raise
 
-    def _listen(self, app: App) -> Server:
+    def _listen(self, app: App) -> APIServer:
         host, port = self.settings["HOST"], self.settings["PORT"]
         most = self.settings["MAX_BODY"], self.settings["MAX_CONNECTIONS"]
         address, where = (host, port), "HOST %s, PORT %d" % (host, port)
@@ -7836,7 +7862,7 @@ class Service:
             if not hasattr(socket, "AF_UNIX"):
                 raise SettingsError(where + ": this system has no such sockets")
         try:
-            return Server(address, app, *most, self.supervisor.listener)
+            return APIServer(address, app, *most, self.manager.listener)
         except OSError as error:
             text = "%s: can't listen: %s" % (where, error.strerror or error)
             if error.filename:  # the folder of a Unix socket
@@ -7849,7 +7875,7 @@ class Service:
         log.info("listening on %s, %s, pid %d", self.server.url, workers, os.getpid())
         self._warn_of_plain_token()
         if self.journal:
-            counts, interrupted = self.ledger.counts(), self.ledger.interrupted
+            counts, interrupted = self.store.counts(), self.store.interrupted
             waiting = counted(counts.pending + counts.processing, "task")
             found = waiting, counts.finished, len(interrupted)
             text = "journal %s: %s waiting, %d finished, %d interrupted"
@@ -7865,7 +7891,7 @@ class Service:
             daemon=True,
         )
         self._acceptor.start()
-        self.supervisor.tell("READY=1")
+        self.manager.tell("READY=1")
 
     def _warn_of_plain_token(self) -> None:
         access, host = self.server.app.access, self.server.server_name
@@ -7878,7 +7904,7 @@ class Service:
 
     def _tell_given_up(self) -> None:
         """Warn of each task that has failed by this start, interrupted too often."""
-        for task in self.ledger.interrupted:
+        for task in self.store.interrupted:
             if task.status == FAILED:
                 fields = {
                     "task_id": task.id,
@@ -7888,18 +7914,18 @@ class Service:
                 }
                 log.warning("failed", extra={"fields": fields})
 
-    def run(self, events: Events) -> int:
+    def run(self, events: SignalQueue) -> int:
         """Serve until a signal is recorded in `events`; return the exit code."""
         number = self._next_event(events, None)
-        self.supervisor.tell("STOPPING=1")
+        self.manager.tell("STOPPING=1")
         ran, left = self._drain(signal.Signals(number).name, events)
         put_back = sum(task.id in ran for task in left)
         if self.journal:
             saved = self.journal.close(JOURNAL_PATIENCE)
             if not saved:
                 text = "journal %s: %s; what has ended since then is run again"
-                why = self.journal.error or "it takes too long to write"
-                log.error(text, self.journal.path, why)
+                reason = self.journal.error or "it takes too long to write"
+                log.error(text, self.journal.path, reason)
             finished = counted(len(ran) - put_back, "task")
             message = "stopped, %s finished, %d put back, %d left waiting"
             log.info(message, finished, put_back, len(left) - put_back)
@@ -7911,11 +7937,11 @@ class Service:
         log.info("stopped, %s given up", counted(len(left), "task"))
         return 1 if left else 0
 
-    def _drain(self, name: str, events: Events) -> Tuple[List[str], List[Task]]:
+    def _drain(self, name: str, events: SignalQueue) -> Tuple[List[str], List[Task]]:
         """Let tasks finish, or stop them; return ids of what ran, and what is left."""
-        patience, waiting = self.settings["DRAIN_TIMEOUT"], self.ledger.counts().pending
+        patience, waiting = self.settings["DRAIN_TIMEOUT"], self.store.counts().pending
         end = time.monotonic() + patience
-        ran = self.ledger.drain(lambda: events.put(_DONE), patience)
+        ran = self.store.drain(lambda: events.put(_DONE), patience)
         self._report()
         message = (
             "%s: draining, %d running and %d waiting, for %g s at most; "
@@ -7928,16 +7954,16 @@ class Service:
                 "%s: handlers are told to stop",
                 "second signal" if event else "time is up",
             )
-        self.ledger.halt()  # in any case: what is told as given up must not run
+        self.store.halt()  # in any case: what is told as given up must not run
         if event is None:
             event = self._next_event(events, self.settings["GRACE"])
-        left = self.ledger.give_up()
-        self.ledger.feed.wake(over=True)
+        left = self.store.give_up()
+        self.store.events.wake(over=True)
         if event in (None, _DONE):  # else a second signal: no time for courtesy
             self._hang_up(events, end - time.monotonic())
         return ran, left
 
-    def _hang_up(self, events: Events, patience: float) -> None:
+    def _hang_up(self, events: SignalQueue, patience: float) -> None:
         """Stop listening once what came in is answered, or a signal comes."""
 
         def close() -> None:
@@ -7950,7 +7976,7 @@ class Service:
         while self._next_event(events, None) == _DONE:  # it may have been told twice
             pass
 
-    def _next_event(self, events: Events, patience: Optional[float]) -> Any:
+    def _next_event(self, events: SignalQueue, patience: Optional[float]) -> Any:
         """Wait for what is recorded next; None when that takes longer than `patience`.
 
         Meanwhile the supervisor is told how things are, and what may have been renewed
@@ -7958,7 +7984,7 @@ class Service:
         """
         end = math.inf if patience is None else time.monotonic() + patience
         while True:
-            if self.supervisor.is_due():
+            if self.manager.is_due():
                 self._report()
             # By and by, since a signal that the system gave to another thread does not
             # end this one's wait, and its handler runs only once this thread goes on.
@@ -7969,7 +7995,7 @@ class Service:
                     return event
                 if self.settings["API_TOKEN_FILE"] or self.settings["TLS_CERT"]:
                     self.reload()
-                elif not self.ledger.draining:  # a terminal that closes may send two
+                elif not self.store.draining:  # a terminal that closes may send two
                     return event
                 continue
             if wait < 0.25:
@@ -7977,13 +8003,13 @@ class Service:
 
     def _report(self) -> None:
         """Tell the supervisor how things are, unless they are at a standstill."""
-        draining = self.ledger.draining
+        draining = self.store.draining
         threads = [] if draining else [self.pool.timer, self._acceptor]
         dead = [thread.name for thread in threads if not thread.is_alive()]
-        if dead or not self.ledger.responds(1.0):
+        if dead or not self.store.responds(1.0):
             log.error("at a standstill: %s", ", ".join(dead) or "the ledger's lock")
             return
-        counts = self.ledger.counts()
+        counts = self.store.counts()
         text = "STATUS=%s%d running, %d waiting, %d finished"
         lines = [
             text
@@ -7994,11 +8020,11 @@ class Service:
                 counts.finished,
             )
         ]
-        if self.supervisor.watches:
+        if self.manager.watches:
             lines.append("WATCHDOG=1")
         if draining:
-            lines.append("EXTEND_TIMEOUT_USEC=%d" % (self.supervisor.extension * 10**6))
-        self.supervisor.tell(*lines)
+            lines.append("EXTEND_TIMEOUT_USEC=%d" % (self.manager.extension * 10**6))
+        self.manager.tell(*lines)
 
     def reload(self) -> None:
         """Read the token's file and the certificate again, for requests from now on."""
@@ -8009,17 +8035,17 @@ class Service:
             return
         if token:
             self.server.app.access.take(token)
-            self.ledger.feed.wake()  # for the streams to see that
+            self.store.events.wake()  # for the streams to see that
         self.server.tls = tls
         log.info("SIGHUP: the token and the certificate are read again")
 
     def close(self) -> None:
         """Stop at once: handlers are told to stop, requests in flight are answered."""
-        self.ledger.halt()
-        self.ledger.feed.wake(over=True)
+        self.store.halt()
+        self.store.events.wake(over=True)
         self.server.close()
         if self.journal:
-            self.ledger.give_up()
+            self.store.give_up()
             self.journal.close(JOURNAL_PATIENCE)
 
 
@@ -8037,9 +8063,9 @@ class LogFormatter(logging.Formatter):
             text += " after %.3f s" % fields["duration"]
         if "error" in fields:
             text += ": " + fields["error"]
-        first = _escaped("%-7s %s" % (record.levelname, text))
+        first = escape("%-7s %s" % (record.levelname, text))
         lines = fields.get("traceback", "").splitlines()
-        more = "".join("\n  " + _escaped(line[:2000]) for line in lines)
+        more = "".join("\n  " + escape(line[:2000]) for line in lines)
         return "%s %s%s" % (timestamp(record.created), first, more)
 
 
@@ -8216,16 +8242,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for name in SECRETS:
             os.environ.pop(name, None)  # no child process is to have it
         start_logging(settings["LOG_LEVEL"], settings["LOG_FORMAT"])
-        supervisor = Supervisor(os.environ)
+        manager = ServiceManager(os.environ)
         _load_task_types(settings)
         signals.take(bool(settings["API_TOKEN_FILE"] or settings["TLS_CERT"]))
-        service = Service(settings, supervisor=supervisor)
+        service = Service(settings, manager=manager)
         allow_descriptors(settings["MAX_CONNECTIONS"] + 1000)
         signals.starting = False
         service.start()
     except (SettingsError, HandlerError) as error:
         finish_log()
-        print("longtasks: %s" % _escaped(str(error)), file=stderr)
+        print("longtasks: %s" % escape(str(error)), file=stderr)
         code = TRY_AGAIN if getattr(error, "temporary", False) else 2
     except KeyboardInterrupt:
         finish_log()
@@ -8244,9 +8270,9 @@ def load_all(files: Sequence[str]) -> None:
     for name in ("base64", "hashlib", "hmac", "subprocess", "uuid") if files else ():
         importlib.import_module(name)
     for file in files:
-        before = len(HANDLERS)
+        before = len(REGISTRY)
         load_handlers(file)
-        if len(HANDLERS) == before:
+        if len(REGISTRY) == before:
             log.warning("--handlers %s has no @handler: no task type is in it", file)
 
 
@@ -8283,7 +8309,7 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.events: Events = queue.SimpleQueue()
+        self.events: SignalQueue = queue.SimpleQueue()
         self.starting = True
 
     @property
@@ -8315,7 +8341,7 @@ class Signals:
 
 
 # ======================================================================
-# 12. The page
+# 13. The page
 #
 # What a browser is given at GET /: a client of the API like any other.
 # Whatever the service tells is put there as text, never as HTML, and the

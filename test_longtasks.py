@@ -53,7 +53,7 @@ import pytest
 import longtasks
 from longtasks import Cancelled, Context, HandlerError, handler
 
-longtasks.Server.poll_interval = 0.01  # so that stopping many takes little time
+longtasks.APIServer.poll_interval = 0.01  # so that stopping many takes little time
 
 HERE = Path(__file__).parent
 SCRIPT = str(HERE / "longtasks.py")
@@ -112,8 +112,8 @@ class Answer(NamedTuple):
 @pytest.fixture
 def registry(monkeypatch):
     """A registry of the test's own, with the built-in types in it."""
-    handlers = dict(longtasks.HANDLERS)
-    monkeypatch.setattr(longtasks, "HANDLERS", handlers)
+    handlers = dict(longtasks.REGISTRY)
+    monkeypatch.setattr(longtasks, "REGISTRY", handlers)
     return handlers
 
 
@@ -147,7 +147,7 @@ def serving(**changes):
     """A real service on a free port, stopped whatever happens."""
     settings = longtasks.read_settings([], {})
     settings.update(PORT=0, **changes)
-    service = longtasks.Service(settings, longtasks.HANDLERS)
+    service = longtasks.Service(settings, longtasks.REGISTRY)
     service.start()
     try:
         yield service
@@ -209,7 +209,7 @@ def resolved(schema, document):
 @functools.lru_cache(maxsize=None)
 def told_of(method, path, status):
     """What the OpenAPI document says of an answer, None of a path it has not."""
-    document = longtasks.openapi(longtasks.HANDLERS, True)
+    document = longtasks.openapi(longtasks.REGISTRY, True)
     methods = document["paths"].get(path, {})
     if method.lower() not in methods:
         return None
@@ -674,7 +674,7 @@ def test_an_error_is_kept_up_to_its_limit(length, kept):
 
 @pytest.mark.parametrize("length, kept", [(78, 80), (79, 80), (10**7, 80)])
 def test_a_value_in_a_message_is_shown_up_to_its_limit(length, kept):
-    text = longtasks.shown("x" * length)
+    text = longtasks.quote("x" * length)
     assert len(text) == kept
     assert text.endswith("..." if length > 78 else 'x"')
 
@@ -687,7 +687,7 @@ def test_text_survives_the_way_through_json():
 
 
 # ======================================================================
-# 3. Handlers
+# 3. Task registry, and 4. Execution
 # ======================================================================
 
 
@@ -898,7 +898,7 @@ def test_the_registry_is_a_dict_and_the_function_stays_itself(registry):
         """
 
     assert handler("mine")(function) is function
-    assert isinstance(longtasks.HANDLERS, dict)
+    assert isinstance(longtasks.REGISTRY, dict)
     assert registry["mine"].description == "Do it."
 
 
@@ -1170,7 +1170,7 @@ def test_the_reason_that_came_first_counts():
     context = Context("id")
     for why in ("first", "second"):
         context.cancel(why)
-    assert context.why == "first"
+    assert context.reason == "first"
 
 
 def test_except_exception_does_not_swallow_a_cancel():
@@ -1190,7 +1190,7 @@ def test_a_handlers_file_need_not_be_utf_8_but_for_an_executor(
     text = "# \xe9\nfrom longtasks import handler\n@handler('odd')\ndef odd(): pass\n"
     (tmp_path / "odd.py").write_bytes(text.encode("latin-1"))
     longtasks.load_handlers(str(tmp_path / "odd.py"))
-    assert "odd" in longtasks.HANDLERS
+    assert "odd" in longtasks.REGISTRY
     factory = write(tmp_path, "from concurrent.futures import ThreadPoolExecutor as f")
     with pytest.raises(HandlerError, match="the executor can't be sent its text"):
         longtasks.load_executor(factory + ":f")
@@ -1261,7 +1261,7 @@ def test_long_computation_tells_its_progress(registry):
         def sleep(self, seconds):
             seen.append(self.progress_document())
 
-    registry["long_computation"].run({"duration": 1000}, Watched("id"))
+    registry["long_computation"].run_here({"duration": 1000}, Watched("id"))
     assert len(seen) == 100
     assert seen[0] is None
     assert seen[50] == {"percent": 50.0, "message": "500 of 1000 s"}
@@ -1271,11 +1271,11 @@ def test_long_computation_tells_its_progress(registry):
 def test_long_computation_refuses_absurd_durations(duration):
     document = {"type": "long_computation", "params": {"duration": duration}}
     with pytest.raises(longtasks.Invalid, match="a number from 0 to 604800"):
-        longtasks.check_submission(document, longtasks.HANDLERS)
+        longtasks.check_submission(document, longtasks.REGISTRY)
 
 
 # ======================================================================
-# 4. Journal
+# 5. Journal
 # ======================================================================
 
 
@@ -1314,11 +1314,11 @@ def journalled(path, clock=None, kind=longtasks.Journal, **limits):
     clock = clock or Clock()
     rules = longtasks.Rules()
     try:
-        ledger = longtasks.Ledger(
+        store = longtasks.TaskStore(
             longtasks.Limits(**limits), clock, journal, lambda type: rules, clock
         )
-        ledger.journal = journal
-        yield ledger
+        store.journal = journal
+        yield store
     finally:
         if kind is HeldJournal:
             journal.failure = None
@@ -1326,10 +1326,10 @@ def journalled(path, clock=None, kind=longtasks.Journal, **limits):
         assert journal.close(LONG)
 
 
-def begun(ledger):
+def begun(store):
     """Take the next task, and wait until that is on disk."""
-    task, context = ledger.claim()
-    assert ledger.begin(task, context)
+    task, context = store.claim()
+    assert store.begin(task, context)
     return task, context
 
 
@@ -1386,16 +1386,16 @@ def test_the_file_is_private_and_says_what_it_is(tmp_path):
 
 def test_a_file_that_others_can_read_is_tightened(tmp_path):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        ledger.submit("t", b"{}")
+    with journalled(path) as store:
+        store.submit("t", b"{}")
         copies = [
             (tmp_path / n, (tmp_path / n).read_bytes()) for n in os.listdir(tmp_path)
         ]
     for copy, data in copies:  # as a crash leaves them
         copy.write_bytes(data)
         copy.chmod(0o644)
-    with records() as kept, journalled(path) as ledger:
-        assert ledger.counts().pending == 1
+    with records() as kept, journalled(path) as store:
+        assert store.counts().pending == 1
         for end in ("", "-wal", "-shm"):
             assert Path(str(path) + end).stat().st_mode & 0o777 == 0o600
         lines = [record.getMessage() for record in kept]
@@ -1417,8 +1417,8 @@ def test_a_symbolic_link_is_no_lock(tmp_path, capsys):
 
 
 def test_a_commit_waits_for_the_disk(tmp_path):
-    with journalled(tmp_path / "tasks.db") as ledger:
-        db = ledger.journal._db
+    with journalled(tmp_path / "tasks.db") as store:
+        db = store.journal._db
         assert db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
 
@@ -1441,9 +1441,9 @@ def newer(path):
 
 
 def corrupt(path):
-    with journalled(path) as ledger:
+    with journalled(path) as store:
         for _ in range(500):
-            ledger.submit("t", b'{"x": "%s"}' % (b"x" * 100))
+            store.submit("t", b'{"x": "%s"}' % (b"x" * 100))
     data = bytearray(path.read_bytes())
     data[8192:16384] = os.urandom(8192)
     path.write_bytes(bytes(data))
@@ -1541,16 +1541,16 @@ def test_without_sqlite_in_python_one_line_says_so(tmp_path, monkeypatch, capsys
 def test_an_empty_file_becomes_a_journal(tmp_path):
     path = tmp_path / "tasks.db"
     path.touch()
-    with journalled(path) as ledger:
-        task = ledger.submit("t", b"{}")
+    with journalled(path) as store:
+        task = store.submit("t", b"{}")
     assert rows_of(path) == [(task.id, "pending")]
 
 
 def test_one_who_died_while_making_the_file_leaves_no_hindrance(tmp_path):
     path = tmp_path / "tasks.db"
     (tmp_path / "tasks.db.new").write_text("half a file")
-    with journalled(path) as ledger:
-        ledger.submit("t", b"{}")
+    with journalled(path) as store:
+        store.submit("t", b"{}")
     assert not (tmp_path / "tasks.db.new").exists()
 
 
@@ -1581,23 +1581,23 @@ BAD_TEXT = "params = CAST(x'7b22736563726574ff' AS TEXT)"
 )
 def test_a_damaged_row_costs_its_task_and_no_other(change, tmp_path):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        task, other = ledger.submit_all([asked(b'{"secret": 1}'), asked(b"{}")])
+    with journalled(path) as store:
+        task, other = store.submit_all([asked(b'{"secret": 1}'), asked(b"{}")])
     damage(path, task.id, change)
     before = rows_of(path, "*")
-    with journalled(path) as ledger:
-        assert ledger.page(10) == ([other], None)
+    with journalled(path) as store:
+        assert store.page(10) == ([other], None)
         wanted = asked(b'{"secret": 1}')
         for do in (
-            lambda: ledger.get(task.id),
-            lambda: ledger.cancel(task.id),
-            lambda: ledger.delete(task.id),
-            lambda: ledger.submit_once(task.id, wanted),
+            lambda: store.get(task.id),
+            lambda: store.cancel(task.id),
+            lambda: store.delete(task.id),
+            lambda: store.submit_once(task.id, wanted),
         ):
             with pytest.raises(longtasks.DamagedTask, match="fails its checksum"):
                 do()
-        assert ledger.journal.damaged_rows == 1
-        assert ledger.claim()[0].id == other.id
+        assert store.journal.damaged_rows == 1
+        assert store.claim()[0].id == other.id
     left = [row for row in rows_of(path, "*") if row[1] != other.id]
     assert left == [row for row in before if row[1] != other.id]
 
@@ -1609,8 +1609,8 @@ def damage(path, task_id, change):
 
 def test_whose_row_is_damaged_is_reported_and_nothing_that_is_in_it(tmp_path, registry):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        task = ledger.submit("long_computation", b'{"secret": 1}')
+    with journalled(path) as store:
+        task = store.submit("long_computation", b'{"secret": 1}')
     damage(path, task.id, BAD_TEXT)
     with records("INFO") as kept, serving(DB=str(path)) as service:
         answer = call(service, "GET", "/api/v1/tasks/" + task.id)
@@ -1623,43 +1623,43 @@ def test_whose_row_is_damaged_is_reported_and_nothing_that_is_in_it(tmp_path, re
 
 def test_a_damaged_id_answers_for_both_that_it_may_have_been(tmp_path):
     path, other = tmp_path / "tasks.db", longtasks.new_id()
-    with journalled(path) as ledger:
-        task = ledger.submit("t", b"{}")
+    with journalled(path) as store:
+        task = store.submit("t", b"{}")
     damage(path, task.id, "id = '%s'" % other)
-    with journalled(path) as ledger:
+    with journalled(path) as store:
         for task_id in (task.id, other):
             with pytest.raises(longtasks.DamagedTask):
-                ledger.get(task_id)
+                store.get(task_id)
         with pytest.raises(longtasks.UnknownTask):
-            ledger.get(longtasks.new_id())
+            store.get(longtasks.new_id())
 
 
 def test_a_damaged_row_that_does_not_say_whose_it_is_stops_the_start(tmp_path, capsys):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        task = ledger.submit("t", b"{}")
+    with journalled(path) as store:
+        task = store.submit("t", b"{}")
     damage(path, task.id, "id = 'x', checksum = ''")
     assert longtasks.main(["--port", "0", "--db", str(path)]) == 2
     text = "longtasks: DB %s is corrupt: the task with seq %d is damaged, even its id\n"
     assert capsys.readouterr().err == text % (path, task.seq)
 
 
-def answer_of(ledger, task_id):
+def answer_of(store, task_id):
     try:
-        return ledger.get(task_id)
+        return store.get(task_id)
     except longtasks.TaskError as error:
         return type(error).__name__
 
 
 def test_a_flipped_bit_in_the_file_never_gives_a_wrong_answer(tmp_path):
     path, dice = tmp_path / "tasks.db", random.Random(1)
-    with journalled(path) as ledger:
-        ids = [finished_task(ledger).id for _ in range(20)]
-        until(lambda: ledger.counts().finished == 20)
+    with journalled(path) as store:
+        ids = [finished_task(store).id for _ in range(20)]
+        until(lambda: store.counts().finished == 20)
         for task_id in ids[:10]:
-            ledger.delete(task_id)
-        ids += [task.id for task in ledger.submit_all([asked(b'{"n": 1}')] * 20)]
-        true = {task_id: answer_of(ledger, task_id) for task_id in ids}
+            store.delete(task_id)
+        ids += [task.id for task in store.submit_all([asked(b'{"n": 1}')] * 20)]
+        true = {task_id: answer_of(store, task_id) for task_id in ids}
     sound = path.read_bytes()
     refused = damaged = 0
     for number in range(100):
@@ -1668,8 +1668,8 @@ def test_a_flipped_bit_in_the_file_never_gives_a_wrong_answer(tmp_path):
         path = tmp_path / ("%d.db" % number)
         path.write_bytes(data)
         try:
-            with journalled(path) as ledger:
-                found = {task_id: answer_of(ledger, task_id) for task_id in ids}
+            with journalled(path) as store:
+                found = {task_id: answer_of(store, task_id) for task_id in ids}
         except longtasks.JournalError:
             refused += 1
             continue
@@ -1684,10 +1684,10 @@ def test_numbers_come_back_as_they_are_summed(tmp_path):
     path, clock = tmp_path / "tasks.db", Clock()
     clock.now = 5  # and no float
     options = longtasks.Options(timeout=5, delay=-0.0, retries=2, priority=-3)
-    with journalled(path, clock) as ledger:
-        task = ledger.submit("t", '{"é\U0001fae8": "\x00"}'.encode(), options)
-    with journalled(path, clock) as ledger:
-        assert ledger.get(task.id) == task
+    with journalled(path, clock) as store:
+        task = store.submit("t", '{"é\U0001fae8": "\x00"}'.encode(), options)
+    with journalled(path, clock) as store:
+        assert store.get(task.id) == task
 
 
 @pytest.mark.parametrize(
@@ -1702,100 +1702,100 @@ def test_numbers_come_back_as_they_are_summed(tmp_path):
 )
 def test_spoilt_params_fail_their_task_and_not_the_start(params, error, tmp_path):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        ledger.submit("long_computation", b"{}")
+    with journalled(path) as store:
+        store.submit("long_computation", b"{}")
     older(path, "UPDATE tasks SET params = '%s'" % params)
-    with journalled(path) as ledger:
-        outcome = longtasks.run_one(*ledger.claim(), longtasks.HANDLERS, 1000)
+    with journalled(path) as store:
+        outcome = longtasks.run_one(*store.claim(), longtasks.REGISTRY, 1000)
     assert outcome.status == "failed"
     assert outcome.error.startswith(error)
 
 
 def test_what_gathers_during_a_commit_goes_into_the_next_one(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        journal = ledger.journal
-        first = background(lambda: ledger.submit("t", b"{}"))
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        journal = store.journal
+        first = background(lambda: store.submit("t", b"{}"))
         journal.wait_held()
-        others = [background(lambda: ledger.submit("t", b"{}")) for _ in range(16)]
-        until(lambda: len(ledger._submitting) == 17)
+        others = [background(lambda: store.submit("t", b"{}")) for _ in range(16)]
+        until(lambda: len(store._submitting) == 17)
         journal.free()
         tasks = [one.result(LONG) for one in [first, *others]]
         assert [len(records) for records in journal.commits] == [1, 16]
-        assert {t.id for t in ledger.page(100)[0]} == {t.id for t in tasks}
+        assert {t.id for t in store.page(100)[0]} == {t.id for t in tasks}
 
 
 def test_nothing_is_acknowledged_or_shown_before_it_is_on_disk(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        journal = ledger.journal
-        submitted = background(lambda: ledger.submit("t", b"{}"))
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        journal = store.journal
+        submitted = background(lambda: store.submit("t", b"{}"))
         journal.wait_held()
         assert not submitted.done()
-        assert ledger.page(10) == ([], None)
+        assert store.page(10) == ([], None)
         journal.let.release()
         task = submitted.result(LONG)
 
-        claimed = background(lambda: begun(ledger))
+        claimed = background(lambda: begun(store))
         journal.wait_held()
         assert not claimed.done()
-        assert ledger.get(task.id).status == "pending"
+        assert store.get(task.id).status == "pending"
         journal.let.release()
         assert claimed.result(LONG)[0].status == "processing"
 
-        ledger.finish(ledger.context(task.id), DONE)
+        store.finish(store.context(task.id), DONE)
         journal.wait_held()
-        assert ledger.get(task.id).status == "processing"
+        assert store.get(task.id).status == "processing"
         journal.let.release()
-        until(lambda: ledger.get(task.id).finished)
+        until(lambda: store.get(task.id).finished)
 
-        deleted = background(lambda: ledger.delete(task.id))
+        deleted = background(lambda: store.delete(task.id))
         journal.wait_held()
         assert not deleted.done()
         journal.let.release()
         assert deleted.result(LONG) is None
-        with pytest.raises(longtasks.ForgottenTask):
-            ledger.get(task.id)
+        with pytest.raises(longtasks.GoneTask):
+            store.get(task.id)
     assert rows_of(tmp_path / "tasks.db") == []
 
 
 def test_what_cannot_be_written_is_refused_and_leaves_no_trace(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal, queue=1) as ledger:
-        ledger.journal.failure = sqlite3.OperationalError("disk I/O error")
-        submitted = background(lambda: ledger.submit("t", b"{}"))
-        ledger.journal.wait_held()
-        ledger.journal.let.release()
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal, queue=1) as store:
+        store.journal.failure = sqlite3.OperationalError("disk I/O error")
+        submitted = background(lambda: store.submit("t", b"{}"))
+        store.journal.wait_held()
+        store.journal.let.release()
         with pytest.raises(longtasks.Unavailable, match="disk I/O error"):
             submitted.result(LONG)
         with pytest.raises(longtasks.Unavailable, match="disk I/O error"):
-            ledger.check_open()
+            store.check_open()
         with pytest.raises(longtasks.Unavailable):
-            ledger.submit("t", b"{}")
-        ledger.journal.failure = None
-        ledger.journal.free()
-        until(lambda: not ledger.journal.error)
-        task = ledger.submit("t", b"{}")  # the one place in the queue is free
+            store.submit("t", b"{}")
+        store.journal.failure = None
+        store.journal.free()
+        until(lambda: not store.journal.error)
+        task = store.submit("t", b"{}")  # the one place in the queue is free
     assert rows_of(tmp_path / "tasks.db") == [(task.id, "pending")]
 
 
 @pytest.mark.parametrize("error", [sqlite3.OperationalError("full"), ValueError("odd")])
 def test_what_has_happened_is_written_when_the_disk_is_back(error, tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        journal = ledger.journal
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        journal = store.journal
         for _ in range(3):
             journal.let.release()
-        task = ledger.submit("t", b"{}")
-        other = ledger.submit("t", b"{}")
-        begun(ledger)
+        task = store.submit("t", b"{}")
+        other = store.submit("t", b"{}")
+        begun(store)
         journal.failure = error
-        ledger.finish(ledger.context(task.id), DONE)
+        store.finish(store.context(task.id), DONE)
         journal.let.release()
         until(lambda: journal.error)
-        assert ledger.get(task.id).status == "processing"
-        late = background(lambda: ledger.delete(other.id))
+        assert store.get(task.id).status == "processing"
+        late = background(lambda: store.delete(other.id))
         with pytest.raises(longtasks.Unfinished):
             late.result(LONG)
         journal.failure = None
         journal.free()
-        until(lambda: ledger.get(task.id).finished)
+        until(lambda: store.get(task.id).finished)
         assert not journal.error
     assert rows_of(tmp_path / "tasks.db") == [
         (task.id, "completed"),
@@ -1804,16 +1804,16 @@ def test_what_has_happened_is_written_when_the_disk_is_back(error, tmp_path):
 
 
 def test_commits_are_counted_with_their_time(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        journal = ledger.measure().journal
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        journal = store.measure().journal
         journal.free()
-        ledger.submit("t", b"{}")
+        store.submit("t", b"{}")
         before = sum(journal.commit_times.counts)
-        ledger.submit("t", b"{}")
+        store.submit("t", b"{}")
         assert sum(journal.commit_times.counts) == before + 1
         journal.failure = OSError("full")
         with pytest.raises(longtasks.Unavailable):
-            ledger.submit("t", b"{}")
+            store.submit("t", b"{}")
         assert sum(journal.commit_times.counts) == before + 1
         assert 0 < journal.commit_times.sum < LONG
         journal.failure = None
@@ -1826,12 +1826,12 @@ def test_a_wal_that_a_long_reader_keeps_is_warned_of_once(
     path, params = tmp_path / "tasks.db", b'{"x": "%s"}' % (b"x" * 500_000)
     wal, later = Path(str(path) + "-wal"), longtasks.Options(delay=1000)
     with records() as kept, serving(DB=str(path)) as service:
-        service.ledger.submit("t", b"{}", later)
+        service.store.submit("t", b"{}", later)
         with contextlib.closing(sqlite3.connect(str(path))) as reader:
             reader.execute("BEGIN")
             reader.execute("SELECT count(*) FROM tasks").fetchone()
             for _ in range(15):
-                service.ledger.submit("t", params, later)
+                service.store.submit("t", params, later)
                 service.journal.check_wal()
             found = metrics_of(service)["longtasks_journal_wal_bytes"]
         assert 5 << 20 < found <= wal.stat().st_size
@@ -1839,7 +1839,7 @@ def test_a_wal_that_a_long_reader_keeps_is_warned_of_once(
             record.getMessage() for record in kept if "-wal" in record.getMessage()
         ]
     assert len(lines) == 1
-    assert service.journal.check_wal in service.ledger._agenda._timers
+    assert service.journal.check_wal in service.store._timers._timers
     assert "its -wal has more than 5 MiB, and grows until a program" in lines[0]
 
 
@@ -1854,22 +1854,22 @@ def test_a_histogram_has_each_time_under_the_first_bound_that_holds_it():
 def test_rows_of_deleted_and_expired_tasks_leave_and_their_room_is_used_again(tmp_path):
     path, clock = tmp_path / "tasks.db", Clock()
     params = b'{"x": "%s"}' % (b"x" * 10_000)
-    with journalled(path, clock, result_ttl=10) as ledger:
+    with journalled(path, clock, result_ttl=10) as store:
         for _ in range(20):
-            finished_task(ledger, params=params)
-            until(lambda: ledger.counts().finished == 1)
-            ledger.delete(ledger.page(1)[0][0].id)
+            finished_task(store, params=params)
+            until(lambda: store.counts().finished == 1)
+            store.delete(store.page(1)[0][0].id)
         assert rows_of(path) == []
-        finished_task(ledger, params=params)
-        until(lambda: ledger.counts().finished == 1)
+        finished_task(store, params=params)
+        until(lambda: store.counts().finished == 1)
         clock.now += 11
-        ledger.expire()
+        store.expire()
         until(lambda: rows_of(path) == [])
     assert path.stat().st_size < 10 * len(params)
 
 
 # ======================================================================
-# 5. Ledger
+# 6. Events, and 7. Result store and task queue
 # ======================================================================
 
 DONE = longtasks.Outcome("completed", b"1")
@@ -1878,391 +1878,391 @@ DONE = longtasks.Outcome("completed", b"1")
 def new_ledger(clock=None, rules=None, types=(), **limits):
     clock = clock or Clock()
     rules = longtasks.Rules(**(rules or {}))
-    return longtasks.Ledger(
+    return longtasks.TaskStore(
         longtasks.Limits(**limits), clock, None, lambda type: rules, clock, types
     )
 
 
-def finished_task(ledger, outcome=DONE, params=b"{}"):
-    task = ledger.submit("t", params)
-    assert ledger.claim()[0].id == task.id
-    return ledger.finish(ledger.context(task.id), outcome)
+def finished_task(store, outcome=DONE, params=b"{}"):
+    task = store.submit("t", params)
+    assert store.claim()[0].id == task.id
+    return store.finish(store.context(task.id), outcome)
 
 
 def test_a_task_goes_its_way_and_every_look_is_a_value():
     clock = Clock()
-    ledger = new_ledger(clock)
-    pending = ledger.submit("t", b'{"a": 1}')
-    assert ledger.get(pending.id) == pending
+    store = new_ledger(clock)
+    pending = store.submit("t", b'{"a": 1}')
+    assert store.get(pending.id) == pending
     assert (pending.status, pending.attempt, pending.created_at) == (
         "pending",
         0,
         clock.now,
     )
     clock.now += 1
-    processing, context = ledger.claim()
-    assert processing == ledger.get(pending.id)
+    processing, context = store.claim()
+    assert processing == store.get(pending.id)
     assert (processing.status, processing.attempt) == ("processing", 1)
     assert processing.started_at == clock.now
     assert (context.task_id, context.attempt) == (pending.id, 1)
-    assert ledger.context(pending.id) is context
+    assert store.context(pending.id) is context
     clock.now += 2
-    ended = ledger.finish(ledger.context(pending.id), DONE)
-    assert ended == ledger.get(pending.id)
+    ended = store.finish(store.context(pending.id), DONE)
+    assert ended == store.get(pending.id)
     assert (ended.status, ended.result, ended.ended_at) == (
         "completed",
         b"1",
         clock.now,
     )
-    assert ledger.context(pending.id) is None
+    assert store.context(pending.id) is None
     assert pending.status == "pending"
 
 
 def test_tasks_are_claimed_in_the_order_of_submission():
-    ledger = new_ledger()
-    ids = [ledger.submit("t", b"{}").id for _ in range(5)]
-    assert [ledger.claim()[0].id for _ in range(5)] == ids
+    store = new_ledger()
+    ids = [store.submit("t", b"{}").id for _ in range(5)]
+    assert [store.claim()[0].id for _ in range(5)] == ids
 
 
 def test_a_task_is_finished_once():
-    ledger = new_ledger()
-    task = ledger.submit("t", b"{}")
-    context = ledger.claim()[1]
-    ledger.finish(context, DONE)
+    store = new_ledger()
+    task = store.submit("t", b"{}")
+    context = store.claim()[1]
+    store.finish(context, DONE)
     with pytest.raises((longtasks.IllegalMove, KeyError)):
-        ledger.finish(context, longtasks.Outcome("failed", error="late"))
-    assert ledger.get(task.id).status == "completed"
+        store.finish(context, longtasks.Outcome("failed", error="late"))
+    assert store.get(task.id).status == "completed"
 
 
 @pytest.mark.parametrize("attempt", range(20))
 def test_of_many_who_finish_a_task_at_once_one_wins(attempt):
-    ledger = new_ledger()
-    task = ledger.submit("t", b"{}")
-    context = ledger.claim()[1]
+    store = new_ledger()
+    task = store.submit("t", b"{}")
+    context = store.claim()[1]
 
     def finish(index):
         with contextlib.suppress(longtasks.IllegalMove, KeyError):
-            return ledger.finish(context, longtasks.Outcome("failed", error=str(index)))
+            return store.finish(context, longtasks.Outcome("failed", error=str(index)))
 
     winners = [ended for ended in together(8, finish) if ended]
     assert len(winners) == 1
-    assert ledger.get(task.id) == winners[0]
-    assert ledger.counts() == (0, 0, 1)
+    assert store.get(task.id) == winners[0]
+    assert store.counts() == (0, 0, 1)
 
 
 @pytest.mark.parametrize("attempt", range(10))
 def test_many_workers_claim_each_task_once(attempt):
-    ledger = new_ledger()
-    ids = {ledger.submit("t", b"{}").id for _ in range(200)}
-    claimed = together(8, lambda _: [ledger.claim()[0].id for _ in range(25)])
+    store = new_ledger()
+    ids = {store.submit("t", b"{}").id for _ in range(200)}
+    claimed = together(8, lambda _: [store.claim()[0].id for _ in range(25)])
     assert sorted(id for some in claimed for id in some) == sorted(ids)
 
 
 @pytest.mark.parametrize("tried", [9, 10, 11, 300])
 @pytest.mark.parametrize("limits", [{"queue": 10}, {"queue_bytes": 10 * 50}])
 def test_the_queue_takes_as_much_as_its_limits_and_no_more(limits, tried):
-    ledger, taken = new_ledger(**limits), 0
+    store, taken = new_ledger(**limits), 0
     for _ in range(tried):
         with contextlib.suppress(longtasks.QueueFull):
-            ledger.submit("t", b"x" * 50)
+            store.submit("t", b"x" * 50)
             taken += 1
-    assert taken == ledger.counts().pending == min(tried, 10)
+    assert taken == store.counts().pending == min(tried, 10)
 
 
 @pytest.mark.parametrize("count", [9, 10, 11, 300])
 @pytest.mark.parametrize("limits", [{"results": 10}, {"result_bytes": 10 * 50}])
 def test_finished_tasks_are_kept_as_many_as_the_limits_say(limits, count):
-    ledger = new_ledger(**limits)
+    store = new_ledger(**limits)
     tasks = [
-        finished_task(ledger, longtasks.Outcome("completed", b"x" * 48))
+        finished_task(store, longtasks.Outcome("completed", b"x" * 48))
         for _ in range(count)
     ]
-    assert [t.id for t in ledger.page(1000)[0]] == [t.id for t in tasks[-10:]]
+    assert [t.id for t in store.page(1000)[0]] == [t.id for t in tasks[-10:]]
 
 
 def test_a_full_queue_takes_nothing_and_records_nothing():
-    ledger = new_ledger(queue=2)
-    ledger.submit("t", b"{}")
-    ledger.submit("t", b"{}")
+    store = new_ledger(queue=2)
+    store.submit("t", b"{}")
+    store.submit("t", b"{}")
     with pytest.raises(longtasks.QueueFull, match="2 tasks waiting"):
-        ledger.submit("t", b"{}")
+        store.submit("t", b"{}")
     with pytest.raises(longtasks.QueueFull):
-        ledger.check_open()
-    assert ledger.counts() == (2, 0, 0)
-    ledger.claim()
-    ledger.submit("t", b"{}")
+        store.check_open()
+    assert store.counts() == (2, 0, 0)
+    store.claim()
+    store.submit("t", b"{}")
 
 
 @pytest.mark.parametrize("attempt", range(10))
 def test_many_submitters_never_overfill_the_queue(attempt):
-    ledger = new_ledger(queue=50)
+    store = new_ledger(queue=50)
 
     def submit_some(_):
         taken = 0
         with contextlib.suppress(longtasks.QueueFull):
             for _ in range(20):
-                ledger.submit("t", b"{}")
+                store.submit("t", b"{}")
                 taken += 1
         return taken
 
     assert sum(together(8, submit_some)) == 50
-    assert ledger.counts().pending == 50
+    assert store.counts().pending == 50
 
 
 def test_finished_tasks_leave_by_age():
     clock = Clock()
-    ledger = new_ledger(clock, result_ttl=60)
-    old = finished_task(ledger)
-    waiting = ledger.submit("t", b"{}")
+    store = new_ledger(clock, result_ttl=60)
+    old = finished_task(store)
+    waiting = store.submit("t", b"{}")
     clock.now += 60
-    assert ledger.get(old.id).finished
+    assert store.get(old.id).finished
     clock.now += 1
-    with pytest.raises(longtasks.ForgottenTask):
-        ledger.get(old.id)
-    assert ledger.get(waiting.id).status == "pending"
+    with pytest.raises(longtasks.GoneTask):
+        store.get(old.id)
+    assert store.get(waiting.id).status == "pending"
 
 
 def test_who_made_way_in_the_queue_lets_the_next_of_its_type_go_on():
     one = {"t": longtasks.Rules(max_running=1)}
-    ledger = longtasks.Ledger(rules=lambda type: one.get(type, longtasks.Rules()))
-    first, second, third = (ledger.submit("t", b"{}") for _ in range(3))
-    context = ledger.claim()[1]
-    ledger.submit("other", b"{}")
-    assert ledger.claim()[0].type == "other"  # second and third are parked now
-    others = [ledger.submit("other", b"{}") for _ in range(300)]
-    ledger.finish(context, DONE)  # second may start
+    store = longtasks.TaskStore(rules=lambda type: one.get(type, longtasks.Rules()))
+    first, second, third = (store.submit("t", b"{}") for _ in range(3))
+    context = store.claim()[1]
+    store.submit("other", b"{}")
+    assert store.claim()[0].type == "other"  # second and third are parked now
+    others = [store.submit("other", b"{}") for _ in range(300)]
+    store.finish(context, DONE)  # second may start
     for task in [second, *others]:
-        ledger.cancel(task.id)
-    assert ledger._ready.qsize() < 250, "it was tidied"
-    ledger.submit("other", b"{}")
-    assert ledger.claim()[0].id == third.id
+        store.cancel(task.id)
+    assert store._ready.qsize() < 250, "it was tidied"
+    store.submit("other", b"{}")
+    assert store.claim()[0].id == third.id
     assert first.seq < third.seq
 
 
 def test_expiry_goes_on_after_an_error(monkeypatch):
     clock = Clock()
-    ledger = new_ledger(clock)
-    monkeypatch.setattr(ledger, "_drop_old", lambda now: 1 / 0)
+    store = new_ledger(clock)
+    monkeypatch.setattr(store, "_drop_old", lambda now: 1 / 0)
     for _ in range(2):
         clock.now += 60
         with pytest.raises(ZeroDivisionError):
-            ledger.tick()
+            store.tick()
 
 
 def test_an_idle_ledger_can_be_told_to_expire():
     clock = Clock()
-    ledger = new_ledger(clock, result_ttl=60)
-    finished_task(ledger)
+    store = new_ledger(clock, result_ttl=60)
+    finished_task(store)
     clock.now += 61
-    ledger.expire()
-    assert ledger.counts().finished == 0
+    store.expire()
+    assert store.counts().finished == 0
 
 
 def test_finished_tasks_leave_by_count_oldest_first():
-    ledger = new_ledger(results=3)
-    tasks = [finished_task(ledger) for _ in range(5)]
-    assert [t.id for t in ledger.page(10)[0]] == [t.id for t in tasks[2:]]
-    with pytest.raises(longtasks.ForgottenTask):
-        ledger.get(tasks[1].id)
+    store = new_ledger(results=3)
+    tasks = [finished_task(store) for _ in range(5)]
+    assert [t.id for t in store.page(10)[0]] == [t.id for t in tasks[2:]]
+    with pytest.raises(longtasks.GoneTask):
+        store.get(tasks[1].id)
 
 
 def test_the_order_of_leaving_is_that_of_ending():
-    ledger = new_ledger(results=1)
-    first, second = ledger.submit("t", b"{}"), ledger.submit("t", b"{}")
-    ledger.claim(), ledger.claim()
-    ledger.finish(ledger.context(second.id), DONE)
-    ledger.finish(ledger.context(first.id), DONE)
-    assert [t.id for t in ledger.page(10)[0]] == [first.id]
+    store = new_ledger(results=1)
+    first, second = store.submit("t", b"{}"), store.submit("t", b"{}")
+    store.claim(), store.claim()
+    store.finish(store.context(second.id), DONE)
+    store.finish(store.context(first.id), DONE)
+    assert [t.id for t in store.page(10)[0]] == [first.id]
 
 
 def test_finished_tasks_leave_by_bytes_but_never_the_last():
-    ledger = new_ledger(result_bytes=100)
+    store = new_ledger(result_bytes=100)
     small = [
-        finished_task(ledger, longtasks.Outcome("completed", b"x" * 38)) for _ in "ab"
+        finished_task(store, longtasks.Outcome("completed", b"x" * 38)) for _ in "ab"
     ]
-    assert all(ledger.get(task.id) for task in small)
-    big = finished_task(ledger, longtasks.Outcome("completed", b"x" * 200))
-    assert [t.id for t in ledger.page(10)[0]] == [big.id]
+    assert all(store.get(task.id) for task in small)
+    big = finished_task(store, longtasks.Outcome("completed", b"x" * 200))
+    assert [t.id for t in store.page(10)[0]] == [big.id]
 
 
 def test_unfinished_tasks_never_leave():
     clock = Clock()
-    ledger = new_ledger(clock, results=1, result_bytes=1, result_ttl=1)
-    running, waiting = ledger.submit("t", b"{}" * 99), ledger.submit("t", b"{}" * 99)
-    ledger.claim()
+    store = new_ledger(clock, results=1, result_bytes=1, result_ttl=1)
+    running, waiting = store.submit("t", b"{}" * 99), store.submit("t", b"{}" * 99)
+    store.claim()
     clock.now += 1000
-    ledger.expire()
-    assert ledger.get(running.id).status == "processing"
-    assert ledger.get(waiting.id).status == "pending"
+    store.expire()
+    assert store.get(running.id).status == "processing"
+    assert store.get(waiting.id).status == "pending"
 
 
 def test_memory_of_forgotten_ids_is_bounded():
-    ledger = new_ledger(results=1, forgotten=2)
-    tasks = [finished_task(ledger) for _ in range(4)]
+    store = new_ledger(results=1, forgotten=2)
+    tasks = [finished_task(store) for _ in range(4)]
     with pytest.raises(longtasks.UnknownTask):
-        ledger.get(tasks[0].id)
+        store.get(tasks[0].id)
     for task in tasks[1:3]:
-        with pytest.raises(longtasks.ForgottenTask):
-            ledger.get(task.id)
+        with pytest.raises(longtasks.GoneTask):
+            store.get(task.id)
 
 
 def test_a_finished_task_can_be_deleted_and_no_other():
-    ledger = new_ledger()
-    task = ledger.submit("t", b"{}")
+    store = new_ledger()
+    task = store.submit("t", b"{}")
     with pytest.raises(longtasks.Unfinished, match="is pending"):
-        ledger.delete(task.id)
-    ledger.claim()
+        store.delete(task.id)
+    store.claim()
     with pytest.raises(longtasks.Unfinished, match="is processing"):
-        ledger.delete(task.id)
-    ledger.finish(ledger.context(task.id), DONE)
-    ledger.delete(task.id)
-    for look in (ledger.get, ledger.delete):
-        with pytest.raises(longtasks.ForgottenTask):
+        store.delete(task.id)
+    store.finish(store.context(task.id), DONE)
+    store.delete(task.id)
+    for look in (store.get, store.delete):
+        with pytest.raises(longtasks.GoneTask):
             look(task.id)
     with pytest.raises(longtasks.UnknownTask):
-        ledger.delete("never")
+        store.delete("never")
 
 
 def test_deleting_leaves_nothing_behind():
-    ledger = new_ledger(forgotten=10)
-    oldest = finished_task(ledger)
+    store = new_ledger(forgotten=10)
+    oldest = finished_task(store)
     for _ in range(2000):
-        ledger.delete(finished_task(ledger).id)
-    assert len(ledger._ended) < 500
-    assert ledger.counts() == (0, 0, 1)
-    assert ledger._held == oldest.weight
-    ledger.delete(oldest.id)
-    assert ledger._held == 0
+        store.delete(finished_task(store).id)
+    assert len(store._ended) < 500
+    assert store.counts() == (0, 0, 1)
+    assert store._held == oldest.weight
+    store.delete(oldest.id)
+    assert store._held == 0
 
 
 def test_a_list_is_cut_into_pages_and_filtered():
-    ledger = new_ledger()
-    ids = [ledger.submit("ab"[n % 2], b"{}").id for n in range(10)]
-    ledger.claim()
-    page, behind = ledger.page(4)
+    store = new_ledger()
+    ids = [store.submit("ab"[n % 2], b"{}").id for n in range(10)]
+    store.claim()
+    page, behind = store.page(4)
     assert [task.id for task in page] == ids[:4]
-    page, behind = ledger.page(4, behind)
+    page, behind = store.page(4, behind)
     assert [task.id for task in page] == ids[4:8]
-    page, behind = ledger.page(4, behind)
+    page, behind = store.page(4, behind)
     assert [task.id for task in page] == ids[8:]
     assert behind is None
-    assert [t.id for t in ledger.page(9, status="processing")[0]] == ids[:1]
-    assert [t.id for t in ledger.page(9, type="b")[0]] == ids[1::2]
-    assert ledger.page(10)[1] is None
+    assert [t.id for t in store.page(9, status="processing")[0]] == ids[:1]
+    assert [t.id for t in store.page(9, type="b")[0]] == ids[1::2]
+    assert store.page(10)[1] is None
 
 
 def test_a_list_may_begin_with_the_newest():
-    ledger = new_ledger()
-    tasks = [finished_task(ledger) for _ in range(7)]
+    store = new_ledger()
+    tasks = [finished_task(store) for _ in range(7)]
     ids = [task.id for task in tasks][::-1]
-    page, behind = ledger.page(3, newest_first=True)
+    page, behind = store.page(3, newest_first=True)
     assert [task.id for task in page] == ids[:3]
-    ledger.delete(page[-1].id)
-    ledger.submit("new", b"{}")
-    page, behind = ledger.page(3, behind, newest_first=True)
+    store.delete(page[-1].id)
+    store.submit("new", b"{}")
+    page, behind = store.page(3, behind, newest_first=True)
     assert [task.id for task in page] == ids[3:6]
-    page, behind = ledger.page(3, behind, newest_first=True)
+    page, behind = store.page(3, behind, newest_first=True)
     assert ([task.id for task in page], behind) == (ids[6:], None)
 
 
 def test_a_page_goes_on_behind_a_task_that_has_gone():
-    ledger = new_ledger()
-    tasks = [finished_task(ledger) for _ in range(6)]
-    page, behind = ledger.page(3)
-    ledger.delete(page[-1].id)
-    assert [t.id for t in ledger.page(3, behind)[0]] == [t.id for t in tasks[3:]]
+    store = new_ledger()
+    tasks = [finished_task(store) for _ in range(6)]
+    page, behind = store.page(3)
+    store.delete(page[-1].id)
+    assert [t.id for t in store.page(3, behind)[0]] == [t.id for t in tasks[3:]]
 
 
 def test_a_draining_ledger_takes_nothing_and_tells_when_all_is_done():
-    ledger, told = new_ledger(), []
-    first, second = ledger.submit("t", b"{}"), ledger.submit("t", b"{}")
-    assert ledger.drain(lambda: told.append(1)) == []
+    store, told = new_ledger(), []
+    first, second = store.submit("t", b"{}"), store.submit("t", b"{}")
+    assert store.drain(lambda: told.append(1)) == []
     with pytest.raises(longtasks.Draining):
-        ledger.submit("t", b"{}")
-    ledger.claim(), ledger.claim()
-    ledger.finish(ledger.context(second.id), DONE)
+        store.submit("t", b"{}")
+    store.claim(), store.claim()
+    store.finish(store.context(second.id), DONE)
     assert not told
-    ledger.finish(ledger.context(first.id), DONE)
+    store.finish(store.context(first.id), DONE)
     assert told
 
 
 def test_an_idle_ledger_is_drained_at_once():
-    ledger, told = new_ledger(), []
-    ledger.drain(lambda: told.append(1))
+    store, told = new_ledger(), []
+    store.drain(lambda: told.append(1))
     assert told
 
 
 def test_a_halted_ledger_starts_nothing_and_tells_what_runs_to_stop():
-    ledger, told = new_ledger(), []
-    running, waiting = ledger.submit("t", b"{}"), ledger.submit("t", b"{}")
-    context = ledger.claim()[1]
-    ledger.drain(lambda: told.append(1))
-    ledger.halt()
+    store, told = new_ledger(), []
+    running, waiting = store.submit("t", b"{}"), store.submit("t", b"{}")
+    context = store.claim()[1]
+    store.drain(lambda: told.append(1))
+    store.halt()
     assert context.cancelled
-    assert ledger.claim() is None
+    assert store.claim() is None
     assert not told
-    ledger.finish(ledger.context(running.id), longtasks.Outcome("cancelled", error="x"))
+    store.finish(store.context(running.id), longtasks.Outcome("cancelled", error="x"))
     assert told
-    assert [task.id for task in ledger.give_up()] == [running.id, waiting.id]
+    assert [task.id for task in store.give_up()] == [running.id, waiting.id]
 
 
 @pytest.mark.parametrize("outcome", ["completed", "cancelled"])
 def test_what_was_given_up_cannot_finish_any_more(outcome):
-    ledger = new_ledger()
-    running = ledger.submit("t", b"{}")
-    context = ledger.claim()[1]
-    ledger.halt()
-    (task,) = ledger.give_up()
+    store = new_ledger()
+    running = store.submit("t", b"{}")
+    context = store.claim()[1]
+    store.halt()
+    (task,) = store.give_up()
     assert (task.id, task.status, task.attempt) == (running.id, "pending", 1)
     with pytest.raises(longtasks.IllegalMove):
-        ledger.finish(context, longtasks.Outcome(outcome, b"1"))
-    assert ledger.get(running.id) == task
+        store.finish(context, longtasks.Outcome(outcome, b"1"))
+    assert store.get(running.id) == task
 
 
-def counted(ledger, what, type="t"):
+def counted(store, what, type="t"):
     """How many times of that kind were counted, and what they are in all."""
-    times = ledger.measure().times[what, type]
+    times = store.measure().times[what, type]
     return sum(times.counts), times.sum
 
 
 def test_what_has_ended_waited_and_run_is_counted_by_type():
     clock = Clock()
-    ledger = new_ledger(clock, types={"t"})
-    ledger.submit("t", b"{}", longtasks.Options(delay=10))
+    store = new_ledger(clock, types={"t"})
+    store.submit("t", b"{}", longtasks.Options(delay=10))
     clock.now += 12
-    ledger.tick()
-    _, context = ledger.claim()
+    store.tick()
+    _, context = store.claim()
     clock.now += 40
-    ledger.finish(context, DONE)
-    ledger.cancel(ledger.submit("t", b"{}").id)
-    assert ledger.measure().ended == {("t", "completed"): 1, ("t", "cancelled"): 1}
-    assert counted(ledger, "waiting") == (1, 2.0)
-    assert counted(ledger, "running") == (1, 40.0)
+    store.finish(context, DONE)
+    store.cancel(store.submit("t", b"{}").id)
+    assert store.measure().ended == {("t", "completed"): 1, ("t", "cancelled"): 1}
+    assert counted(store, "waiting") == (1, 2.0)
+    assert counted(store, "running") == (1, 40.0)
 
 
 def test_a_task_that_is_run_again_has_run_and_waited_twice_but_ended_once():
     clock = Clock()
-    ledger = new_ledger(clock, types={"t"})
-    ledger.submit("t", b"{}", longtasks.Options(retries=1))
+    store = new_ledger(clock, types={"t"})
+    store.submit("t", b"{}", longtasks.Options(retries=1))
     for _ in range(2):
         clock.now += 1
-        _, context = ledger.claim()
+        _, context = store.claim()
         clock.now += 3
-        clock.now = ledger.finish(context, FAILED).due_at or clock.now
-        ledger.tick()
-    assert ledger.measure().ended == {("t", "failed"): 1}
-    assert counted(ledger, "waiting") == (2, 2.0)
-    assert counted(ledger, "running") == (2, 6.0)
+        clock.now = store.finish(context, FAILED).due_at or clock.now
+        store.tick()
+    assert store.measure().ended == {("t", "failed"): 1}
+    assert counted(store, "waiting") == (2, 2.0)
+    assert counted(store, "running") == (2, 6.0)
 
 
 def test_types_that_are_not_registered_count_as_one():
-    ledger = new_ledger(types={"t"})
+    store = new_ledger(types={"t"})
     for type in ("a", "b", "t"):
-        ledger.submit(type, b"{}")
-        ledger.finish(ledger.claim()[1], DONE)
+        store.submit(type, b"{}")
+        store.finish(store.claim()[1], DONE)
     ended = {("(not registered)", "completed"): 2, ("t", "completed"): 1}
-    assert ledger.measure().ended == ended
-    assert counted(ledger, "running", "(not registered)")[0] == 2
+    assert store.measure().ended == ended
+    assert counted(store, "running", "(not registered)")[0] == 2
 
 
 # -- with a journal --------------------------------------------------------
@@ -2270,46 +2270,46 @@ def test_types_that_are_not_registered_count_as_one():
 
 def test_a_restart_finds_everything_as_it_was(tmp_path):
     path, clock = tmp_path / "tasks.db", Clock()
-    with journalled(path, clock, result_ttl=100) as ledger:
+    with journalled(path, clock, result_ttl=100) as store:
         old = finished_task(
-            ledger,
+            store,
             longtasks.Outcome(
                 "failed", error="é\udc80".encode("utf-8", "backslashreplace").decode()
             ),
         )
         done = finished_task(
-            ledger, longtasks.Outcome("completed", b'{"a": "\xc3\xa9"}')
+            store, longtasks.Outcome("completed", b'{"a": "\xc3\xa9"}')
         )
-        waiting = [ledger.submit("t", b'{"n": %d}' % n) for n in range(3)]
-        running = ledger.claim()[0]
+        waiting = [store.submit("t", b'{"n": %d}' % n) for n in range(3)]
+        running = store.claim()[0]
         assert running.id == waiting[0].id
     clock.now += 60
-    with journalled(path, clock, result_ttl=100) as ledger:
-        assert ledger.get(old.id) == old
-        assert ledger.get(done.id) == done
-        again = [ledger.claim()[0] for _ in range(3)]
+    with journalled(path, clock, result_ttl=100) as store:
+        assert store.get(old.id) == old
+        assert store.get(done.id) == done
+        again = [store.claim()[0] for _ in range(3)]
         assert [t.id for t in again] == [t.id for t in waiting]
         assert [t.attempt for t in again] == [2, 1, 1]
         assert [t.interruptions for t in again] == [1, 0, 0]
         assert again[2].created_at == waiting[2].created_at
-        listed, _ = ledger.page(10)
+        listed, _ = store.page(10)
         assert [t.id for t in listed] == [old.id, done.id] + [t.id for t in waiting]
-        new = ledger.submit("t", b"{}")
-        assert ledger.page(10, again[2].seq) == ([new], None)
+        new = store.submit("t", b"{}")
+        assert store.page(10, again[2].seq) == ([new], None)
         clock.now += 50  # 110 s after their end
-        with pytest.raises(longtasks.ForgottenTask):
-            ledger.get(done.id)
+        with pytest.raises(longtasks.GoneTask):
+            store.get(done.id)
 
 
 def test_a_task_that_kills_the_process_is_failed_after_three_times(tmp_path):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        task = ledger.submit("t", b"{}")
+    with journalled(path) as store:
+        task = store.submit("t", b"{}")
     for attempt in (1, 2, 3):
-        with journalled(path) as ledger:
-            assert ledger.claim()[0].attempt == attempt
-    with journalled(path) as ledger:
-        task = ledger.get(task.id)
+        with journalled(path) as store:
+            assert store.claim()[0].attempt == attempt
+    with journalled(path) as store:
+        task = store.get(task.id)
         assert task.status == "failed"
         assert task.attempt == 3
         assert task.error == "interrupted 3 times: the process died while it ran"
@@ -2317,27 +2317,27 @@ def test_a_task_that_kills_the_process_is_failed_after_three_times(tmp_path):
 
 def test_an_interrupted_task_waits_again_only_once_that_is_on_disk(tmp_path):
     path, seen = tmp_path / "tasks.db", []
-    with journalled(path) as ledger:
-        task = ledger.submit("t", b"{}")
-        begun(ledger)
+    with journalled(path) as store:
+        task = store.submit("t", b"{}")
+        begun(store)
 
     class LookedAt(longtasks.Journal):
         def start(self, written, gone_limit):
-            seen.append(ledger.get(task.id).status)
+            seen.append(store.get(task.id).status)
             super().start(written)
 
-    ledger, journal = longtasks.Ledger(), LookedAt(path)
-    ledger.take_up(journal)
-    assert [*seen, ledger.get(task.id).status] == ["processing", "pending"]
-    assert ledger.claim()[0].attempt == 2
+    store, journal = longtasks.TaskStore(), LookedAt(path)
+    store.take_up(journal)
+    assert [*seen, store.get(task.id).status] == ["processing", "pending"]
+    assert store.claim()[0].attempt == 2
     assert journal.close(LONG)
 
 
 def test_a_cancel_right_after_a_restart_is_not_undone_by_it(tmp_path, monkeypatch):
     path, waits = tmp_path / "tasks.db", threading.Event()
-    with journalled(path) as ledger:
-        task = ledger.submit("t", b"{}")
-        begun(ledger)
+    with journalled(path) as store:
+        task = store.submit("t", b"{}")
+        begun(store)
     wait = longtasks.Batch.wait
     monkeypatch.setattr(
         longtasks.Batch, "wait", lambda batch: [waits.set(), wait(batch)]
@@ -2345,44 +2345,44 @@ def test_a_cancel_right_after_a_restart_is_not_undone_by_it(tmp_path, monkeypatc
 
     class CancelledFirst(longtasks.Journal):
         def start(self, written, gone_limit):
-            cancels.append(background(lambda: ledger.cancel(task.id)))
+            cancels.append(background(lambda: store.cancel(task.id)))
             assert waits.wait(LONG)
             super().start(written)
 
-    cancels, ledger, journal = [], longtasks.Ledger(), CancelledFirst(path)
-    ledger.take_up(journal)
+    cancels, store, journal = [], longtasks.TaskStore(), CancelledFirst(path)
+    store.take_up(journal)
     assert cancels[0].result(LONG).status == "cancelled"
-    assert ledger.get(task.id).status == "cancelled"
+    assert store.get(task.id).status == "cancelled"
     assert journal.close(LONG)
-    with journalled(path) as ledger:
-        assert ledger.get(task.id).status == "cancelled"
+    with journalled(path) as store:
+        assert store.get(task.id).status == "cancelled"
 
 
 def test_an_orderly_end_is_no_interruption(tmp_path):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        task = ledger.submit("t", b"{}")
+    with journalled(path) as store:
+        task = store.submit("t", b"{}")
     for attempt in (1, 2, 3, 4):
-        with journalled(path) as ledger:
-            assert ledger.claim()[0].attempt == attempt
-            ledger.halt()
-            assert [t.id for t in ledger.give_up()] == [task.id]
+        with journalled(path) as store:
+            assert store.claim()[0].attempt == attempt
+            store.halt()
+            assert [t.id for t in store.give_up()] == [task.id]
 
 
 def test_limits_hold_at_the_restart_too(tmp_path):
     path, clock = tmp_path / "tasks.db", Clock()
-    with journalled(path, clock) as ledger:
-        tasks = [ledger.submit("t", b"{}") for _ in range(6)]
+    with journalled(path, clock) as store:
+        tasks = [store.submit("t", b"{}") for _ in range(6)]
         for _ in range(5):
-            ledger.claim()
+            store.claim()
         for task in [tasks[n] for n in (3, 0, 1, 4, 2)]:
             clock.now += 1
-            ledger.finish(ledger.context(task.id), DONE)
-    with journalled(path, clock, results=2) as ledger:
+            store.finish(store.context(task.id), DONE)
+    with journalled(path, clock, results=2) as store:
         kept = [tasks[2], tasks[4], tasks[5]]  # those that ended last, and the waiting
-        assert [t.id for t in ledger.page(10)[0]] == [t.id for t in kept]
-        with pytest.raises(longtasks.ForgottenTask):
-            ledger.get(tasks[3].id)
+        assert [t.id for t in store.page(10)[0]] == [t.id for t in kept]
+        with pytest.raises(longtasks.GoneTask):
+            store.get(tasks[3].id)
     assert [row[0] for row in rows_of(path)] == [t.id for t in kept]
 
 
@@ -2401,11 +2401,11 @@ def test_a_hundred_thousand_finished_tasks_are_taken_up_within_the_limits(
         db.commit()
     tracemalloc.start()
     begin = time.thread_time()  # so that it does not matter what else this host does
-    with journalled(path, Clock(4.0), results=1000) as ledger:
+    with journalled(path, Clock(4.0), results=1000) as store:
         took, (_, peak) = time.thread_time() - begin, tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert ledger.counts().finished == 1000
-        assert ledger.get(ids[-1]).result == b"1"
+        assert store.counts().finished == 1000
+        assert store.get(ids[-1]).result == b"1"
     with capsys.disabled():
         text = "\n%d tasks taken up in %.1f s (traced), with at most %.1f MB"
         print(text % (count, took, peak / 1e6))
@@ -2415,72 +2415,72 @@ def test_a_hundred_thousand_finished_tasks_are_taken_up_within_the_limits(
     assert took < 30  # under tracemalloc
 
 
-def by_count(ledger, clock):
-    finished_task(ledger)
-    finished_task(ledger)
+def by_count(store, clock):
+    finished_task(store)
+    finished_task(store)
 
 
-def by_age(ledger, clock):
+def by_age(store, clock):
     clock.now += 101
-    ledger.expire()
+    store.expire()
 
 
-def by_deletion(ledger, clock):
-    ledger.delete(ledger.page(1)[0][0].id)
+def by_deletion(store, clock):
+    store.delete(store.page(1)[0][0].id)
 
 
 @pytest.mark.parametrize("lose", [by_count, by_age, by_deletion])
 def test_an_id_that_is_gone_is_remembered_across_restarts(lose, tmp_path):
     path, clock = tmp_path / "tasks.db", Clock()
-    with journalled(path, clock, results=2, result_ttl=100) as ledger:
-        task_id = finished_task(ledger).id
-        until(lambda: ledger.counts().finished)
-        lose(ledger, clock)
-        until(lambda: task_id in ledger._forgotten)
+    with journalled(path, clock, results=2, result_ttl=100) as store:
+        task_id = finished_task(store).id
+        until(lambda: store.counts().finished)
+        lose(store, clock)
+        until(lambda: task_id in store._forgotten)
     for _ in range(2):
-        with journalled(path, clock, results=2, result_ttl=100) as ledger:
-            with pytest.raises(longtasks.ForgottenTask):
-                ledger.get(task_id)
-            with pytest.raises(longtasks.ForgottenTask):
-                ledger.submit_once(task_id, asked(b"{}"))
-            assert ledger.counts().pending == 0
+        with journalled(path, clock, results=2, result_ttl=100) as store:
+            with pytest.raises(longtasks.GoneTask):
+                store.get(task_id)
+            with pytest.raises(longtasks.GoneTask):
+                store.submit_once(task_id, asked(b"{}"))
+            assert store.counts().pending == 0
 
 
 def test_what_expires_at_the_start_is_remembered_too(tmp_path):
     path, clock = tmp_path / "tasks.db", Clock()
-    with journalled(path, clock, result_ttl=100) as ledger:
-        task_id = finished_task(ledger).id
-        until(lambda: ledger.counts().finished)
+    with journalled(path, clock, result_ttl=100) as store:
+        task_id = finished_task(store).id
+        until(lambda: store.counts().finished)
     clock.now += 101
     for _ in range(2):
-        with journalled(path, clock, result_ttl=100) as ledger, pytest.raises(
-            longtasks.ForgottenTask
+        with journalled(path, clock, result_ttl=100) as store, pytest.raises(
+            longtasks.GoneTask
         ):
-            ledger.get(task_id)
+            store.get(task_id)
 
 
 def test_as_many_ids_are_remembered_in_the_file_as_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(longtasks.Journal, "trim_after", 2)
     path = tmp_path / "tasks.db"
-    with journalled(path, forgotten=5) as ledger:
-        ids = [finished_task(ledger).id for _ in range(20)]
-        until(lambda: ledger.counts().finished == 20)
+    with journalled(path, forgotten=5) as store:
+        ids = [finished_task(store).id for _ in range(20)]
+        until(lambda: store.counts().finished == 20)
         for task_id in ids:
-            ledger.delete(task_id)
+            store.delete(task_id)
             assert len(rows_of(path, "id", "gone", "number")) <= 5 + 2
-    with journalled(path, forgotten=5) as ledger:
-        assert list(ledger._forgotten) == ids[-5:]
+    with journalled(path, forgotten=5) as store:
+        assert list(store._forgotten) == ids[-5:]
 
 
 def test_an_id_that_is_gone_and_damaged_answers_for_both_it_may_have_been(tmp_path):
     path, other = tmp_path / "tasks.db", longtasks.new_id()
-    with journalled(path) as ledger:
-        task_id = finished_task(ledger).id
-        until(lambda: ledger.counts().finished)
-        ledger.delete(task_id)
+    with journalled(path) as store:
+        task_id = finished_task(store).id
+        until(lambda: store.counts().finished)
+        store.delete(task_id)
     foreign(path, "UPDATE gone SET again = '%s'" % other)
-    with journalled(path) as ledger:
-        assert set(ledger._forgotten) == {task_id, other}
+    with journalled(path) as store:
+        assert set(store._forgotten) == {task_id, other}
     foreign(path, "UPDATE gone SET again = '', id = 'x'")
     journal = longtasks.Journal(str(path))
     with pytest.raises(longtasks.JournalError, match="table gone is damaged"):
@@ -2494,8 +2494,8 @@ def either(request, tmp_path):
     if request.param == "in memory":
         yield new_ledger()
     else:
-        with journalled(tmp_path / "tasks.db") as ledger:
-            yield ledger
+        with journalled(tmp_path / "tasks.db") as store:
+            yield store
 
 
 def asked(params, type="t", **options):
@@ -2520,7 +2520,7 @@ def test_a_submit_under_an_id_is_done_once(either):
         False,
     )
     either.delete("id")
-    with pytest.raises(longtasks.ForgottenTask):
+    with pytest.raises(longtasks.GoneTask):
         either.submit_once("id", asked(b"{}"))
 
 
@@ -2533,44 +2533,44 @@ def test_of_many_who_submit_under_one_id_at_once_one_is_first(attempt, either):
 
 
 def test_a_repeat_takes_its_turn_when_the_first_could_not_be_written(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        ledger.journal.failure = sqlite3.OperationalError("full")
-        first = background(lambda: ledger.submit_once("id", asked(b"{}")))
-        ledger.journal.wait_held()
-        second = background(lambda: ledger.submit_once("id", asked(b"{}")))
-        ledger.journal.let.release()
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        store.journal.failure = sqlite3.OperationalError("full")
+        first = background(lambda: store.submit_once("id", asked(b"{}")))
+        store.journal.wait_held()
+        second = background(lambda: store.submit_once("id", asked(b"{}")))
+        store.journal.let.release()
         for waiting in (first, second):
             with pytest.raises(longtasks.Unavailable):
                 waiting.result(LONG)
-        ledger.journal.failure = None
-        ledger.journal.free()
-        until(lambda: not ledger.journal.error)
-        assert ledger.submit_once("id", asked(b"{}"))[1]
+        store.journal.failure = None
+        store.journal.free()
+        until(lambda: not store.journal.error)
+        assert store.submit_once("id", asked(b"{}"))[1]
 
 
 def test_a_drain_with_a_journal_starts_nothing_more_and_keeps_what_waits(tmp_path):
     path, told = tmp_path / "tasks.db", []
-    with journalled(path) as ledger:
-        running, waiting = ledger.submit("t", b"{}"), ledger.submit("t", b"{}")
-        ledger.claim()
-        assert ledger.drain(lambda: told.append(1)) == [running.id]
-        assert ledger.claim() is None
+    with journalled(path) as store:
+        running, waiting = store.submit("t", b"{}"), store.submit("t", b"{}")
+        store.claim()
+        assert store.drain(lambda: told.append(1)) == [running.id]
+        assert store.claim() is None
         assert not told
-        ledger.finish(ledger.context(running.id), DONE)
+        store.finish(store.context(running.id), DONE)
         until(lambda: told)
-        assert ledger.get(running.id).finished  # told only once it is on disk
-        assert [task.id for task in ledger.give_up()] == [waiting.id]
+        assert store.get(running.id).finished  # told only once it is on disk
+        assert [task.id for task in store.give_up()] == [waiting.id]
     assert rows_of(path) == [(running.id, "completed"), (waiting.id, "pending")]
 
 
 def test_bytes_that_wait_are_bounded_too():
-    ledger = new_ledger(queue_bytes=100)
-    first = ledger.submit("t", b'"%s"' % (b"x" * 100))
+    store = new_ledger(queue_bytes=100)
+    first = store.submit("t", b'"%s"' % (b"x" * 100))
     with pytest.raises(longtasks.QueueFull, match="102 bytes wait"):
-        ledger.submit("t", b"{}")
-    ledger.claim()
-    ledger.submit("t", b"{}")
-    ledger.finish(ledger.context(first.id), DONE)
+        store.submit("t", b"{}")
+    store.claim()
+    store.submit("t", b"{}")
+    store.finish(store.context(first.id), DONE)
 
 
 # -- steering --------------------------------------------------------------
@@ -2610,14 +2610,14 @@ def test_a_running_task_is_asked_to_stop_and_may_still_complete(
 
 @pytest.mark.parametrize("attempt", range(20))
 def test_whether_cancel_or_claim_was_first_is_decided_once(attempt):
-    ledger = new_ledger()
-    task, after = ledger.submit("t", b"{}"), ledger.submit("t", b"{}")
+    store = new_ledger()
+    task, after = store.submit("t", b"{}"), store.submit("t", b"{}")
     cancelled, claimed = together(
-        2, lambda n: ledger.claim() if n else ledger.cancel(task.id)
+        2, lambda n: store.claim() if n else store.cancel(task.id)
     )
     if cancelled.status == "cancelled":
         assert claimed[0].id == after.id
-        assert ledger.get(task.id).status == "cancelled"
+        assert store.get(task.id).status == "cancelled"
     else:
         assert claimed[0].id == task.id
         assert claimed[1].cancelled
@@ -2625,135 +2625,135 @@ def test_whether_cancel_or_claim_was_first_is_decided_once(attempt):
 
 @pytest.mark.parametrize("attempt", range(20))
 def test_whether_cancel_or_completion_was_first_is_decided_once(attempt):
-    ledger = new_ledger()
-    task = ledger.submit("t", b"{}")
-    context = ledger.claim()[1]
+    store = new_ledger()
+    task = store.submit("t", b"{}")
+    context = store.claim()[1]
 
     def work(n):
         with contextlib.suppress(longtasks.Finished):
-            return ledger.finish(context, DONE) if n else ledger.cancel(task.id)
+            return store.finish(context, DONE) if n else store.cancel(task.id)
 
     cancelled, finished = together(2, work)
-    assert finished.status == ledger.get(task.id).status == "completed"
+    assert finished.status == store.get(task.id).status == "completed"
     assert cancelled is None or cancelled.status == "processing"
 
 
 def test_a_cancel_that_was_acknowledged_survives_the_process(tmp_path):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        task = ledger.submit("t", b"{}")
-        ledger.claim()
-        ledger.cancel(task.id)
-    with journalled(path) as ledger:
-        assert ledger.get(task.id).status == "cancelled"
+    with journalled(path) as store:
+        task = store.submit("t", b"{}")
+        store.claim()
+        store.cancel(task.id)
+    with journalled(path) as store:
+        assert store.get(task.id).status == "cancelled"
 
 
 def test_a_cancel_is_refused_while_it_cannot_be_written(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        ledger.journal.let.release()
-        task = ledger.submit("t", b"{}")
-        ledger.journal.error = "disk full"
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        store.journal.let.release()
+        task = store.submit("t", b"{}")
+        store.journal.error = "disk full"
         with pytest.raises(longtasks.Unavailable):
-            ledger.cancel(task.id)
-        ledger.journal.error = ""
-        assert ledger.get(task.id).status == "pending"
+            store.cancel(task.id)
+        store.journal.error = ""
+        assert store.get(task.id).status == "pending"
 
 
 @pytest.mark.parametrize("runs", [False, True])
 def test_a_cancel_that_meets_the_full_disk_first_has_changed_nothing(tmp_path, runs):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        ledger.journal.let.release()
-        task = ledger.submit("t", b"{}")
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        store.journal.let.release()
+        task = store.submit("t", b"{}")
         if runs:
-            ledger.journal.let.release()
-            task, context = begun(ledger)
-        ledger.journal.failure = OSError(28, "disk full")
-        ledger.journal.free()
+            store.journal.let.release()
+            task, context = begun(store)
+        store.journal.failure = OSError(28, "disk full")
+        store.journal.free()
         with pytest.raises(longtasks.Unavailable):
-            ledger.cancel(task.id)
+            store.cancel(task.id)
         assert not (runs and context.cancelled)
-        ledger.journal.failure = None
-        until(lambda: not ledger.journal.error, "another try")
+        store.journal.failure = None
+        until(lambda: not store.journal.error, "another try")
         if not runs:
-            task, context = ledger.claim()
-        ledger.finish(context, DONE)
-        until(lambda: ledger.get(task.id).finished)
-        assert ledger.get(task.id).status == "completed"
+            task, context = store.claim()
+        store.finish(context, DONE)
+        until(lambda: store.get(task.id).finished)
+        assert store.get(task.id).status == "completed"
 
 
 def test_a_cancel_that_has_ended_a_run_is_no_error_though_its_writing_failed(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        ledger.journal.let.release()
-        task = ledger.submit("t", b"{}", longtasks.Options(retries=5))
-        ledger.journal.let.release()
-        _, context = begun(ledger)
-        cancel = background(lambda: ledger.cancel(task.id))
-        until(lambda: task.id in ledger._deciding)
-        ledger.journal.failure = OSError(28, "disk full")
-        ledger.finish(context, longtasks.Outcome("failed", error="told to stop"))
-        ledger.journal.free()
-        until(lambda: ledger.journal.error, "an error")
-        ledger.journal.failure = None
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        store.journal.let.release()
+        task = store.submit("t", b"{}", longtasks.Options(retries=5))
+        store.journal.let.release()
+        _, context = begun(store)
+        cancel = background(lambda: store.cancel(task.id))
+        until(lambda: task.id in store._deciding)
+        store.journal.failure = OSError(28, "disk full")
+        store.finish(context, longtasks.Outcome("failed", error="told to stop"))
+        store.journal.free()
+        until(lambda: store.journal.error, "an error")
+        store.journal.failure = None
         assert cancel.result(LONG).status == "cancelled"
-        assert ledger.get(task.id).status == "cancelled"
+        assert store.get(task.id).status == "cancelled"
 
 
 def test_a_cancel_whose_writing_failed_is_a_conflict_if_the_task_completed(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        ledger.journal.let.release()
-        task = ledger.submit("t", b"{}")
-        ledger.journal.let.release()
-        _, context = begun(ledger)
-        cancel = background(lambda: ledger.cancel(task.id))
-        until(lambda: task.id in ledger._deciding)
-        ledger.journal.failure = OSError(28, "disk full")
-        ledger.finish(context, DONE)
-        ledger.journal.free()
-        until(lambda: ledger.journal.error, "an error")
-        ledger.journal.failure = None
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        store.journal.let.release()
+        task = store.submit("t", b"{}")
+        store.journal.let.release()
+        _, context = begun(store)
+        cancel = background(lambda: store.cancel(task.id))
+        until(lambda: task.id in store._deciding)
+        store.journal.failure = OSError(28, "disk full")
+        store.finish(context, DONE)
+        store.journal.free()
+        until(lambda: store.journal.error, "an error")
+        store.journal.failure = None
         with pytest.raises(longtasks.Finished, match="is completed already"):
             cancel.result(LONG)
 
 
 def test_a_refused_cancel_does_not_shorten_the_wait_for_a_retry(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        ledger.journal.let.release()
-        task = ledger.submit("t", b"{}", longtasks.Options(retries=5))
-        ledger.journal.failure = OSError(28, "disk full")
-        ledger.journal.free()
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        store.journal.let.release()
+        task = store.submit("t", b"{}", longtasks.Options(retries=5))
+        store.journal.failure = OSError(28, "disk full")
+        store.journal.free()
         with pytest.raises(longtasks.Unavailable):
-            ledger.cancel(task.id)
-        ledger.journal.failure = None
-        until(lambda: not ledger.journal.error, "another try")
-        ledger.finish(ledger.claim()[1], longtasks.Outcome("failed", error="e"))
-        until(lambda: ledger.get(task.id).due_at, "the wait for a retry")
-        other = ledger.submit("t", b"{}")
-        assert ledger.claim()[0].id == other.id
+            store.cancel(task.id)
+        store.journal.failure = None
+        until(lambda: not store.journal.error, "another try")
+        store.finish(store.claim()[1], longtasks.Outcome("failed", error="e"))
+        until(lambda: store.get(task.id).due_at, "the wait for a retry")
+        other = store.submit("t", b"{}")
+        assert store.claim()[0].id == other.id
 
 
 def test_who_passed_over_a_task_whose_cancel_failed_gets_it_after_all(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        ledger.journal.let.release()
-        task = ledger.submit("t", b"{}")
-        cancel = background(lambda: ledger.cancel(task.id))
-        until(lambda: task.id in ledger._deciding)
-        claim = background(ledger.claim)
-        until(lambda: not ledger._ready.qsize())
-        ledger.journal.failure = OSError(28, "disk full")
-        ledger.journal.free()
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        store.journal.let.release()
+        task = store.submit("t", b"{}")
+        cancel = background(lambda: store.cancel(task.id))
+        until(lambda: task.id in store._deciding)
+        claim = background(store.claim)
+        until(lambda: not store._ready.qsize())
+        store.journal.failure = OSError(28, "disk full")
+        store.journal.free()
         assert isinstance(cancel.exception(LONG), longtasks.Unavailable)
-        ledger.journal.failure = None
+        store.journal.failure = None
         assert claim.result(LONG)[0].id == task.id
 
 
 def test_a_second_cancel_waits_for_the_first_to_be_written(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        ledger.journal.let.release()
-        task = ledger.submit("t", b"{}")
-        first = background(lambda: ledger.cancel(task.id))
-        until(lambda: task.id in ledger._deciding)
-        second = background(lambda: ledger.cancel(task.id))
-        ledger.journal.free()
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        store.journal.let.release()
+        task = store.submit("t", b"{}")
+        first = background(lambda: store.cancel(task.id))
+        until(lambda: task.id in store._deciding)
+        second = background(lambda: store.cancel(task.id))
+        store.journal.free()
         assert first.result(LONG).status == "cancelled"
         with pytest.raises(longtasks.Finished):
             second.result(LONG)
@@ -2775,29 +2775,29 @@ def test_what_cannot_be_shown_does_not_end_the_writing(tmp_path):
 )
 def test_a_run_that_takes_too_long_is_told_to_stop_and_fails(rules, options, seconds):
     clock = Clock()
-    ledger = new_ledger(clock, rules={"retries": 3, **rules})
-    task = ledger.submit("t", b"{}", longtasks.Options(**options))
-    context = ledger.claim()[1]
+    store = new_ledger(clock, rules={"retries": 3, **rules})
+    task = store.submit("t", b"{}", longtasks.Options(**options))
+    context = store.claim()[1]
     clock.now += seconds - 0.1
-    assert ledger.tick() == pytest.approx(0.1)
+    assert store.tick() == pytest.approx(0.1)
     assert not context.cancelled
     clock.now += 0.1
-    ledger.tick()
+    store.tick()
     assert context.cancelled
-    ended = ledger.finish(context, CANCELLED)
+    ended = store.finish(context, CANCELLED)
     assert (ended.status, ended.error) == ("failed", "timed out after %g s" % seconds)
-    assert context not in ledger._agenda.later_than(0)
-    assert ledger.get(task.id) == ended
+    assert context not in store._timers.later_than(0)
+    assert store.get(task.id) == ended
 
 
 def test_a_run_that_completes_as_its_time_is_up_has_completed():
     clock = Clock()
-    ledger = new_ledger(clock, rules={"timeout": 1})
-    ledger.submit("t", b"{}")
-    context = ledger.claim()[1]
+    store = new_ledger(clock, rules={"timeout": 1})
+    store.submit("t", b"{}")
+    context = store.claim()[1]
     clock.now += 2
-    ledger.tick()
-    assert ledger.finish(context, DONE).status == "completed"
+    store.tick()
+    assert store.finish(context, DONE).status == "completed"
 
 
 @pytest.mark.parametrize(
@@ -2806,77 +2806,77 @@ def test_a_run_that_completes_as_its_time_is_up_has_completed():
 )
 def test_whatever_a_handler_says_whose_time_is_up_it_has_timed_out(outcome):
     clock = Clock()
-    ledger = new_ledger(clock, rules={"timeout": 1, "retries": 5})
-    ledger.submit("t", b"{}")
-    context = ledger.claim()[1]
+    store = new_ledger(clock, rules={"timeout": 1, "retries": 5})
+    store.submit("t", b"{}")
+    context = store.claim()[1]
     clock.now += 2
-    ledger.tick()
-    assert ledger.finish(context, outcome).error == "timed out after 1 s"
+    store.tick()
+    assert store.finish(context, outcome).error == "timed out after 1 s"
 
 
-def lost_run(ledger, clock, status="failed"):
+def lost_run(store, clock, status="failed"):
     """A run that was told to stop and did not."""
-    task = ledger.submit("t", b"{}")
-    context = ledger.claim()[1]
+    task = store.submit("t", b"{}")
+    context = store.claim()[1]
     if status == "cancelled":
-        ledger.cancel(task.id)
+        store.cancel(task.id)
     else:
         clock.now += 10
-        ledger.tick()
+        store.tick()
     assert context.cancelled
-    clock.now += ledger.limits.grace
-    ledger.tick()
-    assert ledger.get(task.id).status == status
+    clock.now += store.limits.grace
+    store.tick()
+    assert store.get(task.id).status == status
     return context
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled"])
 def test_a_handler_that_does_not_listen_is_given_up_after_the_grace(status):
     clock, lost = Clock(), []
-    ledger = new_ledger(clock, rules={"timeout": 10}, stuck=2)
-    ledger.on_stuck = lost.append
-    context = lost_run(ledger, clock, status)
+    store = new_ledger(clock, rules={"timeout": 10}, stuck=2)
+    store.on_stuck = lost.append
+    context = lost_run(store, clock, status)
     assert lost == [context]
-    assert ledger.stuck() == 1
-    ended = ledger.get(context.task_id)
+    assert store.stuck() == 1
+    ended = store.get(context.task_id)
     context.log("late")
     context._progress = (1, "late")
     with pytest.raises(longtasks.IllegalMove):
-        ledger.finish(context, DONE)
-    assert ledger.get(context.task_id) == ended
-    assert ledger.feed.log_of(context.task_id) == ([], 0)
-    assert ledger.stuck() == 0
+        store.finish(context, DONE)
+    assert store.get(context.task_id) == ended
+    assert store.events.log_of(context.task_id) == ([], 0)
+    assert store.stuck() == 0
 
 
 def test_too_many_stuck_handlers_are_told_until_they_come_back():
     clock = Clock()
-    ledger = new_ledger(clock, rules={"timeout": 10}, stuck=2)
-    contexts = [lost_run(ledger, clock) for _ in range(2)]
+    store = new_ledger(clock, rules={"timeout": 10}, stuck=2)
+    contexts = [lost_run(store, clock) for _ in range(2)]
     with pytest.raises(longtasks.Unavailable, match=r"do not stop \(2\)"):
-        ledger.check_open()
+        store.check_open()
     with pytest.raises(longtasks.IllegalMove):
-        ledger.finish(contexts[0], DONE)
-    ledger.check_open()
+        store.finish(contexts[0], DONE)
+    store.check_open()
 
 
 def test_a_failed_run_is_repeated_as_often_as_was_said():
     clock = Clock()
-    ledger = new_ledger(clock, rules={"retries": 2, "backoff": 4})
-    task = ledger.submit("t", b"{}")
+    store = new_ledger(clock, rules={"retries": 2, "backoff": 4})
+    task = store.submit("t", b"{}")
     for attempt in (1, 2):
-        assert ledger.claim()[0].attempt == attempt
-        waiting = ledger.finish(ledger.context(task.id), FAILED)
+        assert store.claim()[0].attempt == attempt
+        waiting = store.finish(store.context(task.id), FAILED)
         assert (waiting.status, waiting.error) == ("pending", FAILED.error)
         longest = 4 * 2 ** (attempt - 1)
         assert longest / 2 <= waiting.due_at - clock.now <= longest
         clock.now = waiting.due_at - 0.001
-        ledger.tick()
-        assert ledger._ready.empty()
+        store.tick()
+        assert store._ready.empty()
         clock.now = waiting.due_at + 0.001
-        ledger.tick()
-    last, context = ledger.claim()
+        store.tick()
+    last, context = store.claim()
     assert (last.attempt, last.error) == (3, None)
-    ended = ledger.finish(context, FAILED)
+    ended = store.finish(context, FAILED)
     assert (ended.status, ended.error) == ("failed", FAILED.error)
 
 
@@ -2890,9 +2890,9 @@ def test_a_failed_run_is_repeated_as_often_as_was_said():
     ],
 )
 def test_the_task_says_more_of_its_retries_than_its_type(rules, options, status):
-    ledger = new_ledger(rules=rules)
-    ledger.submit("t", b"{}", longtasks.Options(**options))
-    assert ledger.finish(ledger.claim()[1], FAILED).status == status
+    store = new_ledger(rules=rules)
+    store.submit("t", b"{}", longtasks.Options(**options))
+    assert store.finish(store.claim()[1], FAILED).status == status
 
 
 def test_a_handler_whose_result_cannot_be_kept_is_not_run_again(registry):
@@ -2906,39 +2906,39 @@ def test_a_handler_whose_result_cannot_be_kept_is_not_run_again(registry):
 
 def test_an_interruption_is_no_failure(tmp_path):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        ledger.submit("t", b"{}", longtasks.Options(retries=1))
-        ledger.claim()
-    with journalled(path) as ledger:
-        assert ledger.finish(ledger.claim()[1], FAILED).status == "pending"
+    with journalled(path) as store:
+        store.submit("t", b"{}", longtasks.Options(retries=1))
+        store.claim()
+    with journalled(path) as store:
+        assert store.finish(store.claim()[1], FAILED).status == "pending"
 
 
 def test_what_is_taken_up_is_not_counted_again(tmp_path):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        finished_task(ledger)
-        stopped = ledger.submit("t", b"{}").id
-        ledger.claim()
-        ledger.cancel(stopped)
-        ledger.submit("t", b"{}")
-        ledger.claim()
-    with journalled(path) as ledger:
-        assert ledger.measure().ended == {("(not registered)", "cancelled"): 1}
-        ledger.claim()  # it has waited since a time that nobody knows
-        assert ledger.measure().times == {}
+    with journalled(path) as store:
+        finished_task(store)
+        stopped = store.submit("t", b"{}").id
+        store.claim()
+        store.cancel(stopped)
+        store.submit("t", b"{}")
+        store.claim()
+    with journalled(path) as store:
+        assert store.measure().ended == {("(not registered)", "cancelled"): 1}
+        store.claim()  # it has waited since a time that nobody knows
+        assert store.measure().times == {}
 
 
 def test_a_retry_that_a_handler_asks_for_is_granted():
     clock = Clock()
-    ledger = new_ledger(clock)
-    task = ledger.submit("t", b"{}")
+    store = new_ledger(clock)
+    task = store.submit("t", b"{}")
     again = longtasks.Outcome("pending", error="Retry: not yet", after=7.0)
     for _ in range(5):
-        waiting = ledger.finish(ledger.claim()[1], again)
+        waiting = store.finish(store.claim()[1], again)
         assert waiting.due_at == clock.now + 7
         clock.now += 8
-        ledger.tick()
-    assert ledger.get(task.id).attempt == 5
+        store.tick()
+    assert store.get(task.id).attempt == 5
 
 
 def test_waiting_times_double_up_to_an_hour_and_differ():
@@ -2950,114 +2950,114 @@ def test_waiting_times_double_up_to_an_hour_and_differ():
 
 def test_a_delayed_task_starts_when_it_is_due_also_after_a_restart(tmp_path):
     path, clock = tmp_path / "tasks.db", Clock()
-    with journalled(path, clock) as ledger:
-        late = ledger.submit("t", b"{}", longtasks.Options(delay=100))
-        soon = ledger.submit("t", b"{}")
+    with journalled(path, clock) as store:
+        late = store.submit("t", b"{}", longtasks.Options(delay=100))
+        soon = store.submit("t", b"{}")
         assert late.due_at == clock.now + 100
-        assert ledger.claim()[0].id == soon.id
+        assert store.claim()[0].id == soon.id
     clock.now += 60
-    with journalled(path, clock) as ledger:
-        again = ledger.claim()  # the interrupted one; the other is not due
+    with journalled(path, clock) as store:
+        again = store.claim()  # the interrupted one; the other is not due
         assert again[0].id == soon.id
         clock.now += 39
-        ledger.tick()
-        assert ledger._ready.empty()
+        store.tick()
+        assert store._ready.empty()
         clock.now += 2
-        ledger.tick()
-        assert ledger.claim()[0].id == late.id
+        store.tick()
+        assert store.claim()[0].id == late.id
 
 
 class WallClock(Clock):
     """A wall clock that goes with another clock, unless it is set."""
 
-    def __init__(self, ticks, ahead=0.0):
-        self.ticks, self.ahead = ticks, ahead
+    def __init__(self, monotonic, ahead=0.0):
+        self.monotonic, self.ahead = monotonic, ahead
 
     def __call__(self):
-        return self.ticks() + self.ahead
+        return self.monotonic() + self.ahead
 
 
-def wall_clocked(ticks, clock, journal=None, **limits):
+def wall_clocked(monotonic, clock, journal=None, **limits):
     rules = longtasks.Rules(retries=1, backoff=100)
-    return longtasks.Ledger(
-        longtasks.Limits(**limits), clock, journal, lambda type: rules, ticks, {"t"}
+    return longtasks.TaskStore(
+        longtasks.Limits(**limits), clock, journal, lambda type: rules, monotonic, {"t"}
     )
 
 
 @pytest.mark.parametrize("wrong", [-3600, 3600])
 def test_a_clock_that_is_set_after_a_restart_delays_nothing(wrong, tmp_path):
-    ticks = Clock()
+    monotonic = Clock()
     journal = longtasks.Journal(str(tmp_path / "tasks.db"))
-    ledger = wall_clocked(ticks, WallClock(ticks), journal)
-    delayed = ledger.submit("t", b"{}", longtasks.Options(delay=4000))
-    retried = ledger.submit("t", b"{}")
-    ledger.finish(begun(ledger)[1], FAILED)
+    store = wall_clocked(monotonic, WallClock(monotonic), journal)
+    delayed = store.submit("t", b"{}", longtasks.Options(delay=4000))
+    retried = store.submit("t", b"{}")
+    store.finish(begun(store)[1], FAILED)
     assert journal.close(LONG)
     journal = longtasks.Journal(str(tmp_path / "tasks.db"))
-    clock = WallClock(ticks, wrong)
-    ledger = wall_clocked(ticks, clock, journal)
-    ticks.now += 1
-    ledger.tick()
+    clock = WallClock(monotonic, wrong)
+    store = wall_clocked(monotonic, clock, journal)
+    monotonic.now += 1
+    store.tick()
     clock.ahead = 0
-    ticks.now += 1
-    ledger.tick()
-    ticks.now += 100
-    ledger.tick()
-    assert begun(ledger)[0].id == retried.id
-    assert ledger._ready.empty()
-    ticks.now += 3900
-    ledger.tick()
-    assert begun(ledger)[0].id == delayed.id
+    monotonic.now += 1
+    store.tick()
+    monotonic.now += 100
+    store.tick()
+    assert begun(store)[0].id == retried.id
+    assert store._ready.empty()
+    monotonic.now += 3900
+    store.tick()
+    assert begun(store)[0].id == delayed.id
     assert journal.close(LONG)
 
 
 def test_a_delay_of_this_process_is_not_cut_by_a_clock_that_is_set():
-    ticks = Clock()
-    clock = WallClock(ticks, -3600)
-    ledger = wall_clocked(ticks, clock)
-    ledger.submit("t", b"{}", longtasks.Options(delay=60))
+    monotonic = Clock()
+    clock = WallClock(monotonic, -3600)
+    store = wall_clocked(monotonic, clock)
+    store.submit("t", b"{}", longtasks.Options(delay=60))
     clock.ahead = 0
     for passed in (1, 58):
-        ticks.now += passed
-        ledger.tick()
-        assert ledger._ready.empty()
-    ticks.now += 2
-    ledger.tick()
-    assert ledger.claim()
+        monotonic.now += passed
+        store.tick()
+        assert store._ready.empty()
+    monotonic.now += 2
+    store.tick()
+    assert store.claim()
 
 
 def test_a_clock_that_is_set_ages_no_result_of_this_process(tmp_path):
-    ticks = Clock()
-    clock = WallClock(ticks, -9e8)
-    ledger = wall_clocked(ticks, clock, result_ttl=60)
-    task = finished_task(ledger)
+    monotonic = Clock()
+    clock = WallClock(monotonic, -9e8)
+    store = wall_clocked(monotonic, clock, result_ttl=60)
+    task = finished_task(store)
     clock.ahead = 0
-    ticks.now += 50
-    assert ledger.get(task.id).finished
-    ledger.expire()
-    assert ledger.get(task.id).finished
-    ticks.now += 11
-    with pytest.raises(longtasks.ForgottenTask):
-        ledger.get(task.id)
+    monotonic.now += 50
+    assert store.get(task.id).finished
+    store.expire()
+    assert store.get(task.id).finished
+    monotonic.now += 11
+    with pytest.raises(longtasks.GoneTask):
+        store.get(task.id)
 
 
 def test_times_and_durations_bear_a_clock_that_is_set_back():
-    ticks = Clock()
-    clock = WallClock(ticks)
-    ledger = wall_clocked(ticks, clock)
-    task = ledger.submit("t", b"{}")
+    monotonic = Clock()
+    clock = WallClock(monotonic)
+    store = wall_clocked(monotonic, clock)
+    task = store.submit("t", b"{}")
     clock.ahead = -3600
-    ticks.now += 2
-    _, context = ledger.claim()
+    monotonic.now += 2
+    _, context = store.claim()
     clock.ahead = -7200
-    ticks.now += 3
-    ended = ledger.finish(context, DONE)
+    monotonic.now += 3
+    ended = store.finish(context, DONE)
     assert task.created_at <= ended.started_at <= ended.ended_at
-    assert counted(ledger, "waiting") == (1, 2.0)
-    assert counted(ledger, "running") == (1, 3.0)
-    waiting = ledger.submit("t", b"{}")
+    assert counted(store, "waiting") == (1, 2.0)
+    assert counted(store, "running") == (1, 3.0)
+    waiting = store.submit("t", b"{}")
     clock.ahead = -9999
-    assert ledger.cancel(waiting.id).ended_at >= waiting.created_at
+    assert store.cancel(waiting.id).ended_at >= waiting.created_at
 
 
 def test_a_delayed_task_can_be_cancelled(either):
@@ -3082,61 +3082,61 @@ WAITS = {"status": "pending", "started_at": None, "attempt": 0}
 
 
 def test_a_batch_is_taken_in_whole_or_not_at_all():
-    ledger = new_ledger(queue=3)
-    ledger.submit("t", b"{}")
+    store = new_ledger(queue=3)
+    store.submit("t", b"{}")
     with pytest.raises(longtasks.QueueFull):
-        ledger.submit_all([asked(b"{}")] * 3)
-    assert ledger.counts().pending == 1
-    tasks = ledger.submit_all([asked(b"1"), asked(b"2")])
+        store.submit_all([asked(b"{}")] * 3)
+    assert store.counts().pending == 1
+    tasks = store.submit_all([asked(b"1"), asked(b"2")])
     assert [t.params for t in tasks] == [b"1", b"2"]
-    assert ledger.page(10)[0][1:] == tasks
+    assert store.page(10)[0][1:] == tasks
 
 
 def test_a_batch_is_one_commit(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        ledger.journal.free()
-        ledger.submit_all([asked(b"{}")] * 500)
-        assert [len(records) for records in ledger.journal.commits] == [500]
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        store.journal.free()
+        store.submit_all([asked(b"{}")] * 500)
+        assert [len(records) for records in store.journal.commits] == [500]
         asked_for = []
-        ledger.journal.append = lambda keep, *records: asked_for.append(records)
-        ledger._take_in([("x", asked(b"{}"))] * 3)
+        store.journal.append = lambda keep, *records: asked_for.append(records)
+        store._take_in([("x", asked(b"{}"))] * 3)
         assert [len(records) for records in asked_for] == [3]
-        ledger._submitting.clear()
-        del ledger.journal.append
-        ledger.journal.failure = sqlite3.OperationalError("full")
+        store._submitting.clear()
+        del store.journal.append
+        store.journal.failure = sqlite3.OperationalError("full")
         with pytest.raises(longtasks.Unavailable):
-            ledger.submit_all([asked(b"{}")] * 2)
-        assert not ledger._submitting
+            store.submit_all([asked(b"{}")] * 2)
+        assert not store._submitting
     assert len(rows_of(tmp_path / "tasks.db")) == 500
 
 
 def test_a_type_may_be_limited_without_holding_up_the_others():
     rules = {"one": longtasks.Rules(max_running=1)}
-    ledger = longtasks.Ledger(rules=lambda type: rules.get(type, longtasks.Rules()))
-    ones = [ledger.submit("one", b"{}") for _ in range(3)]
-    other = ledger.submit("other", b"{}")
-    first, context = ledger.claim()
+    store = longtasks.TaskStore(rules=lambda type: rules.get(type, longtasks.Rules()))
+    ones = [store.submit("one", b"{}") for _ in range(3)]
+    other = store.submit("other", b"{}")
+    first, context = store.claim()
     assert first.id == ones[0].id
-    assert ledger.claim()[0].id == other.id  # the other two of type one must wait
-    assert ledger._ready.empty()
-    ledger.finish(context, DONE)
-    second, context = ledger.claim()
+    assert store.claim()[0].id == other.id  # the other two of type one must wait
+    assert store._ready.empty()
+    store.finish(context, DONE)
+    second, context = store.claim()
     assert second.id == ones[1].id
-    ledger.cancel(ones[2].id)
-    ledger.finish(context, DONE)
-    last = ledger.submit("one", b"{}")
-    assert ledger.claim()[0].id == last.id
+    store.cancel(ones[2].id)
+    store.finish(context, DONE)
+    last = store.submit("one", b"{}")
+    assert store.claim()[0].id == last.id
 
 
 def test_a_stuck_handler_keeps_the_place_of_its_type_until_it_returns():
     clock = Clock()
-    ledger = new_ledger(clock, rules={"timeout": 10, "max_running": 1})
-    context = lost_run(ledger, clock)
-    after = ledger.submit("t", b"{}")
-    claimed = background(ledger.claim)
-    until(lambda: ledger._parked.get("t"))
+    store = new_ledger(clock, rules={"timeout": 10, "max_running": 1})
+    context = lost_run(store, clock)
+    after = store.submit("t", b"{}")
+    claimed = background(store.claim)
+    until(lambda: store._parked.get("t"))
     with pytest.raises(longtasks.IllegalMove):
-        ledger.finish(context, DONE)
+        store.finish(context, DONE)
     assert claimed.result(LONG)[0].id == after.id
 
 
@@ -3153,62 +3153,62 @@ def test_a_waiter_wakes_at_the_end_and_not_before(either):
 
 
 def test_a_waiter_gets_the_state_of_the_moment_when_its_time_is_up():
-    ledger = new_ledger()
-    task = ledger.submit("t", b"{}")
-    assert ledger.wait(task.id, 0.01) == task
+    store = new_ledger()
+    task = store.submit("t", b"{}")
+    assert store.wait(task.id, 0.01) == task
     with pytest.raises(longtasks.UnknownTask):
-        ledger.wait("x", 1)
+        store.wait("x", 1)
 
 
 def test_a_drain_answers_those_who_wait():
-    ledger = new_ledger()
-    task = ledger.submit("t", b"{}")
-    waiting = background(lambda: ledger.wait(task.id, LONG))
-    until(lambda: ledger._waiting)
-    ledger.drain(lambda: None)
+    store = new_ledger()
+    task = store.submit("t", b"{}")
+    waiting = background(lambda: store.wait(task.id, LONG))
+    until(lambda: store._waiting)
+    store.drain(lambda: None)
     assert waiting.result(LONG) == task
-    assert ledger.wait(task.id, LONG) == task  # and those who come now
+    assert store.wait(task.id, LONG) == task  # and those who come now
 
 
 def test_a_list_shows_none_twice_and_skips_none_that_stayed():
-    ledger = new_ledger(queue=20_000, results=20_000)
-    tasks = ledger.submit_all([asked(b"{}")] * 10_000)
+    store = new_ledger(queue=20_000, results=20_000)
+    tasks = store.submit_all([asked(b"{}")] * 10_000)
     for _ in range(5000):
-        ledger.finish(ledger.claim()[1], DONE)
+        store.finish(store.claim()[1], DONE)
     dice, seen, gone, after = random.Random(1), [], set(), 0
     while after is not None:
-        page, after = ledger.page(dice.randrange(1, 300), after)
+        page, after = store.page(dice.randrange(1, 300), after)
         seen += [task.id for task in page]
         for task in dice.sample(tasks[:5000], 50):
             if task.id not in gone:
                 gone.add(task.id)
-                ledger.delete(task.id)
-        ledger.submit("t", b"{}")
+                store.delete(task.id)
+        store.submit("t", b"{}")
     assert len(seen) == len(set(seen))
     assert {task.id for task in tasks} - gone <= set(seen)
 
 
 def test_a_cursor_of_a_list_holds_beyond_a_restart(tmp_path):
     path, clock = tmp_path / "tasks.db", Clock()
-    with journalled(path, clock) as ledger:
-        old = ledger.submit("t", b"{}")
-        ahead = ledger.submit("t", b"{}")
-        ledger.cancel(old.id)
-        until(lambda: ledger.get(old.id).finished)
+    with journalled(path, clock) as store:
+        old = store.submit("t", b"{}")
+        ahead = store.submit("t", b"{}")
+        store.cancel(old.id)
+        until(lambda: store.get(old.id).finished)
     clock.now -= 1000  # set back meanwhile
-    with journalled(path, clock) as ledger:
-        new = ledger.submit("t", b"{}")
-        assert [t.id for t in ledger.page(10, ahead.seq)[0]] == [new.id]
+    with journalled(path, clock) as store:
+        new = store.submit("t", b"{}")
+        assert [t.id for t in store.page(10, ahead.seq)[0]] == [new.id]
     clock.now += 2000
-    with journalled(tmp_path / "other.db", clock) as ledger:
-        new = ledger.submit("t", b"{}")
-        assert ledger.page(10, ahead.seq) == ([new], None)
+    with journalled(tmp_path / "other.db", clock) as store:
+        new = store.submit("t", b"{}")
+        assert store.page(10, ahead.seq) == ([new], None)
 
 
 def test_a_file_of_the_first_version_is_taken_up(tmp_path):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        task = ledger.submit("t", b'{"a": 1}')
+    with journalled(path) as store:
+        task = store.submit("t", b'{"a": 1}')
     assert longtasks.COLUMNS[12][0] == "failures"  # the first that it did not know
     known = longtasks.COLUMNS[1:12]
     columns = ["%s %s" % (name, longtasks._TYPES[kind]) for name, kind, _ in known]
@@ -3222,8 +3222,8 @@ def test_a_file_of_the_first_version_is_taken_up(tmp_path):
         "PRAGMA user_version = 1",
     )
     for _ in range(2):
-        with journalled(path) as ledger:
-            assert ledger.get(task.id) == task
+        with journalled(path) as store:
+            assert store.get(task.id) == task
             with contextlib.closing(sqlite3.connect(str(path))) as db:
                 assert db.execute("PRAGMA user_version").fetchone() == (3,)
 
@@ -3240,27 +3240,27 @@ def test_a_file_of_the_first_version_is_taken_up(tmp_path):
 )
 def test_an_older_file_is_given_checksums_but_for_rows_that_cannot_be(change, tmp_path):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        sound, spoilt = ledger.submit_all([asked(b"{}")] * 2)
+    with journalled(path) as store:
+        sound, spoilt = store.submit_all([asked(b"{}")] * 2)
     damage(path, spoilt.id, change)
     older(path)
     for _ in range(2):
-        with journalled(path) as ledger:
-            assert ledger.get(sound.id) == sound
+        with journalled(path) as store:
+            assert store.get(sound.id) == sound
             with pytest.raises(longtasks.DamagedTask):
-                ledger.get(spoilt.id)
+                store.get(spoilt.id)
 
 
 def test_a_failed_journal_is_tried_even_when_there_is_nothing_to_write(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
         touched = []
-        ledger.journal._touch = touched.append
-        ledger.journal.free()
-        ledger.journal.failure = sqlite3.OperationalError("full")
+        store.journal._touch = touched.append
+        store.journal.free()
+        store.journal.failure = sqlite3.OperationalError("full")
         with pytest.raises(longtasks.Unavailable):
-            ledger.submit("t", b"{}")
-        ledger.journal.failure = None
-        until(lambda: not ledger.journal.error)
+            store.submit("t", b"{}")
+        store.journal.failure = None
+        until(lambda: not store.journal.error)
         assert touched
 
 
@@ -3268,111 +3268,111 @@ def test_a_failed_journal_is_tried_even_when_there_is_nothing_to_write(tmp_path)
 
 
 def test_a_cancelled_task_does_not_hold_up_the_others_of_its_type():
-    ledger = new_ledger(rules={"max_running": 1})
-    tasks = [ledger.submit("t", b"{}") for _ in range(4)]
-    context = ledger.claim()[1]
-    claimed = background(ledger.claim)
-    until(lambda: len(ledger._parked.get("t", ())) == 3)
-    ledger.cancel(tasks[1].id)
-    ledger.finish(context, DONE)
+    store = new_ledger(rules={"max_running": 1})
+    tasks = [store.submit("t", b"{}") for _ in range(4)]
+    context = store.claim()[1]
+    claimed = background(store.claim)
+    until(lambda: len(store._parked.get("t", ())) == 3)
+    store.cancel(tasks[1].id)
+    store.finish(context, DONE)
     assert claimed.result(LONG)[0].id == tasks[2].id
 
 
 def test_what_is_left_of_a_file_that_is_gone_is_no_part_of_the_new_one(tmp_path):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        ledger.submit_all([asked(b"{}")] * 500)
+    with journalled(path) as store:
+        store.submit_all([asked(b"{}")] * 500)
         log = (tmp_path / "tasks.db-wal").read_bytes()
     path.unlink()
     (tmp_path / "tasks.db-wal").write_bytes(log)
-    with journalled(path) as ledger:
-        assert ledger.counts() == (0, 0, 0)
+    with journalled(path) as store:
+        assert store.counts() == (0, 0, 0)
 
 
 def test_a_task_that_comes_again_under_its_id_is_another_one(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal, forgotten=0) as ledger:
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal, forgotten=0) as store:
         for _ in range(4):
-            ledger.journal.let.release()
-        old, _ = ledger.submit_once("id", asked(b"{}"))
-        ledger.finish(ledger.claim()[1], DONE)
-        until(lambda: ledger.get("id").finished)
+            store.journal.let.release()
+        old, _ = store.submit_once("id", asked(b"{}"))
+        store.finish(store.claim()[1], DONE)
+        until(lambda: store.get("id").finished)
         gone = longtasks.Gone(old.seq, old.id)
-        ledger.delete("id")
-        new = background(lambda: ledger.submit_once("id", asked(b"{}")))
-        ledger.journal.free()
+        store.delete("id")
+        new = background(lambda: store.submit_once("id", asked(b"{}")))
+        store.journal.free()
         assert new.result(LONG)[1]
-        ledger._written([gone])  # as if the old one's end came late
-        assert ledger.get("id").seq > old.seq
+        store._written([gone])  # as if the old one's end came late
+        assert store.get("id").seq > old.seq
 
 
 def test_an_entry_in_the_queue_is_for_one_task_only():
     clock = Clock()
-    ledger = new_ledger(clock, forgotten=0)
-    ledger.submit_once("id", asked(b"{}"))
-    ledger.cancel("id")
-    ledger.delete("id")
-    ledger.submit_once("id", asked(b"{}", delay=100))
-    other = ledger.submit("t", b"{}")
-    assert ledger.claim()[0].id == other.id
+    store = new_ledger(clock, forgotten=0)
+    store.submit_once("id", asked(b"{}"))
+    store.cancel("id")
+    store.delete("id")
+    store.submit_once("id", asked(b"{}", delay=100))
+    other = store.submit("t", b"{}")
+    assert store.claim()[0].id == other.id
 
 
 def test_the_time_of_a_run_counts_from_its_start_on_disk(tmp_path):
     clock = Clock()
-    with journalled(tmp_path / "tasks.db", clock, kind=HeldJournal) as ledger:
-        ledger.journal.let.release()
-        ledger.submit("t", b"{}", longtasks.Options(timeout=1))
-        claimed = background(lambda: begun(ledger))
-        until(lambda: ledger._running)
+    with journalled(tmp_path / "tasks.db", clock, kind=HeldJournal) as store:
+        store.journal.let.release()
+        store.submit("t", b"{}", longtasks.Options(timeout=1))
+        claimed = background(lambda: begun(store))
+        until(lambda: store._running)
         clock.now += 100
-        ledger.tick()
-        ledger.journal.free()
+        store.tick()
+        store.journal.free()
         context = claimed.result(LONG)[1]
         assert not context.cancelled
         clock.now += 1
-        ledger.tick()
+        store.tick()
         assert context.cancelled
 
 
 def test_a_task_that_is_put_back_before_its_start_is_on_disk_is_not_run(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        ledger.journal.let.release()
-        task = ledger.submit("t", b"{}")
-        claimed = ledger.claim()
-        ledger.halt()
-        assert ledger.give_up()[0].id == task.id
-        ledger.journal.free()
-        assert not ledger.begin(*claimed)
-        assert ledger.stuck() == 0
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        store.journal.let.release()
+        task = store.submit("t", b"{}")
+        claimed = store.claim()
+        store.halt()
+        assert store.give_up()[0].id == task.id
+        store.journal.free()
+        assert not store.begin(*claimed)
+        assert store.stuck() == 0
 
 
 def test_a_run_that_a_handler_asks_for_uses_up_no_retry():
     clock = Clock()
-    ledger = new_ledger(clock, rules={"retries": 1, "backoff": 0})
-    ledger.submit("t", b"{}")
+    store = new_ledger(clock, rules={"retries": 1, "backoff": 0})
+    store.submit("t", b"{}")
     again = longtasks.Outcome("pending", error="Retry", after=0.0)
     for outcome, status in [
         (again, "pending"),
         (again, "pending"),
         (FAILED, "pending"),
     ]:
-        assert ledger.finish(ledger.claim()[1], outcome).status == status
-    assert ledger.finish(ledger.claim()[1], FAILED).status == "failed"
+        assert store.finish(store.claim()[1], outcome).status == status
+    assert store.finish(store.claim()[1], FAILED).status == "failed"
 
 
 @pytest.mark.parametrize("outcome", [DONE, FAILED, longtasks.Outcome("pending")])
 def test_what_follows_an_end_waits_until_it_is_on_disk(outcome, tmp_path):
     told = []
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
         for _ in range(2):  # the submission and the start
-            ledger.journal.let.release()
-        ledger.submit("t", b"{}")
-        ended = ledger.finish(begun(ledger)[1], outcome, told.append)
+            store.journal.let.release()
+        store.submit("t", b"{}")
+        ended = store.finish(begun(store)[1], outcome, told.append)
         for _ in range(3):
-            ledger.journal.wait_held()
+            store.journal.wait_held()
         assert told == []
-        ledger.journal.free()
+        store.journal.free()
         until(lambda: told == [ended])
-        assert not ledger._on_durable
+        assert not store._on_durable
 
 
 def test_a_task_is_logged_as_completed_once_that_is_on_disk(
@@ -3392,26 +3392,26 @@ def test_a_task_is_logged_as_completed_once_that_is_on_disk(
 
 
 def test_nobody_is_told_of_an_end_that_is_not_on_disk(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        ledger.journal.let.release()
-        task = ledger.submit("t", b"{}")
-        first = background(lambda: ledger.cancel(task.id))
-        until(lambda: ledger._deciding)
-        second = background(lambda: ledger.cancel(task.id))
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        store.journal.let.release()
+        task = store.submit("t", b"{}")
+        first = background(lambda: store.cancel(task.id))
+        until(lambda: store._deciding)
+        second = background(lambda: store.cancel(task.id))
         assert not second.done()
-        ledger.journal.free()
+        store.journal.free()
         assert first.result(LONG).status == "cancelled"
         with pytest.raises(longtasks.Finished):
             second.result(LONG)
 
 
 def test_a_cancel_that_cannot_be_written_is_told_so(tmp_path):
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        ledger.journal.let.release()
-        task = ledger.submit("t", b"{}")
-        ledger.journal.failure = sqlite3.OperationalError("full")
-        cancelled = background(lambda: ledger.cancel(task.id))
-        ledger.journal.let.release()
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        store.journal.let.release()
+        task = store.submit("t", b"{}")
+        store.journal.failure = sqlite3.OperationalError("full")
+        cancelled = background(lambda: store.cancel(task.id))
+        store.journal.let.release()
         with pytest.raises(longtasks.Unavailable):
             cancelled.result(LONG)
 
@@ -3440,7 +3440,7 @@ def test_what_failed_just_before_the_end_is_tried_once_more(tmp_path):
 
 def test_a_journal_with_nothing_unwritten_is_closed_in_peace(tmp_path):
     journal = longtasks.Journal(str(tmp_path / "tasks.db"))
-    ledger = longtasks.Ledger(journal=journal)
+    store = longtasks.TaskStore(journal=journal)
     journal.pause = 0.001
 
     def fail(records):
@@ -3448,19 +3448,19 @@ def test_a_journal_with_nothing_unwritten_is_closed_in_peace(tmp_path):
 
     journal._commit = fail
     with pytest.raises(longtasks.Unavailable):
-        ledger.submit("t", b"{}")
+        store.submit("t", b"{}")
     assert journal.close(LONG)
 
 
 def test_a_drain_ends_when_the_last_submit_has_failed(tmp_path):
     told = []
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        submitted = background(lambda: ledger.submit("t", b"{}"))
-        ledger.journal.wait_held()
-        ledger.drain(lambda: told.append(1))
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        submitted = background(lambda: store.submit("t", b"{}"))
+        store.journal.wait_held()
+        store.drain(lambda: told.append(1))
         assert not told
-        ledger.journal.failure = sqlite3.OperationalError("full")
-        ledger.journal.let.release()
+        store.journal.failure = sqlite3.OperationalError("full")
+        store.journal.let.release()
         with pytest.raises(longtasks.Unavailable):
             submitted.result(LONG)
         until(lambda: told)
@@ -3497,49 +3497,49 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path):
 
 
 def test_nothing_is_acknowledged_once_the_file_was_replaced(tmp_path):
-    with journalled(tmp_path / "tasks.db") as ledger:
-        ledger.journal.pause = 0.01
-        ledger.submit("t", b"{}")
+    with journalled(tmp_path / "tasks.db") as store:
+        store.journal.pause = 0.01
+        store.submit("t", b"{}")
         (tmp_path / "tasks.db").rename(tmp_path / "old.db")
         with pytest.raises(longtasks.Unavailable):
-            ledger.submit("t", b"{}")
+            store.submit("t", b"{}")
         (tmp_path / "tasks.db").touch()
         with pytest.raises(longtasks.Unavailable, match=r"replaced|No such file"):
-            ledger.submit("t", b"{}")
+            store.submit("t", b"{}")
         (tmp_path / "old.db").rename(tmp_path / "tasks.db")
-        until(lambda: not ledger.journal.error)
+        until(lambda: not store.journal.error)
 
 
 def test_cancelled_tasks_leave_no_timer_and_no_place_in_the_queue():
-    ledger = new_ledger(results=1)
+    store = new_ledger(results=1)
     for _ in range(1000):
-        ledger.cancel(ledger.submit("t", b"{}", longtasks.Options(delay=1e9)).id)
-        ledger.cancel(ledger.submit("t", b"{}").id)
-    assert len(ledger._agenda._heap) < 300
-    assert len(ledger._ready.queue) < 300
+        store.cancel(store.submit("t", b"{}", longtasks.Options(delay=1e9)).id)
+        store.cancel(store.submit("t", b"{}").id)
+    assert len(store._timers._heap) < 300
+    assert len(store._ready.queue) < 300
 
 
 def test_a_drain_does_not_wait_for_what_is_due_after_its_end():
     clock, told = Clock(), []
-    ledger = new_ledger(clock, rules={"retries": 1, "backoff": 1000})
-    ledger.submit("t", b"{}", longtasks.Options(delay=50))
-    ledger.submit("t", b"{}", longtasks.Options(delay=500))
-    assert ledger.drain(lambda: told.append(1), 100) == []
+    store = new_ledger(clock, rules={"retries": 1, "backoff": 1000})
+    store.submit("t", b"{}", longtasks.Options(delay=50))
+    store.submit("t", b"{}", longtasks.Options(delay=500))
+    assert store.drain(lambda: told.append(1), 100) == []
     assert not told
     clock.now += 60
-    ledger.tick()
-    context = ledger.claim()[1]
+    store.tick()
+    context = store.claim()[1]
     assert not told
-    ledger.finish(context, FAILED)  # to be run again, but long after the end
+    store.finish(context, FAILED)  # to be run again, but long after the end
     assert told
-    ledger.halt()
-    assert len(ledger.give_up()) == 2
+    store.halt()
+    assert len(store.give_up()) == 2
 
 
 def test_who_begins_to_watch_at_the_end_is_sent_away():
-    feed = longtasks.Feed()
-    feed.wake(over=True)
-    assert feed.watch("")[0].over
+    events = longtasks.Events()
+    events.wake(over=True)
+    assert events.watch("")[0].over
 
 
 # -- the feed --------------------------------------------------------------
@@ -3550,45 +3550,48 @@ def news_of(watch):
 
 
 def test_who_watches_a_task_is_told_what_happens_to_it():
-    ledger = new_ledger()
-    task, other = ledger.submit("t", b"{}"), ledger.submit("t", b"{}")
-    now, watch, lacks = ledger.watch(task.id)
-    _, all_of_them, _ = ledger.watch("")
+    store = new_ledger()
+    task, other = store.submit("t", b"{}"), store.submit("t", b"{}")
+    now, watch, lacks = store.watch(task.id)
+    _, all_of_them, _ = store.watch("")
     assert (now, lacks) == (task, False)
-    context = ledger.claim()[1]
+    context = store.claim()[1]
     context.progress(0.5, "half")
     context.log("one\ntwo")
-    ledger.finish(context, DONE)
-    ledger.cancel(other.id)
-    ledger.delete(task.id)
+    store.finish(context, DONE)
+    store.cancel(other.id)
+    store.delete(task.id)
     kinds = ["status", "progress", "log", "log", "status", "gone"]
     assert news_of(watch) == [(task.id, kind) for kind in kinds]
     assert (other.id, "status") in news_of(all_of_them)
-    ledger.feed.leave(task.id, watch)
-    ledger.feed.leave("", all_of_them)
-    assert not ledger.feed._watches
+    store.events.leave(task.id, watch)
+    store.events.leave("", all_of_them)
+    assert not store.events._watches
 
 
 def test_who_comes_back_is_told_what_was_missed_or_that_something_is():
-    feed = longtasks.Feed()
-    feed.leave("a", feed.watch("a")[0])  # nothing is kept before the first one
+    events = longtasks.Events()
+    events.leave("a", events.watch("a")[0])  # nothing is kept before the first one
     for n in range(10):
-        feed.publish("a" if n % 2 else "b", "log", n)
-    watch, lacks = feed.watch("a", 6)
-    feed.publish("a", "log", 10)
+        events.publish("a" if n % 2 else "b", "log", n)
+    watch, lacks = events.watch("a", 6)
+    events.publish("a", "log", 10)
     assert [event.what for event in watch.missed] == [7, 9]
     assert [event.what for event in watch.take(0)] == [10]
     assert not lacks
-    for n in range(feed.kept):
-        feed.publish("b", "log", n)
-    assert feed.watch("a", 9) == (feed.watch("a", 9)[0], True) or feed.watch("a", 9)[1]
-    assert not feed.watch("a", 11)[1]
-    assert feed.watch("a", 10**9)[1], "that is no event of this feed"
+    for n in range(events.kept):
+        events.publish("b", "log", n)
+    assert (
+        events.watch("a", 9) == (events.watch("a", 9)[0], True)
+        or events.watch("a", 9)[1]
+    )
+    assert not events.watch("a", 11)[1]
+    assert events.watch("a", 10**9)[1], "that is no event of this feed"
 
 
 @pytest.mark.parametrize("count, over", [(9999, 0), (10**4, 0), (10001, 1), (10**5, 1)])
 def test_news_gather_up_to_their_limit(count, over):
-    watch = longtasks.Watch()
+    watch = longtasks.Subscription()
     for n in range(count):
         watch.tell(n)
     assert watch.over == over
@@ -3597,52 +3600,52 @@ def test_news_gather_up_to_their_limit(count, over):
 
 @pytest.mark.parametrize("count, lacks", [(2000, False), (2001, True), (10**5, True)])
 def test_events_are_kept_up_to_their_limit_for_who_comes_back(count, lacks):
-    feed = longtasks.Feed()
-    feed.leave("", feed.watch("")[0])
+    events = longtasks.Events()
+    events.leave("", events.watch("")[0])
     for n in range(count):
-        feed.publish("a", "log", n)
-    watch, lacking = feed.watch("", 0)
+        events.publish("a", "log", n)
+    watch, lacking = events.watch("", 0)
     assert (len(watch.missed), lacking) == (2000, lacks)
 
 
 @pytest.mark.parametrize("length, kept", [(4000, 4000), (4001, 4000), (10**7, 4000)])
 def test_a_line_of_a_log_is_kept_up_to_its_limit(length, kept):
-    feed = longtasks.Feed()
-    feed.log("a", "x" * length)
-    assert [len(line) for line in feed.log_of("a")[0]] == [kept]
+    events = longtasks.Events()
+    events.log("a", "x" * length)
+    assert [len(line) for line in events.log_of("a")[0]] == [kept]
 
 
 @pytest.mark.parametrize("count, dropped", [(64, 0), (65, 1), (10**5, 10**5 - 64)])
 def test_a_log_is_kept_up_to_its_limit(count, dropped):
-    feed = longtasks.Feed()
+    events = longtasks.Events()
     for _ in range(count):
-        feed.log("a", "x" * 1023)
-    assert len(feed.log_of("a")[0]) == min(count, 64)
-    assert feed.log_of("a")[1] == dropped
+        events.log("a", "x" * 1023)
+    assert len(events.log_of("a")[0]) == min(count, 64)
+    assert events.log_of("a")[1] == dropped
 
 
 def test_lines_that_nobody_has_are_counted_and_a_gap_for_those_who_come_back():
-    feed = longtasks.Feed()
-    watch, _ = feed.watch("a")
-    feed.log("a", "1", "2")
-    feed.log("a", "6", dropped=3)
+    events = longtasks.Events()
+    watch, _ = events.watch("a")
+    events.log("a", "1", "2")
+    events.log("a", "6", dropped=3)
     assert [event.what for event in watch.take(0)] == ["1", "2", "6"]
-    assert feed.log_of("a") == (["6"], 5)
-    feed.leave("a", watch)
-    feed.log("a", "7")
-    last = feed._last
-    assert not feed.watch("a", last - 1)[1], "there is no gap"
-    feed.leave("a", *feed._watches["a"])
-    assert not feed.log("a", "9", dropped=1)
-    assert feed.watch("a", last)[1]
-    assert feed.log("a", "10")
+    assert events.log_of("a") == (["6"], 5)
+    events.leave("a", watch)
+    events.log("a", "7")
+    last = events._last
+    assert not events.watch("a", last - 1)[1], "there is no gap"
+    events.leave("a", *events._watches["a"])
+    assert not events.log("a", "9", dropped=1)
+    assert events.watch("a", last)[1]
+    assert events.log("a", "10")
 
 
 def test_who_does_not_take_the_news_is_dropped_and_holds_up_nobody():
-    feed = longtasks.Feed()
-    watch, _ = feed.watch("")
+    events = longtasks.Events()
+    watch, _ = events.watch("")
     for n in range(watch.most + 1):
-        feed.publish("a", "log", n)
+        events.publish("a", "log", n)
     assert watch.over
     assert len(watch.news) == watch.most
 
@@ -3661,41 +3664,41 @@ def test_progress_is_told_ten_times_a_second_at_most(monkeypatch):
 def test_the_latest_progress_is_told_in_the_end_and_once(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(longtasks.time, "monotonic", clock)
-    ledger = new_ledger(clock)
-    task = ledger.submit("t", b"{}")
-    context, (_, watch, _) = ledger.claim()[1], ledger.watch(task.id)
+    store = new_ledger(clock)
+    task = store.submit("t", b"{}")
+    context, (_, watch, _) = store.claim()[1], store.watch(task.id)
     for percent in (10, 20, 30):
         context.progress(percent / 100)
     assert [event.what["percent"] for event in watch.take(0)] == [10]
     for late in ([30], []):
         clock.now += 1
-        ledger.tick()
+        store.tick()
         assert [event.what["percent"] for event in watch.take(0)] == late
 
 
 def test_a_log_is_bounded_for_each_task_and_in_all(monkeypatch):
-    feed = longtasks.Feed()
-    monkeypatch.setattr(feed, "log_size", 100)
-    monkeypatch.setattr(feed, "logs_size", 250)
+    events = longtasks.Events()
+    monkeypatch.setattr(events, "log_size", 100)
+    monkeypatch.setattr(events, "logs_size", 250)
     for n in range(50):
-        feed.log("a", "line %d" % n)
-    lines, dropped = feed.log_of("a")
+        events.log("a", "line %d" % n)
+    lines, dropped = events.log_of("a")
     assert lines[-1] == "line 49"
     assert len(lines) + dropped == 50
     assert sum(len(line) + 1 for line in lines) <= 100
     for task_id in "bc":
         for n in range(50):
-            feed.log(task_id, "line %d" % n)
-    assert feed.log_of("a") == ([], 0), "the one that began first makes room"
-    feed.log("d", "x" * 10_000)
-    assert sum(log.size for log in feed._logs.values()) == feed._logs_size <= 250
+            events.log(task_id, "line %d" % n)
+    assert events.log_of("a") == ([], 0), "the one that began first makes room"
+    events.log("d", "x" * 10_000)
+    assert sum(log.size for log in events._logs.values()) == events._logs_size <= 250
     for task_id in "bcd":
-        feed.forget(task_id)
-    assert feed._logs_size == 0
+        events.forget(task_id)
+    assert events._logs_size == 0
 
 
 # ======================================================================
-# 6. Workers
+# 8. Worker pool
 # ======================================================================
 
 
@@ -3826,7 +3829,7 @@ def test_threads_are_started_for_work_and_never_too_many(gate):
             submitted(service, "gate")
         gate.wait_started(3)
         assert len(workers()) == before + 3
-        assert service.ledger.counts() == (2, 3, 0)
+        assert service.store.counts() == (2, 3, 0)
         gate.release.set()
         gate.wait_started(2)
     until(lambda: len(workers()) == before)
@@ -3834,17 +3837,17 @@ def test_threads_are_started_for_work_and_never_too_many(gate):
 
 def test_workers_start_together_however_slow_the_disk_is(gate, tmp_path):
     journal = HeldJournal(tmp_path / "tasks.db")
-    ledger = longtasks.Ledger(journal=journal)
-    pool = longtasks.Pool(ledger, longtasks.HANDLERS, 3)
+    store = longtasks.TaskStore(journal=journal)
+    pool = longtasks.WorkerPool(store, longtasks.REGISTRY, 3)
     journal.let.release()
-    tasks = ledger.submit_all([asked(b"{}", "gate")] * 5)
+    tasks = store.submit_all([asked(b"{}", "gate")] * 5)
     pool.start()
-    until(lambda: len(ledger._running) == 3)  # none of it is on disk
+    until(lambda: len(store._running) == 3)  # none of it is on disk
     assert not gate.runs
     gate.release.set()
     journal.free()
-    until(lambda: all(ledger.get(task.id).finished for task in tasks))
-    ledger.halt()
+    until(lambda: all(store.get(task.id).finished for task in tasks))
+    store.halt()
     assert journal.close(LONG)
 
 
@@ -4419,7 +4422,7 @@ def test_programs_end_with_the_service_however_it_ends(line, number):
 
 
 def test_the_guard_is_started_again_when_it_died():
-    guard = longtasks.Guard()
+    guard = longtasks.Reaper()
     guard.add(2**22 + 1)
     guard._process.kill()
     guard._process.wait()
@@ -4429,7 +4432,7 @@ def test_the_guard_is_started_again_when_it_died():
 
 
 def test_a_group_is_not_let_go_while_it_is_signalled(monkeypatch):
-    guard, held_up = longtasks.Guard(), []
+    guard, held_up = longtasks.Reaper(), []
 
     def kill(group, number):
         held_up.append(is_held_up(lambda: guard.remove(group)))
@@ -4445,7 +4448,7 @@ def test_a_group_is_not_let_go_while_it_is_signalled(monkeypatch):
 
 
 def test_a_group_may_be_signalled_while_its_session_is_looked_for(monkeypatch):
-    guard, held_up = longtasks.Guard(), []
+    guard, held_up = longtasks.Reaper(), []
 
     def search(session):
         held_up.append(is_held_up(lambda: guard.signal(session, signal.SIGTERM)))
@@ -4464,7 +4467,7 @@ def test_a_group_is_not_let_go_while_its_session_is_looked_for(monkeypatch):
             gate.wait(LONG)
 
     def run():
-        with longtasks.killable(2**22 + 3, context, lambda: None):
+        with longtasks.managed_process(2**22 + 3, context, lambda: None):
             context.cancel()
             searches.get(timeout=LONG)
         done.set()
@@ -4485,7 +4488,7 @@ def test_nobody_is_left_who_would_kill_a_group_that_is_over(cancels):
 
     context, asked_for = Context("id"), []
     context.grace = 1000
-    with longtasks.killable(2**22 + 2, context, lambda: asked_for.append(1)):
+    with longtasks.managed_process(2**22 + 2, context, lambda: asked_for.append(1)):
         for _ in range(cancels):
             context.cancel()
         assert stoppers()
@@ -4510,11 +4513,11 @@ def test_a_program_is_stopped_and_killed_when_there_is_no_thread_left(monkeypatc
 
 
 def test_a_program_fails_that_could_not_be_stopped(monkeypatch):
-    longtasks.GUARD.ready()
+    longtasks.REAPER.ready()
     monkeypatch.setattr(threading.Thread, "start", no_thread)
     outcome, _ = run_program("t=sleep 1000")
     assert outcome.error == "RuntimeError: can't start new thread"
-    assert not longtasks.GUARD._groups
+    assert not longtasks.REAPER._groups
 
 
 def test_a_program_that_times_out_says_so(registry):
@@ -4567,13 +4570,13 @@ def register_all_kinds():
 class Visitor:
     """Does at random what can be done with a ledger, and keeps what it was told."""
 
-    def __init__(self, ledger, seed):
-        self.ledger, self.dice = ledger, random.Random(seed)
+    def __init__(self, store, seed):
+        self.store, self.dice = store, random.Random(seed)
         self.ids, self.ends = [], {}
 
     def visit(self, times):
         acts = [self.look, self.wait, self.cancel, self.delete, self.list, self.watch]
-        refusals = longtasks.Finished, longtasks.Unfinished, longtasks.ForgottenTask
+        refusals = longtasks.Finished, longtasks.Unfinished, longtasks.GoneTask
         for _ in range(times):
             self.submit()
             for act in self.dice.sample(acts, 2):
@@ -4584,44 +4587,44 @@ class Visitor:
         delay, priority = self.dice.choice([0, 0, 0.002]), self.dice.randrange(3)
         options = longtasks.Options(delay=delay, priority=priority)
         kind = self.dice.choice(KINDS)
-        self.ids.append(self.ledger.submit(kind, b"{}", options).id)
+        self.ids.append(self.store.submit(kind, b"{}", options).id)
 
     def look(self, task_id):
-        task, context = self.ledger.get(task_id), self.ledger.context(task_id)
+        task, context = self.store.get(task_id), self.store.context(task_id)
         assert (context or Context("")).progress_document() in (None, HALF)
         if task.finished:  # and nothing may change it
             assert self.ends.setdefault(task_id, task) == task
 
     def wait(self, task_id):
-        task = self.ledger.wait(task_id, 0.005)
+        task = self.store.wait(task_id, 0.005)
         if task.finished:
             assert self.ends.setdefault(task_id, task) == task
 
     def cancel(self, task_id):
-        assert self.ledger.cancel(task_id).status in ("cancelled", "processing")
+        assert self.store.cancel(task_id).status in ("cancelled", "processing")
 
     def delete(self, task_id):
-        self.ledger.delete(task_id)
-        with pytest.raises(longtasks.ForgottenTask):
-            self.ledger.get(task_id)
+        self.store.delete(task_id)
+        with pytest.raises(longtasks.GoneTask):
+            self.store.get(task_id)
 
     def list(self, task_id):
-        seqs = [task.seq for task in self.ledger.page(1000)[0]]
+        seqs = [task.seq for task in self.store.page(1000)[0]]
         assert seqs == sorted(set(seqs))
 
     def watch(self, task_id):
-        _, watch, _ = self.ledger.watch(task_id, after=0)
+        _, watch, _ = self.store.watch(task_id, after=0)
         events = watch.missed + watch.take(0.001)
         assert {event.task_id for event in events} <= {task_id}
         assert len({e.number for e in events}) == len(events)
-        self.ledger.feed.leave(task_id, watch)
+        self.store.events.leave(task_id, watch)
 
 
 @contextlib.contextmanager
-def all_news(ledger):
+def all_news(store):
     """A list of all events, which fills while this lasts and is complete then."""
     news, over = [], threading.Event()
-    _, watch, _ = ledger.watch("")
+    _, watch, _ = store.watch("")
 
     def follow():
         while not over.is_set():
@@ -4636,30 +4639,30 @@ def all_news(ledger):
         thread.join(LONG)
         news.extend(watch.take(0))
         assert not watch.over
-        ledger.feed.leave("", watch)
+        store.events.leave("", watch)
 
 
-def check_books(ledger, ids, news):
+def check_books(store, ids, news):
     """See that a ledger where all is over holds together, and has lost nothing."""
-    tasks = ledger.page(10**6)[0]
+    tasks = store.page(10**6)[0]
     ends = [e.task_id for e in news if e.kind == "status" and e.what.finished]
     gone = [event.task_id for event in news if event.kind == "gone"]
     assert sorted(ends) == sorted(ids)  # each once
     assert sorted(gone + [task.id for task in tasks]) == sorted(ids)
     assert [event.number for event in news] == list(range(1, len(news) + 1))
     assert {t.status for t in tasks} <= longtasks.FINISHED
-    assert ledger.counts() == (0, 0, len(tasks))
-    assert (ledger._queued, ledger._held) == (0, sum(t.weight for t in tasks))
-    assert len(ledger._ended) >= len(tasks)
-    left = [ledger._running, ledger._active, ledger._deciding, ledger._submitting]
-    left += [ledger._waiting, ledger._beyond, ledger.feed._watches]
-    left += ledger._parked.values()
+    assert store.counts() == (0, 0, len(tasks))
+    assert (store._queued, store._held) == (0, sum(t.weight for t in tasks))
+    assert len(store._ended) >= len(tasks)
+    left = [store._running, store._active, store._deciding, store._submitting]
+    left += [store._waiting, store._beyond, store.events._watches]
+    left += store._parked.values()
     assert not any(left)
-    assert not any(ledger._active_types.values())
-    regular = {ledger.expire, ledger._tell_progress, ledger._follow_wall_clock}
-    if ledger._journal:
-        regular.add(ledger._journal.check_wal)
-    assert set(ledger._agenda.later_than(0)) == regular
+    assert not any(store._active_types.values())
+    regular = {store.expire, store._emit_progress, store._follow_wall_clock}
+    if store._journal:
+        regular.add(store._journal.check_wal)
+    assert set(store._timers.later_than(0)) == regular
 
 
 @pytest.fixture
@@ -4678,14 +4681,14 @@ def test_many_who_do_everything_at_once_leave_the_books_balanced(
     register_all_kinds()
     path = db and str(tmp_path / db)
     with serving(DB=path, WORKER_COUNT=6, RESULT_LIMIT=300, GRACE=LONG) as service:
-        ledger = service.ledger
-        visitors = [Visitor(ledger, seed) for seed in range(8)]
-        with all_news(ledger) as news:
+        store = service.store
+        visitors = [Visitor(store, seed) for seed in range(8)]
+        with all_news(store) as news:
             together(8, lambda index: visitors[index].visit(100))
-            until(lambda: ledger.counts()[:2] == (0, 0) and not ledger._deciding)
-            until(lambda: not ledger._active)
-        check_books(ledger, [id for v in visitors for id in v.ids], news)
-        shown = ledger.page(10**6)[0]
+            until(lambda: store.counts()[:2] == (0, 0) and not store._deciding)
+            until(lambda: not store._active)
+        check_books(store, [id for v in visitors for id in v.ids], news)
+        shown = store.page(10**6)[0]
     if path:
         journal = longtasks.Journal(path)
         assert sorted(journal.load()) == shown
@@ -4694,7 +4697,7 @@ def test_many_who_do_everything_at_once_leave_the_books_balanced(
 
 
 # ======================================================================
-# 7. Requests and replies, and 8. The API
+# 9. HTTP API
 # ======================================================================
 
 
@@ -4854,7 +4857,7 @@ def test_a_task_that_cannot_be_run_is_refused_at_once(
     answer = call(service, "POST", "/api/v1/tasks", document)
     problem = assert_problem(answer, 422, *words)
     assert [each["pointer"] for each in problem["errors"]] == pointers
-    assert service.ledger.counts() == (0, 0, 0)
+    assert service.store.counts() == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -4876,7 +4879,7 @@ def test_a_task_that_cannot_be_run_is_refused_at_once(
 )
 def test_a_body_that_is_no_json_object_is_refused_and_the_process_lives(body, service):
     assert_problem(call(service, "POST", "/api/v1/tasks", body), 400)
-    assert service.ledger.counts() == (0, 0, 0)
+    assert service.store.counts() == (0, 0, 0)
     assert call(service, "GET", "/healthz").status == 200
 
 
@@ -4936,7 +4939,7 @@ def test_a_full_queue_is_503_and_not_ready(gate):
             assert_problem(answer, 503, "the queue is full")
             assert int(answer.headers["Retry-After"]) > 0
         assert call(service, "GET", "/healthz").status == 200
-        assert service.ledger.counts() == (1, 1, 0)
+        assert service.store.counts() == (1, 1, 0)
 
 
 def put(service, task_id, params=None, **headers):
@@ -4972,7 +4975,7 @@ def test_only_a_uuid_can_be_put(task_id, service):
 def test_an_idempotency_key_may_have_255_characters(service):
     for key in ("x" * 255, '"%s"' % ("x" * 255)):
         assert submit(service, "long_computation", Idempotency_Key=key).status == 202
-    assert sum(service.ledger.counts()) == 1
+    assert sum(service.store.counts()) == 1
 
 
 def test_an_idempotency_key_makes_a_submit_repeatable(registry):
@@ -4990,7 +4993,7 @@ def test_an_idempotency_key_makes_a_submit_repeatable(registry):
             assert again.headers["Location"] == first.headers["Location"]
         other = submit(service, "long_computation", {"duration": 1}, **key)
         assert_problem(other, 422, "Idempotency-Key", "another task before")
-        assert service.ledger.counts().finished == 1
+        assert service.store.counts().finished == 1
 
 
 @pytest.mark.parametrize(
@@ -5332,7 +5335,7 @@ def test_a_stuck_handler_costs_the_pool_no_worker(gate):
         assert result_of(service, task_id)["status"] == "completed"
         assert metrics_of(service)["longtasks_handlers_stuck"] == 3
         gate.release.set()
-        until(lambda: service.ledger.stuck() == 0)
+        until(lambda: service.store.stuck() == 0)
         until(lambda: len(workers()) == 1, "the end of the threads that were stuck")
         assert all(result_of(service, i)["status"] == "cancelled" for i in stuck)
 
@@ -5411,7 +5414,7 @@ def test_an_option_that_makes_no_sense_is_refused(option, value, service):
     document = {"type": "long_computation", "params": {}, option: value}
     answer = call(service, "POST", "/api/v1/tasks", document)
     assert_problem(answer, 422, option)
-    assert service.ledger.counts() == (0, 0, 0)
+    assert service.store.counts() == (0, 0, 0)
 
 
 def test_delay_and_priority_are_shown(service):
@@ -5435,7 +5438,7 @@ def test_a_client_may_wait_instead_of_asking_again(gate):
         preferred = background(
             lambda: call(service, "GET", path, Prefer="respond-async, wait=20")
         )
-        until(lambda: task_id in service.ledger._waiting)
+        until(lambda: task_id in service.store._waiting)
         gate.release.set()
         for waiting in [*asked_for, preferred]:
             answer = waiting.result(LONG)
@@ -5530,7 +5533,7 @@ def test_a_submit_with_a_wait_that_is_no_time_changes_nothing(service):
     for method, below in [("POST", ""), ("PUT", "/" + str(uuid.uuid4()))]:
         answer = call(service, method, "/api/v1/tasks%s?wait=abc" % below, document)
         assert_problem(answer, 400, "wait must be")
-    assert service.ledger.counts() == (0, 0, 0)
+    assert service.store.counts() == (0, 0, 0)
 
 
 def test_a_batch_is_submitted_over_http(service):
@@ -5556,7 +5559,7 @@ def test_a_batch_with_a_fault_is_refused_whole(service):
     assert_problem(answer, 400, "goes with an array")
     answer = call(service, "POST", "/api/v1/tasks", [one], Idempotency_Key="k")
     assert_problem(answer, 400, "goes with an array")
-    assert service.ledger.counts() == (0, 0, 0)
+    assert service.store.counts() == (0, 0, 0)
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT"])
@@ -5642,7 +5645,7 @@ def test_a_task_is_followed_by_its_events_to_the_end(registry):
         assert progress["data"] == half
         assert (line["event"], line["data"]["line"]) == ("log", "a line")
         assert (end["event"], end["data"]["status"]) == ("status", "completed")
-        until(lambda: not service.ledger.feed._watches)
+        until(lambda: not service.store.events._watches)
         path = "/api/v1/tasks/%s/events" % task_id
         with Stream(service, path) as stream:  # of a finished task: its end, at once
             assert [event["data"]["status"] for event in stream.rest()] == ["completed"]
@@ -5677,7 +5680,7 @@ def test_all_tasks_are_followed_and_nothing_is_missed_by_who_comes_back(service)
 
 @pytest.mark.parametrize("last", ["0-1", "nonsense", "{life}-999"])
 def test_who_comes_back_too_late_is_told_that_something_is_missing(last, service):
-    last = last.format(life=service.ledger.feed.life)
+    last = last.format(life=service.store.events.life)
     with Stream(service, "/api/v1/events", Last_Event_ID=last) as stream:
         assert stream.event()["event"] == "gap"
     task_id = submitted(service, "long_computation", {"duration": 99})
@@ -5696,22 +5699,22 @@ def test_a_stream_begins_with_the_task_as_it_was_and_goes_on_from_there(gate, se
     stream = longtasks.event_stream(app, follower(), gate_id, None, True)
     next(stream)  # it watches from here on
     gate.release.set()
-    until(lambda: service.ledger.get(gate_id).finished)
+    until(lambda: service.store.get(gate_id).finished)
     blocks = b"".join(stream).split(b"\n\n")
     statuses = [re.search(rb'"status": "(\w+)"', block) for block in blocks]
     assert [m.group(1) for m in statuses if m] == [b"processing", b"completed"]
 
 
 def test_many_events_go_out_in_pieces_that_are_made_as_they_are_taken(service):
-    feed = service.ledger.feed
-    feed.leave("", feed.watch("")[0])  # from now on, events are kept
+    events = service.store.events
+    events.leave("", events.watch("")[0])  # from now on, events are kept
     lines = ["%d-" % n + "x" * 3000 for n in range(200)]
     for line in lines:
-        feed.publish("a", "log", line)
+        events.publish("a", "log", line)
     stream = longtasks.event_stream(service.server.app, follower(), "", 0, True)
     next(stream)
     for line in lines:
-        feed.publish("b", "log", line)
+        events.publish("b", "log", line)
     pieces = []
     while b'"b", "line": "199-' not in b"".join(pieces[-1:]):
         pieces.append(next(stream))
@@ -5732,11 +5735,11 @@ def test_a_client_that_does_not_read_its_events_is_dropped(service, monkeypatch)
     address = ("127.0.0.1", service.server.server_port)
     with socket.create_connection(address) as client:
         client.sendall(b"GET /api/v1/events HTTP/1.0\r\n\r\n")
-        until(lambda: service.ledger.feed._watches)
+        until(lambda: service.store.events._watches)
         end = time.monotonic() + LONG
-        while service.ledger.feed._watches:
+        while service.store.events._watches:
             assert time.monotonic() < end
-            service.ledger.feed.publish("a", "log", "x" * 4000)
+            service.store.events.publish("a", "log", "x" * 4000)
         until(lambda: not service.server._connections)
 
 
@@ -5744,7 +5747,7 @@ def test_head_of_a_stream_leaves_no_watch(service):
     for _ in range(3):
         assert call(service, "HEAD", "/api/v1/events").status == 200
     until(lambda: not service.server._connections)
-    assert not service.ledger.feed._watches
+    assert not service.store.events._watches
 
 
 def test_past_the_limit_stuck_handlers_are_not_replaced(gate):
@@ -5753,7 +5756,7 @@ def test_past_the_limit_stuck_handlers_are_not_replaced(gate):
         for task_id in ids[:3]:
             gate.wait_started()
             cancel(service, task_id)
-        until(lambda: service.ledger.stuck() == 3)
+        until(lambda: service.store.stuck() == 3)
         assert len(workers()) == 3
         assert_problem(submit(service, "gate"), 503, "handlers do not stop (3)")
         gate.release.set()
@@ -5857,7 +5860,7 @@ def talk(ctx: Context):
 def test_an_error_of_the_service_is_told_without_a_traceback(
     service, monkeypatch, caplog
 ):
-    monkeypatch.setattr(service.ledger, "get", raising(RuntimeError("secret")))
+    monkeypatch.setattr(service.store, "get", raising(RuntimeError("secret")))
     longtasks.log.propagate = True
     answer = call(service, "GET", "/api/v1/tasks/x")
     document = assert_problem(answer, 500)
@@ -6040,7 +6043,7 @@ def test_openapi_tells_of_every_route_and_its_head(service):
 
 
 def test_openapi_has_no_reference_that_leads_nowhere_and_no_part_that_is_unused():
-    document = longtasks.openapi(longtasks.HANDLERS, False)
+    document = longtasks.openapi(longtasks.REGISTRY, False)
     used = set(re.findall('"#/components/([a-z]+/[^"]+)"', json.dumps(document)))
     there = {
         kind + "/" + name
@@ -6192,7 +6195,7 @@ def test_without_the_token_nothing_is_told_of_any_route(method, path, registry):
         answer = call(service, method, path, {"type": "long_computation"})
         assert_problem(answer, 401, "Authorization: Bearer TOKEN")
         assert answer.headers["WWW-Authenticate"] == 'Bearer realm="longtasks"'
-        assert service.ledger.counts() == (0, 0, 0)
+        assert service.store.counts() == (0, 0, 0)
 
 
 def test_probes_need_no_token(registry):
@@ -6344,7 +6347,7 @@ def test_on_loopback_a_name_from_elsewhere_is_refused(host, service):
     for _ in range(2):
         answer = submit(service, "long_computation", {"duration": 0}, Host=host)
         assert_problem(answer, 421, "localhost", host)
-    assert service.ledger.counts() == (0, 0, 0)
+    assert service.store.counts() == (0, 0, 0)
 
 
 def test_with_a_token_any_name_will_do(registry):
@@ -6380,7 +6383,7 @@ def test_a_page_of_another_origin_can_ask_for_nothing(headers, gate):
         assert_problem(call(service, "GET", path, **headers), 403)
         assert_problem(call(service, "POST", path + "/cancel", **headers), 403)
         assert_problem(call(service, "DELETE", path, **headers), 403)
-        assert sum(service.ledger.counts()) == 1
+        assert sum(service.store.counts()) == 1
         assert "cancel_requested" not in call(service, "GET", path).json
 
 
@@ -6406,7 +6409,7 @@ def test_a_link_from_another_page_may_be_followed_but_not_posted(service):
 
 
 # ======================================================================
-# 9. The server
+# 10. HTTP server
 # ======================================================================
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
@@ -6692,8 +6695,8 @@ def as_read(method, target, version, headers, body):
 @pytest.fixture(scope="module")
 def reader():
     """Tells how we read what comes in pieces, and what we send."""
-    app = longtasks.App(longtasks.Ledger(), {}, longtasks.Access())
-    server = longtasks.Server(("127.0.0.1", 0), app, 1000, 10**6)
+    app = longtasks.App(longtasks.TaskStore(), {}, longtasks.Access())
+    server = longtasks.APIServer(("127.0.0.1", 0), app, 1000, 10**6)
     app.access.local = False  # so that any Host will do
     server.date = lambda: "now"
     seen = []
@@ -7256,15 +7259,15 @@ def test_what_happened_before_the_end_of_the_service_is_still_told(gate):
         stream = longtasks.event_stream(app, follower(), task_id, None, True)
         told = [next(stream) for _ in range(3)]  # to the task as it is
         gate.release.set()
-        until(lambda: service.ledger.get(task_id).finished)
-        service.ledger.feed.wake(over=True)
+        until(lambda: service.store.get(task_id).finished)
+        service.store.events.wake(over=True)
         assert b'"completed"' in b"".join(stream)
         assert b'"processing"' in b"".join(told)
 
 
 def test_who_asks_for_the_head_of_a_stream_only_watches_nothing(service):
     assert call(service, "HEAD", "/api/v1/events").status == 200
-    until(lambda: not service.ledger.feed._watches)
+    until(lambda: not service.store.events._watches)
 
 
 def test_a_client_that_does_not_read_is_dropped(registry, monkeypatch):
@@ -7274,7 +7277,7 @@ def test_a_client_that_does_not_read_is_dropped(registry, monkeypatch):
         monkeypatch.setattr(service.server, "slowest", 10**9)
         task_id = submitted(service, "big")
         path = "/api/v1/tasks/%s/result" % task_id
-        until(lambda: service.ledger.counts().finished)
+        until(lambda: service.store.counts().finished)
         with socket.create_connection(
             ("127.0.0.1", service.server.server_port)
         ) as client:
@@ -7286,7 +7289,7 @@ def test_a_client_that_does_not_read_is_dropped(registry, monkeypatch):
 def test_past_the_limit_a_newcomer_is_told_so_and_probes_get_through(
     registry, monkeypatch
 ):
-    monkeypatch.setattr(longtasks.Server, "idle_excuse", LONG)
+    monkeypatch.setattr(longtasks.APIServer, "idle_excuse", LONG)
     with serving(MAX_CONNECTIONS=2) as service:
         address = ("127.0.0.1", service.server.server_port)
         holders = [socket.create_connection(address) for _ in range(2)]
@@ -7304,8 +7307,8 @@ def test_past_the_limit_a_newcomer_is_told_so_and_probes_get_through(
 
 
 def test_past_the_reserve_too_a_newcomer_is_told_so(registry, monkeypatch):
-    monkeypatch.setattr(longtasks.Server, "reserve", 0)
-    monkeypatch.setattr(longtasks.Server, "idle_excuse", LONG)
+    monkeypatch.setattr(longtasks.APIServer, "reserve", 0)
+    monkeypatch.setattr(longtasks.APIServer, "idle_excuse", LONG)
     with serving(MAX_CONNECTIONS=1) as service:
         address = ("127.0.0.1", service.server.server_port)
         with socket.create_connection(address):
@@ -7332,8 +7335,8 @@ def test_running_out_of_descriptors_pauses_accepting(service, monkeypatch):
 @pytest.fixture
 def impatient(monkeypatch):
     """Clients have no excuse for being idle or slow while others want in."""
-    monkeypatch.setattr(longtasks.Server, "idle_excuse", 0.0)
-    monkeypatch.setattr(longtasks.Server, "slow_excuse", 0.0)
+    monkeypatch.setattr(longtasks.APIServer, "idle_excuse", 0.0)
+    monkeypatch.setattr(longtasks.APIServer, "slow_excuse", 0.0)
 
 
 @contextlib.contextmanager
@@ -7371,7 +7374,7 @@ def test_who_holds_on_costs_little_memory(sent, service):
 
 
 def test_who_has_just_come_can_be_looked_at(registry, impatient, monkeypatch):
-    admit = longtasks.Server.admit
+    admit = longtasks.APIServer.admit
 
     def admit_and_look(server, request, connection):
         admitted = admit(server, request, connection)
@@ -7379,7 +7382,7 @@ def test_who_has_just_come_can_be_looked_at(registry, impatient, monkeypatch):
             server._make_room("another has come")
         return admitted
 
-    monkeypatch.setattr(longtasks.Server, "admit", admit_and_look)
+    monkeypatch.setattr(longtasks.APIServer, "admit", admit_and_look)
     with serving() as service:
         assert call(service, "GET", "/healthz").status == 200
 
@@ -7409,12 +7412,12 @@ def test_clients_share_one_copy_of_a_large_result(registry):
     handler("large")(lambda: "x" * 70_000)
     with serving() as service:
         task_id = submitted(service, "large")
-        until(lambda: service.ledger.counts().finished)
+        until(lambda: service.store.counts().finished)
         for accept in ("application/json", "text/plain"):
             request = longtasks.Request("GET", "/", "1.1", {"accept": accept})
             request.task_id = task_id
             reply = longtasks.show_result(service.server.app, request)
-            assert reply.more[0] is service.ledger.get(task_id).result
+            assert reply.more[0] is service.store.get(task_id).result
 
 
 @pytest.mark.parametrize("length", [65_535, 65_536, 65_537, 10_000_000])
@@ -7423,7 +7426,7 @@ def test_a_result_of_any_length_arrives_whole(length, accept, more, registry):
     handler("long")(lambda: "é" * length)
     with serving() as service:
         path = "/api/v1/tasks/%s/result" % submitted(service, "long")
-        until(lambda: service.ledger.counts().finished)
+        until(lambda: service.store.counts().finished)
         answer = call(service, "GET", path, Accept=accept)
         result = answer.json if more else answer.json["result"]
         assert result == "é" * length
@@ -7458,7 +7461,7 @@ def test_who_reads_slowly_makes_room_for_a_newcomer(registry, impatient):
     handler("big")(lambda: "x" * 50_000_000)
     with serving(MAX_CONNECTIONS=1) as service:
         path = "/api/v1/tasks/%s/result" % submitted(service, "big")
-        until(lambda: service.ledger.counts().finished)
+        until(lambda: service.store.counts().finished)
         until(lambda: not connections(service))
         with held_by(service, b"GET %s HTTP/1.0\r\n\r\n" % path.encode()):
             until(lambda: connections(service)[0].sending)
@@ -7473,7 +7476,7 @@ def test_who_waits_for_a_task_keeps_the_place(gate, impatient):
         request = b"GET %s HTTP/1.0\r\n\r\n" % path.encode()
         with held_by(service, request, request) as held:
             until(lambda: all(c.last for c in connections(service)), "both requests")
-            until(lambda: service.ledger._waiting)
+            until(lambda: service.store._waiting)
             assert call(service, "GET", "/api/v1/types").status == 503
             gate.release.set()
             for client in held:
@@ -7482,7 +7485,7 @@ def test_who_waits_for_a_task_keeps_the_place(gate, impatient):
 
 def test_who_has_just_come_or_begun_is_no_hindrance(registry):
     with serving(MAX_CONNECTIONS=2) as service, held_by(service, b"", GET):
-        now, limits = time.monotonic(), longtasks.Server
+        now, limits = time.monotonic(), longtasks.APIServer
         for connection in connections(service):
             excuse = limits.idle_excuse if connection.idle else limits.slow_excuse
             connection.since = connection.began = now - excuse
@@ -7579,7 +7582,7 @@ def test_out_of_descriptors_idle_clients_make_room():
 def test_as_many_may_be_connected_as_the_limit_says(
     held, status, registry, monkeypatch
 ):
-    monkeypatch.setattr(longtasks.Server, "idle_excuse", LONG)
+    monkeypatch.setattr(longtasks.APIServer, "idle_excuse", LONG)
     with serving(MAX_CONNECTIONS=2) as service, contextlib.ExitStack() as stack:
         address = ("127.0.0.1", service.server.server_port)
         for _ in range(held):
@@ -7721,7 +7724,7 @@ def attacked():
     """A service that many tests attack."""
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(longtasks, "HANDLERS", dict(longtasks.HANDLERS))
+            patch.setattr(longtasks, "REGISTRY", dict(longtasks.REGISTRY))
 
             @handler("whole")
             def whole(params: dict, ctx: Context):
@@ -7744,7 +7747,7 @@ def test_whatever_comes_there_is_an_answer_and_no_harm(data, attacked, monkeypat
         answer = client.recv(65536)
         client.close()
         until(lambda: not connections(service), "the end of the connection")
-        until(lambda: service.ledger.counts()[:2] == (0, 0), "the end of the tasks")
+        until(lambda: service.store.counts()[:2] == (0, 0), "the end of the tasks")
     assert re.match(rb"HTTP/1\.1 (2\d\d|4\d\d|501|505) ", answer), answer[:100]
     assert b"Traceback" not in answer
     for record in list(kept):
@@ -7779,8 +7782,8 @@ def test_a_connection_ends_without_leaving_a_thread(service):
     ],
 )
 def test_all_who_wait_are_accepted_in_one_turn(error, accepted, service):
-    app, taken = longtasks.App(service.ledger, {}, longtasks.Access()), []
-    with longtasks.Server(("127.0.0.1", 0), app, 1000, 1000) as server:
+    app, taken = longtasks.App(service.store, {}, longtasks.Access()), []
+    with longtasks.APIServer(("127.0.0.1", 0), app, 1000, 1000) as server:
         accept, errors = server.get_request, [error] if error else []
 
         def accept_or_fail():
@@ -8252,7 +8255,7 @@ def test_it_speaks_tls(secure, pairs):
 def test_curl_can_use_tls_and_sees_how_streams_end(secure, pairs):
     port, cert = secure.server.server_port, str(pairs / "one.crt")
     curl = ["curl", "-sS", "--cacert", cert, "--connect-to", "::127.0.0.1:%d" % port]
-    task_id = secure.ledger.submit("long_computation", b'{"duration": 0.2}').id
+    task_id = secure.store.submit("long_computation", b'{"duration": 0.2}').id
     url = "https://localhost/api/v1/tasks/%s/events" % task_id
     out = subprocess.check_output([*curl, "-N", url], timeout=LONG)
     assert b'"status": "completed"' in out
@@ -8330,7 +8333,7 @@ def test_what_is_no_tls_ends_without_a_word_in_the_log(sent, secure, caplog):
 
 
 def test_the_end_of_a_stream_over_tls_is_told(secure, pairs):
-    task_id = secure.ledger.submit("long_computation", b'{"duration": 0.1}').id
+    task_id = secure.store.submit("long_computation", b'{"duration": 0.1}').id
     with knock(secure, trust(pairs), suppress_ragged_eofs=False) as client:
         path = "/api/v1/tasks/%s/events" % task_id
         client.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
@@ -8359,12 +8362,12 @@ def test_a_waiter_over_tls_that_has_gone_frees_its_place(gate, pairs):
         with knock(service, trust(pairs)) as client:
             path = "/api/v1/tasks/%s?wait=100" % task_id
             client.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
-            until(lambda: task_id in service.ledger._waiting)
+            until(lambda: task_id in service.store._waiting)
         until(lambda: not service.server._connections)
 
 
 def submitted_to(service, type="gate"):
-    return service.ledger.submit(type, b"{}").id
+    return service.store.submit(type, b"{}").id
 
 
 def test_what_comes_over_tls_while_one_waits_is_answered(gate, pairs):
@@ -8373,7 +8376,7 @@ def test_what_comes_over_tls_while_one_waits_is_answered(gate, pairs):
         with knock(service, trust(pairs)) as client:
             head = b"GET /api/v1/tasks/%s%s HTTP/1.1\r\nHost: localhost\r\n"
             client.sendall(head % (task_id.encode(), b"?wait=100") + b"\r\n")
-            until(lambda: task_id in service.ledger._waiting)
+            until(lambda: task_id in service.store._waiting)
             client.sendall(
                 head % (task_id.encode(), b"") + b"Connection: close\r\n\r\n"
             )
@@ -8390,7 +8393,7 @@ def test_a_client_over_tls_that_does_not_read_is_dropped(
         monkeypatch.setattr(service.server, "send_timeout", 0.2)
         monkeypatch.setattr(service.server, "slowest", 10**9)
         task_id = submitted_to(service, "big")
-        until(lambda: service.ledger.counts().finished)
+        until(lambda: service.store.counts().finished)
         with knock(service, trust(pairs)) as client:
             path = "/api/v1/tasks/%s/result" % task_id
             client.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
@@ -8451,7 +8454,7 @@ def test_a_connection_that_is_cut_off_does_not_go_on_in_plain_text(gate, pairs):
         with knock(service, trust(pairs)) as client:
             path = "/api/v1/tasks/%s?wait=100" % task_id
             client.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
-            until(lambda: task_id in service.ledger._waiting)
+            until(lambda: task_id in service.store._waiting)
             (ours,) = service.server._connections
             ours.shutdown(socket.SHUT_RD)
             gate.release.set()
@@ -8461,7 +8464,7 @@ def test_a_connection_that_is_cut_off_does_not_go_on_in_plain_text(gate, pairs):
 def test_past_the_reserve_a_tls_client_does_not_hold_up_accepting(
     registry, pairs, monkeypatch
 ):
-    monkeypatch.setattr(longtasks.Server, "reserve", 0)
+    monkeypatch.setattr(longtasks.APIServer, "reserve", 0)
     with serving(MAX_CONNECTIONS=1, **tls_settings(pairs)) as service:
         with knock(service, trust(pairs)):
             assert b"HTTP" not in raw(service, b"")
@@ -8544,12 +8547,12 @@ def visit_by_http(service, seed):
 def test_many_clients_at_once_leave_the_books_balanced(registry, restless):
     register_all_kinds()
     with serving(WORKER_COUNT=6, RESULT_LIMIT=100, GRACE=LONG) as service:
-        ledger = service.ledger
-        with all_news(ledger) as news:
+        store = service.store
+        with all_news(store) as news:
             given = together(8, lambda seed: visit_by_http(service, seed))
-            until(lambda: ledger.counts()[:2] == (0, 0))
-            until(lambda: not ledger._active)
-        check_books(ledger, [id for ids in given for id in ids], news)
+            until(lambda: store.counts()[:2] == (0, 0))
+            until(lambda: not store._active)
+        check_books(store, [id for ids in given for id in ids], news)
         assert len(service.server._connections) <= 8
 
 
@@ -8610,7 +8613,7 @@ def test_one_empty_line_before_a_request_is_passed_over_however_it_comes(
 
 
 # ======================================================================
-# 10. The client
+# 11. Client
 # ======================================================================
 
 
@@ -8866,7 +8869,7 @@ def test_options_go_along_with_a_task(client, service):
     status = json.loads(client(service, "status", task_id).out)
     assert (status["status"], status["priority"]) == ("pending", -5)
     assert "next_attempt_at" in status
-    task = service.ledger.get(task_id)
+    task = service.store.get(task_id)
     assert (task.params, task.options.retries) == (b'{"duration": 1}', 2)
     ran = client(service, "run", "long_computation", "--timeout", "0.01")
     assert (ran.code, ran.complaints) == (1, ["failed: timed out after 0.01 s"])
@@ -8893,7 +8896,7 @@ def test_a_submitted_task_can_be_looked_at_cancelled_and_collected(
     assert ran.code == 2
     assert ran.complaints == ["task %s is processing; it has no result yet" % task_id]
     waiting = background(lambda: client(service, "result", task_id, "--wait"))
-    until(lambda: service.ledger.feed._watches, "someone who follows it")
+    until(lambda: service.store.events._watches, "someone who follows it")
     gate.release.set()
     assert waiting.result(LONG)[:2] == (0, "1\n")
     assert client(service, "result", task_id).out == "1\n"
@@ -8987,7 +8990,7 @@ def test_what_the_handler_returned_is_printed_as_it_came(client, service):
 
     out = client(service, "run", "odd").out
     assert out.startswith(r'["\u007f\u009b é ☃ \ud800", 10000')
-    assert json.loads(out) == longtasks.HANDLERS["odd"].function()
+    assert json.loads(out) == longtasks.REGISTRY["odd"].function()
 
 
 # -- when no good answer comes ---------------------------------------------
@@ -9516,7 +9519,7 @@ def test_help_and_an_unknown_command_tell_the_commands(client, service):
 
 
 # ======================================================================
-# 11. Command line and main
+# 12. Main
 # ======================================================================
 
 
@@ -9758,7 +9761,7 @@ def test_past_the_drain_timeout_tasks_are_given_up_and_told(tmp_path, held):
         for task in given_up:
             assert uuid.UUID(task.pop("id"))
             longtasks.check_submission(
-                dict(task, type="long_computation", params={}), longtasks.HANDLERS
+                dict(task, type="long_computation", params={}), longtasks.REGISTRY
             )
 
 
@@ -9766,12 +9769,12 @@ def test_what_is_told_as_given_up_does_not_run_nor_is_it_cancelled(registry):
     ran, events = [], queue.SimpleQueue()
     handler("late")(lambda: ran.append("late"))
     with serving(DRAIN_TIMEOUT=1) as service:
-        task = service.ledger.submit("late", b"{}", longtasks.Options(delay=3.0))
+        task = service.store.submit("late", b"{}", longtasks.Options(delay=3.0))
 
         def hang_up(events, patience):
-            service.ledger._ready.put(longtasks.Entry(-1, task.seq, task.id, "late", 0))
+            service.store._ready.put(longtasks.Entry(-1, task.seq, task.id, "late", 0))
             with pytest.raises(longtasks.Draining):
-                service.ledger.cancel(task.id)
+                service.store.cancel(task.id)
             until(lambda: service.pool._threads == 0, "the end of the workers")
 
         service._hang_up = hang_up
@@ -9840,7 +9843,7 @@ def test_an_idle_connection_does_not_hold_up_the_exit(service):
 
 def test_a_connection_in_the_backlog_is_still_answered(registry):
     service = longtasks.Service(
-        longtasks.read_settings(["--port=0"], {}), longtasks.HANDLERS
+        longtasks.read_settings(["--port=0"], {}), longtasks.REGISTRY
     )
     address = ("127.0.0.1", service.server.server_port)
     with socket.create_connection(address, LONG) as client:  # nobody accepts yet
@@ -10286,7 +10289,7 @@ def test_why_a_run_failed_is_told_in_its_line(registry):
 def test_the_time_that_a_run_took_is_right_though_the_clock_is_set(jump, registry):
     @handler("t")
     def set_clock():
-        service.ledger._clock = lambda: time.time() + jump
+        service.store._clock = lambda: time.time() + jump
 
     with records("INFO") as kept, serving() as service:
         task_id = submitted(service, "t")
@@ -10305,17 +10308,17 @@ def test_what_did_not_fail_has_no_error_in_its_line(registry):
 
 def test_each_task_that_is_given_up_at_the_start_is_a_warning(tmp_path, registry):
     path = str(tmp_path / "tasks.db")
-    with journalled(path) as ledger:
-        task = ledger.submit("t", b"{}")
+    with journalled(path) as store:
+        task = store.submit("t", b"{}")
     for _ in range(3):
-        with journalled(path) as ledger:
-            ledger.claim()
+        with journalled(path) as store:
+            store.claim()
     for count in (1, 0):  # and not again at a later start
         with records("INFO") as kept, serving(DB=path):
             pass
-        with journalled(path) as ledger:
-            ledger.submit("t", b"{}")
-            ledger.claim()  # is interrupted, too, but once
+        with journalled(path) as store:
+            store.submit("t", b"{}")
+            store.claim()  # is interrupted, too, but once
         warned = [as_json(record) for record in kept if record.levelname == "WARNING"]
         assert [line["task_id"] for line in warned] == [task.id] * count
         assert all("interrupted 3 times" in line["error"] for line in warned)
@@ -10547,9 +10550,9 @@ def test_the_watchdog_hears_of_a_service_that_lives(manager):
 @contextlib.contextmanager
 def supervised(manager, **env):
     """A service with a supervisor that says when it is asked to report."""
-    supervisor = longtasks.Supervisor({**manager.env, "WATCHDOG_USEC": "9", **env})
+    supervisor = longtasks.ServiceManager({**manager.env, "WATCHDOG_USEC": "9", **env})
     settings = longtasks.read_settings(["--port=0"], {})
-    service = longtasks.Service(settings, longtasks.HANDLERS, supervisor)
+    service = longtasks.Service(settings, longtasks.REGISTRY, supervisor)
     service.start()
     manager.hear("READY=1")
     try:
@@ -10567,7 +10570,7 @@ def silent(manager):
 
 def test_the_watchdog_hears_nothing_when_the_ledger_stands_still(registry, manager):
     with records() as kept, supervised(manager) as service:
-        with service.ledger._lock:
+        with service.store._lock:
             service._report()
         assert silent(manager)
         said = [record.getMessage() for record in kept]
@@ -10589,7 +10592,7 @@ def test_the_watchdog_hears_nothing_when_a_thread_is_dead(name, registry, manage
 
 def test_in_a_drain_it_asks_for_more_time_though_nobody_accepts(registry, manager):
     with supervised(manager) as service:
-        service.ledger.drain(lambda: None)
+        service.store.drain(lambda: None)
         service._acceptor = threading.Thread(name="dead")
         service._report()
         told = manager.socket.recv(65536).decode().split("\n")
@@ -10637,14 +10640,14 @@ def test_a_listening_socket_that_is_handed_over_is_served_again_and_again():
 
 
 def test_who_waits_at_a_socket_that_was_handed_over_is_left_to_the_next():
-    supervisor = longtasks.Supervisor({})
+    supervisor = longtasks.ServiceManager({})
     supervisor.listener = socket.create_server(("127.0.0.1", 0))
     settings, address = (
         longtasks.read_settings([], {}),
         supervisor.listener.getsockname(),
     )
     with supervisor.listener.dup() as kept, socket.create_connection(address) as client:
-        service = longtasks.Service(settings, longtasks.HANDLERS, supervisor)
+        service = longtasks.Service(settings, longtasks.REGISTRY, supervisor)
         service.server.shutdown = lambda: None  # it has never begun to accept
         service.close()
         assert kept.accept()[1] == client.getsockname()
@@ -10657,16 +10660,16 @@ def test_what_cannot_be_listened_on_is_one_line(kind, tmp_path, monkeypatch):
         if kind == "two":
             bound.listen(5)
         number = os.dup((file if kind == "no socket" else bound).fileno())
-        monkeypatch.setattr(longtasks.Supervisor, "first_fd", number)
+        monkeypatch.setattr(longtasks.ServiceManager, "first_fd", number)
         count = "2" if kind == "two" else "1"
         env = {"LISTEN_FDS": count, "LISTEN_PID": str(os.getpid())}
         with pytest.raises(longtasks.SettingsError, match="LISTEN_FDS must be 1"):
-            longtasks.Supervisor(env)
+            longtasks.ServiceManager(env)
 
 
 def test_a_socket_for_another_process_is_left_alone():
     env = {"LISTEN_FDS": "1", "LISTEN_PID": "1"}
-    assert longtasks.Supervisor(env).listener is None
+    assert longtasks.ServiceManager(env).listener is None
     assert env == {}
 
 
@@ -11264,9 +11267,9 @@ def test_a_signal_that_comes_during_a_fork_reaches_the_child(monkeypatch):
 
 @can_fork
 def test_what_a_forked_child_tells_of_its_task_waits_for_no_lock():
-    ledger = longtasks.Ledger()
-    context = Context("id", 1, ledger._tell, "t")
-    with ledger._lock:
+    store = longtasks.TaskStore()
+    context = Context("id", 1, store._tell, "t")
+    with store._lock:
         pid = os.fork()
         if not pid:
             context.log("a line")
@@ -11286,12 +11289,12 @@ def test_a_fork_waits_while_another_child_is_started(monkeypatch):
         held_up.append(is_held_up(fork_one))
         return popen(*args, **options)
 
-    monkeypatch.setattr(longtasks, "GUARD", longtasks.Guard())
+    monkeypatch.setattr(longtasks, "REAPER", longtasks.Reaper())
     monkeypatch.setattr(subprocess, "Popen", start)
     assert run_program("t=true")[0].status == "completed"
     assert held_up == [True, True]
-    longtasks.GUARD._process.stdin.close()
-    assert longtasks.GUARD._process.wait(LONG) == 0
+    longtasks.REAPER._process.stdin.close()
+    assert longtasks.REAPER._process.wait(LONG) == 0
 
 
 # -- executors -------------------------------------------------------------
@@ -11737,10 +11740,10 @@ def test_nothing_acknowledged_is_lost_however_often_the_process_is_killed(
 
 def test_a_torn_journal_lacks_only_what_was_never_acknowledged(tmp_path):
     path, wal = tmp_path / "tasks.db", Path(str(tmp_path / "tasks.db") + "-wal")
-    with journalled(path) as ledger:
+    with journalled(path) as store:
         sizes = []  # of the log when each task was acknowledged
         for n in range(60):
-            task = ledger.submit("t", b'{"n": %d, "x": "%s"}' % (n, b"x" * (n * 40)))
+            task = store.submit("t", b'{"n": %d, "x": "%s"}' % (n, b"x" * (n * 40)))
             sizes.append((wal.stat().st_size, task.id))
         whole, log = path.read_bytes(), wal.read_bytes()
     dice = random.Random(1)
@@ -11754,8 +11757,8 @@ def test_a_torn_journal_lacks_only_what_was_never_acknowledged(tmp_path):
             torn = torn[:-500] + os.urandom(min(500, len(torn)))
             cut -= 500
         (folder / "tasks.db-wal").write_bytes(torn)
-        with journalled(folder / "tasks.db") as ledger:
-            found = [task.id for task in ledger.page(1000)[0]]
+        with journalled(folder / "tasks.db") as store:
+            found = [task.id for task in store.page(1000)[0]]
         promised = [task_id for size, task_id in sizes if size <= cut]
         assert found[: len(promised)] == promised
         assert len(found) <= len(sizes)
@@ -11842,41 +11845,41 @@ def test_a_stop_while_the_disk_is_full_is_no_crash(tmp_path, held):
 
 def test_after_a_stop_that_could_not_be_written_a_crash_is_one_again(tmp_path):
     path = tmp_path / "tasks.db"
-    with journalled(path) as ledger:
-        ledger.submit("t", b"{}")
+    with journalled(path) as store:
+        store.submit("t", b"{}")
     for stops in (True, False, True):
-        ledger = longtasks.Ledger(journal=HeldJournal(path))
-        ledger._journal.free()
-        background(lambda: begun(ledger)).result(LONG)  # noqa: B023
+        store = longtasks.TaskStore(journal=HeldJournal(path))
+        store._journal.free()
+        background(lambda: begun(store)).result(LONG)  # noqa: B023
         if stops:
-            ledger._journal.failure = OSError(28, "disk full")
-            ledger.halt()
-            ledger.give_up()
-        assert ledger._journal.close(LONG) is not stops
+            store._journal.failure = OSError(28, "disk full")
+            store.halt()
+            store.give_up()
+        assert store._journal.close(LONG) is not stops
         longtasks.Journal(str(path)).close(LONG)  # a start that comes to nothing
-    with journalled(path) as ledger:
-        task = ledger.claim()[0]
+    with journalled(path) as store:
+        task = store.claim()[0]
     assert (task.attempt, task.interruptions) == (4, 1)
 
 
 @pytest.mark.parametrize("begins", [True, False])
 def test_a_drain_does_not_wait_for_the_disk_when_nothing_runs(tmp_path, begins):
     told = threading.Event()
-    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as ledger:
-        ledger.journal.let.release()
-        ledger.submit("t", b"{}")
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        store.journal.let.release()
+        store.submit("t", b"{}")
         if begins:
-            ledger.journal.let.release()
-            context = begun(ledger)[1]
-        ledger.journal.failure = OSError(28, "disk full")
+            store.journal.let.release()
+            context = begun(store)[1]
+        store.journal.failure = OSError(28, "disk full")
         if not begins:
-            ledger.claim()
-        ledger.drain(told.set)
-        ledger.journal.free()
+            store.claim()
+        store.drain(told.set)
+        store.journal.free()
         if begins:
-            until(lambda: not ledger._deciding)
+            until(lambda: not store._deciding)
             assert not told.is_set()
-            ledger.finish(context, DONE)
+            store.finish(context, DONE)
         assert told.wait(LONG)
 
 
@@ -11999,7 +12002,7 @@ def test_without_db_nothing_is_written(tmp_path):
 
 
 # ======================================================================
-# 12. The page
+# 13. The page
 # ======================================================================
 
 
@@ -12445,7 +12448,7 @@ def test_a_page_that_nobody_sees_holds_no_connection(browser, service, monkeypat
     browser.see("#link", "live")
     submitted(service, "long_computation", {"duration": 0})
     browser.see("#finished-text", "1")
-    watches = service.ledger.feed._watches
+    watches = service.store.events._watches
     assert watches
     page = browser.ask("GET", "/window")
     other = browser.ask("POST", "/window/new", type="tab")["handle"]
@@ -12516,7 +12519,7 @@ def test_ten_thousand_tasks_do_not_freeze_the_page(browser, registry):
         browser.run(LONGEST)
         batch = [longtasks.Submission("n", b'{"n": 1}')] * 1000
         for _ in range(10):
-            service.ledger.submit_all(batch)
+            service.store.submit_all(batch)
         browser.see("#statuses [value=completed]", "10,000")
         browser.click("#older")
         browser.see("#place", "101 to 200")
@@ -12707,7 +12710,7 @@ def test_the_readme_and_openapi_have_every_refusal():
 
 
 def test_the_readme_has_every_built_in_type():
-    assert rows("Task types") == sorted(longtasks.HANDLERS)
+    assert rows("Task types") == sorted(longtasks.REGISTRY)
 
 
 def test_the_readme_shows_the_first_block_within_ten_lines():

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Literal, Optional
 import longtasks
 from longtasks import Context, handler
 
-longtasks.HANDLERS.pop("long_computation")  # it would keep the workers for a week
+longtasks.REGISTRY.pop("long_computation")  # it would keep the workers for a week
 
 
 @handler("add", limits={"a": {"minimum": -5, "maximum": 9}})

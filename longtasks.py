@@ -4687,10 +4687,6 @@ def first_line(error: str) -> str:
 # says how a refusal is told (RFC 9457).
 # ======================================================================
 
-MAX_TARGET = 8 << 10  # bytes of a request's target
-MAX_HEAD = 32 << 10  # bytes of a request's head
-MAX_HEADERS = 100
-PIECE = 4 << 10  # bytes; a buffer as large waits for each client that says nothing
 LARGE = 64 << 10  # bytes; what is larger is not copied, and sent as it can be taken
 
 JSON = "application/json"
@@ -4699,7 +4695,6 @@ TEXT = "text/plain; charset=utf-8"
 HTML = "text/html; charset=utf-8"
 SSE = "text/event-stream"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"  # prometheus.io/docs/instrumenting
-LOOK_AFTER = 0.001  # seconds of answering without a look whether the client is there
 KEEP_ALIVE = 15.0  # seconds after which a silent stream sends a comment
 
 OTHER = "other"  # what metrics call a path or method that is not known
@@ -4761,43 +4756,11 @@ class Request:
         self.task_id = ""  # where the path has one
         self.label = OTHER  # the path, with {id} for the id; one for all unknown ones
         self.route: Optional["Route"] = None  # noqa: UP037 (of the next room), if found
-        self.keep = self._keeps_alive()
-        self.chunked = self._is_chunked()
-        self.length = self._length()
+        # How the body is framed, set by the HTTP server.
+        self.keep = self.chunked = False
+        self.length = 0
         # While the answer waits for something: set once the client has closed its side.
         self.client_left: Optional[threading.Event] = None
-
-    def _keeps_alive(self) -> bool:
-        """Whether the client means to go on using the connection (RFC 9112, 9.3)."""
-        listed = self.headers.get("connection", "").lower().split(",")
-        options = [option.strip(" \t") for option in listed]
-        if "close" in options:
-            return False
-        return self.version != "1.0" or "keep-alive" in options
-
-    def _is_chunked(self) -> bool:
-        """Whether the body comes in chunks (RFC 9112, 6.1); raises HTTPError."""
-        listed = self.headers.get("transfer-encoding")
-        if listed is None:
-            return False
-        if "content-length" in self.headers:
-            raise HTTPError(400, "both Content-Length and Transfer-Encoding")
-        if self.version == "1.0":
-            raise HTTPError(400, "HTTP/1.0 has no Transfer-Encoding")
-        codings = [coding.strip(" \t") for coding in listed.lower().split(",")]
-        if "" in codings or "chunked" in codings[:-1]:
-            raise HTTPError(400, "chunked must be the last transfer coding, and once")
-        if codings != ["chunked"]:
-            detail = "the only transfer coding is chunked, not " + quote(listed)
-            raise HTTPError(501, detail)
-        return True
-
-    def _length(self) -> int:
-        """The Content-Length in bytes, 0 without one; raises HTTPError."""
-        length = self.headers.get("content-length", "0")
-        if not re.fullmatch("[0-9]{1,18}", length, re.ASCII):
-            raise HTTPError(400, "Content-Length must be a number of bytes")
-        return int(length)
 
     @property
     def is_for_page(self) -> bool:
@@ -4816,7 +4779,7 @@ class Request:
 
     def check_body_type(self) -> None:
         """Raise HTTPError unless the head announces JSON."""
-        if "content-length" not in self.headers and not self.chunked:
+        if not {"content-length", "transfer-encoding"} & self.headers.keys():
             raise HTTPError(411, "send a JSON body with its Content-Length")
         # Checked so that a web page elsewhere can't post here without asking first.
         media = self.headers.get("content-type", "")
@@ -6064,6 +6027,12 @@ def is_foreign(request: Request) -> bool:
 
 # -- the wire --------------------------------------------------------------
 
+MAX_TARGET = 8 << 10  # bytes of a request's target
+MAX_HEAD = 32 << 10  # bytes of a request's head
+MAX_HEADERS = 100
+PIECE = 4 << 10  # bytes; a buffer as large waits for each client that says nothing
+LOOK_AFTER = 0.001  # seconds of answering without a look whether the client is there
+
 _REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (\S+) HTTP/([0-9])\.([0-9])")
 _START = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+( [^\n]*)?)?")  # of such a line
 _ABSOLUTE = re.compile(r"https?://([^/?#]+)(/?)(.*)", re.IGNORECASE)
@@ -6108,7 +6077,46 @@ def parse_head(head: bytes) -> Request:
         raise HTTPError(400, "the header Host is not that of a host")
     if authority:  # it takes the place of Host (RFC 9112, 3.2.2)
         headers = {**headers, "host": authority}
-    return Request(method, target, version, headers)
+    request = Request(method, target, version, headers)
+    request.keep = keeps_alive(version, headers)
+    request.chunked = is_chunked(version, headers)
+    request.length = content_length(headers)
+    return request
+
+
+def keeps_alive(version: str, headers: Mapping[str, str]) -> bool:
+    """Whether the client means to go on using the connection (RFC 9112, 9.3)."""
+    listed = headers.get("connection", "").lower().split(",")
+    options = [option.strip(" \t") for option in listed]
+    if "close" in options:
+        return False
+    return version != "1.0" or "keep-alive" in options
+
+
+def is_chunked(version: str, headers: Mapping[str, str]) -> bool:
+    """Whether the body comes in chunks (RFC 9112, 6.1); raises HTTPError."""
+    listed = headers.get("transfer-encoding")
+    if listed is None:
+        return False
+    if "content-length" in headers:
+        raise HTTPError(400, "both Content-Length and Transfer-Encoding")
+    if version == "1.0":
+        raise HTTPError(400, "HTTP/1.0 has no Transfer-Encoding")
+    codings = [coding.strip(" \t") for coding in listed.lower().split(",")]
+    if "" in codings or "chunked" in codings[:-1]:
+        raise HTTPError(400, "chunked must be the last transfer coding, and once")
+    if codings != ["chunked"]:
+        detail = "the only transfer coding is chunked, not " + quote(listed)
+        raise HTTPError(501, detail)
+    return True
+
+
+def content_length(headers: Mapping[str, str]) -> int:
+    """Return the Content-Length in bytes, 0 without one; raises HTTPError."""
+    length = headers.get("content-length", "0")
+    if not re.fullmatch("[0-9]{1,18}", length, re.ASCII):
+        raise HTTPError(400, "Content-Length must be a number of bytes")
+    return int(length)
 
 
 def parse_request_line(line: str) -> Tuple[str, str, str, str]:

@@ -414,6 +414,26 @@ def escape(text: str) -> str:
     return _OBEYED.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
+def within(seconds: float, function: Callable[[], Any]) -> bool:
+    """Call a function that may fail or hang, but wait at most so many seconds for it.
+
+    Returns False if it has not returned by then. It is not called, and the result is
+    False, if the system can't start another thread.
+    """
+
+    def run() -> None:
+        with contextlib.suppress(BaseException):  # it may run code of libraries
+            function()
+
+    thread = threading.Thread(target=run, name="within", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the system has no thread left
+        return False
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
 # ======================================================================
 # 2. Tasks and their states
 #
@@ -8282,19 +8302,6 @@ def load_all(files: Sequence[str]) -> None:
         load_handlers(file)
         if len(REGISTRY) == before:
             log.warning("--handlers %s has no @handler: no task type is in it", file)
-
-
-def within(seconds: float, do: Callable[[], None]) -> None:
-    """Do what may fail or hang, but must not hold up the end for longer than this."""
-
-    def run() -> None:
-        with contextlib.suppress(BaseException):  # it runs code of libraries
-            do()
-
-    thread = threading.Thread(target=run, name="end", daemon=True)
-    with contextlib.suppress(RuntimeError):  # the system has no thread left
-        thread.start()
-        thread.join(seconds)
 
 
 def _end_children() -> None:

@@ -100,6 +100,19 @@ __all__ = ["Cancelled", "Context", "HandlerError", "Retry", "handler", "main"]
 # with its default disable_existing_loggers, or by disable().
 log = logging.Manager(logging.root).getLogger("longtasks")
 
+_imported: Dict[str, Any] = {}
+
+
+def lazy_import(name: str) -> Any:
+    """Import a costly module where it is first needed, and keep it.
+
+    A handlers file or a handler may change sys.modules and sys.path. main() calls this
+    before one runs for each module that the service needs afterwards.
+    """
+    if name not in _imported:
+        _imported[name] = importlib.import_module(name)
+    return _imported[name]
+
 
 # ======================================================================
 # 1. Settings
@@ -1521,30 +1534,34 @@ Emit = Callable[["Context", str, Any], Any]
 
 
 class OneShotEvent:
-    """Something that happens once, however many wait for it.
+    """A threading.Event that is never cleared, for any number of waiting threads.
 
-    They pass through one lock, one after the other, as the GIL would have it anyway:
-    an Event makes a lock for each of them, and wakes them all at once. `done` is only
-    ever set, so it can be looked at freely: who sees it late finds the door open.
+    All of them wait for one lock and pass it on, one after the other. An Event makes a
+    lock for each waiting thread, and wakes all of them at once.
     """
 
-    __slots__ = ("done", "_door")
+    __slots__ = ("_is_set", "_door")
 
     def __init__(self) -> None:
-        self.done = False
+        self._is_set = False  # set before the door opens, and read without a lock
         self._door = threading.Lock()
         self._door.acquire()
 
-    def open(self) -> None:
-        """Let it have happened; only one thread may do so."""
-        if not self.done:
-            self.done = True
+    def is_set(self) -> bool:
+        """Return whether set() has been called."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Wake all threads that wait; two threads must not call this at once."""
+        if not self._is_set:
+            self._is_set = True
             self._door.release()
 
-    def wait(self, patience: float = -1) -> None:
-        """Wait until it has happened, or so many seconds if they aren't negative."""
-        if not self.done and self._door.acquire(timeout=patience):
+    def wait(self, timeout: float = -1) -> bool:
+        """Wait for set(), for `timeout` seconds unless it is negative."""
+        if not self._is_set and self._door.acquire(timeout=timeout):
             self._door.release()
+        return self._is_set
 
 
 class Context:
@@ -1649,11 +1666,11 @@ class Context:
     @property
     def cancelled(self) -> bool:
         """Whether the task is to stop."""
-        return self._stop.done
+        return self._stop.is_set()
 
     def check(self) -> None:
         """Raise Cancelled when the task is to stop."""
-        if self._stop.done:
+        if self._stop.is_set():
             raise Cancelled()
 
     def cancel(self, reason: str = BY_CLIENT) -> None:
@@ -1663,7 +1680,7 @@ class Context:
         """
         with self._stopping:
             self.reason = self.reason or reason
-            self._stop.open()
+            self._stop.set()
             if self._on_stop:
                 self._on_stop.set()
 
@@ -1674,7 +1691,7 @@ class Context:
         """
         with self._stopping:
             self._on_stop = event
-            if self._stop.done:
+            if self._stop.is_set():
                 event.set()
 
     def progress_document(self) -> Optional[Dict[str, Any]]:
@@ -1895,8 +1912,7 @@ for pid in map(int, filter(str.isdigit, names)):
         log.error("nobody will stop programs if this process is killed")
 
     def _start(self) -> None:
-        import subprocess
-
+        subprocess = lazy_import("subprocess")
         with contextlib.suppress(OSError), starting_a_child():
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", self.SOURCE],
@@ -2379,8 +2395,7 @@ class Program:
 
     def __call__(self, params: Mapping[str, str], ctx: Context) -> Dict[str, Any]:
         """Run it to its end; raises Failure when that is not a good one."""
-        import subprocess
-
+        subprocess = lazy_import("subprocess")
         environ = {k: v for k, v in os.environ.items() if k not in SECRETS}
         REAPER.ready()  # it takes a while to start; nothing may run unguarded so long
         try:
@@ -2832,13 +2847,13 @@ class Batch:
         """Let those go on who wait: the records are on disk, or could not be."""
         self.error = error  # before the events, behind which it is read
         if not error:
-            self._written.open()
-        self._tried.open()
+            self._written.set()
+        self._tried.set()
 
     def wait(self) -> None:
         """Wait until the records are on disk; raises Unavailable if they can't be."""
         self._tried.wait()
-        if not self._written.done:
+        if not self._written.is_set():
             raise Unavailable("nothing can be written: " + self.error)
 
     def wait_written(self) -> None:
@@ -2876,7 +2891,7 @@ class Journal:
         self._untrimmed = self.trim_after  # ids that came since there were too many
         self._thread: Optional[threading.Thread] = None
         try:
-            import sqlite3  # a small host may lack it
+            sqlite3 = lazy_import("sqlite3")  # a small host may lack it
         except ImportError:
             raise JournalError("DB needs Python's sqlite3, which is missing") from None
         self._sqlite = sqlite3
@@ -3268,8 +3283,7 @@ def lock_file(path: str) -> Tuple[Any, bool]:
         raise JournalError(text % (path, path)) from None
     file = os.fdopen(opened, "r+", errors="replace")
     with contextlib.suppress(ImportError):
-        import fcntl
-
+        fcntl = lazy_import("fcntl")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -5163,8 +5177,7 @@ def preferences(text: str) -> Dict[str, str]:
 
 def id_of_key(key: str) -> str:
     """Return the id that an Idempotency-Key stands for, always the same one."""
-    import uuid
-
+    uuid = lazy_import("uuid")
     key = re.sub(r'^"(.*)"$', r"\1", key)  # its standard writes it as a quoted string
     if not re.fullmatch("[!-~]{1,255}", key):
         raise HTTPError(400, "an Idempotency-Key has 1 to 255 visible ASCII characters")
@@ -5399,9 +5412,7 @@ Routes:
 @functools.lru_cache(maxsize=None)
 def page_policy() -> str:
     """What a browser may do for the page: run what is in it, and ask this service."""
-    import base64
-    import hashlib
-
+    base64, hashlib = lazy_import("base64"), lazy_import("hashlib")
     hashes = {}
     for tag in ("style", "script"):
         (text,) = re.findall("<%s[^>]*>(.*?)</%s>" % (tag, tag), PAGE, re.DOTALL)
@@ -5969,9 +5980,9 @@ class Access:
 
     def take(self, token: str) -> None:
         """From now on this is the token."""
-        from hmac import compare_digest  # costs start-up time
-
-        self._same = compare_digest  # in a time that tells nothing of where they differ
+        self._same = lazy_import(
+            "hmac"
+        ).compare_digest  # in a time that tells nothing of where they differ
         self.token = token.encode()  # in one step: whoever asks now meets either one
 
     @property
@@ -6661,7 +6672,7 @@ def tls_context(settings: Settings) -> Any:
     if not cert:
         return None
     try:
-        import ssl  # costs start-up time, and a small host may lack it
+        ssl = lazy_import("ssl")  # a small host may lack it
     except ImportError:
         raise SettingsError("TLS_CERT needs Python's ssl, which is missing") from None
     context = _empty_context(ssl)
@@ -6735,11 +6746,11 @@ def socket_place(path: str) -> Iterator[None]:
 
 def _lock_folder(folder: int, end: float) -> None:
     """Lock a folder, which others may do for a moment, too; raises OSError."""
-    import fcntl
-
+    fcntl = lazy_import("fcntl")
     while True:
         try:
-            return fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
             if time.monotonic() >= end:
                 text = "another process keeps the folder locked"
@@ -6787,9 +6798,7 @@ def give_back_memory() -> None:
     one with another library, goes on without.
     """
     with contextlib.suppress(Exception):
-        import ctypes
-
-        libc = ctypes.CDLL(None)
+        libc = lazy_import("ctypes").CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 16)
         libc.mallopt(M_TOP_PAD, 1 << 14)
         libc.malloc_trim(0)
@@ -8211,7 +8220,7 @@ def allow_descriptors(wanted: int) -> None:
     need, too.
     """
     try:
-        import resource  # not on Windows
+        resource = lazy_import("resource")  # not on Windows
     except ImportError:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -8244,6 +8253,8 @@ def open_standard_files() -> None:
 
 def _load_task_types(settings: Settings) -> None:
     """Register the task types that the settings name; raises HandlerError."""
+    if settings["HANDLERS"] or settings["EXECUTOR"]:
+        import_ahead(settings)
     load_all(settings["HANDLERS"])
     for line in settings["COMMANDS"]:
         register_command(line)
@@ -8291,12 +8302,23 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return code
 
 
+def import_ahead(settings: Settings) -> None:
+    """Import all that the service needs, before a handlers file can get in its way.
+
+    Such a file may put a folder at the head of sys.path in which there is, say, another
+    uuid.py, or change sys.modules.
+    """
+    names = ["base64", "ctypes", "encodings.idna", "fcntl", "hashlib", "hmac"]
+    names += ["resource", "subprocess", "uuid"]
+    names += ["sqlite3"] if settings["DB"] else []
+    names += ["ssl"] if settings["TLS_CERT"] else []
+    for name in names:
+        with contextlib.suppress(ImportError):  # a small host may lack it
+            lazy_import(name)
+
+
 def load_all(files: Sequence[str]) -> None:
     """Run these files of handlers; raises HandlerError."""
-    # What the service imports later comes first: a file may put a folder at the head of
-    # sys.path in which there is, say, another uuid.py.
-    for name in ("base64", "hashlib", "hmac", "subprocess", "uuid") if files else ():
-        importlib.import_module(name)
     for file in files:
         before = len(REGISTRY)
         load_handlers(file)

@@ -1532,12 +1532,6 @@ def test_an_error_at_the_start_says_by_the_code_whether_it_may_pass(
     assert capsys.readouterr().err.endswith(": %s\n" % os.strerror(number))
 
 
-def test_without_sqlite_in_python_one_line_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "sqlite3", None)
-    assert longtasks.main(["--port", "0", "--db", str(tmp_path / "tasks.db")]) == 2
-    assert "sqlite3, which is missing" in capsys.readouterr().err
-
-
 def test_an_empty_file_becomes_a_journal(tmp_path):
     path = tmp_path / "tasks.db"
     path.touch()
@@ -8503,13 +8497,6 @@ def test_a_key_without_a_certificate_is_told(capsys):
     assert capsys.readouterr().err == "longtasks: TLS_KEY needs TLS_CERT beside it\n"
 
 
-def test_a_python_without_ssl_says_so(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "ssl", None)
-    assert longtasks.main(["--port=0", "--tls-cert", "x"]) == 2
-    expected = "longtasks: TLS_CERT needs Python's ssl, which is missing\n"
-    assert capsys.readouterr().err == expected
-
-
 # -- many at once
 
 
@@ -10724,6 +10711,7 @@ def test_without_multiprocessing_isolated_handlers_still_run_elsewhere(tmp_path)
     "name, flag, text",
     [
         ("sqlite3", "--db", "DB needs Python's sqlite3, which is missing"),
+        ("ssl", "--tls-cert", "TLS_CERT needs Python's ssl, which is missing"),
         (
             "multiprocessing",
             "--handlers",

@@ -4716,12 +4716,13 @@ def first_line(error: str) -> str:
 # ======================================================================
 # 9. HTTP API
 #
-# What is asked and what is answered over HTTP, whoever carries it: a
-# request knows its head and body, a reply its status and body, and ERRORS
-# says how a refusal is told (RFC 9457).
+# Requests and replies as values, one function for each endpoint, and the
+# tables that describe them: ROUTES, PARAMETERS, DOCUMENTS and REFUSALS.
+# Endpoints raise errors; respond() turns them into replies (RFC 9457).
 # ======================================================================
 
-LARGE = 64 << 10  # bytes; what is larger is not copied, and sent as it can be taken
+LARGE = 64 << 10  # bytes; a larger body is sent in parts, without copying it
+KEEP_ALIVE = 15.0  # seconds of silence after which an event stream sends a comment
 
 JSON = "application/json"
 PROBLEM = "application/problem+json"  # RFC 9457
@@ -4729,17 +4730,14 @@ TEXT = "text/plain; charset=utf-8"
 HTML = "text/html; charset=utf-8"
 SSE = "text/event-stream"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"  # prometheus.io/docs/instrumenting
-KEEP_ALIVE = 15.0  # seconds after which a silent stream sends a comment
 
-OTHER = "other"  # what metrics call a path or method that is not known
-
-METHODS = frozenset(
-    {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
-) | {"QUERY"}
+OTHER = "other"  # stands in metrics for every unknown path and method
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"}
+METHODS |= {"CONNECT", "QUERY"}
 
 
 class HTTPError(Exception):
-    """A request that is refused for what it is in HTTP."""
+    """A request is refused with this status; Retry_After="1" adds a header."""
 
     def __init__(self, status: int, detail: str, **headers: str) -> None:
         super().__init__(detail)
@@ -4747,77 +4745,53 @@ class HTTPError(Exception):
         self.headers = {name.replace("_", "-"): text for name, text in headers.items()}
 
 
-_CHARSET = re.compile(r';[ \t]*charset="?([^";, \t]*)', re.IGNORECASE)
-
-
-def _is_json(media: str) -> bool:
-    """Whether a Content-Type is that of JSON; it has no parameter that matters."""
-    charset = _CHARSET.search(media)
-    if charset and charset.group(1).lower() not in ("utf-8", "utf8"):
-        return False
-    return media.partition(";")[0].strip(" \t").lower() == JSON
-
-
 class Request:
-    """A request that has been read. Header names are in lower case."""
-
-    __slots__ = (
-        "method",
-        "path",
-        "query_text",
-        "query",
-        "version",
-        "headers",
-        "body",
-        "task_id",
-        "route",
-        "label",
-        "keep",
-        "chunked",
-        "length",
-        "client_left",
-    )
+    """A request. Header names are in lower case."""
 
     def __init__(
         self, method: str, target: str, version: str, headers: Mapping[str, str]
     ) -> None:
         self.method = method
         self.path, _, self.query_text = target.partition("?")
-        self.query: Dict[str, str] = {}
         self.version = version  # "1.1" or "1.0"
         self.headers = headers
         self.body = b""
-        self.task_id = ""  # where the path has one
-        self.label = OTHER  # the path, with {id} for the id; one for all unknown ones
-        self.route: Optional["Route"] = None  # noqa: UP037 (of the next room), if found
         # How the body is framed, set by the HTTP server.
         self.keep = self.chunked = False
         self.length = 0
-        # While the answer waits for something: set once the client has closed its side.
+        # Where the request leads, set by find_route().
+        self.route: Optional[Route] = None
+        self.label = OTHER  # the route's path, for metrics
+        self.task_id = ""
+        self.query: Dict[str, Any] = {}
+        self.wait = 0.0  # seconds that the reply may wait for the end of the task
+        # While the reply waits: set by the server once the client has disconnected.
         self.client_left: Optional[threading.Event] = None
 
     @property
     def is_for_page(self) -> bool:
-        """Whether a browser asks for the page, which is the same for everybody."""
+        """Whether a browser asks for the page, which holds no secrets."""
         if self.path != "/" or self.method not in ("GET", "HEAD"):
             return False
         accept = self.headers.get("accept", "")
         return _quality(accept, HTML) > _quality(accept, TEXT)
 
     def json(self) -> Any:
-        """The body, read as JSON; raises HTTPError or Malformed."""
+        """Return the body, parsed as JSON; raises HTTPError or Malformed."""
         self.check_body_type()
         if not self.body:
             raise Malformed('the body is empty; send {"type": ..., "params": {...}}')
         return from_json(self.body)
 
     def check_body_type(self) -> None:
-        """Raise HTTPError unless the head announces JSON."""
+        """Raise HTTPError unless the headers announce JSON.
+
+        A browser lets any web page send other types here without asking first (CORS).
+        """
         if not {"content-length", "transfer-encoding"} & self.headers.keys():
             raise HTTPError(411, "send a JSON body with its Content-Length")
-        # Checked so that a web page elsewhere can't post here without asking first.
-        media = self.headers.get("content-type", "")
-        if media != JSON and not _is_json(media):
+        media = self.headers.get("content-type", "").partition(";")[0]
+        if media.strip(" \t").lower() != JSON:
             raise HTTPError(415, "send JSON, with the header Content-Type: " + JSON)
         coding = self.headers.get("content-encoding", "identity")
         if coding.lower() != "identity":
@@ -4825,77 +4799,64 @@ class Request:
             raise HTTPError(415, detail, Accept_Encoding="identity")
 
     def accepts(self, *offers: str) -> str:
-        """Return which of these media types the client likes best (RFC 9110, 12.5.1).
+        """Return the media type that the client prefers, the first of equals.
 
-        The first one wins among equals. Raises HTTPError 406.
+        Raises HTTPError 406 if the header Accept allows none (RFC 9110, 12.5.1).
         """
         accept = self.headers.get("accept")
         if not accept or accept == "*/*":
             return offers[0]
         best = max(offers, key=lambda offer: _quality(accept, offer))
         if not _quality(accept, best):
-            raise HTTPError(406, "to be had as " + " or ".join(offers))
+            raise HTTPError(406, "available as " + " or ".join(offers))
         return best
 
 
+# A media range, and the last q among its parameters.
+_RANGE = re.compile(r"([^\s,;]+)(?:[ \t]*;[ \t]*(?:q=([01](?:\.[0-9]{0,3})?)|[^,;]*))*")
+
+
 def _quality(accept: str, offer: str) -> float:
-    """The q of a media type in an Accept header: that of the most specific range."""
+    """Return the weight that Accept gives a media type: that of the closest range."""
+    weights = dict(_RANGE.findall(accept.lower()))
     media = offer.partition(";")[0]
-    ranges = {"*/*": 1, media.partition("/")[0] + "/*": 2, media: 3}
-    best, quality = 0, 0.0
-    for part in accept.lower().replace(" ", "").split(","):
-        name, _, options = part.partition(";")
-        if ranges.get(name, 0) > best:
-            best = ranges[name]
-            quality = float((_Q.findall(";" + options) or ["1"])[-1])
-    return quality
-
-
-_Q = re.compile(r";q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)(?=;|\Z)")
+    for name in (media, media.partition("/")[0] + "/*", "*/*"):
+        if name in weights:
+            return float(weights[name] or 1)
+    return 0.0
 
 
 class Reply(NamedTuple):
-    """What an endpoint answers."""
+    """What an endpoint returns."""
 
     status: int
     body: bytes = b""
     media: str = JSON
     headers: Mapping[str, str] = {}
-    stream: Optional[Iterator[bytes]] = None  # a body that has no end yet
-    more: Tuple[bytes, ...] = ()  # of a body too large to be copied for each client
+    stream: Optional[Iterator[bytes]] = None  # a body without a known end, instead
+    more: Tuple[bytes, ...] = ()  # the rest of a large body: shared, never copied
 
     @property
     def size(self) -> int:
-        """The body's length in bytes, as far as it has one."""
+        """The length of the body in bytes, without a stream."""
         return len(self.body) + sum(map(len, self.more))
 
 
-def json_reply(
-    document: Any, status: int = 200, headers: Mapping[str, str] = {}
-) -> Reply:
-    """Answer with a document as JSON."""
-    return Reply(status, to_json(document) + b"\n", JSON, headers)
+def json_reply(document: Any) -> Reply:
+    """Reply with a document as JSON."""
+    return Reply(200, to_json(document) + b"\n")
 
 
 def text_reply(text: str, status: int = 200, headers: Mapping[str, str] = {}) -> Reply:
-    """Answer with a line of text, or more than one."""
+    """Reply with lines of text."""
     body = text.encode("utf-8", "backslashreplace") + b"\n"
     return Reply(status, body, TEXT, headers)
-
-
-def framed_reply(
-    head: bytes, value: bytes, tail: bytes, media: str, headers: Mapping[str, str]
-) -> Reply:
-    """Answer with a value that may be large, and what is before and behind it."""
-    if len(value) > LARGE:
-        return Reply(200, head, media, headers, None, (value, tail))
-    return Reply(200, b"".join((head, value, tail)), media, headers)
 
 
 def problem(
     status: int, detail: str, headers: Mapping[str, str] = {}, **extra: Any
 ) -> Reply:
-    """Answer with what went wrong, as RFC 9457 has it."""
+    """Reply with a problem document (RFC 9457)."""
     title = HTTPStatus(status).phrase
     document = dict(
         type="about:blank", title=title, status=status, detail=detail, **extra
@@ -4903,7 +4864,7 @@ def problem(
     return Reply(status, to_json(document) + b"\n", PROBLEM, headers)
 
 
-# How a refusal is told: its status, and seconds after which to try again.
+# The status of each error and, if it passes, the seconds after which to retry.
 ERRORS: Dict[type, Tuple[int, Optional[int]]] = {
     Malformed: (400, None),
     Invalid: (422, None),
@@ -4920,13 +4881,12 @@ ERRORS: Dict[type, Tuple[int, Optional[int]]] = {
 
 
 def refusal(error: Union[TaskError, HTTPError]) -> Reply:
-    """Translate an error that the client can do something about."""
+    """Turn an error that the client can do something about into a reply."""
     if isinstance(error, HTTPError):
         return problem(error.status, str(error), error.headers)
     status, after = ERRORS[type(error)]
-    headers = {} if after is None else {"Retry-After": str(after)}
     if not isinstance(error, Invalid):
-        return problem(status, str(error), headers)
+        return problem(status, str(error), {"Retry-After": str(after)} if after else {})
     found = [
         {"pointer": _pointer(path), "detail": dotted(path) + message}
         for path, message in error.problems
@@ -4943,28 +4903,24 @@ def _pointer(path: Path) -> str:
 # -- documents -------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1000)  # who asks for a task asks for it again
+@functools.lru_cache(maxsize=1000)  # clients poll the same tasks
 def timestamp(when: float) -> str:
-    """Write a time as RFC 3339 in UTC with milliseconds."""
+    """Return a time as RFC 3339 in UTC with milliseconds."""
     millis = int(when * 1000)
-    return "%s.%03dZ" % (_second(millis // 1000), millis % 1000)
-
-
-@functools.lru_cache(maxsize=1000)
-def _second(when: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when))
+    second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(millis // 1000))
+    return "%s.%03dZ" % (second, millis % 1000)
 
 
 @functools.lru_cache(maxsize=1000)
 def json_text(text: str) -> str:
-    """Write what occurs again and again, such as a task type's name, as JSON."""
+    """Return a text that recurs, such as the name of a task type, as JSON."""
     return to_json(text).decode()
 
 
 def status_json(task: Task, context: Optional[Context] = None) -> str:
-    """Return what a client is told of a task's state; what doesn't apply is left out.
+    """Return the status document of a task, without the fields that don't apply.
 
-    Written out, since this is the answer that is asked for most.
+    Formatted by hand, since polling clients make it the most frequent reply.
     """
     parts = [
         '{"id": "%s", "status": "%s", "type": %s, "created_at": "%s"'
@@ -4979,12 +4935,11 @@ def status_json(task: Task, context: Optional[Context] = None) -> str:
     if task.options.priority:
         parts.append('"priority": %d' % task.options.priority)
     if not task.finished:
-        parts += _open_parts(task, context)
+        parts += _unfinished_parts(task, context)
     return ", ".join(parts) + "}"
 
 
-def _open_parts(task: Task, context: Optional[Context]) -> Iterator[str]:
-    """Yield what is told of a task that has not finished."""
+def _unfinished_parts(task: Task, context: Optional[Context]) -> Iterator[str]:
     if task.due_at is not None:
         yield '"next_attempt_at": "%s"' % timestamp(task.due_at)
     if task.status == PENDING and task.error is not None:
@@ -4996,23 +4951,28 @@ def _open_parts(task: Task, context: Optional[Context]) -> Iterator[str]:
         yield '"progress": ' + to_json(progress).decode()
 
 
+def accepted_json(task: Task) -> str:
+    """Return the document that acknowledges a submission."""
+    return '{"id": "%s", "status": "%s"}' % (task.id, task.status)
+
+
 def submission_document(task: Task) -> Dict[str, Any]:
-    """What was submitted, so that it can be submitted again."""
-    plain = NO_OPTIONS._asdict()
-    given = {n: v for n, v in task.options._asdict().items() if v != plain[n]}
-    return {"type": task.type, "params": params_of(task), **given}
+    """Return a document that submits the same task again."""
+    defaults = NO_OPTIONS._asdict()
+    options = {n: v for n, v in task.options._asdict().items() if v != defaults[n]}
+    return {"type": task.type, "params": params_of(task), **options}
 
 
 def status_reply(
     app: "App", task: Task, status: int = 200, headers: Mapping[str, str] = {}
-) -> "Reply":
-    """Answer with a task's state."""
+) -> Reply:
+    """Reply with the status document of a task."""
     text = status_json(task, app.store.context(task.id)) + "\n"
     return Reply(status, text.encode("utf-8"), JSON, headers)
 
 
-def result_parts(task: Task) -> Tuple[bytes, bytes, bytes]:
-    """Return how a finished task ended, as JSON."""
+def result_reply(task: Task) -> Reply:
+    """Reply with the result document of a finished task."""
     if task.status == COMPLETED:
         name, outcome = "result", task.result or b"null"
     else:
@@ -5021,22 +4981,29 @@ def result_parts(task: Task) -> Tuple[bytes, bytes, bytes]:
     moments = (task.created_at, task.started_at, task.ended_at)
     texts = ['"%s"' % timestamp(when) if when else "null" for when in moments]
     times = ', "created_at": %s, "started_at": %s, "ended_at": %s}\n' % tuple(texts)
-    return head.encode(), outcome, times.encode()
+    return joined_reply(head.encode(), outcome, times.encode(), JSON)
+
+
+def joined_reply(head: bytes, value: bytes, tail: bytes, media: str) -> Reply:
+    """Reply with these parts; a large value is shared by all replies, not copied."""
+    if len(value) > LARGE:
+        return Reply(200, head, media, more=(value, tail))
+    return Reply(200, b"".join((head, value, tail)), media)
 
 
 # -- endpoints -------------------------------------------------------------
 
 
 class Traffic(NamedTuple):
-    """What has come in over HTTP."""
+    """The HTTP server's counters."""
 
     requests: Mapping[Tuple[str, str, int], int] = {}  # method, route and status
-    connections: int = 0  # that are open
-    most: int = 0  # that may be
+    connections: int = 0  # open ones
+    limit: int = 0  # of connections
 
 
 class App(NamedTuple):
-    """What endpoints work with."""
+    """What the endpoints work with."""
 
     store: TaskStore
     handlers: Mapping[str, Handler]
@@ -5049,29 +5016,24 @@ class App(NamedTuple):
 def submit_task(app: App, request: Request) -> Reply:
     """Submit a task, or an array of them; Idempotency-Key makes it safe to repeat."""
     media = request.accepts(JSON, TEXT)
-    wanted = read_submissions(app, request)
-    if isinstance(wanted, list):
-        return submit_batch(app, wanted, media)
+    submission = read_body(app, request)
     key = request.headers.get("idempotency-key")
+    if isinstance(submission, list):
+        tasks = app.store.submit_all(submission)
+        if media == TEXT:
+            return text_reply("\n".join(task.id for task in tasks), 202)
+        text = "[%s]\n" % ", ".join(map(accepted_json, tasks))
+        return Reply(202, text.encode())
     if key is None:
-        task = app.store.submit_all([wanted])[0]
+        task = app.store.submit_all([submission])[0]
     else:
         try:
-            task = app.store.submit_once(id_of_key(key), wanted)[0]
+            task = app.store.submit_once(id_of_key(key), submission)[0]
         except DifferentRequest:
-            detail = "this Idempotency-Key came with another task before"
+            detail = "another task was submitted with this Idempotency-Key before"
             raise HTTPError(422, detail) from None
-        task = task._replace(status=PENDING)  # it is answered as it was the first time
+        task = task._replace(status=PENDING)  # the reply is the same each time
     return submitted_reply(app, request, task, 202, media)
-
-
-def submit_batch(app: App, wanted: Sequence[Submission], media: str) -> Reply:
-    """Submit all of these tasks or none."""
-    tasks = app.store.submit_all(wanted)
-    if media == TEXT:
-        return text_reply("\n".join(task.id for task in tasks), 202)
-    texts = ['{"id": "%s", "status": "%s"}' % (task.id, PENDING) for task in tasks]
-    return Reply(202, ("[%s]\n" % ", ".join(texts)).encode())
 
 
 def put_task(app: App, request: Request) -> Reply:
@@ -5079,170 +5041,113 @@ def put_task(app: App, request: Request) -> Reply:
     media = request.accepts(JSON, TEXT)
     if not _UUID.fullmatch(request.task_id):
         raise HTTPError(400, "the id must be a UUID, such as " + new_id())
-    with _gently(request):
-        wanted = read_submission(app, request, request.json())
-    task, new = app.store.submit_once(request.task_id, wanted)
+    submission = read_body(app, request)
+    if isinstance(submission, list):
+        raise Malformed("the body must be an object; an array can only be posted")
+    task, new = app.store.submit_once(request.task_id, submission)
     return submitted_reply(app, request, task, 202 if new else 200, media)
 
 
-# Held while a large body is read as JSON and checked, which can take some fifty times
-# its length: a few at once, and what was read is let go before the next one's turn.
-_LARGE_BODIES = threading.Semaphore(4)
 LARGE_BODY = 4 << 10  # bytes
+# Parsed JSON may take fifty times the memory of its text, so that only a few large
+# bodies are parsed and checked at a time; Submission holds the text again.
+_PARSING = threading.Semaphore(4)
 
 
-def _gently(request: Request) -> "typing.ContextManager[Any]":
-    if len(request.body) > LARGE_BODY:
-        return _LARGE_BODIES
-    return contextlib.nullcontext()
-
-
-def read_submissions(app: App, request: Request) -> Union[Submission, List[Submission]]:
-    """Return what a request to submit a task or an array of them asks for."""
-    with _gently(request):
+def read_body(app: App, request: Request) -> Union[Submission, List[Submission]]:
+    """Return the submission, or the list of them, that a request contains."""
+    large = len(request.body) > LARGE_BODY
+    with _PARSING if large else contextlib.nullcontext():
         document = request.json()
+        if isinstance(document, dict):
+            return check_submission(document, app.handlers)
         if not isinstance(document, list):
-            return read_submission(app, request, document)
-        if "idempotency-key" in request.headers or patience_of(app, request)[0]:
-            raise HTTPError(400, "neither Idempotency-Key nor wait goes with an array")
+            raise Malformed("the body must be an object, not " + quote(document))
+        if "idempotency-key" in request.headers or request.wait:
+            detail = "an array can have neither an Idempotency-Key nor a wait"
+            raise HTTPError(400, detail)
         return check_batch(document, app.handlers)
 
 
-def read_submission(app: App, request: Request, document: Any) -> Submission:
-    """Return what a request to submit one task asks for, all of it checked."""
-    patience_of(app, request)  # a wait that can't be is refused before anything is done
-    if not isinstance(document, dict):
-        raise Malformed("the body must be an object, not " + quote(document))
-    return check_submission(document, app.handlers)
-
-
-def submitted_reply(
-    app: App, request: Request, task: Task, status: int, media: str
-) -> Reply:
-    """Answer a submit with the task's id, or with its status if it ends in time."""
-    patience, headers = patience_of(app, request)
-    headers = {"Location": "/api/v1/tasks/" + task.id, **headers}
-    if patience:
-        with contextlib.suppress(UnknownTask, GoneTask):  # it was taken in, anyway
-            task = await_end(app, request, task.id, patience)
-    if media == TEXT:
-        return text_reply(task.id, status, headers)
-    if patience and task.finished:
-        return status_reply(app, task, 200, headers)
-    text = '{"id": "%s", "status": "%s"}\n' % (task.id, task.status)
-    return Reply(status, text.encode(), JSON, headers)
-
-
-def patience_of(app: App, request: Request) -> Tuple[float, Mapping[str, str]]:
-    """Return for how many seconds a client wants to wait, and headers that say so.
-
-    That is said as ?wait=SECONDS or as the header Prefer: wait=SECONDS (RFC 7240).
-    """
-    if not request.query and "prefer" not in request.headers:
-        return 0, {}
-    try:
-        if "wait" in request.query:
-            return min(seconds(request.query["wait"]), app.max_wait), {}
-    except ValueError as right:
-        raise HTTPError(400, "wait must be %s" % right) from None
-    wished = preferences(request.headers.get("prefer", "")).get("wait", "")
-    if not re.fullmatch("[0-9]{1,9}", wished):
-        return 0, {}
-    wait = min(int(wished), app.max_wait)
-    return wait, {"Preference-Applied": "wait=%d" % wait}
-
-
-# A preference, or a parameter of one, and what separates it from the one before.
-_PREFERENCE = re.compile(
-    r"(^|[,;])[ \t]*(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*"
-    r'(?:=[ \t]*(?:([^\s",;]+|"(?:[^"\\]|\\.)*")[ \t]*)?)?)?(?=[,;]|$)'
-)
-MAX_PREFER = 1000  # characters of the header Prefer that are read
-
-
-def preferences(text: str) -> Dict[str, str]:
-    """Return the preferences of a header Prefer and their values (RFC 7240, 2).
-
-    Names are in lower case, and values without their quotes. Of several with one name
-    the first counts. Parameters are dropped, and so is what is malformed, since a
-    preference may always be ignored.
-    """
-    found: Dict[str, str] = {}
-    for separator, name, value in _PREFERENCE.findall(text[:MAX_PREFER]):
-        if name and separator != ";":
-            plain = re.sub(r"\\(.)", r"\1", value[1:-1]) if value[:1] == '"' else value
-            found.setdefault(name.lower(), plain)
-    return found
-
-
 def id_of_key(key: str) -> str:
-    """Return the id that an Idempotency-Key stands for, always the same one."""
+    """Return the task id that an Idempotency-Key stands for, always the same one."""
     uuid = lazy_import("uuid")
-    key = re.sub(r'^"(.*)"$', r"\1", key)  # its standard writes it as a quoted string
+    key = re.sub(r'^"(.*)"$', r"\1", key)  # the draft standard quotes it
     if not re.fullmatch("[!-~]{1,255}", key):
         raise HTTPError(400, "an Idempotency-Key has 1 to 255 visible ASCII characters")
     return str(uuid.uuid5(uuid.UUID("6398645a-5117-4cce-8f27-06a00c58b237"), key))
 
 
-def list_tasks(app: App, request: Request) -> Reply:
-    """List tasks in the order of their submission, a page at a time."""
-    query = request.query
-    status = query.get("status", "")
-    if status and status not in EXITS:
-        raise HTTPError(400, "status must be one of " + ", ".join(EXITS))
-    limit, after = _number_in(query, "limit"), _number_in(query, "after")
-    order = query.get("order", "asc")
-    if order not in ("asc", "desc"):
-        raise HTTPError(400, "order must be asc or desc, by submission")
-    tasks, behind = app.store.page(
-        limit, after, status, query.get("type", ""), order == "desc"
-    )
-    texts = [status_json(task, app.store.context(task.id)) for task in tasks]
-    about = to_json({"next": behind, "counts": app.store.totals()}).decode()
-    return Reply(200, ('{"tasks": [%s], %s\n' % (", ".join(texts), about[1:])).encode())
+def submitted_reply(
+    app: App, request: Request, task: Task, status: int, media: str
+) -> Reply:
+    """Reply with the id of a new task, or with its status if it ends in time."""
+    headers = {"Location": "/api/v1/tasks/" + task.id}
+    if request.wait:
+        with contextlib.suppress(UnknownTask, GoneTask):  # it was accepted anyway
+            task = await_end(app, request, task.id)
+    if media == TEXT:
+        return text_reply(task.id, status, headers)
+    if request.wait and task.finished:
+        return status_reply(app, task, 200, headers)
+    return Reply(status, (accepted_json(task) + "\n").encode(), JSON, headers)
 
 
-def await_end(app: App, request: Request, task_id: str, patience: float) -> Task:
-    """Wait for the end of a task, as long as the client does."""
-    if not patience:
+def await_end(app: App, request: Request, task_id: str) -> Task:
+    """Return a task; if the client waits, once it has finished or the time is up."""
+    if not request.wait:
         return app.store.get(task_id)
     request.client_left = threading.Event()
     try:
-        return app.store.wait(task_id, patience, request.client_left)
+        seconds = min(request.wait, app.max_wait)
+        return app.store.wait(task_id, seconds, request.client_left)
     finally:
         request.client_left = None
 
 
+def list_tasks(app: App, request: Request) -> Reply:
+    """List tasks in the order of their submission, a page at a time."""
+    query = request.query
+    tasks, after = app.store.page(
+        query.get("limit", 100),
+        query.get("after", 0),
+        query.get("status", ""),
+        query.get("type", ""),
+        query.get("order") == "desc",
+    )
+    texts = [status_json(task, app.store.context(task.id)) for task in tasks]
+    rest = to_json({"next": after, "counts": app.store.totals()}).decode()
+    return Reply(200, ('{"tasks": [%s], %s\n' % (", ".join(texts), rest[1:])).encode())
+
+
 def show_task(app: App, request: Request) -> Reply:
-    """Tell a task's status; with ?wait=SECONDS, once it is finished."""
-    patience, headers = patience_of(app, request)
-    task = await_end(app, request, request.task_id, patience)
+    """Show the status of a task; with ?wait=SECONDS, once it has finished."""
+    task = await_end(app, request, request.task_id)
     if request.accepts(JSON, TEXT) == TEXT:
-        return text_reply(task.status, 200, headers)
-    return status_reply(app, task, 200, headers)
+        return text_reply(task.status)
+    return status_reply(app, task)
 
 
 def show_submission(app: App, request: Request) -> Reply:
-    """Give what was submitted: a document to submit the same again."""
+    """Show what was submitted: a document that submits the same again."""
     return json_reply(submission_document(app.store.get(request.task_id)))
 
 
 def show_result(app: App, request: Request) -> Reply:
-    """Give a finished task's result or error; with ?wait=SECONDS, wait for it."""
-    patience, headers = patience_of(app, request)
-    task = await_end(app, request, request.task_id, patience)
+    """Show the result or error of a finished task; with ?wait=SECONDS, wait for it."""
+    task = await_end(app, request, request.task_id)
     if not task.finished:
         text = "task %s is %s; it has no result yet"
         raise Unfinished(text % (task.id, task.status))
     if request.accepts(JSON, TEXT) == JSON:
-        return framed_reply(*result_parts(task), JSON, headers)
+        return result_reply(task)
     if task.status != COMPLETED:  # a script must not take an error for a result
-        raise HTTPError(406, "the task is %s; as JSON there is more" % task.status)
-    return framed_reply(b"", task.result or b"null", b"\n", TEXT, headers)
+        raise HTTPError(406, "the task is %s; its error is JSON only" % task.status)
+    return joined_reply(b"", task.result or b"null", b"\n", TEXT)
 
 
 def show_log(app: App, request: Request) -> Reply:
-    """Give the last lines of what a task has logged, control characters escaped."""
+    """Show the last lines that a task logged, with control characters escaped."""
     task = app.store.get(request.task_id)
     lines, dropped = app.store.events.log_of(task.id)
     if dropped:
@@ -5252,9 +5157,15 @@ def show_log(app: App, request: Request) -> Reply:
 
 
 def cancel_task(app: App, request: Request) -> Reply:
-    """Cancel a task: one that waits at once; one that runs is asked to stop."""
+    """Cancel a task: a waiting one at once; a running one is asked to stop."""
     task = app.store.cancel(request.task_id)
     return status_reply(app, task, 200 if task.finished else 202)
+
+
+def delete_task(app: App, request: Request) -> Reply:
+    """Delete a finished task."""
+    app.store.delete(request.task_id)
+    return Reply(204)
 
 
 def task_events(app: App, request: Request) -> Reply:
@@ -5268,52 +5179,46 @@ def all_events(app: App, request: Request) -> Reply:
 
 
 def events_reply(app: App, request: Request, task_id: str) -> Reply:
-    """Answer with Server-Sent Events (html.spec.whatwg.org/#server-sent-events)."""
+    """Reply with Server-Sent Events (html.spec.whatwg.org/#server-sent-events)."""
     request.accepts(SSE)
-    events, after, known = app.store.events, None, True
-    last = request.headers.get("last-event-id", "")
+    after, last = None, request.headers.get("last-event-id", "")
     if last:
-        match = re.fullmatch(events.life + "-([0-9]{1,15})", last)
-        after, known = (int(match.group(1)), True) if match else (None, False)
-    stream = event_stream(app, request, task_id, after, known)
-    next(stream)  # begin to watch now, so that there is still time to refuse
-    # Proxies that gather an answer before they pass it on are asked not to.
+        known = re.fullmatch(app.store.events.life + "-([0-9]{1,15})", last)
+        # An id of another process is one that no event has reached yet: a gap.
+        after = int(known.group(1)) if known else sys.maxsize
+    stream = event_stream(app, request, task_id, after)
+    next(stream)  # subscribe now, while an error can still be the reply
+    # Proxies that buffer replies are asked not to.
     return Reply(200, b"", SSE, {"X-Accel-Buffering": "no"}, stream)
 
 
 def event_stream(
-    app: App, request: Request, task_id: str, after: Optional[int], known: bool
+    app: App, request: Request, task_id: str, after: Optional[int]
 ) -> Iterator[bytes]:
-    """Yield nothing, and then events as they come, until the task or the service ends.
+    """Yield nothing once, then events until the task or the service ends.
 
-    `after` is the number of the last event that is known, None for none; `known` is
-    False when there was one, but in another life.
+    `after` is the number of the last event that the client has, None for none.
     """
     events = app.store.events
-    task, watch, lacks = app.store.watch(task_id, after)
-    request.client_left = watch.told  # for a comment: sending shows who is really gone
+    encode = functools.partial(encode_event, events.life)
+    task, watch, gap = app.store.watch(task_id, after)
+    request.client_left = watch.told  # it then sends a comment, which fails
     try:
         yield b""
         yield b"retry: 1000\n\n"
-        if lacks or not known:
+        if gap:
             yield b'event: gap\ndata: {"detail": "some events are no longer kept"}\n\n'
-        yield from encode_events(events.life, watch.missed)
-        if task and any(ends_stream(event) for event in watch.missed):
-            return
-        # The task as it was when the watch began: behind what was missed, and before
-        # anything that is new.
-        if task and (task.finished or after is None or lacks):
+        yield from map(encode, watch.missed)
+        over = task is not None and any(map(ends_stream, watch.missed))
+        # The task as it was at the subscription: after missed events, before new ones.
+        if task and not over and (task.finished or after is None or gap):
             text = status_json(task, app.store.context(task.id))
             yield b"event: status\ndata: %b\n\n" % text.encode()
-            if task.finished:
-                return
-        over = False
+            over = task.finished
         while not over:
-            over = watch.over  # looked at first: what was told before it is still told
+            over = watch.over  # read first: events from before it are still sent
             news = watch.take(0 if over else KEEP_ALIVE)
-            yield from encode_events(events.life, news)
-            if not news:
-                yield b":\n\n"
+            yield from map(encode, news) if news else [b":\n\n"]
             over = over or (task is not None and any(map(ends_stream, news)))
     finally:
         request.client_left = None
@@ -5321,38 +5226,20 @@ def event_stream(
 
 
 def ends_stream(event: Event) -> bool:
-    """Whether nothing more will happen to the event's task."""
+    """Whether this is the last event of a task."""
     return event.kind == "gone" or (event.kind == "status" and event.what.finished)
 
 
-def encode_events(life: str, events: Sequence[Event]) -> Iterator[bytes]:
-    """Write events as they go out, in pieces: the next one once the last is taken."""
-    piece = b""
-    for event in events:
-        piece += encode_event(life, event)
-        if len(piece) >= LARGE:
-            yield piece
-            piece = b""
-    if piece:
-        yield piece
-
-
 def encode_event(life: str, event: Event) -> bytes:
-    """Write an event as it goes out."""
+    """Return an event as it is sent."""
     if event.kind == "status":
         data = status_json(event.what).encode()
     elif event.kind == "log":
         data = to_json({"id": event.task_id, "line": event.what})
     else:
         data = to_json(dict(event.what or {}, id=event.task_id))
-    text = b"id: %b-%d\nevent: %b\ndata: %b\n\n"
-    return text % (life.encode(), event.number, event.kind.encode(), data)
-
-
-def delete_task(app: App, request: Request) -> Reply:
-    """Forget a finished task."""
-    app.store.delete(request.task_id)
-    return Reply(204)
+    head = "id: %s-%d\nevent: %s\ndata: " % (life, event.number, event.kind)
+    return head.encode() + data + b"\n\n"
 
 
 def list_types(app: App, request: Request) -> Reply:
@@ -5365,19 +5252,17 @@ def list_types(app: App, request: Request) -> Reply:
 
 
 def show_index(app: App, request: Request) -> Reply:
-    """Give the page to a browser, and to others lines of curl to copy."""
+    """Show the page to a browser, and curl commands to copy to any other client."""
     if request.is_for_page:
         policy = {"Content-Security-Policy": page_policy()}
         return Reply(200, PAGE.encode(), HTML, policy)
     host = request.headers.get("host", "localhost")
-    url = "%s://%s" % (
-        app.scheme,
-        host if re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII) else "localhost",
-    )
+    if not re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII):
+        host = "localhost"
     types = ["  %-20s %s" % (n, h.description) for n, h in sorted(app.handlers.items())]
     routes = ["  %-6s %-28s %s" % (r.method, r.path, r.help) for r in ROUTES]
     parts = {"types": "\n".join(types), "routes": "\n".join(routes)}
-    parts.update(url=url, curl=app.access.curl)
+    parts.update(url="%s://%s" % (app.scheme, host), curl=app.access.curl)
     return text_reply(INDEX % parts)
 
 
@@ -5411,216 +5296,183 @@ Routes:
 
 @functools.lru_cache(maxsize=None)
 def page_policy() -> str:
-    """What a browser may do for the page: run what is in it, and ask this service."""
+    """Return the Content-Security-Policy: only what is in the page runs."""
     base64, hashlib = lazy_import("base64"), lazy_import("hashlib")
-    hashes = {}
-    for tag in ("style", "script"):
+    inline = ""
+    for tag in ("script", "style"):
         (text,) = re.findall("<%s[^>]*>(.*?)</%s>" % (tag, tag), PAGE, re.DOTALL)
-        digest = hashlib.sha256(text.encode()).digest()
-        hashes[tag] = "'sha256-%s'" % base64.b64encode(digest).decode()
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        inline += "%s-src 'sha256-%s'; " % (tag, digest)
     return (
-        "default-src 'none'; script-src %(script)s; style-src %(style)s; "
-        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'; require-trusted-types-for 'script'; "
-        "trusted-types 'none'"
-    ) % hashes
+        "default-src 'none'; " + inline + "img-src data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
 
 
 def show_health(app: App, request: Request) -> Reply:
-    """Tell that the process lives."""
+    """Show that the process is alive."""
     return json_reply({"status": "ok"})
 
 
 def show_readiness(app: App, request: Request) -> Reply:
-    """Tell whether a task would be taken in now."""
+    """Show whether the service would accept a task now."""
     app.store.check_open()
     return json_reply({"status": "ready"})
 
 
-# -- metrics ---------------------------------------------------------------
-#
-# Prometheus' text format 0.0.4. No label has a task's id, nor anything else that
-# clients make up.
-
-BEGAN = time.time()
-Labels = Mapping[str, str]
-Metric = List[str]  # its lines
-
-
 def show_options(app: App, request: Request) -> Reply:
-    """List the methods that a path takes or, for *, that any path takes."""
+    """List the methods that a path supports or, for *, that any path supports."""
     return Reply(204, headers={"Allow": allowed_methods(request.label)})
 
 
+# -- metrics ---------------------------------------------------------------
+#
+# Prometheus' text format 0.0.4. No label holds a task id, nor anything else that
+# clients choose freely.
+
+START_TIME = time.time()
+
+
+Row = Tuple[Any, ...]  # the arguments of metric_lines()
+
+
 def show_metrics(app: App, request: Request) -> Reply:
-    """Give the metrics, for Prometheus."""
-    metrics = itertools.chain(task_metrics(app), http_metrics(app), process_metrics())
-    return Reply(
-        200, "".join(line + "\n" for m in metrics for line in m).encode(), METRICS
-    )
+    """Show metrics for Prometheus."""
+    rows = [*task_metrics(app), *http_metrics(app), *process_metrics()]
+    lines = [line for row in rows for line in metric_lines(*row)]
+    return Reply(200, "".join(lines).encode(), METRICS)
 
 
-def task_metrics(app: App) -> Iterator[Metric]:
-    """Yield what there is to tell of tasks and the journal."""
+# fmt: off
+def task_metrics(app: App) -> List[Row]:
+    """Return the metrics of tasks and the journal."""
     counts, stuck, ended, times, journal = app.store.measure()
-    finished = {(type, status): 0 for type in app.handlers for status in FINISHED}
-    name, about = "longtasks_tasks_finished_total", "Tasks that have finished."
-    yield counter(name, about, ("type", "status"), {**finished, **ended})
-    yield gauge("longtasks_tasks_pending", "Tasks that wait.", counts.pending)
-    yield gauge("longtasks_tasks_processing", "Tasks that run.", counts.processing)
-    yield gauge("longtasks_tasks_kept", "Tasks kept after their end.", counts.finished)
-    yield gauge("longtasks_queue_limit", "Tasks that may wait.", app.store.limits.queue)
-    yield gauge("longtasks_handlers_stuck", "Handlers that do not stop.", stuck)
-    for what, about in (
-        ("waiting", "Time from when a task could start to its start."),
-        ("running", "Time that a run of a task took."),
-    ):
-        found = [
-            ({"type": key[1]}, times[key]) for key in sorted(times) if key[0] == what
-        ]
-        yield histogram("longtasks_task_%s_seconds" % what, about, found)
+    none = {(type, status): 0 for type in app.handlers for status in FINISHED}
+    waiting = {key[1:]: times[key] for key in times if key[0] == "waiting"}
+    running = {key[1:]: times[key] for key in times if key[0] == "running"}
+    rows: List[Row] = [
+        ("longtasks_tasks_finished_total", "counter", "Tasks that have finished.",
+         {**none, **ended}, "type", "status"),
+        ("longtasks_tasks_pending", "gauge", "Tasks that wait.", counts.pending),
+        ("longtasks_tasks_processing", "gauge", "Tasks that run.", counts.processing),
+        ("longtasks_tasks_kept", "gauge", "Finished tasks kept.", counts.finished),
+        ("longtasks_queue_limit", "gauge", "Tasks that may wait.",
+         app.store.limits.queue),
+        ("longtasks_handlers_stuck", "gauge", "Handlers that do not stop.", stuck),
+        ("longtasks_task_waiting_seconds", "histogram",
+         "Time from when a task could start to its start.", waiting, "type"),
+        ("longtasks_task_running_seconds", "histogram",
+         "Time that a run of a task took.", running, "type"),
+    ]
     if journal:
-        name, about = "longtasks_journal_commit_seconds", "Time that a commit took."
-        yield histogram(name, about, [({}, journal.commit_times.copy())])
-        name, about = "longtasks_journal_damaged_rows", "Rows that fail their checksum."
-        yield gauge(name, about, journal.damaged_rows)
-        yield gauge(
-            "longtasks_journal_wal_bytes", "Size of the WAL.", journal.wal_size()
-        )
+        rows += [
+            ("longtasks_journal_commit_seconds", "histogram",
+             "Time that a commit took.", journal.commit_times.copy()),
+            ("longtasks_journal_damaged_rows", "gauge",
+             "Rows that fail their checksum.", journal.damaged_rows),
+            ("longtasks_journal_wal_bytes", "gauge", "Size of the WAL.",
+             journal.wal_size()),
+        ]
+    return rows
 
 
-def http_metrics(app: App) -> Iterator[Metric]:
-    """Yield what there is to tell of requests and connections."""
-    requests, connections, most = app.traffic()
-    name, about = "longtasks_http_requests_total", "Requests that were answered."
-    yield counter(name, about, ("method", "route", "code"), requests)
-    yield gauge("longtasks_http_connections", "Clients connected.", connections)
-    yield gauge("longtasks_http_connections_limit", "Clients that may be.", most)
+def http_metrics(app: App) -> List[Row]:
+    """Return the metrics of requests and connections."""
+    requests, open, limit = app.traffic()
+    return [
+        ("longtasks_http_requests_total", "counter", "Requests answered.",
+         requests, "method", "route", "code"),
+        ("longtasks_http_connections", "gauge", "Open connections.", open),
+        ("longtasks_http_connections_limit", "gauge", "Limit of connections.", limit),
+    ]
 
 
-def process_metrics() -> Iterator[Metric]:
-    """Yield what there is to tell of the process, as far as the system tells it."""
-    labels = {"version": __version__, "python": "%d.%d.%d" % sys.version_info[:3]}
-    yield gauge("longtasks_build_info", "What runs here.", 1, labels)
-    yield gauge("process_start_time_seconds", "When it began, since 1970.", BEGAN)
-    used = {(): time.process_time()}
-    yield counter("process_cpu_seconds_total", "Time on the processor.", (), used)
-    with contextlib.suppress(OSError):  # there is no /proc
+def process_metrics() -> Iterator[Row]:
+    """Yield the metrics of the process, some of them only where there is /proc."""
+    versions = (__version__, "%d.%d.%d" % sys.version_info[:3])
+    yield ("longtasks_build_info", "gauge", "Versions.", {versions: 1},
+           "version", "python")
+    yield "process_start_time_seconds", "gauge", "Start, since 1970.", START_TIME
+    yield "process_cpu_seconds_total", "counter", "CPU time.", time.process_time()
+    with contextlib.suppress(OSError):
         with open("/proc/self/statm", encoding="ascii") as file:
             virtual, resident = map(int, file.read().split()[:2])
         page = os.sysconf("SC_PAGE_SIZE")
-        yield gauge("process_virtual_memory_bytes", "Address space.", virtual * page)
-        yield gauge("process_resident_memory_bytes", "Memory in use.", resident * page)
-        files = len(os.listdir("/proc/self/fd")) - 1  # without the one of this listing
-        yield gauge("process_open_fds", "Open file descriptors.", files)
+        yield "process_virtual_memory_bytes", "gauge", "Address space.", virtual * page
+        yield "process_resident_memory_bytes", "gauge", "Memory.", resident * page
+        files = len(os.listdir("/proc/self/fd")) - 1  # without that of the listing
+        yield "process_open_fds", "gauge", "Open file descriptors.", files
+# fmt: on
 
 
-def sample(name: str, labels: Labels, value: float) -> str:
-    """Write one line of a metric."""
-    # A type's name is printable, so that it has no end of line.
+def metric_lines(
+    name: str, type: str, help: str, value: Any, *labels: str
+) -> Iterator[str]:
+    """Yield a metric as text: a value or, with labels, one for each of their values."""
+    yield "# HELP %s %s\n# TYPE %s %s\n" % (name, help, name, type)
+    values = value if labels else {(): value}
+    for key in sorted(values):
+        pairs, found = dict(zip(labels, map(str, key))), values[key]
+        if type != "histogram":
+            yield _sample(name, pairs, found)
+            continue
+        bounds = ["%g" % bound for bound in found.bounds] + ["+Inf"]
+        for bound, total in zip(bounds, itertools.accumulate(found.counts)):
+            yield _sample(name + "_bucket", {**pairs, "le": bound}, total)
+        yield _sample(name + "_sum", pairs, found.sum)
+        yield _sample(name + "_count", pairs, sum(found.counts))
+
+
+def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
+    # No label contains an end of line: the names of task types are printable.
     pairs = [
         '%s="%s"' % (label, re.sub(r'[\\"]', r"\\\g<0>", labels[label]))
         for label in labels
     ]
-    return "%s%s %r" % (name, "{%s}" % ",".join(pairs) if pairs else "", value)
-
-
-def _heading(name: str, about: str, kind: str) -> Metric:
-    return ["# HELP %s %s" % (name, about), "# TYPE %s %s" % (name, kind)]
-
-
-def gauge(name: str, about: str, value: float, labels: Labels = {}) -> Metric:
-    """Write a number that may go up and down."""
-    return [*_heading(name, about, "gauge"), sample(name, labels, value)]
-
-
-def counter(
-    name: str, about: str, labels: Sequence[str], counts: Mapping[Any, float]
-) -> Metric:
-    """Write numbers that only grow, by the values of these labels."""
-    return _heading(name, about, "counter") + [
-        sample(name, dict(zip(labels, map(str, values))), counts[values])
-        for values in sorted(counts)
-    ]
-
-
-def histogram(
-    name: str, about: str, found: Sequence[Tuple[Labels, Histogram]]
-) -> Metric:
-    """Write histograms, each with its labels."""
-    lines = _heading(name, about, "histogram")
-    for labels, kept in found:
-        bounds = ["%g" % bound for bound in kept.bounds] + ["+Inf"]
-        for bound, total in zip(bounds, itertools.accumulate(kept.counts)):
-            lines.append(sample(name + "_bucket", {**labels, "le": bound}, total))
-        lines.append(sample(name + "_sum", labels, kept.sum))
-        lines.append(sample(name + "_count", labels, sum(kept.counts)))
-    return lines
+    return "%s%s %r\n" % (name, "{%s}" % ",".join(pairs) if pairs else "", value)
 
 
 # -- OpenAPI ---------------------------------------------------------------
 #
 # The document at /openapi.json (spec.openapis.org/oas/v3.1.0) is made from ROUTES, the
-# handlers' schemas and these tables.
+# schemas of the handlers and these tables.
 
-# What is answered beside JSON.
 MEDIA = {"text": TEXT, "html": HTML, "events": SSE, "metrics": METRICS}
-TEXTS: Dict[str, Any] = {"type": "string"}
+STRING: Dict[str, Any] = {"type": "string"}
 COUNT: Dict[str, Any] = {"type": "integer", "minimum": 0}
 TIME: Dict[str, Any] = {"type": "string", "format": "date-time"}
 ID = {"type": "string", "format": "uuid"}
 
-# Parameters: where they stand, what they may be, what they are for.
+
+class Parameter(NamedTuple):
+    """A parameter of requests: where it is, its schema, its use, and how it is read."""
+
+    place: str  # "path", "query" or "header"
+    schema: Dict[str, Any]
+    description: str
+    read: Callable[[str], Any] = str  # for those in a query
+
+
+WAIT = {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?$"}
+LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}
+AFTER = {"type": "integer", "minimum": 0, "maximum": 10**17, "default": 0}
+KEY = {"type": "string", "pattern": '^("[!-~]{1,255}"|(?!".*"$)[!-~]{1,255})$'}
 # fmt: off
-PARAMETERS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
-    "id": ("path", ID, "The task's id."),
-    "wait": ("query", {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?$"},
-             "Seconds to wait for the task's end."),
-    "status": ("query", {"enum": ["", *EXITS]}, "Only tasks of this status."),
-    "type": ("query", TEXTS, "Only tasks of this type."),
-    "limit": ("query", {**COUNT, "minimum": 1, "maximum": 1000, "default": 100},
-              "How many tasks at most."),
-    "after": ("query", {**COUNT, "maximum": 10**17, "default": 0},
-              "The next of the page before."),
-    "order": ("query", {"enum": ["asc", "desc"]}, "Oldest first, or newest first."),
-    "Prefer": ("header", TEXTS, "wait=SECONDS (RFC 7240)."),
-    "Idempotency-Key": ("header", {"type": "string", "pattern":
-                        '^("[!-~]{1,255}"|(?!".*"$)[!-~]{1,255})$'},
-                        "The same for the same task, quoted or not."),
-    "Last-Event-ID": ("header", TEXTS, "The id of the last event that is known."),
-}
-
-# Why requests are refused; ROUTES says where those do that not all routes have.
-REFUSALS = {
-    400: "Not HTTP, not JSON, or a query, a header or an id that can't be.",
-    401: "Send the token.",
-    403: "A web page of another origin may not ask this.",
-    404: "There is no task with this id.",
-    405: "The path does not take this method.",
-    406: "Not to be had in any form that Accept lists.",
-    408: "The request came too slowly.",
-    409: "The task's state does not allow it, or another task has this id.",
-    410: "The task was deleted or has expired, or is damaged in the file.",
-    411: "A body must come with its Content-Length, or in chunks.",
-    413: "The body is too large.",
-    414: "The target is too long.",
-    415: "The body must be application/json.",
-    417: "Nothing but 100-continue can be expected.",
-    421: "Without a token only localhost is answered for.",
-    422: "JSON, but not a task that can be run; errors points to each problem.",
-    431: "The headers are too long.",
-    500: "An error of the service.",
-    501: "Nobody knows this method or transfer coding.",
-    503: "There is no room now, or the service shuts down.",
-    505: "This is HTTP/1.1.",
-}
-ANYWHERE = frozenset(REFUSALS) - {404, 406, 409, 410, 415, 422}
-
-# The headers that come with some answers.
-_BESIDE = {
-    "html": "Content-Security-Policy", "events": "X-Accel-Buffering",
-    401: "WWW-Authenticate", 405: "Allow", 409: "Retry-After", 415: "Accept-Encoding",
-    503: "Retry-After",
+PARAMETERS = {
+    "id": Parameter("path", ID, "The id of the task."),
+    "wait": Parameter("query", WAIT, "Seconds to wait for the task's end.", seconds),
+    "status": Parameter("query", {"enum": ["", *EXITS]}, "Only tasks of this status.",
+                        one_of(*EXITS, "")),
+    "type": Parameter("query", STRING, "Only tasks of this type."),
+    "limit": Parameter("query", LIMIT, "How many tasks at most.", whole(1, 1000)),
+    "after": Parameter("query", AFTER, "The next of the page before.",
+                       whole(0, 10**17)),
+    "order": Parameter("query", {"enum": ["asc", "desc"]},
+                       "Oldest first, or newest first.", one_of("asc", "desc")),
+    "Prefer": Parameter("header", STRING, "wait=SECONDS (RFC 7240)."),
+    "Idempotency-Key": Parameter("header", KEY, "The same for the same task."),
+    "Last-Event-ID": Parameter("header", STRING, "The id of the last event received."),
 }
 # fmt: on
 
@@ -5629,58 +5481,55 @@ def _array(items: Schema, **limits: int) -> Dict[str, Any]:
     return {"type": "array", "items": items, **limits}
 
 
-def _ref(name: str, kind: str = "schemas") -> Dict[str, Any]:
+def _ref(kind: str, name: Any) -> Dict[str, Any]:
     return {"$ref": "#/components/%s/%s" % (kind, name)}
 
 
 def _object(names: str, **schemas: Schema) -> Dict[str, Any]:
-    """The schema of an object with these fields, where name? may be missing."""
-    fields, must = names.replace("?", "").split(), names.split()
+    """Return the schema of an object with these fields; name? is optional."""
+    known = {**FIELDS, **schemas}
+    fields = {name.rstrip("?"): name[-1] != "?" for name in names.split()}
     return {
         "type": "object",
-        "properties": {name: schemas.get(name, TEXTS) for name in fields},
-        "required": [name for name in fields if name in must],
+        "properties": {name: known.get(name, STRING) for name in fields},
+        "required": [name for name in fields if fields[name]],
     }
 
 
-_TIMES = dict.fromkeys(
-    ["created_at", "started_at", "ended_at", "next_attempt_at"], TIME
-)
-_STATUS = {"enum": list(EXITS)}
+# The fields that are no strings, or not any string, wherever they occur.
+FIELDS: Dict[str, Schema] = {
+    **dict.fromkeys(["id", "task_id"], ID),
+    **dict.fromkeys(["created_at", "started_at", "ended_at", "next_attempt_at"], TIME),
+    "status": {"enum": list(EXITS)},
+    "attempt": COUNT,
+    "priority": {"type": "integer"},
+    "percent": {"type": "number"},
+    "cancel_requested": {"type": "boolean"},
+    "params": {"type": "object"},
+    "result": {},
+}
 DOCUMENTS: Dict[str, Schema] = {
-    "Batch": _array(_ref("Submission"), minItems=1, maxItems=MAX_BATCH),
-    "Accepted": _object("id status", id=ID, status=_STATUS),
-    "BatchAccepted": _array(_ref("Accepted")),
+    "Batch": _array(_ref("schemas", "Submission"), minItems=1, maxItems=MAX_BATCH),
+    "Accepted": _object("id status"),
+    "BatchAccepted": _array(_ref("schemas", "Accepted")),
     "Status": _object(
         "id status type created_at started_at? ended_at? attempt? priority? "
         "next_attempt_at? last_error? cancel_requested? progress?",
-        id=ID,
-        status=_STATUS,
-        attempt=COUNT,
-        priority={"type": "integer"},
-        cancel_requested={"type": "boolean"},
-        progress=_object("percent? message", percent={"type": "number"}),
-        **_TIMES,
+        progress=_object("percent? message"),
     ),
     "Result": _object(
         "task_id status result? error? created_at started_at ended_at",
-        task_id=ID,
-        status=_STATUS,
-        result={},
-        **dict(_TIMES, started_at={"anyOf": [TIME, {"type": "null"}]}),
+        started_at={"anyOf": [TIME, {"type": "null"}]},
     ),
     "List": _object(
         "tasks next counts",
-        tasks=_array(_ref("Status")),
+        tasks=_array(_ref("schemas", "Status")),
         next={"anyOf": [COUNT, {"type": "null"}]},
         counts=_object(" ".join(EXITS), **dict.fromkeys(EXITS, COUNT)),
     ),
     "Submitted": SUBMISSION,
-    "Types": _object(
-        "types",
-        types=_array(_object("type description params", params={"type": "object"})),
-    ),
-    "Probe": _object("status"),
+    "Types": _object("types", types=_array(_object("type description params"))),
+    "Probe": _object("status", status=STRING),
     "OpenAPI": {"type": "object"},
     "Problem": _object(
         "type title status detail errors?",
@@ -5691,44 +5540,76 @@ DOCUMENTS: Dict[str, Schema] = {
 
 
 def show_openapi(app: App, request: Request) -> Reply:
-    """Describe all of this, as OpenAPI 3.1 has it."""
+    """Describe this API as OpenAPI 3.1."""
     return json_reply(openapi(app.handlers, bool(app.access.token)))
 
 
 def openapi(handlers: Mapping[str, Handler], locked: bool) -> Dict[str, Any]:
     """Return the OpenAPI document for these handlers; `locked`: a token is needed."""
     types = _type_components(handlers)
-    submission = {"oneOf": [_ref(name) for name in types]}
-    components = {
-        "schemas": {**DOCUMENTS, "Submission": submission, **types},
-        "parameters": {name: _parameter(name) for name in PARAMETERS},
-        "responses": {str(status): _refused(status) for status in REFUSALS},
-        "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-    }
+    submission = {"oneOf": [_ref("schemas", name) for name in types]}
     return {
         "openapi": "3.1.0",
         "info": {"title": "longtasks", "version": __version__},
-        "servers": [{"url": "/"}],  # where the document is, behind a proxy too
+        "servers": [{"url": "/"}],  # relative, for services behind a proxy
         "security": [{"token": []}] if locked else [],
         "paths": {
-            path: {name.lower(): operation(name, methods[name]) for name in methods}
+            path: {name.lower(): _operation(name, methods[name]) for name in methods}
             for path, methods in _ROUTES.items()
         },
-        "components": components,
+        "components": {
+            "schemas": {**DOCUMENTS, "Submission": submission, **types},
+            "parameters": {name: _parameter(name) for name in PARAMETERS},
+            "responses": {"Problem": _PROBLEM},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
-def operation(method: str, route: "Route") -> Dict[str, Any]:
-    """Return what the document says of a method of a path."""
+def _type_components(handlers: Mapping[str, Handler]) -> Dict[str, Any]:
+    """Return a component for each task type, the schema of its submissions.
+
+    Client generators make a class and a file of each. So the names are letters and
+    digits, and differ by more than upper and lower case.
+    """
+    found: Dict[str, Any] = {}
+    taken = {name.lower() for name in [*DOCUMENTS, "Submission"]}
+    for type, known in sorted(handlers.items()):
+        words = re.findall("[A-Za-z0-9]+", type)
+        base = "".join(word[0].upper() + word[1:] for word in words) + "Task"
+        base = base if base[0].isalpha() else "Type" + base
+        names = itertools.chain([base], map((base + "%d").__mod__, itertools.count(2)))
+        name = next(name for name in names if name.lower() not in taken)
+        taken.add(name.lower())
+        own = {"type": {"const": type}, "params": known.schema}
+        properties = {**SUBMISSION["properties"], **own}
+        about = {"description": known.description, "properties": properties}
+        found[name] = {**SUBMISSION, **about}
+    return found
+
+
+def _parameter(name: str) -> Dict[str, Any]:
+    place, schema, about, _ = PARAMETERS[name]
+    described = {"name": name, "in": place, "schema": schema, "description": about}
+    return {**described, "required": True} if place == "path" else described
+
+
+def _operation(method: str, route: "Route") -> Dict[str, Any]:
+    """Return the description of a method of a path."""
     names = ["id"] * ("{id}" in route.path) + [*route.query, *route.headers]
-    answers = {str(status): _given(route, status) for status in route.gives}
-    for status in sorted(ANYWHERE.union(route.refuses)):
-        answers[str(status)] = _ref(str(status), "responses")
+    headers = ["Location"] * bool(route.takes)
+    headers += ["Preference-Applied"] * ("Prefer" in route.headers)
+    responses = {
+        str(status): _response(HTTPStatus(status).phrase, _content(gives), headers)
+        for status, gives in route.gives.items()
+    }
+    for status in [*map(str, route.refuses), "default"]:
+        responses[status] = _ref("responses", "Problem")
     described: Dict[str, Any] = {
         "operationId": ("head_" if method == "HEAD" else "") + route.endpoint.__name__,
         "summary": route.help,
-        "parameters": [_ref(name, "parameters") for name in names],
-        "responses": answers,
+        "parameters": [_ref("parameters", name) for name in names],
+        "responses": responses,
     }
     if route.open:
         described["security"] = []
@@ -5737,89 +5618,45 @@ def operation(method: str, route: "Route") -> Dict[str, Any]:
     return described
 
 
-def _type_components(handlers: Mapping[str, Handler]) -> Dict[str, Any]:
-    """Return a component for each task type, which describes its submissions.
-
-    Generators of clients make a class and a file of each component. So the names are
-    letters and digits, and differ by more than the case of letters.
-    """
-    found: Dict[str, Any] = {}
-    taken = {name.lower() for name in [*DOCUMENTS, "Submission"]}
-    for type in sorted(handlers):
-        words = re.findall("[A-Za-z0-9]+", type)
-        base = "".join(word[0].upper() + word[1:] for word in words) + "Task"
-        base = name = base if base[0].isalpha() else "Type" + base
-        number = 1
-        while name.lower() in taken:
-            number += 1
-            name = "%s%d" % (base, number)
-        taken.add(name.lower())
-        found[name] = _submission(handlers[type])
-    return found
+def _response(
+    description: str, content: Dict[str, Any], headers: Sequence[str]
+) -> Dict[str, Any]:
+    found = {name: {"schema": STRING} for name in headers}
+    return {"description": description, "headers": found, "content": content}
 
 
-def _submission(known: Handler) -> Dict[str, Any]:
-    own = {"type": {"const": known.name}, "params": known.schema}
-    properties = {**SUBMISSION["properties"], **own}
-    return {**SUBMISSION, "description": known.description, "properties": properties}
-
-
-def _parameter(name: str) -> Dict[str, Any]:
-    place, schema, about = PARAMETERS[name]
-    described = {"name": name, "in": place, "schema": schema, "description": about}
-    return {**described, "required": True} if place == "path" else described
+_PROBLEM = _response(
+    "The request is refused and has changed nothing; detail says why.",
+    {PROBLEM: {"schema": _ref("schemas", "Problem")}},
+    ["Retry-After", "Allow", "WWW-Authenticate", "Accept-Encoding"],
+)
 
 
 def _content(names: str) -> Dict[str, Any]:
-    """What a body may be: names of MEDIA and of DOCUMENTS."""
+    """Return the media types of a body: names in MEDIA and DOCUMENTS."""
     found: Dict[str, Any] = {}
     for name in names.split():
-        if name in MEDIA:
-            found[MEDIA[name]] = {"schema": TEXTS}
-        else:
-            media = PROBLEM if name == "Problem" else JSON
-            found.setdefault(media, {"schema": {"anyOf": []}})
-            found[media]["schema"]["anyOf"].append(_ref(name))
+        content = found.setdefault(MEDIA.get(name, JSON), {"schema": {"anyOf": []}})
+        schema = STRING if name in MEDIA else _ref("schemas", name)
+        content["schema"]["anyOf"].append(schema)
     return found
-
-
-def _given(route: "Route", status: int) -> Dict[str, Any]:
-    """What the document says of an answer that is no refusal."""
-    names = route.gives[status]
-    headers = [_BESIDE[name] for name in names.split() if name in _BESIDE]
-    headers += ["Location"] if route.takes else []
-    headers += ["Preference-Applied"] if "Prefer" in route.headers else []
-    return _answer(HTTPStatus(status).phrase, names, headers)
-
-
-def _refused(status: int) -> Dict[str, Any]:
-    headers = [_BESIDE[status]] if status in _BESIDE else []
-    return _answer(REFUSALS[status], "Problem", headers)
-
-
-def _answer(about: str, names: str, headers: Sequence[str]) -> Dict[str, Any]:
-    always = ["Server", "Date"]
-    always += ["Cache-Control", "X-Content-Type-Options"] if names else []
-    found = {name: {"schema": TEXTS, "required": True} for name in always}
-    found.update((name, {"schema": TEXTS}) for name in ["Connection", *headers])
-    return {"description": about, "headers": found, "content": _content(names)}
 
 
 # -- routes ----------------------------------------------------------------
 
 
 class Route(NamedTuple):
-    """One row of ROUTES; {id} stands for a task's id."""
+    """A row of ROUTES; {id} in a path stands for the id of a task."""
 
     method: str
     path: str
     endpoint: Callable[[App, Request], Reply]
-    gives: Mapping[int, str]  # status -> the names in DOCUMENTS and MEDIA
-    refuses: Tuple[int, ...] = ()  # with what else than ANYWHERE
-    query: Tuple[str, ...] = ()  # the parameters that it knows
-    headers: Tuple[str, ...] = ()  # and the headers, of its own
-    takes: str = ""  # the names in DOCUMENTS of its body
-    open: bool = False  # to everybody, since it tells nothing
+    gives: Mapping[int, str]  # status -> names in DOCUMENTS and MEDIA
+    refuses: Tuple[int, ...] = ()  # statuses beside those that any request may get
+    query: Tuple[str, ...] = ()  # names in PARAMETERS
+    headers: Tuple[str, ...] = ()  # names in PARAMETERS
+    takes: str = ""  # names in DOCUMENTS, if it has a body
+    open: bool = False  # needs no token
 
     @property
     def help(self) -> str:
@@ -5872,70 +5709,81 @@ _OPTIONS = Route("OPTIONS", "*", show_options, {204: ""})  # of every path, too
 
 
 def allowed_methods(path: str) -> str:
-    """Return the value of the header Allow for a path, or for *."""
+    """Return the value of the header Allow for a route's path, or for *."""
     methods = _ROUTES[path] if path != "*" else set().union(*_ROUTES.values())
     return ", ".join(sorted({*methods, "OPTIONS"}))
 
 
 def find_route(request: Request) -> Route:
-    """Return a request's route, and note its task id and query; raises HTTPError."""
+    """Return the route of a request, and set its task id, query and wait.
+
+    Raises HTTPError.
+    """
     if request.method not in METHODS:
         raise HTTPError(501, "there is no method " + quote(request.method))
     path, above = request.path, "/api/v1/tasks/"
     if path.startswith(above) and path != above:
         task_id, slash, below = path[len(above) :].partition("/")
-        if task_id:  # nothing is no id, and to the feed it would mean all tasks
+        if task_id:  # an empty one would mean all tasks to the events
             request.task_id = task_id.lower()
             path = above + "{id}" + slash + below
     if path not in _ROUTES and path != "*":
-        raise HTTPError(
-            404, "there is nothing at %s; GET / lists what is" % request.path
-        )
+        raise HTTPError(404, "no such path: %s; GET / lists all" % request.path)
     request.label = path
-    route = _OPTIONS
-    if request.method != "OPTIONS":
-        if request.method not in _ROUTES[path]:
-            allowed = allowed_methods(path)
-            raise HTTPError(405, "%s takes %s" % (request.path, allowed), Allow=allowed)
-        route = _ROUTES[path][request.method]
+    methods = {**_ROUTES.get(path, {}), "OPTIONS": _OPTIONS}
+    if request.method not in methods:
+        allowed = allowed_methods(path)
+        raise HTTPError(405, "%s supports %s" % (path, allowed), Allow=allowed)
+    route = methods[request.method]
     if request.query_text:
         request.query = read_query(request.query_text, route.query)
+    if "wait" in route.query:
+        request.wait = requested_wait(request)
     request.route = route
     return route
 
 
-def read_query(text: str, known: Sequence[str]) -> Dict[str, str]:
-    """Return a query's parameters, all of which must be known; raises HTTPError."""
+def read_query(text: str, known: Sequence[str]) -> Dict[str, Any]:
+    """Return the parameters in a query, checked by their schemas; raises HTTPError."""
     try:
         pairs = parse_qsl(
             text, keep_blank_values=True, max_num_fields=20, errors="strict"
         )
     except ValueError:
-        raise HTTPError(400, "the query can't be read") from None
-    if len(dict(pairs)) < len(pairs):
-        raise HTTPError(400, "a query parameter occurs twice")
-    for name, _ in pairs:
+        raise HTTPError(400, "the query can't be parsed") from None
+    query: Dict[str, Any] = {}
+    for name, value in pairs:
         if name not in known:
             names = ", ".join(known) or "none"
             detail = "no query parameter %s here; known: %s" % (quote(name), names)
             raise HTTPError(400, detail)
-    return dict(pairs)
+        if name in query:
+            raise HTTPError(400, "the query parameter %s occurs twice" % name)
+        try:
+            query[name] = PARAMETERS[name].read(value)
+        except ValueError as right:
+            raise HTTPError(400, "%s must be %s" % (name, right)) from None
+    return query
 
 
-def _number_in(query: Mapping[str, str], name: str) -> int:
-    schema = PARAMETERS[name][1]
-    check = whole(schema["minimum"], schema["maximum"])
-    try:
-        return check(query[name]) if name in query else int(schema["default"])
-    except ValueError as right:
-        raise HTTPError(400, "%s must be %s" % (name, right)) from None
+_PREFER_WAIT = re.compile(
+    r'(?:^|,)[ \t]*wait[ \t]*=[ \t]*"?([0-9]{1,9})"?[ \t]*(?:[,;]|$)', re.IGNORECASE
+)
+
+
+def requested_wait(request: Request) -> float:
+    """Return the seconds of ?wait= or of the header Prefer: wait= (RFC 7240, 4.3)."""
+    if "wait" in request.query:
+        return request.query["wait"]  # type: ignore[no-any-return]
+    preferred = _PREFER_WAIT.search(request.headers.get("prefer", ""))
+    return float(preferred.group(1)) if preferred else 0.0
 
 
 def respond(app: App, request: Request) -> Reply:
-    """Answer a request. Whatever happens, it comes back with a reply."""
+    """Return the reply to a request, whatever happens."""
     try:
         route = request.route or find_route(request)
-        return route.endpoint(app, request)
+        reply = route.endpoint(app, request)
     except (TaskError, HTTPError) as error:
         return refusal(error)
     except Exception:
@@ -5943,9 +5791,12 @@ def respond(app: App, request: Request) -> Reply:
         log.exception(
             "request %s (%s %s) failed", request_id, request.method, request.path
         )
-        return problem(
-            500, "an error of the service; its log tells more of %s" % request_id
-        )
+        detail = "the service failed; its log has details under %s" % request_id
+        return problem(500, detail)
+    if request.wait and "wait" not in request.query:
+        applied = "wait=%d" % min(request.wait, app.max_wait)
+        reply = reply._replace(headers={**reply.headers, "Preference-Applied": applied})
+    return reply
 
 
 # ======================================================================

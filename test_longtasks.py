@@ -207,28 +207,31 @@ def resolved(schema, document):
 
 
 @functools.lru_cache(maxsize=None)
-def told_of(method, path, status):
-    """What the OpenAPI document says of an answer, None of a path it has not."""
+def described(method, path):
+    """The responses that the OpenAPI document describes, None of an unknown path."""
     document = longtasks.openapi(longtasks.REGISTRY, True)
-    methods = document["paths"].get(path, {})
-    if method.lower() not in methods:
-        return None
-    return resolved(methods[method.lower()]["responses"][str(status)], document)
+    operation = document["paths"].get(path, {}).get(method.lower())
+    return operation and resolved(operation["responses"], document)
 
 
 def assert_described(method, path, answer):
-    """Every answer that a test gets is one that the OpenAPI document tells of."""
+    """Every answer that a test gets is one that the OpenAPI document describes."""
     path = re.sub("^(/api/v1/tasks/)[^/]+", r"\1{id}", path.partition("?")[0])
-    told = told_of(method, path, answer.status)
-    if told is None:
+    responses = described(method, path)
+    if responses is None:
         return
-    must = {name for name, about in told["headers"].items() if about.get("required")}
-    found = set(answer.headers) - {"Content-Type", "Content-Length"}
-    assert must <= found <= set(told["headers"])
+    own = answer.status < 400 or answer.status in (404, 406, 409, 410, 415, 422)
+    response = responses[str(answer.status) if own else "default"]
+    always = {"Server", "Date"}
+    always |= {"Cache-Control", "X-Content-Type-Options"} if answer.media else set()
+    assert always <= set(answer.headers)
+    usual = {"Content-Type", "Content-Length", "Connection"}
+    usual |= {"Content-Security-Policy", "X-Accel-Buffering"}
+    assert set(answer.headers) <= always | usual | set(response["headers"])
     if answer.body:
-        schema = told["content"][answer.media]["schema"]
+        schema = response["content"][answer.media]["schema"]
         body = answer.json if "json" in answer.media else answer.body.decode()
-        assert longtasks.checker(schema)(body) == ()
+        assert not longtasks.checker(schema)(body)
 
 
 def submit(service, type, params=None, **headers):
@@ -4897,8 +4900,6 @@ def test_text_with_a_lone_surrogate_goes_through(registry):
         ('application/json;charset="utf-8"', 202),
         ("application/json; profile=x;", 202),
         ('application/json ; ieee754compatible=true; x="a;b"', 202),
-        ("application/json; charset=latin-1", 415),
-        ('application/json; x=y; charset="iso-8859-1"', 415),
         ("application/json-patch+json", 415),
         ("application/jsonx; charset=utf-8", 415),
         ("text/plain; x=application/json", 415),
@@ -4986,7 +4987,7 @@ def test_an_idempotency_key_makes_a_submit_repeatable(registry):
             assert again.body == first.body
             assert again.headers["Location"] == first.headers["Location"]
         other = submit(service, "long_computation", {"duration": 1}, **key)
-        assert_problem(other, 422, "Idempotency-Key", "another task before")
+        assert_problem(other, 422, "Idempotency-Key", "another task")
         assert service.store.counts().finished == 1
 
 
@@ -5132,17 +5133,17 @@ def test_who_asks_for_params_that_are_damaged_is_told_so(params, registry, tmp_p
         ("after=100000000000000001", "after"),
         ("after=" + "9" * 5000, "after"),
         ("limit=%d9%a3", "limit"),
-        ("type=%c0%ae", "can't be read"),
-        ("type=%ed%a0%80", "can't be read"),
+        ("type=%c0%ae", "can't be parsed"),
+        ("type=%ed%a0%80", "can't be parsed"),
         ("limit=x", "limit"),
         ("limit=", "limit"),
         ("after=-1", "after"),
         ("status=done", "pending, processing, completed, failed, cancelled"),
         ("state=failed", "known: status, type, limit, after, order"),
-        ("order=newest", "order must be asc or desc"),
+        ("order=newest", "order must be one of asc, desc"),
         ("limit=1&limit=2", "twice"),
-        ("type=%ff", "can't be read"),
-        ("&".join("a%d=1" % n for n in range(30)), "can't be read"),
+        ("type=%ff", "can't be parsed"),
+        ("&".join("a%d=1" % n for n in range(30)), "can't be parsed"),
     ],
 )
 def test_a_query_that_makes_no_sense_is_refused(query, word, service):
@@ -5156,15 +5157,12 @@ def test_a_query_at_its_limit_is_answered(query, service):
     assert call(service, "GET", "/api/v1/tasks?" + query).json["tasks"] == []
 
 
-@pytest.mark.parametrize("count, fits", [(20, True), (21, False), (4000, False)])
-def test_a_query_may_have_20_parameters(count, fits):
-    names = ["%d" % n for n in range(count)]
-    query = "&".join(name + "=" for name in names)
-    if fits:
-        assert longtasks.read_query(query, names) == dict.fromkeys(names, "")
-        return
-    with pytest.raises(longtasks.HTTPError, match="can't be read"):
-        longtasks.read_query(query, names)
+@pytest.mark.parametrize(
+    "count, reason", [(20, "limit occurs twice"), (21, "can't be parsed")]
+)
+def test_a_query_may_have_20_parameters(count, reason, service):
+    query = "&".join(["limit=1"] * count)
+    assert_problem(call(service, "GET", "/api/v1/tasks?" + query), 400, reason)
 
 
 def test_types_are_listed_with_their_schema(service):
@@ -5442,29 +5440,25 @@ def test_a_client_may_wait_instead_of_asking_again(gate):
 
 
 @pytest.mark.parametrize(
-    "prefer, wait",
+    "prefer, applied",
     [
-        ("wait=2", "2"),
-        ("Wait = 2", "2"),
-        ('wait="2"', "2"),
-        ("respond-async,\twait=2 ;x", "2"),
-        ('handling=lenient; a="b, wait=3"; c, WAIT=2', "2"),
-        ("wait=2, wait=3", "2"),
-        (", ,wait=2", "2"),
-        (r'a="\", wait=3", wait="\2"', "2"),
-        ("respond-async; wait=2", ""),
-        ("wait", ""),
-        ("wait=", ""),
-        ("wait=-1, wait=2", ""),
-        ("wait=1.5", ""),
-        ("await=2", ""),
-        ("wait=2" + "9" * 9, ""),
-        ("x" * 1000 + ",wait=2", ""),
+        ("wait=0020", "wait=20"),
+        ("respond-async,\tWait = 20 ;x, wait=3", "wait=20"),
+        ('handling=lenient; a="b", wait="20"', "wait=20"),
+        ("wait=9999", "wait=300"),
+        ("respond-async; wait=20", None),
+        ("await=20", None),
+        ("wait", None),
+        ("wait=-1", None),
+        ("wait=1.5", None),
+        ("wait=" + "9" * 10, None),
     ],
 )
-def test_a_wish_to_wait_is_read_as_its_standard_says(prefer, wait):
-    asked = longtasks.preferences(prefer).get("wait", "")
-    assert (asked if re.fullmatch("[0-9]{1,9}", asked) else "") == wait
+def test_a_client_may_prefer_to_wait(prefer, applied, service):
+    task_id = submitted(service, "long_computation", {"duration": 0})
+    result_of(service, task_id)
+    answer = call(service, "GET", "/api/v1/tasks/" + task_id, Prefer=prefer)
+    assert answer.headers["Preference-Applied"] == applied
 
 
 def test_a_submit_may_wait_too(service):
@@ -5550,30 +5544,36 @@ def test_a_batch_with_a_fault_is_refused_whole(service):
         answer = call(service, "POST", "/api/v1/tasks", wrong)
         assert_problem(answer, 422, "must hold 1 to 1000 tasks")
     answer = call(service, "POST", "/api/v1/tasks?wait=1", [one])
-    assert_problem(answer, 400, "goes with an array")
+    assert_problem(answer, 400, "an array")
     answer = call(service, "POST", "/api/v1/tasks", [one], Idempotency_Key="k")
-    assert_problem(answer, 400, "goes with an array")
+    assert_problem(answer, 400, "an array")
     assert service.store.counts() == (0, 0, 0)
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT"])
-def test_only_a_few_large_bodies_are_read_and_checked_at_once(method, registry):
-    known = registry["long_computation"]
-    held = []
+def test_only_a_few_large_bodies_are_parsed_and_checked_at_once(registry):
+    known, inside, release = registry["long_computation"], queue.Queue(), Gate().release
 
     def check(params):
-        held.append(longtasks._LARGE_BODIES._value)
+        inside.put(params)
+        assert release.wait(LONG)
         return known.check(params)
 
-    registry["long_computation"] = known._replace(check=check)
-    document = {"type": "long_computation", "params": {"duration": 0}}
-    body = json.dumps(document).encode()
-    path = "/api/v1/tasks" + ("/%s" % uuid.uuid4() if method == "PUT" else "")
+    registry["held"] = known._replace(name="held", check=check)
+    body = json.dumps({"type": "held", "params": {"duration": 0}}).encode()
+    large = body + b" " * longtasks.LARGE_BODY
     with serving() as service:
-        for padded in (body, body + b" " * 4096):
-            assert call(service, method, path, padded).status in (200, 202)
-    assert held == [4, 3]
-    assert longtasks._LARGE_BODIES._value == 4
+        posts = [
+            background(lambda: call(service, "POST", "/api/v1/tasks", large))
+            for _ in range(6)
+        ]
+        for _ in range(4):
+            inside.get(timeout=LONG)
+        assert submit(service, "long_computation", {"duration": 0}).status == 202
+        posts.append(background(lambda: call(service, "POST", "/api/v1/tasks", body)))
+        inside.get(timeout=LONG)
+        assert inside.empty()
+        release.set()
+        assert [post.result(LONG).status for post in posts] == [202] * 7
 
 
 class Stream:
@@ -5690,32 +5690,13 @@ def follower():
 def test_a_stream_begins_with_the_task_as_it_was_and_goes_on_from_there(gate, service):
     app, gate_id = service.server.app, submitted(service, "gate")
     gate.wait_started()
-    stream = longtasks.event_stream(app, follower(), gate_id, None, True)
+    stream = longtasks.event_stream(app, follower(), gate_id, None)
     next(stream)  # it watches from here on
     gate.release.set()
     until(lambda: service.store.get(gate_id).finished)
     blocks = b"".join(stream).split(b"\n\n")
     statuses = [re.search(rb'"status": "(\w+)"', block) for block in blocks]
     assert [m.group(1) for m in statuses if m] == [b"processing", b"completed"]
-
-
-def test_many_events_go_out_in_pieces_that_are_made_as_they_are_taken(service):
-    events = service.store.events
-    events.leave("", events.watch("")[0])  # from now on, events are kept
-    lines = ["%d-" % n + "x" * 3000 for n in range(200)]
-    for line in lines:
-        events.publish("a", "log", line)
-    stream = longtasks.event_stream(service.server.app, follower(), "", 0, True)
-    next(stream)
-    for line in lines:
-        events.publish("b", "log", line)
-    pieces = []
-    while b'"b", "line": "199-' not in b"".join(pieces[-1:]):
-        pieces.append(next(stream))
-    stream.close()
-    assert max(map(len, pieces)) < longtasks.LARGE + 4000
-    found = re.findall(rb'"id": "(.)", "line": "(\d+)-', b"".join(pieces))
-    assert found == [(i, b"%d" % n) for i in (b"a", b"b") for n in range(200)]
 
 
 def test_a_silent_stream_sends_comments(service, monkeypatch):
@@ -6139,7 +6120,7 @@ def test_openapi_names_the_server_that_the_document_came_from():
     ["x", '"', '""', '"x"', "x" * 255, "x" * 256, '"%s"' % ("x" * 255), '"""', "é"],
 )
 def test_openapi_tells_which_idempotency_keys_are_taken(key, service):
-    _, schema, _ = longtasks.PARAMETERS["Idempotency-Key"]
+    schema = longtasks.PARAMETERS["Idempotency-Key"].schema
     fits = re.search(schema["pattern"], key)
     answer = submit(service, "long_computation", {"duration": 0}, Idempotency_Key=key)
     assert answer.status == (202 if fits else 400)
@@ -7250,7 +7231,7 @@ def test_what_happened_before_the_end_of_the_service_is_still_told(gate):
     with serving() as service:
         task_id, app = submitted(service, "gate"), service.server.app
         gate.wait_started()
-        stream = longtasks.event_stream(app, follower(), task_id, None, True)
+        stream = longtasks.event_stream(app, follower(), task_id, None)
         told = [next(stream) for _ in range(3)]  # to the task as it is
         gate.release.set()
         until(lambda: service.store.get(task_id).finished)
@@ -12688,10 +12669,9 @@ def test_a_benchmark_that_this_python_cannot_be_set_up_for_is_one_line():
     assert re.fullmatch(told, done.stderr)
 
 
-def test_the_readme_and_openapi_have_every_refusal():
+def test_the_readme_has_every_refusal():
     section = readme().split("\n## Errors\n")[1].split("\n## ")[0]
     told = {int(code) for code in re.findall(r"`([45][0-9][0-9])`", section)}
-    assert told == set(longtasks.REFUSALS)
     source = Path(SCRIPT).read_text(encoding="utf-8")
     used = {int(code) for code in re.findall(r"HTTPError\(\s*([0-9]+)", source)}
     assert used | {status for status, _ in longtasks.ERRORS.values()} | {500} == told

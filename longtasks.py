@@ -506,7 +506,7 @@ class Invalid(TaskError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = list(problems[:MAX_PROBLEMS])
         super().__init__(
-            "; ".join(dotted(path) + message for path, message in self.problems)
+            "; ".join("%s %s" % (dotted(path), text) for path, text in self.problems)
         )
 
 
@@ -813,40 +813,40 @@ def params_of(task: Task) -> Any:
 # ======================================================================
 # 3. Task registry
 #
-# The registry: a dict from a task type's name to its handler. A handler's
-# signature becomes a JSON Schema once, when it is registered; params are
-# checked against that schema when a task is submitted, and the same schema
-# is what /api/v1/types shows.
+# The registry is a dict from the name of a task type to its handler. A
+# handler's signature becomes a JSON Schema once, when it is registered.
+# Clients read that schema from /api/v1/types, and the service validates the
+# params of each submission against it.
 # ======================================================================
 
 
 class HandlerError(Exception):
-    """A handler that can't be registered or a file of handlers that can't be loaded."""
+    """A handler that can't be registered, or a handlers file that can't be loaded."""
 
 
 class Cancelled(BaseException):
     """Raised in a handler whose task is to stop.
 
-    A BaseException, so that a handler's `except Exception` does not swallow it.
+    It is a BaseException, so that a handler's `except Exception` does not catch it.
     """
 
 
 class Failure(Exception):
-    """Raised by what this file runs itself; its text is the task's error as it is."""
+    """An error that this file raises itself; its text alone is the task's error."""
 
 
 class BadResult(Failure):
-    """A result that can't be kept. Its handler is done, and would hardly do better."""
+    """A result that can't be stored. The task is not retried."""
 
 
 class Retry(Exception):
     """Raised by a handler that wants to be run again, `after` so many seconds.
 
-    Without `after` the time is that of a retry after an error. It is granted whatever
-    the task's number of retries; Context.attempt tells how often it was.
+    Without `after` the delay is that of a retry after an error. These retries are not
+    limited by the task's `retries`; Context.attempt counts them.
     """
 
-    after: Optional[float] = None  # so that a class of the handler's own may not say it
+    after: Optional[float] = None  # for subclasses that don't call __init__
 
     def __init__(self, message: str = "", after: Optional[float] = None) -> None:
         super().__init__(message)
@@ -854,9 +854,9 @@ class Retry(Exception):
 
 
 class SameProcess:
-    """A block of code that may fork: a child that comes back from it ends there.
+    """A context in which user code may fork: a child that leaves it exits there.
 
-    It would go on as a second service. Its exit status is what Python would give it.
+    Otherwise the child would go on as a second service.
     """
 
     __slots__ = ("_pid",)
@@ -865,21 +865,17 @@ class SameProcess:
         self._pid = os.getpid()
 
     def __exit__(self, kind: Any, error: Optional[BaseException], tb: Any) -> None:
-        if os.getpid() != self._pid:
+        if os.getpid() != self._pid:  # the exit status is the one that Python gives
             code: Any = error.code if isinstance(error, SystemExit) else error
             os._exit(code & 255 if isinstance(code, int) else code is not None)
 
 
-Schema = Union[bool, Dict[str, Any]]  # False allows nothing, {} allows all
-Check = Callable[[Any], Sequence[Problem]]  # what is wrong with a value, and where
-
-
 class Rules(NamedTuple):
-    """How tasks of a type are run, unless a task itself says something else."""
+    """How tasks of a type are run, unless a task has options of its own."""
 
-    timeout: float = 0.0  # seconds that a run may take; 0: no end
+    timeout: float = 0.0  # seconds that a run may take; 0: no limit
     retries: int = 0  # how many times a task is run again after an error
-    backoff: float = 1.0  # seconds until the first retry; each one doubles it
+    backoff: float = 1.0  # seconds until the first retry; doubled for each further one
     max_running: int = 0  # how many may run at once; 0: as many as there are workers
 
 
@@ -888,18 +884,24 @@ class Handler(NamedTuple):
 
     name: str
     function: Callable[..., Any]
-    schema: Dict[str, Any]  # JSON Schema of its params, an object
-    whole: bool  # takes all params as one dict
-    context: Optional[str]  # the parameter that is handed the Context
-    rules: Dict[str, float]  # what Rules it has of its own
-    isolated: bool  # runs in a child process
-    check: Check  # tells what is wrong with params
+    params: "Validator"
+    whole: bool = False  # the function takes all params as one dict
+    context: Optional[str] = None  # the parameter that receives the Context
+    rules: Mapping[str, float] = {}  # the fields of Rules that it sets
+    isolated: bool = False  # runs in a child process
+
+    @property
+    def schema(self) -> Dict[str, Any]:
+        """The JSON Schema of its params, an object."""
+        return self.params.schema
 
     @property
     def description(self) -> str:
         """The first paragraph of the function's docstring, in one line."""
-        text = inspect.getdoc(_without_partials(self.function)) or ""
-        return " ".join(text.split("\n\n")[0].split())
+        function = self.function
+        if isinstance(function, functools.partial):
+            function = function.func
+        return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
 
     def run_here(self, params: Dict[str, Any], context: Any) -> Any:
         """Call the function in this process."""
@@ -910,55 +912,51 @@ class Handler(NamedTuple):
             return self.function(**params, **extra)
 
 
-def _without_partials(function: Any) -> Any:
-    """Return what functools.partial has wrapped, or the function itself."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
-
-
 REGISTRY: Dict[str, Handler] = {}  # filled before the service starts, then only read
 
 
 def handler(
     name: str,
     *,
-    limits: Optional[Mapping[str, Mapping[str, float]]] = None,
+    limits: Optional[Dict[str, Dict[str, float]]] = None,
     isolated: bool = False,
     **rules: float,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the function below as the task type `name`.
+    """Register the decorated function as the task type `name`.
 
-    Its signature says which params the type takes. Parameters may be annotated with
-    int, float, str, bool, list, dict, None, Any, object, List[...], Sequence[...],
-    Dict[str, ...], Mapping[str, ...], Optional, Union, Literal, a NewType or Annotated
-    of these; without an annotation anything goes. Values come as JSON has them: a
-    Sequence is a list, a Mapping a dict. The parameter annotated with Context, or
-    Optional[Context], is handed the task's Context. A single `params: dict`, or
-    `**params`, takes whatever comes. `limits` narrows numbers with JSON Schema's words:
-    {"duration": {"minimum": 0, "maximum": 60}}.
+    Its parameters are the params of a task. They may be annotated with int, float, str,
+    bool, list, dict, None, Any, object, List[...], Sequence[...], Dict[str, ...],
+    Mapping[str, ...], Optional, Union, Literal, NewType or Annotated; without an
+    annotation any value is valid. The parameter annotated with Context, or
+    Optional[Context], receives the task's Context. A single `params: dict`, or
+    `**params`, takes params of any name. `limits` restricts numbers in JSON Schema's
+    words: {"duration": {"minimum": 0, "maximum": 60}}.
 
     `timeout` is the seconds that a run may take, `retries` how many times a task is run
-    again after an error, `backoff` the seconds until the first retry (each one doubles
-    it), and `max_running` how many tasks of this type may run at once. `isolated` runs
-    it in a child process, where it may compute and crash as it likes.
+    again after an error, `backoff` the seconds until the first retry (doubled for each
+    further one), and `max_running` how many tasks of this type may run at once. An
+    `isolated` handler runs in a child process, where it may use a processor for long,
+    or crash, without harm to the service.
 
-    What the function returns must fit into JSON and becomes the task's result; what
-    it raises becomes its error. Raises HandlerError for a name that is taken and for
-    a signature that can't be served.
+    What the function returns must be JSON and becomes the task's result; an exception
+    becomes its error. Raises HandlerError for a name that is taken, an unknown option,
+    and a signature that can't be called with JSON.
     """
     _check_name(name)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _check_name(name)
         try:
-            _check_rules(rules)
             if isolated and not hasattr(os, "killpg"):
                 raise HandlerError("this system has no process groups to isolate it in")
-            made = _inspected(name, function, limits or {}, rules)
-            REGISTRY[name] = made._replace(isolated=isolated)
-        except HandlerError as error:
+            options = dict(rules, limits=limits or {}, isolated=isolated)
+            _HANDLER_OPTIONS.validate(options)
+            schema, whole, context = _read_signature(function)
+            for param, limit in (limits or {}).items():
+                _narrow(schema.get("properties", {}), param, limit)
+        except (HandlerError, Invalid) as error:
             raise HandlerError("task type %s: %s" % (quote(name), error)) from None
+        made = Validator(schema), whole, context, rules, isolated
+        REGISTRY[name] = Handler(name, function, *made)
         return function
 
     return register
@@ -966,149 +964,95 @@ def handler(
 
 def _check_name(name: str) -> None:
     if inspect.isroutine(name) or inspect.isclass(name):
-        text = 'it is @handler without brackets: write @handler("%s")'
-        raise HandlerError(text % name.__name__)
+        raise HandlerError('write @handler("%s"), with a name' % name.__name__)
     if not isinstance(name, str) or not 0 < len(name) <= 100 or not name.isprintable():
         raise HandlerError("a task type's name is 1 to 100 printable characters")
     if name in REGISTRY:
         raise HandlerError("the task type %s is registered twice" % quote(name))
 
 
-def _check_rules(rules: Mapping[str, float]) -> None:
-    for name, value in rules.items():
-        if name not in Rules._fields:
-            known = ", ".join(["limits", "isolated", *Rules._fields])
-            raise HandlerError("no such thing as %s; known: %s" % (name, known))
-        kinds = (int,) if name in ("retries", "max_running") else (int, float)
-        if type(value) not in kinds or not 0 <= value < math.inf:
-            raise HandlerError("%s can't be %r" % (name, value))
-
-
 def rules_of(handlers: Mapping[str, Handler], timeout: float, type: str) -> Rules:
-    """Return the rules of a type; `timeout` is that of types without one."""
-    found = handlers.get(type)
-    return Rules(**{"timeout": timeout, **(found.rules if found else {})})  # type: ignore
+    """Return the rules of a type; `timeout` applies to types without their own."""
+    own = handlers[type].rules if type in handlers else {}
+    return Rules(**{"timeout": timeout, **own})  # type: ignore[arg-type]
 
 
-_NOT_PLAIN = (
-    inspect.iscoroutinefunction,
-    inspect.isasyncgenfunction,
-    inspect.isgeneratorfunction,
-)
+# -- from a signature to a schema ------------------------------------------
 
 
-def _inspected(
-    name: str,
-    function: Callable[..., Any],
-    limits: Mapping[str, Mapping[str, float]],
-    rules: Dict[str, float],
-) -> Handler:
-    """Read a function's signature into a Handler."""
+def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]:
+    """Return the schema of a function's params, and Handler's `whole` and `context`."""
     if not callable(function) or inspect.isclass(function):
         raise HandlerError("a handler is a function")
-    code = _without_partials(function)
-    code = code if inspect.isroutine(code) else type(code).__call__
-    if any(unlike(code) for unlike in _NOT_PLAIN):
-        raise HandlerError(
-            "a handler is a plain function, neither async nor a generator"
-        )
-    context, params, rest = _sorted_parameters(function)
-    if len(params) == 1 and not rest and _takes_all(params[0]):
-        whole = schema_of(params[0].annotation)
-        check = checker(whole)
-        return Handler(name, function, whole, True, context, rules, False, check)
-    schema: Dict[str, Any] = {
+    for called in (function, function.__call__):
+        if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
+            raise HandlerError("a handler can't be async")
+        if inspect.isgeneratorfunction(called):
+            raise HandlerError("a handler can't be a generator")
+    params = _parameters_of(function)
+    contexts = [param.name for param in params if _is_context(param)]
+    context = contexts[0] if contexts else None
+    params = [param for param in params if param.name != context]
+    if len(params) == 1 and _takes_all(params[0]):
+        return schema_of(params[0].annotation), True, context
+    named = [param for param in params if param.kind is not param.VAR_KEYWORD]
+    properties: Dict[str, Schema] = {p.name: _param_schema(p) for p in named}
+    if context and len(named) < len(params):
+        properties[context] = False  # no param can have this name
+    schema = {
         "type": "object",
-        "properties": {param.name: _param_schema(param) for param in params},
-        "required": [param.name for param in params if param.default is param.empty],
-        "additionalProperties": rest,
+        "properties": properties,
+        "required": [param.name for param in named if param.default is param.empty],
+        "additionalProperties": len(named) < len(params),
     }
-    if rest and context:
-        schema["properties"][context] = False  # its place is taken
-    for param, limit in limits.items():
-        _narrow(schema["properties"], param, limit)
-    check = checker(schema)
-    return Handler(name, function, schema, False, context, rules, False, check)
+    return schema, False, context
 
 
-def _sorted_parameters(
-    function: Callable[..., Any],
-) -> Tuple[Optional[str], List[inspect.Parameter], bool]:
-    """Return the context's parameter, the task's parameters, and whether **rest."""
-    parameters, scope = _parameters_of(function)
-    contexts: List[str] = []
-    params, rest = [], False
-    for parameter in parameters:
-        if parameter.kind is parameter.VAR_KEYWORD:
-            rest = True
-            continue
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
-            raise HandlerError("%s can't be given by name" % parameter)
-        hint = _resolved(parameter, scope)
-        if any(getattr(h, "is_task_context", False) for h in _hints(hint)):
-            contexts.append(parameter.name)
-        elif parameter.name == "ctx" and hint is parameter.empty:
-            raise HandlerError("annotate ctx, as in ctx: Context")
-        else:
-            params.append(parameter.replace(annotation=hint))
-    if len(contexts) > 1:
-        raise HandlerError("two parameters are annotated with Context")
-    return (contexts[0] if contexts else None), params, rest
-
-
-def _parameters_of(
-    function: Callable[..., Any],
-) -> Tuple[Sequence[inspect.Parameter], Dict[str, Any]]:
-    """Return a function's parameters, and the globals for their annotations."""
-    options: Dict[str, Any] = {}
-    if sys.version_info >= (3, 14):
-        import annotationlib
-
-        # Else all of them are evaluated, that of the return value, too.
-        options["annotation_format"] = annotationlib.Format.FORWARDREF
-    try:
-        found = [*inspect.signature(function, **options).parameters.values()]
-    except Exception as error:
-        raise HandlerError("its signature can't be read: %s" % error) from None
-    # Annotations mean the globals of the function that they are written at.
-    while hasattr(function, "__wrapped__") or not inspect.isroutine(function):
-        if isinstance(function, functools.partial):
-            function = function.func
-        else:
-            function = getattr(function, "__wrapped__", type(function).__call__)
-    return found, getattr(function, "__globals__", {})
-
-
-def _resolved(parameter: inspect.Parameter, scope: Dict[str, Any]) -> Any:
-    """Return a parameter's annotation, which may be text or hold some."""
-    if parameter.annotation is parameter.empty:
-        return parameter.empty
-
-    def holder() -> None:
-        pass
-
-    holder.__annotations__ = {parameter.name: parameter.annotation}
-    try:
-        return typing.get_type_hints(holder, scope)[parameter.name]
-    except Exception as error:
-        text = "the annotation of %s can't be resolved: %s"
-        raise HandlerError(text % (parameter.name, describe(error))) from None
-
-
-def _hints(hint: Any) -> Sequence[Any]:
-    """Return an annotation's parts if it is Optional, or the annotation itself."""
-    args = typing.get_args(hint) if typing.get_origin(hint) is Union else ()
-    return [arg for arg in args if arg is not type(None)] if len(args) == 2 else [hint]
+def _is_context(param: inspect.Parameter) -> bool:
+    """Whether a parameter receives the Context; raises HandlerError if none can."""
+    if param.kind in (param.POSITIONAL_ONLY, param.VAR_POSITIONAL):
+        raise HandlerError("%s can't be passed by name" % param)
+    if param.name == "ctx" and param.annotation is param.empty:
+        raise HandlerError("annotate ctx, as in ctx: Context")
+    hints = (param.annotation, *typing.get_args(param.annotation))
+    return any(getattr(hint, "is_task_context", False) for hint in hints)
 
 
 def _takes_all(param: inspect.Parameter) -> bool:
     origin = typing.get_origin(param.annotation) or param.annotation
     takes_object = origin in (dict, collections.abc.Mapping)
-    return param.name == "params" and takes_object and param.default is param.empty
+    required = param.default is param.empty and param.kind is not param.VAR_KEYWORD
+    return param.name == "params" and takes_object and required
+
+
+def _parameters_of(function: Any) -> List[inspect.Parameter]:
+    """Return a function's parameters, with annotations that are text evaluated."""
+
+    def annotated() -> None:
+        pass
+
+    try:
+        params = list(inspect.signature(function).parameters.values())
+        annotated.__annotations__ = {
+            param.name: param.annotation
+            for param in params
+            if param.annotation is not param.empty
+        }
+        # Names in annotations are globals of the innermost function.
+        while hasattr(function, "__wrapped__") or not inspect.isroutine(function):
+            if isinstance(function, functools.partial):
+                function = function.func
+            else:
+                function = getattr(function, "__wrapped__", type(function).__call__)
+        scope = getattr(function, "__globals__", {})
+        hints = typing.get_type_hints(annotated, scope)
+    except Exception as error:
+        message = "its signature can't be read: " + describe(error)
+        raise HandlerError(message) from None
+    return [p.replace(annotation=hints.get(p.name, p.empty)) for p in params]
 
 
 def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
-    """The JSON Schema of one parameter: its annotation and its default."""
     try:
         schema = schema_of(param.annotation)
     except HandlerError as error:
@@ -1116,7 +1060,7 @@ def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
     if param.default is param.empty:
         return schema
     # `x: int = None` means Optional[int]; typing said so itself before Python 3.11.
-    if param.default is None and checker(schema)(None):
+    if param.default is None and not Validator(schema).is_valid(None):
         schema = {"anyOf": [schema, {"type": "null"}]}
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         schema = dict(schema, default=parse_json(to_json(param.default).decode()))
@@ -1140,314 +1084,275 @@ _SCHEMAS: Dict[Any, Dict[str, Any]] = {
 }
 
 
-_IN_LITERALS = (str, int, bool, type(None))
-
-
 def schema_of(annotation: Any) -> Dict[str, Any]:
     """Return the JSON Schema for an annotation, or raise HandlerError."""
     while hasattr(annotation, "__supertype__"):  # a NewType
         annotation = annotation.__supertype__
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    # A TypeVar stands where 3.8's bare List and Dict have no argument.
+    # Python 3.8's bare List and Dict have a TypeVar as argument.
     args = tuple(Any if isinstance(arg, typing.TypeVar) else arg for arg in args)
     plain = origin if origin and not args else annotation
-    with contextlib.suppress(TypeError):  # not hashable, so nothing that is known here
+    with contextlib.suppress(TypeError):  # unhashable, so none of these
         if plain in _SCHEMAS:
             return dict(_SCHEMAS[plain])
     if origin is Union or type(annotation).__name__ == "UnionType":  # int | None: 3.10
         return {"anyOf": [schema_of(arg) for arg in args]}
-    if origin is typing.Literal and all(type(a) in _IN_LITERALS for a in args):
+    literals = str, int, bool, type(None)
+    if origin is typing.Literal and all(type(arg) in literals for arg in args):
         return {"enum": list(args)}
     if origin in (list, collections.abc.Sequence):
         return {"type": "array", "items": schema_of(args[0])}
     if origin in (dict, collections.abc.Mapping) and args[0] in (str, Any):
         return {"type": "object", "additionalProperties": schema_of(args[1])}
-    text = "the annotation %s has no counterpart in JSON; take what JSON has, such as "
-    raise HandlerError((text + "str or dict, and convert it") % (annotation,))
+    message = "the annotation %s has no counterpart in JSON; use a type that has one, "
+    raise HandlerError(
+        (message + "such as str or dict, and convert it") % (annotation,)
+    )
 
 
-def _narrow(properties: Dict[str, Any], param: str, limit: Mapping[str, float]) -> None:
-    if not isinstance(limit, Mapping):
-        right = 'limits: write {"%s": {"minimum": 0, "maximum": 9}}'
-        raise HandlerError(right % param)
-    unknown = sorted(set(limit) - {"minimum", "maximum"})
-    if not isinstance(properties.get(param), dict) or unknown:
-        raise HandlerError(
-            "limits: no such thing as %s" % (", ".join(unknown) or param)
-        )
-    kinds = properties[param].get("anyOf", [properties[param]])
-    if not any(kind.get("type") in ("integer", "number") for kind in kinds):
-        raise HandlerError("limits: %s is neither int nor float" % param)
-    for value in limit.values():
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise HandlerError("limits: %r is no number" % (value,))
-    properties[param] = dict(properties[param], **limit)
+def _narrow(properties: Dict[str, Any], param: str, limit: Dict[str, float]) -> None:
+    schema = properties.get(param) or {}
+    kinds = schema.get("anyOf", [schema])
+    numbers = [kind for kind in kinds if kind.get("type") in ("integer", "number")]
+    if not numbers:
+        raise HandlerError("limits: there is no int or float parameter " + quote(param))
+    for number in numbers:
+        number.update(limit)
 
 
-# The exact types that the JSON reader makes: a bool is no int.
-_JSON_TYPES: Dict[str, Tuple[Tuple[type, ...], str]] = {
-    "boolean": ((bool,), "true or false"),
-    "integer": ((int,), "a whole number"),
-    "number": ((int, float), "a number"),
-    "string": ((str,), "a string"),
-    "array": ((list,), "a list"),
-    "object": ((dict,), "an object"),
-    "null": ((type(None),), "null"),
+# -- validation ------------------------------------------------------------
+
+Schema = Union[bool, Dict[str, Any]]  # False allows nothing, True and {} everything
+
+# The exact types that the JSON reader makes: a bool is no integer.
+_JSON_TYPES: Dict[str, Tuple[Set[type], str]] = {
+    "boolean": ({bool}, "true or false"),
+    "integer": ({int}, "a whole number"),
+    "number": ({int, float}, "a number"),
+    "string": ({str}, "a string"),
+    "array": ({list}, "a list"),
+    "object": ({dict}, "an object"),
+    "null": ({type(None)}, "null"),
+    "": ({bool, int, float, str, list, dict, type(None)}, "a value"),
 }
+# The type of a container, and the keyword for members that have no schema of their own.
+_CONTAINERS: Dict[Any, Tuple[Optional[type], str]]
+_CONTAINERS = {"object": (dict, "additionalProperties"), "array": (list, "items")}
+_RESTRICTIONS = {"enum", "pattern", "minimum", "maximum", "properties", "required"}
+_RESTRICTIONS |= {"additionalProperties", "items"}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def checker(schema: Schema) -> Check:
-    """Make the function that tells what is wrong with a value from JSON: nothing, ().
+class Validator:
+    """A JSON Schema, compiled to validate values that come from JSON.
 
-    The one reader of schemas here. It knows the words of JSON Schema (draft 2020-12)
-    that this file writes: type, enum, anyOf, minimum, maximum, pattern and, beside it,
-    maxLength, properties, required, additionalProperties, items. The function looks no
-    further once it has found MAX_PROBLEMS, since they may be larger than the value.
+    It knows the keywords of JSON Schema (draft 2020-12) that this file writes: type,
+    enum, anyOf, minimum, maximum, pattern with maxLength, properties, required,
+    additionalProperties, items.
     """
-    if not isinstance(schema, dict):
-        return lambda value: () if schema else [((), " is not allowed")]
-    fits, deeper = _test(schema), None
-    if schema.get("type") == "object":
-        deeper = _object_checker(schema)
-    elif "items" in schema:
-        deeper = _array_checker(schema["items"])
 
-    def check(value: Any) -> Sequence[Problem]:
-        if fits(value):
-            return deeper(value) if deeper else ()
-        if type(value) is str and "pattern" in schema:
-            return [((), _text_fault(schema, value))]
-        return [((), " must be %s, not %s" % (_in_words(schema), quote(value)))]
+    def __init__(self, schema: Schema) -> None:
+        self.schema: Dict[str, Any] = schema if isinstance(schema, dict) else {}
+        self._types, _ = _JSON_TYPES[self.schema.get("type", "")]
+        self._options = [Validator(below) for below in self.schema.get("anyOf", ())]
+        self._properties = {
+            name: None if below is False else Validator(below)
+            for name, below in self.schema.get("properties", {}).items()
+        }
+        self._others: Optional[Validator] = None
+        self._container, keyword = _CONTAINERS.get(self.schema.get("type"), (None, ""))
+        if self._container and self.schema.get(keyword, True) is not False:
+            self._others = Validator(self.schema.get(keyword, True))
+        # Types whose values are all valid: a short way, since most values have one.
+        self._plain = set(self._types)
+        if self._options:
+            self._plain = set().union(*(option._plain for option in self._options))
+        if not _RESTRICTIONS.isdisjoint(self.schema):
+            self._plain.clear()
 
-    return check
+    def validate(self, value: Any, path: Path = ()) -> Any:
+        """Return a value as the schema wants it: 3.0 as 3 for an integer.
 
+        Raises Invalid; `path` is the value's place in its document.
+        """
+        problems: List[Problem] = []
+        value = self._convert(value, path, problems)
+        if problems:
+            raise Invalid(problems)
+        return value
 
-def _object_checker(schema: Dict[str, Any]) -> Check:
-    properties = schema.get("properties", {})
-    checks = {name: checker(below) for name, below in properties.items()}
-    others = schema.get("additionalProperties", True)
-    other = None if others is False else checker(others)
-    required = schema.get("required", ())
-    unknown = " is unknown; known here: " + (", ".join(properties) or "none")
+    def is_valid(self, value: Any) -> bool:
+        """Whether validate() accepts a value."""
+        problems: List[Problem] = []
+        self._convert(value, (), problems)
+        return not problems
 
-    def check(value: Dict[str, Any]) -> Sequence[Problem]:
-        found: List[Problem] = []
-        for name in required:
+    def _convert(self, value: Any, path: Path, problems: List[Problem]) -> Any:
+        """Return a value as the schema wants it; add to `problems`."""
+        kind = type(value)
+        if kind in self._plain:
+            return value
+        if kind is self._container:
+            return self._convert_members(value, path, problems)
+        for option in self._options:
+            rejected: List[Problem] = []
+            converted = option._convert(value, path, rejected)
+            if not rejected:
+                return converted
+        # Beyond 2**53 a float may stand for another integer than the client's.
+        wants_integer = "enum" in self.schema or self.schema.get("type") == "integer"
+        if wants_integer and kind is float and value.is_integer():
+            value = int(value) if abs(value) <= 2**53 else value
+        if self._options or not self._fits(value):
+            wanted = _in_words(self.schema)
+            problems.append((path, "must be %s, not %s" % (wanted, quote(value))))
+        return value
+
+    def _convert_members(self, value: Any, path: Path, problems: List[Problem]) -> Any:
+        """Convert the members of an object or an array.
+
+        It stops at MAX_PROBLEMS, since they may take more memory than the value.
+        """
+        for name in self.schema.get("required", ()):
             if name not in value:
-                found.append(((name,), " is missing"))
-        for name, item in value.items():
-            test = checks.get(name, other)
-            below = test(item) if test else [((), unknown)]
-            if below:
-                found += _below(name, below)
-                if len(found) >= MAX_PROBLEMS:
-                    break
-        return found
+                problems.append(((*path, name), "is missing"))
+        is_object, converted = self._container is dict, {}
+        for name, item in value.items() if is_object else enumerate(value):
+            below = self._properties.get(name, self._others)
+            if below is None:
+                known = ", ".join(filter(self._properties.get, self._properties))
+                problems.append(
+                    ((*path, name), "is unknown; known here: " + (known or "none"))
+                )
+            elif type(item) in below._plain:  # saves a call for most of them
+                converted[name] = item
+            else:
+                converted[name] = below._convert(item, (*path, name), problems)
+            if len(problems) >= MAX_PROBLEMS:
+                break
+        return converted if is_object else list(converted.values())
 
-    return check
-
-
-def _array_checker(items: Schema) -> Check:
-    test = checker(items)
-
-    def check(value: List[Any]) -> Sequence[Problem]:
-        found: List[Problem] = []
-        for index, item in enumerate(value):
-            below = test(item)
-            if below:
-                found += _below(index, below)
-                if len(found) >= MAX_PROBLEMS:
-                    break
-        return found
-
-    return check
-
-
-def _below(step: Union[str, int], found: Sequence[Problem]) -> Sequence[Problem]:
-    """Write problems found at a place below as those of the place above."""
-    return [((step, *path), message) for path, message in found]
-
-
-def _test(schema: Dict[str, Any]) -> Callable[[Any], bool]:
-    """Make the test of a value itself, not yet of what is in it."""
-    tests: List[Callable[[Any], bool]] = []
-    if "type" in schema:
-        types = _JSON_TYPES[schema["type"]][0]
-        tests.append(lambda value: type(value) in types)
-    if "enum" in schema:
-        values = [(type(value), value) for value in schema["enum"]]
-        tests.append(lambda value: (type(value), value) in values)
-    if "anyOf" in schema:
-        checks = [checker(below) for below in schema["anyOf"]]
-        tests.append(lambda value: any(not check(value) for check in checks))
-    if "pattern" in schema:
-        tests.append(_text_test(schema))
-    if "minimum" in schema or "maximum" in schema:
-        low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
-        tests.append(
-            lambda value: type(value) not in (int, float) or low <= value <= high
-        )
-    if len(tests) == 1:
-        return tests[0]
-    return lambda value: all(test(value) for test in tests)
-
-
-def _text_test(schema: Dict[str, Any]) -> Callable[[Any], bool]:
-    most = schema.get("maxLength", math.inf)
-    search = re.compile(schema["pattern"]).search
-
-    def test(value: Any) -> bool:
-        if type(value) is not str:
-            return True
-        # No pattern matches half a character, since most readers of schemas, to whom
-        # this one is shown, can't speak of it.
-        return bool(len(value) <= most and search(value) and not _HALF.search(value))
-
-    return test
-
-
-_HALF = re.compile("[\ud800-\udfff]")
-
-
-def _text_fault(schema: Dict[str, Any], text: str) -> str:
-    """Say what is wrong with a text that a pattern or its length refuses."""
-    if len(text) > schema["maxLength"]:
-        most = schema["maxLength"], len(text)
-        return " must have at most %d characters, not %d" % most
-    if "\0" in text:
-        return " must not contain NUL"
-    if _HALF.search(text):
-        return " must not contain a lone surrogate, which is half a character"
-    return " must not begin with -, since it could pass for an option"
+    def _fits(self, value: Any) -> bool:
+        """Whether a value itself, not its members, is valid."""
+        kind, schema = type(value), self.schema
+        if kind not in self._types:
+            return False
+        if "enum" in schema:
+            return any(kind is type(each) and value == each for each in schema["enum"])
+        if kind is str and "pattern" in schema:
+            # Not every language can express in a pattern that surrogates are invalid.
+            fits = re.search(schema["pattern"], value) and not _SURROGATE.search(value)
+            return bool(fits) and len(value) <= schema.get("maxLength", math.inf)
+        if kind is int or kind is float:
+            low, high = (
+                schema.get("minimum", -math.inf),
+                schema.get("maximum", math.inf),
+            )
+            return bool(low <= value <= high)
+        return True
 
 
 def _in_words(schema: Dict[str, Any]) -> str:
+    """Describe the values that a schema accepts."""
     if "enum" in schema:
         return "one of " + ", ".join(map(quote, schema["enum"]))
+    if "pattern" in schema:
+        return "a string %s" % schema["description"]
     if "anyOf" in schema:
-        words = " or ".join(_in_words(s) for s in schema["anyOf"])
-    else:
-        words = _JSON_TYPES[schema["type"]][1] if "type" in schema else "a value"
+        return " or ".join(_in_words(option) for option in schema["anyOf"])
+    _, words = _JSON_TYPES[schema.get("type", "")]
     if "minimum" in schema:
         words += " from %s" % quote(schema["minimum"])
     if "maximum" in schema:
-        words += (" to %s" if "minimum" in schema else " up to %s") % quote(
-            schema["maximum"]
-        )
+        to = " to " if "minimum" in schema else " up to "
+        words += to + quote(schema["maximum"])
     return words
 
 
-SUBMISSION: Dict[str, Any] = {
+def _closed(**properties: Schema) -> Dict[str, Any]:
+    """Return the schema of an object that has no other properties than these."""
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+_DURATION = {"type": "number", "minimum": 0, "maximum": 10**9}  # seconds
+_COUNT = {"type": "integer", "minimum": 0}
+_BOUND = {"type": "number", "minimum": -1e300, "maximum": 1e300}  # not infinite or NaN
+_LIMITS = {
     "type": "object",
-    "properties": {
-        "type": {"type": "string"},
-        "params": {"type": "object"},
-        "timeout": {"type": "number", "minimum": 0.001, "maximum": 10**9},
-        "retries": {"type": "integer", "minimum": 0, "maximum": 1000},
-        "delay": {"type": "number", "minimum": 0, "maximum": 10**9},
-        "priority": {"type": "integer", "minimum": -1000, "maximum": 1000},
-    },
-    "required": ["type", "params"],
-    "additionalProperties": False,
+    "additionalProperties": _closed(minimum=_BOUND, maximum=_BOUND),
 }
+_HANDLER_OPTIONS = Validator(
+    _closed(
+        timeout=_DURATION,
+        retries=_COUNT,
+        backoff=_DURATION,
+        max_running=_COUNT,
+        isolated={"type": "boolean"},
+        limits=_LIMITS,
+    )
+)
+SUBMISSION = _closed(
+    type={"type": "string"},
+    params={"type": "object"},
+    timeout={"type": "number", "minimum": 0.001, "maximum": 10**9},
+    retries={"type": "integer", "minimum": 0, "maximum": 1000},
+    delay=_DURATION,
+    priority={"type": "integer", "minimum": -1000, "maximum": 1000},
+)
+SUBMISSION["required"] = ["type", "params"]
+_SUBMISSION = Validator(SUBMISSION)
 
 
-_check_submission = checker(SUBMISSION)
-
-
-def check_submission(document: Any, handlers: Mapping[str, Handler]) -> Submission:
+def check_submission(
+    document: Any, handlers: Mapping[str, Handler], path: Path = ()
+) -> Submission:
     """Return what a submitted document asks for; raises Invalid."""
-    document = _checked(document, SUBMISSION, _check_submission)
-    known = handlers.get(document["type"])
-    if known is None:
-        names = {"enum": sorted(handlers)}
-        raise Invalid(_below("type", checker(names)(document["type"])))
-    try:
-        params = _checked(document["params"], known.schema, known.check)
-    except Invalid as error:
-        raise Invalid(_below("params", error.problems)) from None
-    options = NO_OPTIONS
-    if len(document) > 2:
-        options = Options(**{k: document[k] for k in Options._fields if k in document})
-    return Submission(document["type"], to_json(params), options)
-
-
-def _checked(value: Any, schema: Schema, check: Check) -> Any:
-    """Return a value as its schema asks for it; raises Invalid."""
-    found = check(value)
-    if found:
-        value = with_integers(schema)(value)
-        found = check(value)
-        if found:
-            raise Invalid(found)
-    return value
-
-
-def with_integers(schema: Schema) -> Callable[[Any], Any]:
-    """Make the function that makes 3.0 a 3 where an integer is asked for.
-
-    To JSON it is one.
-    """
-    if not isinstance(schema, dict):
-        return lambda value: value
-    kinds = [(with_integers(s), checker(s)) for s in schema.get("anyOf", ())]
-    properties = schema.get("properties", {})
-    known = {name: with_integers(below) for name, below in properties.items()}
-    other = with_integers(schema.get("additionalProperties", True))
-    each = with_integers(schema.get("items", True))
-    whole = schema.get("type") == "integer" or "enum" in schema
-
-    def made(value: Any) -> Any:
-        for make, check in kinds:
-            tried = make(value)
-            if not check(tried):
-                return tried
-        if isinstance(value, dict):
-            return {name: known.get(name, other)(v) for name, v in value.items()}
-        if isinstance(value, list):
-            return [each(item) for item in value]
-        if whole and type(value) is float and value.is_integer():
-            # Beyond 2**53 a float may stand for another integer than was meant.
-            return int(value) if abs(value) <= 2**53 else value
-        return value
-
-    return made
+    wanted = _SUBMISSION.validate(document, path)
+    name, params = wanted.pop("type"), wanted.pop("params")
+    if name not in handlers:
+        Validator({"enum": sorted(handlers)}).validate(name, (*path, "type"))
+    params = handlers[name].params.validate(params, (*path, "params"))
+    return Submission(
+        name, to_json(params), Options(**wanted) if wanted else NO_OPTIONS
+    )
 
 
 def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submission]:
     """Return what an array of documents asks for; raises Invalid."""
     if not 0 < len(documents) <= MAX_BATCH:
-        text = " must hold 1 to %d tasks, not %d" % (MAX_BATCH, len(documents))
-        raise Invalid([((), text)])
+        message = "must hold 1 to %d tasks, not %d" % (MAX_BATCH, len(documents))
+        raise Invalid([((), message)])
     submissions: List[Submission] = []
-    found: List[Problem] = []
+    problems: List[Problem] = []
     for index, document in enumerate(documents):
         try:
-            submissions.append(check_submission(document, handlers))
+            submissions.append(check_submission(document, handlers, (index,)))
         except Invalid as error:
-            found += _below(index, error.problems)
-            if len(found) >= MAX_PROBLEMS:
+            problems += error.problems
+            if len(problems) >= MAX_PROBLEMS:
                 break
-    if found:
-        raise Invalid(found)
+    if problems:
+        raise Invalid(problems)
     return submissions
 
 
-# The files of handlers, for other processes, and their text, for those of an executor.
+# -- handlers files --------------------------------------------------------
+
+# The loaded files, for child processes; and their source, for those of an executor.
 LOADED: Dict[str, str] = {}
 
 
 def load_handlers(file: str) -> None:
     """Run a Python file that registers task types; raises HandlerError.
 
-    `import longtasks` in it yields this very module, also when it runs as __main__.
-    Modules that lie beside the file can be imported from it.
+    `import longtasks` in it yields this very module, even when it runs as __main__.
+    The file can import modules from its own directory.
     """
     _load_file("--handlers", file)
     LOADED[file] = ""
 
 
-# What a file of handlers may raise; a Ctrl-C meanwhile is not the file's.
+# What a handlers file may raise; a KeyboardInterrupt comes from Ctrl-C instead.
 _NOT_LOADED = (Exception, SystemExit, GeneratorExit, Cancelled)
 
 
@@ -1460,7 +1365,7 @@ def _load_file(flag: str, file: str) -> Any:
     name = "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
     try:
         with open(file, "rb"):
-            pass  # so that a missing file is told in the system's words
+            pass  # for the system's own message about a file that can't be read
         loader = importlib.machinery.SourceFileLoader(name, file)
         spec = importlib.machinery.ModuleSpec(name, loader, origin=file)
         spec.has_location = True
@@ -1468,22 +1373,20 @@ def _load_file(flag: str, file: str) -> Any:
         with SameProcess():
             loader.exec_module(module)
     except _NOT_LOADED as error:
-        raise HandlerError("%s %s: %s" % (flag, file, _why(error, file))) from None
+        message = _load_error(error, file)
+        raise HandlerError("%s %s: %s" % (flag, file, message)) from None
     return module
 
 
-def _why(error: BaseException, file: str) -> str:
-    """Say in one line what stopped a file from loading, and where in it."""
+def _load_error(error: BaseException, file: str) -> str:
+    """Return in one line what stopped a file from loading, and where in it."""
     if isinstance(error, OSError) and error.filename == file:
         return str(error.strerror)
-    lines = [
-        f.lineno
-        for f in traceback.extract_tb(error.__traceback__)
-        if f.filename == file
-    ]
-    at = " (line %s)" % lines[-1] if lines else ""
+    trace = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in trace if frame.filename == file]
+    where = " (line %s)" % lines[-1] if lines else ""
     text = str(error) if isinstance(error, HandlerError) else describe(error)
-    return text.replace("\n", " ") + at
+    return text.replace("\n", " ") + where
 
 
 def describe(error: BaseException) -> str:
@@ -1500,15 +1403,13 @@ def describe(error: BaseException) -> str:
 def _text_of(error: BaseException) -> str:
     try:
         return str(error)
-    except BaseException:  # even SystemExit, in a class of the handler's own
+    except BaseException:  # a __str__ of the handler's may raise even SystemExit
         return "(its text can't be read)"
 
 
 def _seconds(value: Any) -> Optional[float]:
-    """The seconds that somebody has written, if that is what it is."""
-    if type(value) in (int, float) and 0 <= value < 10**9:
-        return float(value)
-    return None
+    """Return the delay that a handler asked for, or None if it is no such number."""
+    return float(value) if Validator(_DURATION).is_valid(value) else None
 
 
 # ======================================================================
@@ -2551,9 +2452,9 @@ def register_command(line: str) -> None:
     if lost:
         text = "--command %s: no shell sees its %s; for that write %s"
         log.warning(text, quote(program.name), quote(lost[0]), _INTERPRETERS[0][-1])
-    name, schema = program.name, program.schema
-    check = checker(schema)
-    REGISTRY[name] = Handler(name, program, schema, True, "ctx", {}, False, check)
+    name = program.name
+    params = Validator(program.schema)
+    REGISTRY[name] = Handler(name, program, params, whole=True, context="ctx")
 
 
 # -- executors -------------------------------------------------------------
@@ -4888,8 +4789,8 @@ def refusal(error: Union[TaskError, HTTPError]) -> Reply:
     if not isinstance(error, Invalid):
         return problem(status, str(error), {"Retry-After": str(after)} if after else {})
     found = [
-        {"pointer": _pointer(path), "detail": dotted(path) + message}
-        for path, message in error.problems
+        {"pointer": _pointer(path), "detail": "%s %s" % (dotted(path), text)}
+        for path, text in error.problems
     ]
     return problem(status, "; ".join(each["detail"] for each in found), errors=found)
 
@@ -7318,7 +7219,7 @@ def typed(text: str, schema: Schema) -> Any:
         return text
     for each in schema.get("anyOf", [schema]):
         for value in values:
-            if not checker(each)(value):
+            if Validator(each).is_valid(value):
                 return value
     return text if schema.get("type") == "string" else values[1]
 

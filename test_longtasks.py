@@ -231,7 +231,7 @@ def assert_described(method, path, answer):
     if answer.body:
         schema = response["content"][answer.media]["schema"]
         body = answer.json if "json" in answer.media else answer.body.decode()
-        assert not longtasks.checker(schema)(body)
+        longtasks.Validator(schema).validate(body)
 
 
 def submit(service, type, params=None, **headers):
@@ -694,8 +694,8 @@ def test_text_survives_the_way_through_json():
 # ======================================================================
 
 
-def checked(function, params, registry, **options):
-    """What is wrong with params for a handler with this function, as text."""
+def problems_with(params, function, registry, **options):
+    """What is wrong with params for a handler with this function, as text or None."""
     registry.pop("t", None)
     handler("t", **options)(function)
     try:
@@ -705,95 +705,108 @@ def checked(function, params, registry, **options):
     return None
 
 
-@pytest.mark.parametrize(
-    "annotation, good, bad",
-    [
-        (int, [0, -5, 10**30, 1.0], [1.5, True, "1", None]),
-        (float, [0, 1.5, -2], [True, "1.5", None]),
-        (str, ["", "é"], [1, None, ["a"]]),
-        (bool, [True, False], [0, 1, "true", None]),
-        (list, [[], [1, "a"]], [{}, "ab", None]),
-        (dict, [{}, {"a": 1}], [[], None]),
-        (None, [None], [0, False, ""]),
-        (Any, [None, 1, "a", [], {}], []),
-        (List[int], [[], [1, 2]], [[1, "a"], [True], {}]),
-        (Dict[str, float], [{}, {"a": 1}], [{"a": "b"}, []]),
-        (List[Dict[str, int]], [[{"a": 1}]], [[{"a": "1"}], [1]]),
-        (Optional[int], [1, None], ["1", 1.5, False]),
-        (Union[int, str], [1, "a"], [None, 1.5, []]),
-        (Literal["a", "b"], ["a", "b"], ["c", None, 1]),
-        (Literal[1, True], [1, True], [0, False, "1"]),
-        (Literal["a", None], ["a", None], ["b", 0, False]),
-        (List, [[], [1]], ["a"]),
-        (Dict, [{}], [[]]),
-        (Sequence[int], [[], [1]], ["ab", ["a"], {}]),
-        (Sequence, [[], ["a"]], ["ab", {}]),
-        (collections.abc.Sequence, [[]], ["ab"]),
-        (Mapping[str, int], [{}, {"a": 1}], [{"a": "b"}, []]),
-        (Mapping, [{}], [[]]),
-        (collections.abc.Mapping, [{}], [[]]),
-        (object, [None, 1, "a", [], {}], []),
-        (NewType("UserId", int), [1], ["1"]),
-        (List[NewType("UserId", int)], [[1]], [["1"]]),
-        ("int", [1], ["1"]),
-        (List["int"], [[1]], [["1"]]),
-    ],
-)
+ANNOTATIONS = [
+    (int, [0, -5, 10**30, 1.0, 2.0**53], [1.5, True, "1", None, 2.0**53 + 2, 1e300]),
+    (float, [0, 1.5, -2], [True, "1.5", None]),
+    (str, ["", "é"], [1, None, ["a"]]),
+    (bool, [True, False], [0, 1, "true", None]),
+    (list, [[], [1, "a"]], [{}, "ab", None]),
+    (dict, [{}, {"a": 1}], [[], None]),
+    (None, [None], [0, False, ""]),
+    (Any, [None, 1, "a", [], {}], []),
+    (object, [None, 1, "a", [], {}], []),
+    (List[int], [[], [1, 2]], [[1, "a"], [True], {}]),
+    (Dict[str, float], [{}, {"a": 1}], [{"a": "b"}, []]),
+    (List[Dict[str, int]], [[{"a": 1}]], [[{"a": "1"}], [1]]),
+    (Optional[int], [1, None], ["1", 1.5, False]),
+    (Union[int, str], [1, "a"], [None, 1.5, []]),
+    (Literal["a", "b"], ["a", "b"], ["c", None, 1]),
+    (Literal[1, True], [1, True, 1.0], [0, False, "1"]),
+    (Literal["a", None], ["a", None], ["b", 0, False]),
+    (List, [[], [1]], ["a"]),
+    (Dict, [{}], [[]]),
+    (Sequence[int], [[], [1]], ["ab", ["a"], {}]),
+    (Sequence, [[], ["a"]], ["ab", {}]),
+    (collections.abc.Sequence, [[]], ["ab"]),
+    (Mapping[str, int], [{}, {"a": 1}], [{"a": "b"}, []]),
+    (collections.abc.Mapping, [{}], [[]]),
+    (NewType("UserId", int), [1], ["1"]),
+    (List[NewType("UserId", int)], [[1]], [["1"]]),
+    ("int", [1], ["1"]),
+    (List["int"], [[1]], [["1"]]),
+]
+if sys.version_info >= (3, 9):
+    ANNOTATIONS.append((list[int], [[1]], [["a"]]))
+    ANNOTATIONS.append((dict[str, int], [{}], [{"a": ""}]))
+    ANNOTATIONS.append((List[typing.Annotated[int, "a unit"]], [[1]], [["a"]]))
+if sys.version_info >= (3, 10):
+    ANNOTATIONS.append((int | None, [1, None], ["a"]))
+
+
+@pytest.mark.parametrize("annotation, good, bad", ANNOTATIONS)
 def test_params_are_checked_against_annotations(annotation, good, bad, registry):
     def function(value):
         return value
 
     function.__annotations__["value"] = annotation
     for value in good:
-        assert checked(function, {"value": value}, registry) is None, value
+        assert problems_with({"value": value}, function, registry) is None, value
     for value in bad:
-        assert "params.value" in checked(function, {"value": value}, registry), value
+        assert "params.value" in problems_with({"value": value}, function, registry)
 
 
-def test_newer_spellings_of_annotations_work_where_python_has_them(registry):
-    if sys.version_info >= (3, 9):
-        test_params_are_checked_against_annotations(list[int], [[1]], [["a"]], registry)
-        test_params_are_checked_against_annotations(
-            dict[str, int], [{}], [{"a": ""}], registry
-        )
-        annotated = typing.Annotated[int, "a word about it"]
-        test_params_are_checked_against_annotations(annotated, [1], ["a"], registry)
-        test_params_are_checked_against_annotations(
-            List[annotated], [[1]], [["a"]], registry
-        )
-    if sys.version_info >= (3, 10):
-        test_params_are_checked_against_annotations(
-            int | None, [1, None], ["a"], registry
-        )
-
-
-def test_missing_and_extra_params_are_told(registry):
-    def function(a: int, b: int = 2):
+@pytest.mark.parametrize(
+    "params, problems",
+    [
+        ({"a": 1}, None),
+        ({}, "params.a is missing"),
+        ({"a": 1, "c": 1}, "params.c is unknown; known here: a, b, rows, n, m"),
+        (
+            {"b": "x"},
+            'params.a is missing; params.b must be a whole number, not "x"',
+        ),
+        (
+            {"a": 1, "rows": [{"a": 1}, {"b": "x"}]},
+            'params.rows[1].b must be a whole number, not "x"',
+        ),
+        ({"a": 1, "n": 9, "m": None}, None),
+        ({"a": 1, "n": 9.5}, "params.n must be a number from 0 to 9, not 9.5"),
+        ({"a": 1, "m": 0}, "params.m must be a whole number from 1 or null, not 0"),
+        ({"a": 1, "m": "x"}, 'params.m must be a whole number from 1 or null, not "x"'),
+    ],
+)
+def test_each_problem_is_reported_with_its_place_and_what_would_be_valid(
+    params, problems, registry
+):
+    def function(
+        a: int, b: int = 2, rows: List[Dict[str, int]] = [], n: float = 0, m: int = None
+    ):
         return a
 
-    assert checked(function, {"a": 1}, registry) is None
-    assert checked(function, {}, registry) == "params.a is missing"
-    told = checked(function, {"a": 1, "c": 1}, registry)
-    assert told == "params.c is unknown; known here: a, b"
-    told = checked(function, {"b": "x"}, registry)
-    assert told == 'params.a is missing; params.b must be a whole number, not "x"'
+    limits = {"n": {"minimum": 0, "maximum": 9}, "m": {"minimum": 1}}
+    assert problems_with(params, function, registry, limits=limits) == problems
 
 
-def test_no_more_problems_are_looked_for_than_are_told(registry):
+@pytest.mark.parametrize(
+    "wrong", [{"xs": [{}] * 5000}, dict.fromkeys("%d" % n for n in range(5000))]
+)
+def test_at_most_20_problems_are_reported(wrong, registry):
     @handler("t")
     def function(xs: List[int] = []):
         return xs
 
-    for wrong in ({"xs": [{}] * 5000}, {str(n): 0 for n in range(5000)}):
-        assert len(registry["t"].check(wrong)) == 20
-    batch = [{"type": "t", "params": {}}] + [{"type": "t", "params": {"a": 0}}] * 99
-    with pytest.raises(longtasks.Invalid) as raised:
-        longtasks.check_batch([*batch, {"type": "t", "params": wrong}], registry)
-    assert raised.value.problems[-1][0] == (20, "params", "a")
-    nearly = [{"type": "t", "params": {"a": 0}}] * 19 + [{"type": "t", "params": wrong}]
-    with pytest.raises(longtasks.Invalid) as raised:
-        longtasks.check_batch(nearly, registry)
-    assert str(raised.value).count(" is unknown") == 20
+    def task(params):
+        return {"type": "t", "params": params}
+
+    def problems(*documents):
+        with pytest.raises(longtasks.Invalid) as raised:
+            longtasks.check_batch(documents, registry)
+        return raised.value.problems
+
+    assert len(problems(task(wrong))) == 20
+    one = {"a": 0}
+    assert problems(task({}), *[task(one)] * 99)[-1][0] == (20, "params", "a")
+    assert len(problems(*[task(one)] * 19, task(wrong))) == 20
 
 
 def test_a_whole_number_with_a_point_is_an_integer(registry):
@@ -807,73 +820,7 @@ def test_a_whole_number_with_a_point_is_an_integer(registry):
     assert repr(wanted.options.retries) == "1"
 
 
-def test_a_float_beyond_2_to_the_53_is_no_integer(registry):
-    def function(a: int, b: Optional[Literal[0]] = None):
-        return a
-
-    for fits in (2.0**53, -(2.0**53), 2**53 + 1, 10**300):
-        assert checked(function, {"a": fits}, registry) is None
-    for wrong in (2.0**53 + 2, -(2.0**53) - 2, 1e300):
-        told = "params.a must be a whole number, not " + json.dumps(wrong)
-        assert checked(function, {"a": wrong}, registry) == told
-
-
-def test_what_makes_integers_of_a_list_is_made_once(registry, monkeypatch):
-    @handler("t")
-    def function(xs: List[Optional[int]]):
-        return xs
-
-    def made(count):
-        counted = collections.Counter()
-        for name in ("checker", "with_integers"):
-            make = getattr(longtasks, name)
-
-            def counting(schema, make=make, name=name):
-                counted[name] += 1
-                return make(schema)
-
-            patch.setattr(longtasks, name, counting)
-        document = {"type": "t", "params": {"xs": [1.0] * count + ["a"]}}
-        with pytest.raises(longtasks.Invalid):
-            longtasks.check_submission(document, registry)
-        return counted
-
-    with monkeypatch.context() as patch:
-        few = made(1)
-    with monkeypatch.context() as patch:
-        assert made(1000) == few
-
-
-def test_the_place_of_a_wrong_value_is_told(registry):
-    def function(rows: List[Dict[str, int]]):
-        return rows
-
-    told = checked(function, {"rows": [{"a": 1}, {"b": "x"}]}, registry)
-    assert told == 'params.rows[1].b must be a whole number, not "x"'
-
-
-def test_limits_are_checked_and_told(registry):
-    def function(n: float, m: Optional[int] = None):
-        return n
-
-    limits = {"n": {"minimum": 0, "maximum": 9}, "m": {"minimum": 1}}
-    assert checked(function, {"n": 9, "m": None}, registry, limits=limits) is None
-    told = checked(function, {"n": 9.5}, registry, limits=limits)
-    assert told == "params.n must be a number from 0 to 9, not 9.5"
-    assert "from 1, not 0" in checked(
-        function, {"n": 1, "m": 0}, registry, limits=limits
-    )
-
-
-def test_a_default_of_none_lets_null_in(registry):
-    def function(n: int = None):
-        return n
-
-    assert checked(function, {"n": None}, registry) is None
-    assert checked(function, {"n": "x"}, registry)
-
-
-def test_params_as_one_dict_take_whatever_comes(registry):
+def test_params_as_one_dict_may_have_any_names(registry):
     @handler("all")
     def whole(params: dict, ctx: Context):
         return [params, ctx.task_id]
@@ -882,14 +829,14 @@ def test_params_as_one_dict_take_whatever_comes(registry):
     assert run(registry, "all", {"x": [1]}) == [{"x": [1]}, "id"]
 
 
-def test_keyword_params_take_whatever_comes_but_the_context(registry):
+def test_keyword_params_may_have_any_names_but_that_of_the_context(registry):
     @handler("rest")
     def rest(n: int, *, ctx: Context, **others):
         return [n, others]
 
     assert run(registry, "rest", {"n": 1, "x": 2}) == [1, {"x": 2}]
     document = {"type": "rest", "params": {"n": 1, "ctx": 2}}
-    with pytest.raises(longtasks.Invalid, match=r"params\.ctx is not allowed"):
+    with pytest.raises(longtasks.Invalid, match=r"params\.ctx is unknown"):
         longtasks.check_submission(document, registry)
 
 
@@ -900,13 +847,9 @@ def test_the_registry_is_a_dict_and_the_function_stays_itself(registry):
         And more.
         """
 
-    assert handler("mine")(function) is function
+    assert handler("é" * 100)(function) is function
     assert isinstance(longtasks.REGISTRY, dict)
-    assert registry["mine"].description == "Do it."
-
-
-def positional_only():
-    return eval("lambda a, /: a")
+    assert registry["é" * 100].description == "Do it."
 
 
 class Status(enum.Enum):
@@ -930,24 +873,77 @@ def generator():
     yield 1
 
 
+def annotated(annotation):
+    """A handler whose parameter `value` has this annotation."""
+
+    def function(value):
+        return value
+
+    function.__annotations__["value"] = annotation
+    return function
+
+
+@pytest.mark.parametrize("name", ["", "x" * 101, "x" * 10**6, "a\nb", 5])
+def test_a_bad_name_for_a_type_is_refused(name, registry):
+    with pytest.raises(HandlerError, match="1 to 100 printable"):
+        handler(name)
+
+
+def test_a_name_is_registered_once(registry):
+    with pytest.raises(HandlerError, match='"long_computation" is registered twice'):
+        handler("long_computation")
+
+
+@pytest.mark.parametrize("function", [generator, Clock])
+def test_a_decorator_without_a_name_is_reported_with_what_is_missing(function):
+    with pytest.raises(HandlerError, match=r'write @handler\("%s"' % function.__name__):
+        handler(function)
+
+
 @pytest.mark.parametrize(
-    "function, why",
+    "function, reason",
     [
-        (lambda *args: 1, "can't be given by name"),
-        (positional_only(), "can't be given by name"),
+        (lambda *args: 1, r'task type "bad": \*args can\'t be passed by name'),
+        (eval("lambda a, /: a"), "can't be passed by name"),
         (lambda ctx: 1, "annotate ctx"),
-        (coroutine, "neither async"),
-        (functools.partial(coroutine), "neither async"),
-        (AsyncObject(), "neither async"),
-        (functools.partial(AsyncObject()), "neither async"),
-        (generator, "neither async"),
+        (coroutine, "async"),
+        (functools.partial(coroutine), "async"),
+        (AsyncObject(), "async"),
+        (generator, "generator"),
         (dict, "a handler is a function"),
         (3, "a handler is a function"),
+        (annotated("Nowhere"), "NameError: name 'Nowhere'"),
     ],
 )
-def test_an_unusable_signature_is_refused(function, why, registry):
-    with pytest.raises(HandlerError, match=why):
+def test_an_unusable_signature_is_refused(function, reason, registry):
+    with pytest.raises(HandlerError, match=reason):
         handler("bad")(function)
+    assert "bad" not in registry
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"retry": 3}, 'task type "bad": retry is unknown; known here: timeout, retr'),
+        ({"retries": -1}, "retries must be a whole number from 0"),
+        ({"timeout": "1"}, "timeout must be a number from 0"),
+        ({"backoff": INFINITE}, "backoff must be a number"),
+        ({"limits": {"n": 5}}, r"limits\.n must be an object"),
+        ({"limits": {"n": {"least": 1}}}, r"limits\.n\.least is unknown"),
+        ({"limits": {"n": {"minimum": NAN}}}, r"limits\.n\.minimum must be a number"),
+        ({"limits": {"m": {"minimum": 1}}}, 'no int or float parameter "m"'),
+        ({"limits": {"text": {"minimum": 1}}}, 'no int or float parameter "text"'),
+    ],
+)
+def test_a_bad_option_of_a_handler_is_refused(options, reason, registry):
+    def function(n: int, text: str):
+        return n
+
+    with pytest.raises(HandlerError, match=reason):
+        handler("bad", **options)(function)
     assert "bad" not in registry
 
 
@@ -955,27 +951,12 @@ def test_an_unusable_signature_is_refused(function, why, registry):
     "annotation",
     [
         *(set, List[set], Dict[int, str], Mapping[int, str], Tuple[int, ...], tuple),
-        *(Status, Path, Point, bytes, Literal[b"a"], Union[int, Path]),
+        *(Status, Path, Point, bytes, Literal[b"a"]),
     ],
 )
 def test_an_annotation_without_counterpart_in_json_is_refused(annotation, registry):
-    def function(value):
-        return value
-
-    function.__annotations__["value"] = annotation
-    why = 'type "bad": parameter value: the annotation .* has no counterpart in JSON; '
-    with pytest.raises(HandlerError, match=why + "take what JSON has, such as str"):
-        handler("bad")(function)
-
-
-def test_an_annotation_that_leads_nowhere_is_refused(registry):
-    def function(value: "Nowhere"):  # noqa: F821
-        return value
-
-    with pytest.raises(HandlerError) as raised:
-        handler("bad")(function)
-    why = "the annotation of value can't be resolved: NameError: name 'Nowhere'"
-    assert why in str(raised.value)
+    with pytest.raises(HandlerError, match=r"value: .* has no counterpart in JSON"):
+        handler("bad")(annotated(annotation))
 
 
 ANNOTATED = """
@@ -1029,47 +1010,6 @@ def test_a_context_may_be_optional(registry):
 
     assert run(registry, "t") == "id"
     assert "ctx" not in registry["t"].schema["properties"]
-
-
-def test_a_types_name_may_have_100_characters(registry):
-    handler("é" * 100)(lambda: 1)
-    assert "é" * 100 in registry
-
-
-@pytest.mark.parametrize("name", ["", "x" * 101, "x" * 10**6, "a\nb", 5])
-def test_a_bad_name_for_a_type_is_refused(name, registry):
-    with pytest.raises(HandlerError, match="1 to 100 printable"):
-        handler(name)
-
-
-def test_limits_on_what_is_not_there_are_refused(registry):
-    with pytest.raises(HandlerError, match="no such thing as m"):
-        handler("bad", limits={"m": {"minimum": 1}})(lambda n: n)
-    with pytest.raises(HandlerError, match="no such thing as least"):
-        handler("bad", limits={"n": {"least": 1}})(lambda n: n)
-    with pytest.raises(HandlerError, match=r'limits: write {"n": {"min'):
-        handler("bad", limits={"n": 5})(lambda n: n)
-
-
-@pytest.mark.parametrize("function", [positional_only(), coroutine, Clock])
-def test_a_decorator_without_brackets_is_told_what_is_missing(function, registry):
-    with pytest.raises(HandlerError) as raised:
-        handler(function)
-    right = 'write @handler("%s")' % function.__name__
-    assert str(raised.value) == "it is @handler without brackets: " + right
-
-
-def test_an_option_that_no_handler_has_is_told_with_those_that_there_are(registry):
-    with pytest.raises(HandlerError) as raised:
-        handler("bad", retry=3)(lambda: 1)
-    told = "no such thing as retry; known: limits, isolated, timeout, retries, "
-    assert str(raised.value) == 'task type "bad": ' + told + "backoff, max_running"
-
-
-def test_a_name_is_registered_once(registry):
-    handler("twice")(lambda: 1)
-    with pytest.raises(HandlerError, match='"twice" is registered twice'):
-        handler("twice")(lambda: 2)
 
 
 def test_progress_is_kept_within_bounds():
@@ -1227,7 +1167,7 @@ def test_a_handlers_file_adds_types_and_may_import_its_neighbours(tmp_path, regi
         ),
         (
             "from longtasks import handler\n@handler('x')\ndef f(*a): pass\n",
-            r'task type "x": \*a can\'t be given by name \(line',
+            r'task type "x": .* \(line',
         ),
     ],
 )
@@ -3938,8 +3878,8 @@ class Listener(Context):
 def run_program(line, params=None, context=None):
     """The outcome of a program, run as by a worker, and the context."""
     context, made = context or Listener(), program(line)
-    check = longtasks.checker(made.schema)
-    made = longtasks.Handler("t", made, made.schema, True, "ctx", {}, False, check)
+    params_of = longtasks.Validator(made.schema)
+    made = longtasks.Handler("t", made, params_of, whole=True, context="ctx")
     return outcome_of({"t": made}, "t", params or {}, context, 100_000), context
 
 
@@ -4184,23 +4124,25 @@ def test_a_brace_is_written_twice():
     ],
 )
 def test_a_value_that_could_be_an_option_is_refused(line, params, good):
-    assert (not longtasks.checker(program(line).schema)(params)) == good
+    assert longtasks.Validator(program(line).schema).is_valid(params) == good
 
 
 @pytest.mark.parametrize(
     "value, reason",
     [
-        (5, "must be a string, not 5"),
-        (None, "must be a string, not null"),
-        ("-" * 5000, "must have at most 4096 characters, not 5000"),
-        ("-\0", "must not contain NUL"),
-        ("\ud800", "must not contain a lone surrogate, which is half a character"),
-        ("-rf", "must not begin with -, since it could pass for an option"),
+        (5, "not 5"),
+        (None, "not null"),
+        ("-" * 5000, "of at most 4096 characters"),
+        ("-\0", "without NUL"),
+        ("\ud800", r'not "\ud800"'),
+        ("-rf", "does not begin with -"),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_reason_that_applies(value, reason):
-    check = longtasks.checker(program("t=echo {a}").schema)
-    assert check({"a": value}) == [(("a",), " " + reason)]
+    with pytest.raises(longtasks.Invalid) as raised:
+        longtasks.Validator(program("t=echo {a}").schema).validate({"a": value})
+    assert raised.value.problems[0][0] == ("a",)
+    assert reason in str(raised.value)
 
 
 def test_its_output_is_the_log_and_its_tail_the_result():
@@ -5553,12 +5495,13 @@ def test_a_batch_with_a_fault_is_refused_whole(service):
 def test_only_a_few_large_bodies_are_parsed_and_checked_at_once(registry):
     known, inside, release = registry["long_computation"], queue.Queue(), Gate().release
 
-    def check(params):
-        inside.put(params)
-        assert release.wait(LONG)
-        return known.check(params)
+    class Held(longtasks.Validator):
+        def validate(self, value, path=()):
+            inside.put(value)
+            assert release.wait(LONG)
+            return super().validate(value, path)
 
-    registry["held"] = known._replace(name="held", check=check)
+    registry["held"] = known._replace(name="held", params=Held(known.schema))
     body = json.dumps({"type": "held", "params": {"duration": 0}}).encode()
     large = body + b" " * longtasks.LARGE_BODY
     with serving() as service:
@@ -6072,7 +6015,7 @@ def test_the_schema_of_a_submission_holds_for_what_is_taken(submission, registry
         taken = True
     except longtasks.Invalid:
         taken = False
-    assert taken == (longtasks.checker(schema)(submission) == ())
+    assert taken == longtasks.Validator(schema).is_valid(submission)
 
 
 def test_each_task_type_has_a_component_whose_name_can_be_a_class(registry):

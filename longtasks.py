@@ -6874,292 +6874,228 @@ class APIServer(ThreadingHTTPServer):
 # ======================================================================
 # 11. Client
 #
-# The same API from the other side, for hosts without curl. CLIENT lists
-# the commands, each a small function over Client.answer(). What was asked
-# for goes to stdout, what is told beside it to stderr. Following a task
-# outlasts lost connections and restarts of the service.
+# The command line client, for hosts without curl. CLIENT is the table of its
+# commands. The output of a command goes to stdout, all messages to stderr.
+# Following a task survives lost connections and restarts of the service.
 # ======================================================================
 
 EXIT_CODES = {
-    0: "the task is completed; for other commands: done",
-    1: "the task has failed",
-    2: "refused or not understood: nothing was done",
-    3: "the task is cancelled",
-    4: "no answer: the service can't be reached, takes in nothing now, has lost the "
-    "task or changed its token, or the output can't be written",
-    130: "left by Ctrl-C; a task that was submitted goes on",
+    0: "done; for run and result: the task is completed",
+    1: "the task failed",
+    2: "the service refused the request, or the command is wrong: nothing was done",
+    3: "the task was cancelled",
+    4: "the service can't be reached, accepts no tasks now, has lost the task or "
+    "changed its token, or the output can't be written",
+    130: "interrupted by Ctrl-C; a submitted task goes on",
 }
-REFUSED, NO_ANSWER, LEFT = 2, 4, 130
-ENDS = {COMPLETED: 0, FAILED: 1, CANCELLED: 3}
+REFUSED, NO_ANSWER, INTERRUPTED = 2, 4, 130
 
-PATIENCE = 300.0  # seconds for which an answer that fails to come is asked for again
-PAUSE = 1.0  # seconds between two tries
-REACH = 10.0  # seconds that a connection may take
-SILENCE = 40.0  # seconds without a sign of life; streams send one every KEEP_ALIVE
+REQUEST_TIMEOUT = 30.0  # seconds without a byte from the service that end a request
+RETRY_TIMEOUT = 300.0  # seconds for which a request without an answer is repeated
+RETRY_PAUSE = 1.0  # seconds between two attempts
+POLL_INTERVAL = 1.0  # seconds between two looks at a task that is followed
+LINE_INTERVAL = 10.0  # seconds between two lines about progress, not on a terminal
 
 
 class ClientError(Exception):
-    """What a command ends with instead: lines for the user, and the exit code."""
+    """A command failed: lines to report, exit code, status of the response or 0."""
 
     def __init__(self, code: int, *lines: str, status: int = 0) -> None:
         super().__init__(*lines)
         self.code = code
-        self.status = status  # of the refusal, in HTTP
-
-
-class NoAnswer(ClientError):
-    """The service can't be reached or can't do it now; another try may help."""
-
-    def __init__(self, *lines: str, status: int = 0, sent: bool = False) -> None:
-        super().__init__(NO_ANSWER, *lines, status=status)
-        self.sent = sent  # so that it may be done, though nobody said so
+        self.status = status
+        self.temporary = code == NO_ANSWER and not 0 < status < 500  # a retry may help
+        self.sent = True  # the request may have taken effect all the same
 
 
 class Client:
-    """A service by its URL; everything here raises ClientError."""
+    """The API of the service at a URL. All methods raise ClientError."""
 
-    urls = re.compile(
+    _urls = re.compile(
         r"(https?)://([\w.-]+(?::\d+)?|\[[\w.:]+\](?::\d+)?)((?:/[\w.~%-]+)*)/?"
         r"|unix:(.+)",
         re.ASCII,
     )
-    # What OpenSSL calls it, by version, when the other side answers in the clear.
-    no_tls = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")
 
     def __init__(self, url: str, token: str = "") -> None:
-        match = self.urls.fullmatch(url)
+        match = self._urls.fullmatch(url)
         if not match:
-            right = "http://HOST:PORT, https://HOST:PORT or unix:PATH"
-            raise ClientError(REFUSED, "a URL is %s, not %s" % (right, quote(url)))
-        if match.group(4) and not hasattr(socket, "AF_UNIX"):
-            raise ClientError(REFUSED, "this system has no Unix sockets")
+            expected = "http://HOST:PORT, https://HOST:PORT or unix:PATH"
+            raise ClientError(REFUSED, "a URL is %s, not %s" % (expected, quote(url)))
         self.url = url
         self._scheme, self._host, self._prefix, self._socket = match.groups("")
         self._headers = {"Authorization": "Bearer " + token} if token else {}
 
-    def fetch(
+    def request(
         self, method: str, path: str, document: Any = None, accept: str = JSON
-    ) -> bytes:
-        """Ask for something of the API; return the answer's body."""
-        with self.answer(method, path, document, accept) as response:
-            return bytes(response.read())
-
-    def get(self, path: str, name: str) -> Dict[str, Any]:
-        """Return the document at a path, in which there is to be this name."""
-        with contextlib.suppress(ValueError):
-            document = json.loads(self.fetch("GET", path))
-            if isinstance(document, dict) and name in document:
-                return document
-        raise ClientError(NO_ANSWER, "what answers at %s is not longtasks" % self.url)
-
-    @contextlib.contextmanager
-    def answer(
-        self,
-        method: str,
-        path: str,
-        document: Any = None,
-        accept: str = JSON,
-        **headers: str,
-    ) -> Iterator[Any]:
-        """Send a request; give the answer to be read, if it is a good one."""
+    ) -> str:
+        """Send a request, with a document as JSON; return the body of the response."""
         from http.client import HTTPException
 
+        headers = {**self._headers, "Accept": accept, "Connection": "close"}
         body, sent = None, False
-        headers.update(self._headers, Accept=accept, Connection="close")
         if document is not None:
             body, headers["Content-Type"] = to_json(document), JSON
         try:
-            with contextlib.closing(self._connected()) as connection:
+            with contextlib.closing(self._connect()) as connection:
                 sent = True
                 connection.request(method, self._prefix + path, body, headers)
-                with connection.getresponse() as response:
-                    self._check(response, accept)
-                    yield response
+                response = connection.getresponse()
+                text = response.read().decode("utf-8", "replace").rstrip()
         except (OSError, HTTPException, UnicodeError) as error:
-            text = "no answer from %s: %s" % (self.url, self._why(error))
-            raise NoAnswer(text, sent=sent) from None
+            reason = getattr(error, "strerror", None) or str(error).strip()
+            text = "no answer from %s: %s" % (self.url, reason)
+            failure = ClientError(NO_ANSWER, text)
+            failure.sent = sent
+            raise failure from None
+        media = response.headers.get_content_type()
+        if 200 <= response.status < 300 and media == accept:
+            return str(text)
+        raise self._refusal(response, text if media == PROBLEM else "")
 
-    def _why(self, error: Exception) -> str:
-        """Say why there is no answer."""
-        if getattr(error, "reason", None) in self.no_tls:
-            return "it speaks no TLS there; try http://"
-        if isinstance(error, ConnectionResetError) and self._scheme == "http":
-            return "it hung up without a word; if it speaks TLS, use https://"
-        return getattr(error, "strerror", None) or str(error).strip()
+    def get(self, path: str, key: str) -> Dict[str, Any]:
+        """Return the JSON object at a path, which must have this key."""
+        with contextlib.suppress(ValueError):
+            document = json.loads(self.request("GET", path))
+            if isinstance(document, dict) and key in document:
+                return document
+        text = "the server at %s is not longtasks" % self.url
+        raise ClientError(NO_ANSWER, text, status=200)
 
-    def _connected(self) -> Any:
+    def _connect(self) -> Any:
         import http.client
 
-        name = "HTTPSConnection" if self._scheme == "https" else "HTTPConnection"
-        if not hasattr(http.client, name):
-            raise ClientError(REFUSED, "https needs Python's ssl, which is missing")
+        secure = self._scheme == "https"
+        name = "HTTPSConnection" if secure else "HTTPConnection"
+        family = "AF_UNIX" if self._socket else "AF_INET"
+        if not (hasattr(http.client, name) and hasattr(socket, family)):
+            lack = "ssl" if secure else "Unix sockets"
+            raise ClientError(REFUSED, "this Python lacks %s" % lack)
         host = self._host or "localhost"
-        connection = getattr(http.client, name)(host, timeout=REACH)
+        connection = getattr(http.client, name)(host, timeout=REQUEST_TIMEOUT)
         if self._socket:
             connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(REQUEST_TIMEOUT)
             connection.sock.connect(self._socket)
         else:
             connection.connect()
-        connection.sock.settimeout(SILENCE)
         return connection
 
-    def _check(self, response: Any, accept: str) -> None:
-        """Raise ClientError for a refusal, or when it is not longtasks that answers."""
-        status, media = response.status, response.headers.get_content_type()
-        if 200 <= status < 300 and media == accept:
-            return
-        text = "what answers at %s is not longtasks: %d %s"
+    def _refusal(self, response: Any, problem: str) -> ClientError:
+        """Return the error for a response, with its problem document if it has one."""
+        status = response.status
+        text = "the server at %s is not longtasks: %d %s"
         code, lines = NO_ANSWER, [text % (self.url, status, response.reason)]
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-            if media == PROBLEM:
-                found = json.loads(response.read())
-                lines = [each["detail"] for each in found.get("errors", [found])]
-                code = REFUSED
+            found = json.loads(problem)
+            lines = [each["detail"] for each in found.get("errors", [found])]
+            code = NO_ANSWER if status >= 500 else REFUSED
         if status == 401:
-            wrong = "this is not its token" if self._headers else "it needs a token"
-            lines = ["%s: %s; set API_TOKEN or API_TOKEN_FILE" % (self.url, wrong)]
-        if status >= 500:
-            raise NoAnswer(*lines, status=status)
-        raise ClientError(code, *lines, status=status)
+            fault = "the token is wrong" if self._headers else "it needs a token"
+            lines = ["%s: %s; set API_TOKEN or API_TOKEN_FILE" % (self.url, fault)]
+        return ClientError(code, *lines, status=status)
 
 
 def make_client(url: Optional[str], environ: Mapping[str, str]) -> Client:
-    """Return the client for a URL, with what the environment says beside it."""
+    """Return the client for a URL, by default the one that the environment names."""
     names = ("PORT", "API_TOKEN", "API_TOKEN_FILE")
     settings = read_settings([], {name: environ.get(name, "") for name in names})
-    here = "http://127.0.0.1:%d" % settings["PORT"]
-    return Client(url or environ.get("LONGTASKS_URL") or here, read_token(settings))
+    local = "http://127.0.0.1:%d" % settings["PORT"]
+    return Client(url or environ.get("LONGTASKS_URL") or local, read_token(settings))
 
 
-def task_path(task_id: str, below: str = "") -> str:
-    """Return the path of a task, or of what is below it."""
-    return "/api/v1/tasks/" + url_quote(task_id, "", errors="surrogateescape") + below
+def task_path(task_id: str, suffix: str = "") -> str:
+    """Return the path of a task in the API, or of a resource below it."""
+    return "/api/v1/tasks/" + url_quote(task_id, "", errors="surrogateescape") + suffix
 
 
-def persist(do: Callable[[], Any], tell: Callable[[str], None]) -> Any:
-    """Do it, again and again while there is no answer, until PATIENCE is at its end."""
-    end, told = time.monotonic() + PATIENCE, False
-    while True:
-        try:
-            return do()
-        except NoAnswer as error:
-            if time.monotonic() > end:
-                raise
-            if not told:
-                tell("%s; trying again" % error.args[0])
-            told = True
-        time.sleep(PAUSE)
+# -- output ----------------------------------------------------------------
 
 
-# -- what is told ----------------------------------------------------------
+def report(line: str, changes: bool = False) -> None:
+    """Print a line on stderr; on a terminal it replaces one that `changes`."""
+    text = escape(line)
+    if on_terminal():
+        # Without line wrap the terminal cuts a line that is too long.
+        text = "\r\x1b[K" + ("\x1b[?7l%s\x1b[?7h" % text if changes else text)
+    with contextlib.suppress(OSError, ValueError):  # it has no reader
+        print(text, end="" if changes else "\n", file=sys.stderr, flush=True)
 
 
-def tell(text: str) -> None:
-    """Write on stderr, if anybody reads it."""
-    with contextlib.suppress(OSError, ValueError):
-        if sys.stderr:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+def on_terminal() -> bool:
+    """Whether stderr is a terminal that can erase a line."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-def put_out(what: Union[str, bytes]) -> None:
-    """Print on stdout, in UTF-8 as JSON is; quiet when nobody reads it."""
-    text = what if isinstance(what, str) else what.decode("utf-8", "replace").rstrip()
-    # What a terminal could obey is within a string of JSON, if anywhere, and raw only
-    # where the service is not what it seems.
-    text = re.sub(
-        "[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda m: "\\u%04x" % ord(m.group()), text
-    )
+def print_text(text: str) -> None:
+    """Print on stdout in UTF-8, as JSON is, if it has a reader."""
+    # JSON may have DEL and C1 controls in strings, where \uXXXX is the same. Any other
+    # control character is from a server that isn't longtasks.
+    controls = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
+    text = controls.sub(lambda match: "\\u%04x" % ord(match.group()), text)
     try:
-        if sys.stdout:
-            sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
-            sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
+        sys.stdout.flush()
     except BrokenPipeError:
         pass
     except OSError as error:
         raise ClientError(NO_ANSWER, "can't write: %s" % error.strerror) from None
 
 
-def put_table(*rows: Sequence[str]) -> None:
-    """Print rows on stdout, their columns below each other."""
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows on stdout, with aligned columns."""
     safe = [[escape(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*safe)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in safe]
-    put_out("\n".join(lines))
+    print_text("\n".join(lines))
 
 
-class Display:
-    """Tells how a task goes on: in a line that changes on a terminal, else in lines."""
-
-    step = 10.0  # percent or seconds, after which another line is worth it
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        capable = os.environ.get("TERM", "dumb") != "dumb"
-        self._live = capable and bool(sys.stderr) and sys.stderr.isatty()
-        self._told = ("", 0.0, 0.0)  # last: status, percent, and when
-
-    def show(self, document: Mapping[str, Any]) -> None:
-        """Tell of a status document, or of what an event says of progress."""
-        status = text = document.get("status", self._told[0])
-        progress = document if "message" in document else document.get("progress")
-        percent = progress.get("percent") if progress else None
-        if progress:
-            text = progress["message"]
-        if percent is not None:
-            text = ("%3d%% %s" % (percent, text)).rstrip()
-        before, past, when = self._told
-        now = self._clock()
-        if self._live:
-            self._draw(escape(text), percent)
-        elif status == before and not (
-            progress and ((percent or 0) >= past + self.step or now >= when + self.step)
-        ):
-            return  # not worth a line
-        else:
-            self.say(text)
-        self._told = status, percent or 0.0, now
-
-    def _draw(self, text: str, percent: Optional[float]) -> None:
-        columns = 80
-        with contextlib.suppress(OSError, ValueError):
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
-        if percent is not None:
-            full, room = int(percent / 100 * (columns // 4)), columns // 4
-            text = "[%s] %s" % (("#" * full).ljust(room, "-"), text)
-        # Cut here, and by the terminal itself where characters are wider than one.
-        tell("\r\x1b[K\x1b[?7l%s\x1b[?7h" % text[: columns - 1])
-
-    def say(self, line: str) -> None:
-        """Tell something in a line that stays."""
-        self.clear()
-        tell(escape(line) + "\n")
-
-    def clear(self) -> None:
-        """Take away the line that changes."""
-        if self._live:
-            tell("\r\x1b[K")
+def progress_text(task: Mapping[str, Any]) -> str:
+    """Return the progress in a status document, such as " 50% half way"."""
+    progress = task.get("progress", {})
+    percent = "%3d%% " % progress["percent"] if "percent" in progress else ""
+    return (percent + str(progress.get("message", ""))).rstrip()
 
 
-# -- params ----------------------------------------------------------------
+# -- submitting and following ----------------------------------------------
+
+
+def read_json(name: str, source: str) -> Any:
+    """Return the JSON value of an argument, read from @FILE or, for -, from stdin."""
+    data = source.encode("utf-8", "surrogateescape")
+    try:
+        if source == "-":
+            data = sys.stdin.buffer.read()
+        elif source.startswith("@"):
+            with open(source[1:], "rb") as file:
+                data = file.read()
+        return from_json(data)
+    except OSError as error:
+        text = "%s %s: %s" % (name, source, error.strerror)
+        raise ClientError(REFUSED, text) from None
+    except Malformed as error:
+        raise ClientError(REFUSED, "%s: %s" % (name, error)) from None
+
+
+def parse_value(text: str, schema: Schema) -> Any:
+    """Return the value of a word: a string if the schema allows one, else its JSON.
+
+    The service refuses a value that does not fit the schema, and says why.
+    """
+    try:
+        value = from_json(text.encode("utf-8", "surrogateescape"))
+    except Malformed:
+        return text
+    is_text = isinstance(schema, dict) and schema.get("type") == "string"
+    return text if is_text or Validator(schema).is_valid(text) else value
 
 
 def read_task(client: Client, args: Any) -> Dict[str, Any]:
-    """Return the document that the arguments of run and submit stand for."""
-    document = {"type": args.type, "params": read_params(client, args)}
-    for name in Options._fields:
-        text = getattr(args, name)
-        if text is not None:
-            document[name] = typed(text, SUBMISSION["properties"][name])
-    return document
-
-
-def read_params(client: Client, args: Any) -> Any:
-    """Return the params: those of --params, and over them key=value, key:=JSON."""
-    schema: Dict[str, Any] = {}
-    params = _from_source(args.params)
+    """Return the submission that the arguments of run and submit describe."""
+    params = read_json("--params", args.params or "{}")
     if args.words and not isinstance(params, dict):
         raise ClientError(REFUSED, "--params must be an object, not " + quote(params))
+    schemas: Dict[str, Any] = {}
     for word in args.words:
         match = re.fullmatch("([^=]+?)(:?=)(.*)", word, re.DOTALL)
         if not match:
@@ -7167,357 +7103,283 @@ def read_params(client: Client, args: Any) -> Any:
             raise ClientError(REFUSED, text)
         key, sign, text = match.groups()
         if sign == ":=":
-            params[key] = _read_json(key, text.encode("utf-8", "surrogateescape"))
-        else:
-            schema = schema or schema_from(client, args.type)
-            others = schema.get("additionalProperties", True)
-            params[key] = typed(text, schema.get("properties", {}).get(key, others))
-    return params
+            params[key] = read_json(key, text)
+            continue
+        if not schemas:
+            types = client.get("/api/v1/types", "types")["types"]
+            schemas = {each["type"]: each["params"] for each in types}
+        schema = schemas.get(args.type, {})
+        others = schema.get("additionalProperties", True)
+        params[key] = parse_value(text, schema.get("properties", {}).get(key, others))
+    document = {"type": args.type, "params": params}
+    for name in Options._fields:
+        if getattr(args, name) is not None:
+            schema = SUBMISSION["properties"][name]
+            document[name] = parse_value(getattr(args, name), schema)
+    return document
 
 
-def schema_from(client: Client, type: str) -> Dict[str, Any]:
-    """The JSON Schema of a type's params as the service tells it, if it knows any."""
-    types = client.get("/api/v1/types", "types")["types"]
-    return next((each["params"] for each in types if each["type"] == type), {})
+def send_task(client: Client, task_id: str, document: Any) -> None:
+    """Submit a task; repeat that if it may have been accepted without an answer."""
 
+    def put() -> str:
+        return client.request("PUT", task_path(task_id), document)
 
-def _from_source(text: Optional[str]) -> Any:
-    """Return what --params says: JSON, @FILE that has it, or - for that of stdin."""
-    if text is None:
-        return {}
-    if text == "-":
-        return _read_json("--params", sys.stdin.buffer.read())
-    data = text.encode("utf-8", "surrogateescape")
-    if text.startswith("@"):
-        try:
-            with open(text[1:], "rb") as file:
-                data = file.read()
-        except OSError as error:
-            lines = "--params %s: %s" % (text, error.strerror)
-            raise ClientError(REFUSED, lines) from None
-    return _read_json("--params", data)
-
-
-def _read_json(name: str, data: bytes) -> Any:
     try:
-        return from_json(data)
-    except Malformed as error:
-        raise ClientError(REFUSED, "%s: %s" % (name, error)) from None
-
-
-def typed(text: str, schema: Schema) -> Any:
-    """Return the value that a word stands for where this schema holds.
-
-    A string where a string may stand, of several possibilities the first; what fits
-    nowhere is left to the service, which says so.
-    """
-    try:
-        values = [text, from_json(text.encode("utf-8", "surrogateescape"))]
-    except Malformed:
-        return text
-    if not isinstance(schema, dict):
-        return text
-    for each in schema.get("anyOf", [schema]):
-        for value in values:
-            if Validator(each).is_valid(value):
-                return value
-    return text if schema.get("type") == "string" else values[1]
-
-
-# -- following a task ------------------------------------------------------
-
-
-def read_events(lines: Iterator[bytes]) -> Iterator[Dict[str, str]]:
-    """Yield the fields of each Server-Sent Event, as this service sends them."""
-    fields: Dict[str, str] = {}
-    for line in lines:
-        name, _, text = line.decode("utf-8", "replace").rstrip("\r\n").partition(":")
-        if name:
-            fields[name] = text[text.startswith(" ") :]
-        elif not line.strip():
-            if "data" in fields:
-                yield fields
-            fields = {}
-
-
-def follow(client: Client, task_id: str, display: Display) -> None:
-    """Show how a task goes on, until it ends.
-
-    By its events, and while those don't come by asking again and again.
-    """
-    path = task_path(task_id)
-    seen: Dict[str, str] = {}
-    try:
-        while True:
-            with contextlib.suppress(ClientError, ValueError):
-                listen(client, path + "/events", display, seen)
-            with known():
-                document = persist(lambda: client.get(path, "status"), display.say)
-            display.show(document)
-            if document["status"] in FINISHED:
-                return
-            time.sleep(PAUSE)  # the stream has ended before the task
-    finally:
-        display.clear()
-
-
-def listen(client: Client, path: str, display: Display, seen: Dict[str, str]) -> None:
-    """Show events, behind the last one that was seen, until there are no more."""
-    with client.answer("GET", path, accept=SSE, **seen) as response:
-        for event in read_events(response):
-            if event.get("event") in ("status", "progress"):
-                display.show(json.loads(event["data"]))
-            if "id" in event:
-                seen["Last-Event-ID"] = event["id"]
-
-
-@contextlib.contextmanager
-def known() -> Iterator[None]:
-    """Ask about a task that was there before: a refusal says that it is lost."""
-    try:
-        yield
+        put()
     except ClientError as error:
-        if error.code == REFUSED:
-            error.code = NO_ANSWER
-        if error.status == 404:
-            error.args += ("it was there: was the service restarted without --db?",)
-        raise
+        if error.status or not error.sent:
+            raise
+        retry(put)
+
+
+def retry(request: Callable[[], Any]) -> Any:
+    """Repeat a request while it gets no answer, for RETRY_TIMEOUT seconds at most.
+
+    The task is known to the service, so the refusal of a request means that it is lost.
+    """
+    deadline, reported = time.monotonic() + RETRY_TIMEOUT, False
+    while True:
+        try:
+            return request()
+        except ClientError as error:
+            if not error.temporary or time.monotonic() > deadline:
+                error.code = NO_ANSWER if error.code == REFUSED else error.code
+                if error.status == 404:
+                    error.args += ("was the service restarted without --db?",)
+                raise
+            if not reported:
+                report("%s; trying again" % error.args[0])
+            reported = True
+        time.sleep(RETRY_PAUSE)
+
+
+def follow(client: Client, task_id: str) -> None:
+    """Report how an accepted task proceeds, until it has ended."""
+    path, wait = task_path(task_id), 0.0
+    status, due = "", 0.0
+    while True:
+        begin = time.monotonic()
+        query = "?wait=%g" % wait
+        task = retry(lambda: client.get(path + query, "status"))  # noqa: B023
+        text = progress_text(task)
+        if task["status"] != status:
+            report(task["status"])
+            status, due = task["status"], begin + LINE_INTERVAL
+        if status in FINISHED:
+            return
+        if text and on_terminal():
+            report(text, changes=True)
+        elif text and begin >= due:
+            report(text)
+            due = begin + LINE_INTERVAL
+        # The service answers early while it drains, or if its MAX_WAIT is less.
+        time.sleep(max(0.0, begin + wait - time.monotonic()))
+        wait = POLL_INTERVAL
+
+
+def print_result(client: Client, task_id: str) -> None:
+    """Print the result of a finished task; raises ClientError with its error."""
+    path = task_path(task_id, "/result")
+    try:
+        print_text(client.request("GET", path, accept="text/plain"))
+        return
+    except ClientError as error:
+        if error.status != 406:  # the task has no result but an error, which is JSON
+            raise
+    document = client.get(path, "error")
+    first, *others = document["error"].splitlines() or [""]
+    code = {FAILED: 1, CANCELLED: 3}[document["status"]]
+    raise ClientError(code, "%s: %s" % (document["status"], first), *others)
 
 
 # -- commands --------------------------------------------------------------
 
 
-def run_command(client: Client, args: Any) -> int:
-    """Submit a task, follow it, print its result; Ctrl-C asks to cancel."""
-    display, document, task_id = Display(), read_task(client, args), args.id or new_id()
+def run_command(client: Client, args: Any) -> None:
+    """Submit a task, follow it, print its result."""
+    document, task_id = read_task(client, args), args.id or new_id()
     try:
-        send_task(client, task_id, document, display)
-        display.say("task " + task_id)
-        follow(client, task_id, display)
+        send_task(client, task_id, document)
+        report("task " + task_id)
+        follow(client, task_id)
     except KeyboardInterrupt:
-        display.say("asking to cancel it; Ctrl-C again leaves at once")
-        send_task(client, task_id, document, display)  # if it was just that
-        path = task_path(task_id, "/cancel")
+        report("cancelling the task; Ctrl-C again leaves at once")
+        send_task(client, task_id, document)  # it may not have arrived yet
         with contextlib.suppress(ClientError):  # it may just have ended
-            persist(lambda: client.fetch("POST", path), display.say)
-        follow(client, task_id, display)
-    with known():
-        return int(persist(lambda: print_result(client, task_id), display.say))
+            retry(lambda: client.request("POST", task_path(task_id, "/cancel")))
+        follow(client, task_id)
+    retry(lambda: print_result(client, task_id))
 
 
-def submit_command(client: Client, args: Any) -> int:
-    """Submit a task and print its id."""
+def submit_command(client: Client, args: Any) -> None:
+    """Submit a task, print its id."""
     task_id = args.id or new_id()
-    send_task(client, task_id, read_task(client, args), Display())
-    put_out(task_id)
-    return 0
+    send_task(client, task_id, read_task(client, args))
+    print_text(task_id)
 
 
-def send_task(client: Client, task_id: str, document: Any, display: Display) -> None:
-    """Submit a task; again where it may have been taken in but nobody said so."""
-
-    def put() -> bytes:
-        return client.fetch("PUT", task_path(task_id), document)
-
-    try:
-        put()
-    except NoAnswer as error:
-        if not error.sent:
-            raise
-        persist(put, display.say)
+def status_command(client: Client, args: Any) -> None:
+    """Print the status of a task."""
+    print_text(client.request("GET", task_path(args.id)))
 
 
-def result_command(client: Client, args: Any) -> int:
-    """Print a finished task's result as JSON, or tell its error."""
-    if not args.wait:
-        return print_result(client, args.id)
-    client.get(task_path(args.id), "status")
-    follow(client, args.id, Display())
-    with known():
-        return print_result(client, args.id)
+def result_command(client: Client, args: Any) -> None:
+    """Print the result of a task, or report its error."""
+    if args.wait:
+        client.get(task_path(args.id), "status")  # a wrong id is refused
+        follow(client, args.id)
+        retry(lambda: print_result(client, args.id))
+    else:
+        print_result(client, args.id)
 
 
-def print_result(client: Client, task_id: str) -> int:
-    """Print what a finished task ended with; return the exit code that tells of it."""
-    path = task_path(task_id, "/result")
-    try:
-        put_out(client.fetch("GET", path, accept="text/plain"))
-        return 0
-    except ClientError as error:
-        if error.status != 406:  # it has an error, which is not to be had as text
-            raise
-    document = client.get(path, "error")
-    lines = document["error"].splitlines() or [""]
-    raise ClientError(
-        ENDS[document["status"]], "%s: %s" % (document["status"], lines[0]), *lines[1:]
-    )
+def cancel_command(client: Client, args: Any) -> None:
+    """Cancel a task."""
+    print_text(client.request("POST", task_path(args.id, "/cancel")))
 
 
-def look(method: str, below: str) -> Callable[[Client, Any], int]:
-    """Make a command that prints what the service answers about a task."""
-
-    def command(client: Client, args: Any) -> int:
-        put_out(client.fetch(method, task_path(args.id, below)))
-        return 0
-
-    return command
-
-
-def list_command(client: Client, args: Any) -> int:
-    """List tasks, newest first if not told otherwise."""
+def list_command(client: Client, args: Any) -> None:
+    """List tasks, newest first."""
     try:
         limit = whole(1, 10**6)(args.limit or "100")
-    except ValueError as right:
-        raise ClientError(REFUSED, "--limit must be %s" % right) from None
-    query = {"status": args.status, "type": args.type, "after": 0}
-    query["order"] = args.order or "desc"
+    except ValueError as expected:
+        raise ClientError(REFUSED, "--limit must be %s" % expected) from None
+    query = {"status": args.status, "type": args.type, "order": args.order or "desc"}
     tasks: List[Dict[str, Any]] = []
-    while query["after"] is not None and len(tasks) < limit:
+    while True:
         query["limit"] = min(1000, limit - len(tasks))
         given = {name: value for name, value in query.items() if value}
         text = urlencode(given, errors="surrogateescape")
         page = client.get("/api/v1/tasks?" + text, "tasks")
         tasks += page["tasks"]
         query["after"] = page["next"]
+        if page["next"] is None or len(tasks) >= limit:
+            break
     if args.json:
-        put_out(to_json({"tasks": tasks, "next": query["after"]}))
+        print_text(to_json({"tasks": tasks, "next": page["next"]}).decode())
     else:
-        put_table(
-            ("ID", "STATUS", "SUBMITTED", "TYPE", "PROGRESS"), *map(task_row, tasks)
-        )
-    if query["after"] is not None:
-        tell("longtasks: there are more than these; --limit N lists up to N\n")
-    return 0
+        rows = [("ID", "STATUS", "SUBMITTED", "TYPE", "PROGRESS")]
+        for task in tasks:
+            submitted, progress = task["created_at"][:19] + "Z", progress_text(task)
+            rows.append((task["id"], task["status"], submitted, task["type"], progress))
+        print_table(rows)
+    if page["next"] is not None:
+        report("longtasks: there are more tasks; --limit N lists up to N")
 
 
-def task_row(task: Mapping[str, Any]) -> Sequence[str]:
-    """What a list tells of a task."""
-    progress = task.get("progress")
-    how = progress["message"] if progress else ""
-    if progress and "percent" in progress:
-        how = "%g%% %s" % (progress["percent"], how)
-    return task["id"], task["status"], task["created_at"][:19] + "Z", task["type"], how
-
-
-def types_command(client: Client, args: Any) -> int:
-    """List the task types, their params with defaults, and what they do."""
+def types_command(client: Client, args: Any) -> None:
+    """List the task types, with the defaults of their params."""
     document = client.get("/api/v1/types", "types")
-    if args.json:
-        put_out(to_json(document))
-        return 0
-    rows = [("TYPE", "PARAMS", "WHAT IT DOES")]
+    rows = [("TYPE", "PARAMS", "DESCRIPTION")]
     for each in document["types"]:
         params = each["params"].get("properties", {}).items()
         words = [
-            name + ("=" + quote(param["default"]) if "default" in param else "")
-            for name, param in params
-            if param is not False
+            name + ("=" + quote(schema["default"]) if "default" in schema else "")
+            for name, schema in params
+            if schema is not False
         ]
         rows.append((each["type"], " ".join(words), each["description"]))
-    put_table(*rows)
-    return 0
-
-
-def help_command(client: Client, args: Any) -> int:
-    """List the commands, or tell about one."""
-    if args.command:
-        put_out(client_parser(args.command).format_help().rstrip())
+    if args.json:
+        print_text(to_json(document).decode())
     else:
-        put_table(*((name, command.help) for name, command in CLIENT.items()))
-    return 0
+        print_table(rows)
+
+
+def help_command(client: Client, args: Any) -> None:
+    """List the commands, or explain one."""
+    if args.command:
+        print_text(client_parser(args.command).format_help().rstrip())
+    else:
+        print_table([(name, command.help) for name, command in CLIENT.items()])
 
 
 class Command(NamedTuple):
-    """One row of CLIENT."""
+    """One row of CLIENT. An argument has a name, a placeholder and a help text."""
 
-    run: Callable[[Client, Any], int]
-    help: str
-    arguments: Sequence[Tuple[str, str, str]]  # name, what stands for its value, help
+    run: Callable[[Client, Any], None]
+    arguments: Sequence[Tuple[str, str, str]]
+
+    @property
+    def help(self) -> str:
+        """What the command does."""
+        return self.run.__doc__ or ""
 
 
 _ID = ("id", "ID", "the task's id")
-_JSON = ("--json", "", "for machines")
+_JSON = ("--json", "", "print JSON, for scripts")
 _URL = ("--url", "URL", "of the service [LONGTASKS_URL=http://127.0.0.1:PORT]")
 _TASK = (
     ("type", "TYPE", "the task's type; `types` lists them"),
-    ("words*", "key=value", "a param, or key:=JSON for what is more than a word"),
-    ("--params", "JSON", "all params as an object, @FILE that has it, or - for stdin"),
-    ("--timeout", "SECONDS", "that each run may take"),
+    ("words", "key=value", "a param, or key:=JSON for any other value than a word"),
+    ("--params", "JSON", "all params as an object, @FILE to read it, or - for stdin"),
+    ("--timeout", "SECONDS", "limit of each run"),
     ("--retries", "N", "how often it is run again after an error"),
     ("--delay", "SECONDS", "until it may start"),
-    ("--priority", "N", "higher ones first; 0 if not given"),
-    ("--id", "UUID", "an id of your own: submitted again, it is still one task"),
+    ("--priority", "N", "higher ones run first; default 0"),
+    ("--id", "UUID", "an id of your own: submitted twice, it is still one task"),
 )
 _LIST = (
-    ("--status", "STATUS", "only tasks that have it"),
+    ("--status", "STATUS", "only tasks with this status"),
     ("--type", "TYPE", "only tasks of this type"),
-    ("--limit", "N", "how many at most; 100 if not given"),
-    ("--order", "ORDER", "desc: newest first, as if not given; asc: oldest first"),
+    ("--limit", "N", "how many at most; default 100"),
+    ("--order", "ORDER", "desc: newest first, the default; asc: oldest first"),
     _JSON,
 )
-_HELP = [("command?", "COMMAND", "the one to tell about")]
-_RESULT = (_ID, ("--wait", "", "until the task has ended"))
 
 CLIENT = {
-    "run": Command(run_command, "submit a task, follow it, print its result", _TASK),
-    "submit": Command(submit_command, "submit a task, print its id", _TASK),
-    "status": Command(look("GET", ""), "print a task's status", [_ID]),
-    "result": Command(result_command, "print a task's result", _RESULT),
-    "cancel": Command(look("POST", "/cancel"), "cancel a task", [_ID]),
-    "list": Command(list_command, "list tasks, newest first", _LIST),
-    "types": Command(types_command, "list the task types", [_JSON]),
-    "help": Command(help_command, "list the commands, or tell about one", _HELP),
+    "run": Command(run_command, _TASK),
+    "submit": Command(submit_command, _TASK),
+    "status": Command(status_command, [_ID]),
+    "result": Command(result_command, [_ID, ("--wait", "", "until it has ended")]),
+    "cancel": Command(cancel_command, [_ID]),
+    "list": Command(list_command, _LIST),
+    "types": Command(types_command, [_JSON]),
+    "help": Command(help_command, [("command", "COMMAND", "the one to explain")]),
 }
 
 
-def client_main(name: str, argv: Sequence[str]) -> int:
-    """Run a command of the client; return the exit code."""
-    hook = sys.unraisablehook
-    # Ctrl-C may cut off a constructor; what its half says at its end is no news.
-    sys.unraisablehook = lambda unraisable: None
-    try:
-        return dispatch(name, argv)
-    except KeyboardInterrupt:
-        return LEFT
-    finally:
-        sys.unraisablehook = hook
-
-
-def dispatch(name: str, argv: Sequence[str]) -> int:
-    """Run a command of the client, and tell what went wrong; return the exit code."""
-    try:
-        args = client_parser(name).parse_intermixed_args(argv)
-        return CLIENT[name].run(make_client(args.url, os.environ), args)
-    except SettingsError as error:
-        failure = ClientError(REFUSED, str(error))
-    except ClientError as error:
-        failure = error
-    for line in failure.args:
-        tell("longtasks: %s\n" % escape(line))
-    return failure.code
-
-
 def client_parser(name: str) -> Any:
-    """Return the parser of a command's arguments; raises ClientError."""
+    """Return the argument parser of a command; raises ClientError."""
     if name not in CLIENT:
-        text = "there is no command %s, only %s; without a command it is the service"
+        text = "there is no command %s, only %s; without a command the service starts"
         raise ClientError(REFUSED, text % (quote(name), ", ".join(CLIENT)))
     parser = make_parser(
-        "; %s --help tells more" % name,
+        "; %s --help explains it" % name,
         prog="longtasks.py " + name,
-        description=CLIENT[name].help.capitalize() + ".",
+        description=CLIENT[name].help,
         epilog="Exit codes: %s." % ". ".join("%d: %s" % e for e in EXIT_CODES.items()),
     )
-    for argument, metavar, text in (*CLIENT[name].arguments, _URL):
-        about: Dict[str, Any] = {"metavar": metavar} if metavar else {}
-        if argument.endswith("*"):
-            about.update(nargs="*", default=[])
-        elif argument.endswith("?"):
-            about.update(nargs="?")
-        elif not metavar:
-            about.update(action="store_true")
-        parser.add_argument(argument.rstrip("*?"), help=text, **about)
+    for argument, placeholder, text in (*CLIENT[name].arguments, _URL):
+        options: Dict[str, Any] = {"metavar": placeholder}
+        if argument == "words":
+            options.update(nargs="*", default=[])
+        elif argument == "command":
+            options.update(nargs="?")
+        elif not placeholder:
+            options = {"action": "store_true"}
+        parser.add_argument(argument, help=text, **options)
     return parser
+
+
+def client_main(name: str, argv: Sequence[str]) -> int:
+    """Run a command of the client, report its failure; return the exit code."""
+    hook = sys.unraisablehook
+    # Ctrl-C may interrupt a constructor; an error in __del__ of such a half-made object
+    # is of no interest.
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        args = client_parser(name).parse_intermixed_args(argv)
+        CLIENT[name].run(make_client(args.url, os.environ), args)
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (SettingsError, ClientError) as error:
+        for line in error.args:
+            report("longtasks: " + line)
+        return getattr(error, "code", REFUSED)
+    finally:
+        sys.unraisablehook = hook
 
 
 # ======================================================================

@@ -8535,7 +8535,7 @@ class Ran(NamedTuple):
 
     @property
     def complaints(self):
-        """What stderr says went wrong; logs of a service in this process aside."""
+        """The errors on stderr, without the log of a service in this process."""
         lines = self.err.splitlines()
         return [line[11:] for line in lines if line.startswith("longtasks: ")]
 
@@ -8545,7 +8545,8 @@ def client(monkeypatch, capsys, registry):
     """Runs a command of the client in this process, against a service or a URL."""
     for name in [*NAMES, "LONGTASKS_URL"]:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(longtasks, "PAUSE", 0.01)
+    monkeypatch.setattr(longtasks, "RETRY_PAUSE", 0.01)
+    monkeypatch.setattr(longtasks, "POLL_INTERVAL", 0.01)
 
     def run(where, *words):
         monkeypatch.setenv("LONGTASKS_URL", url_of(where))
@@ -8564,9 +8565,9 @@ def url_of(where):
 
 
 class Scripted:
-    """A server that gives the answers it was told to, one a connection.
+    """A server that gives these answers, one a connection, and notes the requests.
 
-    It notes what it was asked. Where there is None to give, it gives no answer.
+    Where there is None to give, it gives no answer.
     """
 
     def __init__(self, *answers):
@@ -8613,9 +8614,12 @@ def refusing(status, detail="so"):
     return given(body, "%d X" % status, "application/problem+json")
 
 
+def in_status(status, **more):
+    return given({"id": "x", "status": status, **more})
+
+
 TAKEN = given({"id": "x", "status": "pending"}, "202 Accepted")
-NO_EVENTS = refusing(404)
-ENDED = given({"id": "x", "status": "completed"})
+ENDED = in_status("completed")
 RESULT = given('{"a": 1}\n', media="text/plain; charset=utf-8")
 
 
@@ -8624,18 +8628,16 @@ def tasks_of(service, **query):
     return call(service, "GET", "/api/v1/tasks?" + text).json["tasks"]
 
 
-def test_run_prints_the_result_and_tells_the_rest_on_stderr(client, service):
+def test_run_prints_the_result_on_stdout_and_all_else_on_stderr(client, service):
     ran = client(service, "run", "long_computation", "duration=0.2")
     assert ran.code == 0
-    assert json.loads(ran.out) == {
-        "message": "Long computation completed successfully",
-        "duration": 0.2,
-    }
+    message = "Long computation completed successfully"
+    assert json.loads(ran.out) == {"message": message, "duration": 0.2}
     assert re.fullmatch("task [0-9a-f-]{36}", ran.err.splitlines()[0])
     assert ran.err.splitlines()[-1] == "completed"
 
 
-def test_run_of_a_task_that_fails_tells_its_error_and_exits_with_1(client, service):
+def test_run_of_a_task_that_fails_reports_its_error_and_exits_with_1(client, service):
     @handler("failing")
     def failing():
         raise ValueError("first\nsecond \x1b[31m\x9b")
@@ -8655,40 +8657,30 @@ def test_run_of_a_task_that_is_cancelled_exits_with_3(client, service):
     assert ran.complaints == ["cancelled: cancelled while it ran"]
 
 
-@pytest.mark.parametrize(
-    "text, annotation, value",
-    [
-        ("5", int, 5),
-        ("5", float, 5),
-        ("5.50", float, 5.5),
-        ("5", str, "5"),
-        ("null", str, "null"),
-        ("", str, ""),
-        ("5", Any, "5"),
-        ("true", bool, True),
-        ("null", Optional[int], None),
-        ("7", Optional[int], 7),
-        ("7", Optional[str], "7"),
-        ("7", Union[int, str], 7),
-        ("x", Union[int, str], "x"),
-        ("7", Union[str, int], "7"),
-        ("b", Literal["a", "b"], "b"),
-        ("1", Literal["1", 1], "1"),
-        ("2", Literal["1", 2], 2),
-        ('["a"]', List[str], ["a"]),
-        ('{"a": 1}', Dict[str, int], {"a": 1}),
-        ("x", int, "x"),  # the service says what is wrong with it
-        ("1.5", int, 1.5),
-        ("NaN", float, "NaN"),
-    ],
-)
-def test_a_word_becomes_what_the_schema_says(text, annotation, value):
-    found = longtasks.typed(text, longtasks.schema_of(annotation))
-    assert (found, type(found)) == (value, type(value))
+def test_a_word_is_a_string_where_the_schema_allows_one_or_else_json(client, service):
+    @handler("typed")
+    def typed(a: int, b: float, c: str, d: Any, e: bool, f: Optional[int]):
+        return [a, b, c, d, e, f]
 
+    @handler("either")
+    def either(
+        g: Optional[str],
+        h: Literal["1", 2],
+        i: Literal["1", 2],
+        j: Union[int, List[str]],
+    ):
+        return [g, h, i, j]
 
-def test_a_string_that_is_refused_is_not_taken_for_a_number():
-    assert longtasks.typed("-5", longtasks._FIRST_WORD) == "-5"
+    @handler("numbers")
+    def numbers(params: Dict[str, int], ctx: Context):
+        return params
+
+    words = ["a=5", "b=5.5", "c=5", "d=5", "e=true", "f=null"]
+    ran = client(service, "run", "typed", *words)
+    assert json.loads(ran.out) == [5, 5.5, "5", "5", True, None]
+    ran = client(service, "run", "either", "g=7", "h=1", "i=2", 'j=["a"]')
+    assert json.loads(ran.out) == ["7", "1", 2, ["a"]]
+    assert json.loads(client(service, "run", "numbers", "k=1").out) == {"k": 1}
 
 
 @pytest.fixture
@@ -8702,59 +8694,54 @@ def echo(registry):
     def typed(number: float = 1, text: str = "x", items: List[int] = [1]):
         return [number, text, items]
 
-    @handler("numbers")
-    def numbers(params: Dict[str, int], ctx: Context):
-        return params
-
 
 def test_params_are_words_json_or_a_whole_object(
     client, service, echo, tmp_path, monkeypatch
 ):
     def result(*words):
-        return json.loads(client(service, "run", *words).out)
+        return json.loads(client(service, "run", "echo", *words).out)
 
-    assert result("typed", "number=2", "text=2", "items=[2]") == [2, "2", [2]]
-    assert result("numbers", "a=5") == {"a": 5}
     words = ["a=1", "b:=1", "c==:=", "d=\n", "é=ü"]
-    found = {"a": "1", "b": 1, "c": "=:=", "d": "\n", "é": "ü"}
-    assert result("echo", *words) == found
+    assert result(*words) == {"a": "1", "b": 1, "c": "=:=", "d": "\n", "é": "ü"}
     whole = '{"a": 1, "b": 2}'
-    assert result("echo", "--params", whole, "b=3") == {"a": 1, "b": "3"}
+    assert result("--params", whole, "b=3") == {"a": 1, "b": "3"}
     file = write(tmp_path, whole, "params.json")
-    assert result("echo", "--params", "@" + file) == {"a": 1, "b": 2}
-    stdin = io.TextIOWrapper(io.BytesIO(whole.encode()))
-    monkeypatch.setattr(sys, "stdin", stdin)
-    assert result("echo", "c:=[]", "--params", "-") == {"a": 1, "b": 2, "c": []}
+    assert result("--params", "@" + file) == {"a": 1, "b": 2}
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(whole.encode())))
+    assert result("c:=[]", "--params", "-") == {"a": 1, "b": 2, "c": []}
 
 
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        (["run"], "the following arguments are required: TYPE; run --help tells more"),
-        (["status"], "the following arguments are required: ID; status --help tells"),
-        (["list", "--limt", "1"], "unrecognized arguments: --limt 1; list --help"),
+        (["run"], "the following arguments are required: TYPE; run --help "),
+        (["list", "--limt", "1"], "unrecognized arguments: --limt 1; list --help "),
         (["run", "echo", "a"], 'a param is key=value or key:=JSON, not "a"'),
         (["run", "echo", "=a"], 'a param is key=value or key:=JSON, not "=a"'),
         (["run", "echo", "a:=b"], "a: not JSON: "),
         (["run", "echo", "--params", "{"], "--params: not JSON: "),
-        (
-            ["run", "echo", "--params", "[]", "a=1"],
-            "--params must be an object, not []",
-        ),
+        (["run", "echo", "--params", "[]", "a=1"], "--params must be an object, not"),
         (["run", "echo", "--params", "[]"], "params must be an object, not []"),
         (["run", "echo", "--params", "@/none"], "--params @/none: No such file"),
         (["run", "no\x1b", "a=b"], 'type must be one of "echo", "long_computation", '),
+        (["run", "typed", "number=x"], 'params.number must be a number, not "x"'),
         (["run", "echo", "--id", "x"], "the id must be a UUID, such as "),
         (["run", "echo", "--retries", "x"], "retries must be a whole number from 0 to"),
         (["list", "--limit", "0"], "--limit must be a whole number from 1 to 1000000"),
         (["list", "--status", "x"], "status must be one of pending, processing, "),
+        (["list", "--type", "\udcff"], ""),
         (["status", "x/../y?z"], 'there is no task "x'),
         (["result", "x", "--wait"], 'there is no task "x"'),
         (["status", "\udcff"], 'there is no task "%ff"'),
+        (["serve"], 'there is no command "serve", only run, submit, status, '),
+        (["help", "serve"], 'there is no command "serve", only run, submit, status, '),
         (["types", "--url", "localhost:80"], "a URL is http://HOST:PORT, https://HOST"),
+        (["types", "--url", "http://h/?q"], "a URL is "),
+        (["types", "--url", "http://a:b@c"], "a URL is "),
+        (["types", "--url", "unix:"], "a URL is "),
     ],
 )
-def test_what_is_refused_is_one_line_and_code_2(
+def test_a_command_that_is_refused_reports_one_line_and_exits_with_2(
     words, complaint, client, service, echo
 ):
     ran = client(service, *words)
@@ -8766,12 +8753,7 @@ def test_what_is_refused_is_one_line_and_code_2(
 
 def test_each_problem_with_the_params_is_a_line(client, service, echo):
     ran = client(service, "run", "typed", "number=x", "items=[1.5]", "more=1")
-    assert ran.code == 2
-    assert sorted(ran.complaints) == [
-        "params.items[0] must be a whole number, not 1.5",
-        "params.more is unknown; known here: number, text, items",
-        'params.number must be a number, not "x"',
-    ]
+    assert (ran.code, len(ran.complaints)) == (2, 3)
 
 
 def test_options_go_along_with_a_task(client, service):
@@ -8780,8 +8762,9 @@ def test_options_go_along_with_a_task(client, service):
     status = json.loads(client(service, "status", task_id).out)
     assert (status["status"], status["priority"]) == ("pending", -5)
     assert "next_attempt_at" in status
-    task = service.store.get(task_id)
-    assert (task.params, task.options.retries) == (b'{"duration": 1}', 2)
+    path = "/api/v1/tasks/%s/submission" % task_id
+    submission = call(service, "GET", path).json
+    assert (submission["params"], submission["retries"]) == ({"duration": 1}, 2)
     ran = client(service, "run", "long_computation", "--timeout", "0.01")
     assert (ran.code, ran.complaints) == (1, ["failed: timed out after 0.01 s"])
 
@@ -8791,23 +8774,19 @@ def test_a_task_with_an_id_of_ones_own_is_one_however_often_it_is_run(client, se
     words = ["long_computation", "--id", task_id]
     assert client(service, "submit", *words, "duration=0").out == task_id + "\n"
     assert client(service, "run", *words, "duration=0").code == 0
-    assert client(service, "run", *words, "duration=0").code == 0
     assert len(tasks_of(service)) == 1
     ran = client(service, "run", *words, "duration=1")
     assert ran.code == 2
     assert ran.complaints == [task_id + " was submitted with other content"]
 
 
-def test_a_submitted_task_can_be_looked_at_cancelled_and_collected(
-    client, service, gate
-):
+def test_a_submitted_task_can_be_cancelled_and_collected(client, service, gate):
     task_id = client(service, "submit", "gate").out.strip()
     gate.wait_started()
     ran = client(service, "result", task_id)
     assert ran.code == 2
     assert ran.complaints == ["task %s is processing; it has no result yet" % task_id]
     waiting = background(lambda: client(service, "result", task_id, "--wait"))
-    until(lambda: service.store.events._watches, "someone who follows it")
     gate.release.set()
     assert waiting.result(LONG)[:2] == (0, "1\n")
     assert client(service, "result", task_id).out == "1\n"
@@ -8819,20 +8798,8 @@ def test_a_submitted_task_can_be_looked_at_cancelled_and_collected(
     assert (ran.code, ran.complaints) == (3, ["cancelled: cancelled before it ran"])
 
 
-def test_a_list_is_aligned_for_people(client, service, echo):
-    client(service, "run", "echo")
-    client(service, "submit", "long_computation", "--delay=60")
-    first, second = tasks_of(service)
-    since = [task["created_at"][:19] + "Z" for task in (first, second)]
-    assert client(service, "list", "--order=asc").out == (
-        "{0:36}  STATUS     SUBMITTED             TYPE              PROGRESS\n"
-        "{1:36}  completed  {3}  echo\n"
-        "{2:36}  pending    {4}  long_computation\n"
-    ).format("ID", first["id"], second["id"], *since)
-
-
-@pytest.mark.parametrize("fraction, percent", [(0.5, "50% "), (None, "")])
-def test_a_list_tells_how_far_what_runs_is(fraction, percent, client, service, gate):
+@pytest.mark.parametrize("fraction, percent", [(0.5, " 50% "), (None, "")])
+def test_a_list_is_an_aligned_table(fraction, percent, client, service, gate):
     @handler("half")
     def half(ctx: Context):
         ctx.progress(fraction, "a\tb\n\x1b")
@@ -8840,8 +8807,14 @@ def test_a_list_tells_how_far_what_runs_is(fraction, percent, client, service, g
 
     client(service, "submit", "half")
     gate.wait_started()
-    end = "Z  half  %sa\tb\\n\\x1b\n" % percent
-    assert client(service, "list").out.endswith(end)
+    client(service, "submit", "long_computation", "--delay=60")
+    first, second = tasks_of(service)
+    since = [task["created_at"][:19] + "Z" for task in (first, second)]
+    assert client(service, "list", "--order=asc").out == (
+        "{0:36}  STATUS      SUBMITTED             TYPE              PROGRESS\n"
+        "{1:36}  processing  {3}  half              {5}a\tb\\n\\x1b\n"
+        "{2:36}  pending     {4}  long_computation\n"
+    ).format("ID", first["id"], second["id"], *since, percent)
 
 
 def test_a_list_goes_on_from_page_to_page_up_to_its_limit(client, service):
@@ -8854,7 +8827,7 @@ def test_a_list_goes_on_from_page_to_page_up_to_its_limit(client, service):
     ran = client(service, "list", "--json", "--limit=1005")
     assert len(json.loads(ran.out)["tasks"]) == 1005
     assert json.loads(ran.out)["next"] is not None
-    assert ran.complaints == ["there are more than these; --limit N lists up to N"]
+    assert len(ran.complaints) == 1
 
 
 def test_a_list_may_be_of_some_only(client, service, echo):
@@ -8866,14 +8839,12 @@ def test_a_list_may_be_of_some_only(client, service, echo):
         return [task["type"] for task in listed["tasks"]]
 
     assert types("--status", "pending") == ["long_computation"]
-    assert types("--type", "long_computation") == ["long_computation"]
     assert types("--status", "completed", "--type", "echo") == ["echo"]
     assert types() == ["long_computation", "echo"]  # the newest first
     assert types("--order", "asc") == ["echo", "long_computation"]
-    assert client(service, "list", "--type", "\udcff").code == 2
 
 
-def test_types_tells_params_with_their_defaults(client, service, echo):
+def test_types_are_listed_with_the_defaults_of_their_params(client, service, echo):
     @handler("any")
     def any(ctx: Context, **more):
         pass
@@ -8884,17 +8855,17 @@ def test_types_tells_params_with_their_defaults(client, service, echo):
 
     lines = client(service, "types").out.splitlines()
     assert [line.split() for line in lines[:4]] == [
-        ["TYPE", "PARAMS", "WHAT", "IT", "DOES"],
+        ["TYPE", "PARAMS", "DESCRIPTION"],
         ["any"],
         ["bare", "x", "y=1", "z=null"],
         ["echo", "Give", "back", "what", "comes."],
     ]
-    assert lines[6].split() == ["typed", "number=1", 'text="x"', "items=[1]"]
+    assert lines[5].split() == ["typed", "number=1", 'text="x"', "items=[1]"]
     document = call(service, "GET", "/api/v1/types").json
     assert json.loads(client(service, "types", "--json").out) == document
 
 
-def test_what_the_handler_returned_is_printed_as_it_came(client, service):
+def test_a_result_is_printed_as_it_came_but_no_control_characters(client, service):
     @handler("odd")
     def odd():
         return ["\x7f\x9b é ☃ \ud800", 10**400, 1.0, json.loads("[" * 90 + "]" * 90)]
@@ -8904,10 +8875,43 @@ def test_what_the_handler_returned_is_printed_as_it_came(client, service):
     assert json.loads(out) == longtasks.REGISTRY["odd"].function()
 
 
+def test_without_a_terminal_there_is_a_line_for_each_status(client, monkeypatch):
+    monkeypatch.setattr(longtasks, "LINE_INTERVAL", LONG)
+    runs = in_status("processing", progress={"percent": 40, "message": "m"})
+    with Scripted(TAKEN, in_status("pending"), runs, runs, ENDED, RESULT) as server:
+        lines = client(server, "run", "t").err.splitlines()
+    assert lines[1:] == ["pending", "processing", "completed"]
+
+
+def test_without_a_terminal_there_is_a_line_for_progress_now_and_then(
+    client, monkeypatch
+):
+    monkeypatch.setattr(longtasks, "LINE_INTERVAL", 0)
+    progress = [{"percent": 40.4, "message": "a\nb\x1b"}, {"message": "no meter"}]
+    progress += [{"message": ""}, {"percent": 100, "message": ""}]
+    runs = [in_status("processing", progress=each) for each in progress]
+    with Scripted(TAKEN, *runs, ENDED, RESULT) as server:
+        lines = client(server, "run", "t").err.splitlines()
+    shown = ["processing", r" 40% a\nb\x1b", "no meter", "100%", "completed"]
+    assert lines[1:] == shown
+
+
+def test_a_service_that_answers_early_is_not_asked_all_the_time(client, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(longtasks, "POLL_INTERVAL", 60)
+    monkeypatch.setattr(longtasks.time, "sleep", pauses.append)
+    runs = in_status("processing")
+    with Scripted(TAKEN, runs, runs, ENDED, RESULT) as server:
+        assert client(server, "run", "t").code == 0
+    assert pauses[0] == 0
+    assert pauses[1] > 60 - LONG
+    assert "?wait=60 HTTP" in server.asked[3]
+
+
 # -- when no good answer comes ---------------------------------------------
 
 
-def test_a_service_that_is_not_there_is_one_line_and_code_4(client):
+def test_a_service_that_is_not_there_is_reported_in_one_line_with_code_4(client):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = "http://127.0.0.1:%d" % free.getsockname()[1]
@@ -8915,9 +8919,12 @@ def test_a_service_that_is_not_there_is_one_line_and_code_4(client):
             ran = client(url, *words)
             text = "no answer from %s: Connection refused" % url
             assert (ran.code, ran.out, ran.complaints) == (4, "", [text])
+    ran = client("http://a..b", "types")  # a host without an address
+    assert (ran.code, len(ran.complaints)) == (4, 1)
+    assert ran.complaints[0].startswith("no answer from http://a..b: ")
 
 
-def test_a_full_service_is_told_with_code_4(client, registry):
+def test_a_full_service_is_reported_with_code_4(client, registry):
     with serving(QUEUE_LIMIT=1) as service:
         client(service, "submit", "long_computation", "--delay=60")
         ran = client(service, "run", "long_computation")
@@ -8925,7 +8932,7 @@ def test_a_full_service_is_told_with_code_4(client, registry):
 
 
 @pytest.mark.parametrize(
-    "answered, why",
+    "answered, reason",
     [
         (given("<p>", media="text/html"), "is not longtasks: 200 OK"),
         (given("", "302 Found\r\nLocation: /x", "text/html"), "longtasks: 302 Found"),
@@ -8934,56 +8941,27 @@ def test_a_full_service_is_told_with_code_4(client, registry):
         (given("{"), "is not longtasks"),
         (given("[]", "400 X", "application/problem+json"), "is not longtasks: 400 X"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", ": SSH-2.0-OpenSSH_9.2"),
-        (b"", ": it hung up without a word; if it speaks TLS, use https://"),
+        (b"", ": Remote end closed connection without response"),
     ],
 )
-def test_something_else_that_answers_is_told_with_code_4(answered, why, client):
+def test_another_server_is_reported_with_code_4(answered, reason, client):
     with Scripted(answered) as server:
         ran = client(server, "types", "--json")
         assert (ran.code, ran.out, len(ran.complaints)) == (4, "", 1)
         assert url_of(server) in ran.complaints[0]
-        assert ran.complaints[0].endswith(why)
+        assert ran.complaints[0].endswith(reason)
     assert len(server.asked) == 1  # no redirect is followed
 
 
 def test_a_submit_without_an_answer_is_sent_again_under_the_same_id(client):
     busy = refusing(503, "busy")
-    with Scripted(b"", busy, busy, TAKEN, NO_EVENTS, ENDED, RESULT) as server:
+    with Scripted(b"", busy, busy, TAKEN, ENDED, RESULT) as server:
         ran = client(server, "run", "t")
     assert (ran.code, ran.out) == (0, '{"a": 1}\n')
     puts = [asked.split(" HTTP")[0] for asked in server.asked[:4]]
     assert len(set(puts)) == 1
     assert re.fullmatch("PUT /api/v1/tasks/[0-9a-f-]{36}", puts[0])
     assert ran.err.count("trying again") == 1
-
-
-def test_a_task_is_followed_without_events_where_there_are_none(
-    client, service, monkeypatch, gate
-):
-    def no_events(app, request):
-        gate.release.set()
-        raise longtasks.HTTPError(406, "no events today")
-
-    path = "/api/v1/tasks/{id}/events"
-    route = longtasks._ROUTES[path]["GET"]._replace(endpoint=no_events)
-    monkeypatch.setitem(longtasks._ROUTES[path], "GET", route)
-    assert client(service, "run", "gate")[:2] == (0, "1\n")
-
-
-def test_a_stream_that_broke_goes_on_behind_its_last_event(client):
-    event = 'id: a-7\nevent: progress\ndata: {"percent": 40, "message": "m"}\n\n'
-    odd = "event: progress\n\n", "id: a-8\nevent: progress\ndata: {\n\n"
-    stream = "retry: 1\n\n:\n\n" + odd[0] + event + odd[1]
-    runs = given({"id": "x", "status": "processing"})
-    events = given(stream, media="text/event-stream")
-    rest = given("", media="text/event-stream")
-    with Scripted(TAKEN, events, runs, rest, ENDED, b"", RESULT) as server:
-        ran = client(server, "run", "t")
-    assert (ran.code, ran.out) == (0, '{"a": 1}\n')
-    assert " 40% m\n" in ran.err
-    first, again = server.asked[1], server.asked[3]
-    assert "Last-Event-ID" not in first
-    assert "\r\nLast-Event-ID: a-7\r\n" in again
 
 
 def test_run_outlasts_a_restart_of_a_service_with_a_journal(tmp_path, held, client):
@@ -8999,54 +8977,38 @@ def test_run_outlasts_a_restart_of_a_service_with_a_journal(tmp_path, held, clie
     assert (ran.code, ran.out, ran.complaints) == (0, "null\n", [])
 
 
-def test_a_task_that_its_service_has_lost_is_told_with_code_4(client):
-    gone = refusing(404, "there is no task")
-    with Scripted(TAKEN, NO_EVENTS, gone) as server:
-        ran = client(server, "run", "t")
-    why = "it was there: was the service restarted without --db?"
-    assert (ran.code, ran.out, ran.complaints) == (4, "", ["there is no task", why])
+GONE = refusing(410, "task x was deleted or has expired")
 
 
-@pytest.mark.parametrize("words", [["run", "t"], ["result", "x", "--wait"]])
-def test_a_result_that_is_lost_before_it_is_fetched_is_told_with_code_4(words, client):
-    gone = refusing(410, "task x was deleted or has expired")
-    first = TAKEN if words[0] == "run" else ENDED
-    with Scripted(first, NO_EVENTS, ENDED, gone) as server:
-        ran = client(server, *words)
-    assert (ran.code, ran.out) == (4, "")
-    assert ran.complaints == ["task x was deleted or has expired"]
+@pytest.mark.parametrize(
+    "words, answers, code, complaints",
+    [
+        (["run"], [TAKEN, refusing(404, "there is none")], 4, ["there is none", "was"]),
+        (["run"], [TAKEN, ENDED, GONE], 4, ["task x was deleted"]),
+        (["run"], [TAKEN, refusing(401)], 4, ["http:"]),
+        (["result", "--wait"], [ENDED, ENDED, GONE], 4, ["task x was deleted"]),
+        (["result"], [GONE], 2, ["task x was deleted"]),
+    ],
+)
+def test_a_task_that_its_service_has_lost_is_reported(
+    words, answers, code, complaints, client
+):
+    with Scripted(*answers) as server:
+        ran = client(server, *words, "x")
+    assert (ran.code, ran.out, len(ran.complaints)) == (code, "", len(complaints))
+    assert all(map(str.startswith, ran.complaints, complaints))
 
 
-def test_a_result_that_was_lost_before_anybody_waited_is_refused(client):
-    with Scripted(refusing(410, "task x was deleted or has expired")) as server:
-        assert client(server, "result", "x").code == 2
-
-
-def test_a_service_whose_token_is_another_now_is_told_with_code_4(client):
-    with Scripted(TAKEN, NO_EVENTS, refusing(401, "send the token")) as server:
-        ran = client(server, "run", "t")
-    assert (ran.code, ran.out) == (4, "")
-    assert "set API_TOKEN" in ran.complaints[0]
-
-
-def test_a_service_that_falls_silent_is_told_with_code_4(client, monkeypatch):
-    monkeypatch.setattr(longtasks, "SILENCE", 0.05)
-    begin = time.monotonic()
+def test_a_service_that_falls_silent_is_reported_with_code_4(client, monkeypatch):
+    monkeypatch.setattr(longtasks, "REQUEST_TIMEOUT", 0.05)
     with Scripted(None) as server:
         ran = client(server, "types")
         text = "no answer from %s: timed out" % url_of(server)
         assert (ran.code, ran.complaints) == (4, [text])
-        assert time.monotonic() - begin < longtasks.REACH
 
 
-def test_a_host_that_cannot_be_looked_up_is_told_with_code_4(client):
-    ran = client("http://a..b", "types")
-    assert (ran.code, len(ran.complaints)) == (4, 1)
-    assert ran.complaints[0].startswith("no answer from http://a..b: ")
-
-
-def test_patience_has_an_end(client, monkeypatch):
-    monkeypatch.setattr(longtasks, "PATIENCE", 0.05)
+def test_a_request_is_not_repeated_for_ever(client, monkeypatch):
+    monkeypatch.setattr(longtasks, "RETRY_TIMEOUT", 0.05)
     with Scripted(TAKEN) as server:
         ran = client(server, "run", "t")
         assert ran.code == 4
@@ -9057,29 +9019,17 @@ def test_patience_has_an_end(client, monkeypatch):
 # -- where the service is, and who asks ------------------------------------
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["", "ftp://x", "http://", "http://a:b@c", "http://h/?q", "http://h#f", "unix:"],
-)
-def test_a_url_that_is_none_is_refused(url):
-    with pytest.raises(longtasks.ClientError, match="a URL is http://HOST:PORT, "):
-        longtasks.Client(url)
-
-
-def test_the_port_of_the_environment_is_where_the_service_is():
-    environ = {"PORT": "81"}
-    assert longtasks.make_client(None, environ).url == "http://127.0.0.1:81"
-    assert longtasks.make_client(None, {}).url == "http://127.0.0.1:8080"
-    environ["LONGTASKS_URL"] = "http://[::1]:82/below"
-    assert longtasks.make_client(None, environ).url == environ["LONGTASKS_URL"]
-    assert longtasks.make_client("https://h", environ).url == "https://h"
-
-
-def test_a_url_may_have_a_path_before_that_of_the_api(client, monkeypatch):
+def test_a_url_is_that_of_the_flag_or_of_the_environment(client, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # not used, whatever it is
-    with Scripted(given({"types": []})) as server:
-        assert client(url_of(server) + "/a/b/", "types").code == 0
-    assert server.asked[0].startswith("GET /a/b/api/v1/types HTTP/1.1\r\n")
+    nothing = given({"types": []})
+    with Scripted(nothing, nothing, nothing) as server:
+        url = url_of(server)
+        assert client("http://127.0.0.1:1", "types", "--url", url + "/a/b/").code == 0
+        assert client(server, "types").code == 0
+        monkeypatch.setenv("PORT", str(server.port))
+        assert client("", "types").code == 0
+    paths = [asked.partition(" HTTP/1.1\r\n")[0] for asked in server.asked]
+    assert paths == ["GET /a/b/api/v1/types", *["GET /api/v1/types"] * 2]
 
 
 @needs_unix
@@ -9095,7 +9045,7 @@ def test_a_unix_socket_is_reached_by_its_path(client, registry, tmp_path, monkey
 
 
 def test_a_certificate_must_be_known_and_for_this_host(
-    client, secure, pairs, monkeypatch
+    client, secure, pairs, service, monkeypatch
 ):
     port = secure.server.server_port
     ran = client(secure, "types")
@@ -9106,37 +9056,29 @@ def test_a_certificate_must_be_known_and_for_this_host(
     ran = client("https://127.0.0.1:%d" % port, "types")
     assert ran.code == 4
     assert "127.0.0.1" in ran.complaints[0]
-
-
-def test_tls_on_one_side_only_is_told_in_plain_words(client, secure, service):
-    ran = client(url_of(service).replace("http", "https"), "types")
-    assert ran.code == 4
-    assert ran.complaints[0].endswith(": it speaks no TLS there; try http://")
-    ran = client(url_of(secure).replace("https", "http"), "types")
-    assert ran.code == 4
-    text = ": it hung up without a word; if it speaks TLS, use https://"
-    assert ran.complaints[0].endswith(text)
-
-
-def test_https_where_there_is_none_or_no_ssl_is_one_line(client, monkeypatch):
-    with Scripted(b"HTTP/1.1 400 Bad Request\r\n\r\n") as server:
-        url = url_of(server).replace("http", "https")
-        ran = client(url, "types")
+    for mixed in (
+        url_of(service).replace("http", "https"),
+        "http://127.0.0.1:%d" % port,
+    ):
+        ran = client(mixed, "types")
         assert (ran.code, len(ran.complaints)) == (4, 1)
-        monkeypatch.delattr(http.client, "HTTPSConnection")
-        ran = client(url, "types")
-        assert ran.complaints == ["https needs Python's ssl, which is missing"]
+
+
+def test_https_without_ssl_is_refused(client, monkeypatch):
+    monkeypatch.delattr(http.client, "HTTPSConnection")
+    ran = client("https://127.0.0.1:1", "types")
+    assert (ran.code, ran.complaints) == (2, ["this Python lacks ssl"])
 
 
 def test_the_token_of_the_environment_goes_along(client, monkeypatch, tmp_path):
     token = "secret-secret-secret"
     with serving(API_TOKEN=token) as service:
-        right = "; set API_TOKEN or API_TOKEN_FILE"
-        ran, start = client(service, "types"), service.server.url + ": "
+        right, start = "; set API_TOKEN or API_TOKEN_FILE", service.server.url + ": "
+        ran = client(service, "types")
         assert (ran.code, ran.complaints) == (2, [start + "it needs a token" + right])
         monkeypatch.setenv("API_TOKEN", token + "x")
         ran = client(service, "types")
-        assert ran.complaints == [start + "this is not its token" + right]
+        assert ran.complaints == [start + "the token is wrong" + right]
         monkeypatch.setenv("API_TOKEN", token)
         assert client(service, "types").code == 0
         monkeypatch.delenv("API_TOKEN")
@@ -9158,21 +9100,17 @@ def test_a_token_that_cannot_be_one_is_not_shown(token, client, monkeypatch):
 
 
 class Command:
-    """A real client in a process of its own, perhaps on a terminal, so wide."""
+    """A real client in a process of its own, perhaps on a terminal."""
 
-    def __init__(self, port, *words, columns=None, **popen):
+    def __init__(self, port, *words, terminal=False, **popen):
         environ = {k: v for k, v in os.environ.items() if k not in NAMES}
         environ.update(PORT=str(port), TERM="xterm")
+        environ.update(popen.pop("env", {}))
         environ.pop("LONGTASKS_URL", None)
         popen.setdefault("stdout", subprocess.PIPE)
         self.text = b""
-        if columns is None:
-            self.ours, theirs = os.pipe()
-        else:
-            self.ours, theirs = pytest.importorskip("pty").openpty()
-            size = struct.pack("HHHH", 24, columns, 0, 0)
-            fcntl = pytest.importorskip("fcntl")
-            fcntl.ioctl(theirs, pytest.importorskip("termios").TIOCSWINSZ, size)
+        pipe = pytest.importorskip("pty").openpty if terminal else os.pipe
+        self.ours, theirs = pipe()
         self.process = subprocess.Popen(
             [sys.executable, SCRIPT, *words],
             stderr=theirs,
@@ -9244,7 +9182,7 @@ def test_ctrl_c_asks_to_cancel_and_waits_for_the_end(tmp_path, held):
     with a_run_of("polite", tmp_path, held) as (_, run):
         run.interrupt()
         assert run.end() == (3, "")
-        assert "asking to cancel it; Ctrl-C again leaves at once\n" in run.err
+        assert "Ctrl-C again leaves at once\n" in run.err
         assert run.err.endswith("longtasks: cancelled: cancelled while it ran\n")
 
 
@@ -9259,7 +9197,7 @@ def test_ctrl_c_does_not_take_away_a_result(tmp_path, held):
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, held):
     with a_run_of("deaf", tmp_path, held) as (service, run):
         run.interrupt()
-        run.told("asking to cancel")
+        run.told("Ctrl-C again")
         run.interrupt()
         assert run.end() == (130, "")
         assert "Traceback" not in run.err
@@ -9269,7 +9207,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, held):
 def test_ctrl_c_during_the_submit_cancels_what_was_taken_in():
     cancelled = given({"id": "x", "status": "cancelled"})
     failure = given({"status": "cancelled", "error": "cancelled before it ran"})
-    then = [TAKEN, refusing(409), NO_EVENTS, cancelled, refusing(406), failure]
+    then = [TAKEN, refusing(409), cancelled, refusing(406), failure]
     with Scripted(None, *then) as server, command(server.port, "run", "t") as run:
         until(lambda: server.asked, "the submit")
         run.interrupt()
@@ -9325,7 +9263,7 @@ def test_what_is_told_to_nobody_does_not_change_the_end(service):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_output_that_cannot_be_written_is_told(service):
+def test_output_that_cannot_be_written_is_reported(service):
     with open("/dev/full", "wb") as full:
         port = service.server.server_port
         with command(port, "types", stdout=full) as run:
@@ -9333,100 +9271,56 @@ def test_output_that_cannot_be_written_is_told(service):
             assert run.err == "longtasks: can't write: No space left on device\n"
 
 
-@pytest.mark.parametrize("columns", [80, 21, 1, 0])
-def test_a_terminal_shows_one_line_that_changes_and_fits(columns, service, gate):
+def test_a_terminal_shows_one_line_that_changes(service, gate):
     @handler("odd")
     def odd(ctx: Context):
-        ctx.progress(0.5, "\x1b[31m\r\n\x9b2J" + "漢字" * 50)
+        ctx.progress(0.5, "\x1b[31m\r\n\x9b2J")
         return gate()
 
-    with command(service.server.server_port, "run", "odd", columns=columns) as run:
-        run.told("50%" if columns != 1 else "\x1b[?7l")
+    with command(service.server.server_port, "run", "odd", terminal=True) as run:
+        run.told("50%")
         gate.release.set()
         assert run.end() == (0, "1\n")
-    before, *drawn = run.err.split("\r\x1b[K\x1b[?7l")
-    assert re.fullmatch("\r\x1b\\[Ktask [0-9a-f-]{36}\n", before)
-    lines = [text.partition("\x1b[?7h")[0] for text in drawn]  # not wrapped by it
-    width = columns or 80  # as one that doesn't know it says
-    assert all(len(line) < width and line.isprintable() for line in lines)
-    assert drawn[-1] == lines[-1] + "\x1b[?7h\r\x1b[K"
-    if width == 80:
-        bar = r"[##########----------]  50% \x1b[31m\r\n\x9b2J漢字"
-        assert any(line.startswith(bar) for line in lines)
+    first, second, *drawn, last = run.err.split("\r\x1b[K")[1:]
+    assert re.fullmatch("task [0-9a-f-]{36}\n", first)
+    assert (second, last) == ("processing\n", "completed\n")
+    # The terminal does not wrap it.
+    assert set(drawn) == {"\x1b[?7l 50% \\x1b[31m\\r\\n\\x9b2J\x1b[?7h"}
 
 
-def test_a_terminal_that_cannot_move_its_cursor_gets_lines(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("TERM", "dumb")
-    longtasks.Display().show({"status": "processing"})
-    assert capsys.readouterr().err == "processing\n"
-
-
-def test_where_there_is_no_terminal_a_line_comes_only_now_and_then(capsys):
-    clock = Clock()
-    display = longtasks.Display(clock)
-
-    def lines(*documents):
-        for document in documents:
-            display.show(document)
-        return capsys.readouterr().err.splitlines()
-
-    def percent(number, message="m"):
-        return {"percent": number, "message": message}
-
-    assert lines({"status": "pending"}, {"status": "pending"}) == ["pending"]
-    assert lines({"status": "processing"}) == ["processing"]
-    many = [percent(n / 10) for n in range(1, 1001)]
-    assert lines(*many) == ["%3d%% m" % n for n in range(10, 101, 10)]
-    clock.now += 9
-    assert lines(percent(100, "still")) == []
-    clock.now += 1
-    assert lines(percent(100, "a\nb\x1b")) == [r"100% a\nb\x1b"]
-    clock.now += 10
-    assert lines({"message": "no meter"}, {"message": "more"}) == ["no meter"]
-    assert lines({"status": "completed"}) == ["completed"]
+def test_a_terminal_that_cannot_erase_gets_lines(service):
+    port, words = service.server.server_port, ["long_computation", "duration=0"]
+    dumb = {"TERM": "dumb"}
+    with command(port, "run", *words, terminal=True, env=dumb) as run:
+        assert run.end()[0] == 0
+        assert "\x1b" not in run.err
 
 
 # -- help ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", longtasks.CLIENT)
-def test_each_command_helps(name, capsys):
+def test_each_command_has_help(name, client, service, capsys):
     with pytest.raises(SystemExit) as left:
         longtasks.main([name, "--help"])
     assert left.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    assert client(service, "help", name)[:2] == (0, out)
+    text = " ".join(out.split())
     for code, meaning in longtasks.EXIT_CODES.items():
         assert "%d: %s." % (code, meaning) in text
-    for argument, metavar, about in longtasks.CLIENT[name].arguments:
-        assert (metavar or argument) in text
+    for argument, placeholder, about in longtasks.CLIENT[name].arguments:
+        assert (placeholder or argument) in text
         assert about in text
 
 
-def test_the_help_of_the_service_names_the_commands(capsys):
+def test_the_commands_are_listed_by_help(client, service, capsys):
+    ran = client(service, "help")
+    assert [line.split()[0] for line in ran.out.splitlines()] == list(longtasks.CLIENT)
     with pytest.raises(SystemExit):
         longtasks.main(["--help"])
-    text = capsys.readouterr().out
-    assert "|".join(longtasks.CLIENT) + " [ARGUMENT ...]" in text.partition("\n\n")[0]
-
-
-@pytest.mark.parametrize("name", longtasks.CLIENT)
-def test_help_with_a_command_is_the_help_of_that_command(name, client, service, capsys):
-    ran = client(service, "help", name)
-    with pytest.raises(SystemExit):
-        longtasks.main([name, "--help"])
-    assert (ran.code, ran.out) == (0, capsys.readouterr().out)
-
-
-def test_help_and_an_unknown_command_tell_the_commands(client, service):
-    ran = client(service, "help")
-    about = {name: command.help for name, command in longtasks.CLIENT.items()}
-    assert dict(line.split(None, 1) for line in ran.out.splitlines()) == about
-    text = 'there is no command "serve", only %s; without a command it is the service'
-    text %= ", ".join(longtasks.CLIENT)
-    for words in (["serve"], ["help", "serve"]):
-        ran = client(service, *words)
-        assert (ran.code, ran.out, ran.complaints) == (2, "", [text])
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    assert "|".join(longtasks.CLIENT) + " [ARGUMENT ...]" in usage
 
 
 # ======================================================================

@@ -450,16 +450,16 @@ def within(seconds: float, function: Callable[[], Any]) -> bool:
 # ======================================================================
 # 2. Tasks and their states
 #
-# A task is an immutable value, and the table of moves says which status
-# may follow which. Params and results are kept as the JSON that came in
-# or goes out. Errors here speak of tasks; none of them knows HTTP.
+# A task is an immutable value, and EXITS is the table of moves: which status
+# may follow which. Params and results are stored as the JSON that comes in
+# and goes out. The errors of this room know nothing of HTTP.
 # ======================================================================
 
 PENDING = "pending"  # waits in the queue
 PROCESSING = "processing"  # a worker runs it
 COMPLETED = "completed"  # has a result
 FAILED = "failed"  # has an error
-CANCELLED = "cancelled"  # was told to stop before it was done
+CANCELLED = "cancelled"  # was stopped at a client's request
 
 EXITS: Dict[str, FrozenSet[str]] = {
     PENDING: frozenset({PROCESSING, CANCELLED}),
@@ -470,20 +470,19 @@ EXITS: Dict[str, FrozenSet[str]] = {
 }
 FINISHED = frozenset(status for status, exits in EXITS.items() if not exits)
 
-MAX_DEPTH = 100  # of nested JSON; far below where the parser's recursion could fail
-MAX_DIGITS = 1000  # of a number in JSON; reading one takes time with the square of it
+MAX_DEPTH = 100  # of nested JSON; far below the depth at which the parser fails
+MAX_DIGITS = 1000  # of a number in JSON, since parsing takes quadratic time
 MAX_BATCH = 1000  # tasks in one request
-MAX_PROBLEMS = 20  # with one request that are looked for and told
-MAX_ERROR = 4000  # characters of a failed task's error that are kept
-MAX_INTERRUPTIONS = 3  # runs that the process did not survive, until the task is failed
-
+MAX_PROBLEMS = 20  # that are reported for one request
+MAX_ERROR = 4000  # characters of a failed task's error
+MAX_INTERRUPTIONS = 3  # runs during which the process died, until the task fails
 
 Path = Tuple[Union[str, int], ...]  # the way from a document's top to a place in it
 Problem = Tuple[Path, str]  # a place, and what is wrong there
 
 
 def dotted(path: Path) -> str:
-    """Write a path for people: ("params", "urls", 0) is params.urls[0]."""
+    """Format a path for people: ("params", "urls", 0) is params.urls[0]."""
     steps = ["[%d]" % s if isinstance(s, int) else "." + s[:200] for s in path]
     return "".join(steps).lstrip(".") or "the document"
 
@@ -493,14 +492,14 @@ class TaskError(Exception):
 
 
 class Malformed(TaskError):
-    """What came is not JSON that can be read."""
+    """The document is not valid JSON."""
 
 
 class Invalid(TaskError):
-    """What came is JSON, but not a task that can be run.
+    """The document is JSON, but no task that can be run.
 
-    `problems` is a list of (path, message): where in the document, and what is
-    wrong there and would be right.
+    `problems` is a list of (path, message): a place in the document, and what is wrong
+    there, with what would be valid.
     """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
@@ -511,35 +510,35 @@ class Invalid(TaskError):
 
 
 class UnknownTask(TaskError):
-    """There never was a task with this id, or it is no longer remembered."""
+    """There never was a task with this id, or the service no longer remembers it."""
 
 
 class GoneTask(TaskError):
-    """There was a task with this id; it was deleted or its time is over."""
+    """The task with this id was deleted or has expired."""
 
 
 class DamagedTask(TaskError):
-    """The file that the task was kept in is damaged where it stands."""
+    """The task's row in the journal is damaged."""
 
 
 class Unfinished(TaskError):
-    """The call makes sense only for a task that has finished."""
-
-
-class DifferentRequest(TaskError):
-    """What was submitted under this id or key before was something else."""
-
-
-class QueueFull(TaskError):
-    """As many tasks wait as may."""
-
-
-class Unavailable(TaskError):
-    """The service is in no state to promise anything."""
+    """The call is valid only for a finished task."""
 
 
 class Finished(TaskError):
-    """The call makes sense only for a task that has not finished."""
+    """The call is valid only for an unfinished task."""
+
+
+class DifferentRequest(TaskError):
+    """A different task was submitted before under this id or key."""
+
+
+class QueueFull(TaskError):
+    """The queue is full."""
+
+
+class Unavailable(TaskError):
+    """The journal can't be written at the moment, so nothing can be promised."""
 
 
 class Draining(TaskError):
@@ -547,15 +546,15 @@ class Draining(TaskError):
 
 
 class IllegalMove(Exception):
-    """A move that the table does not allow: the task's fate was decided before."""
+    """A move that EXITS does not allow: another one was decided before."""
 
 
 class Options(NamedTuple):
-    """What else was asked for a task; None: as its type has it."""
+    """The options of one task; None stands for the rule of its type."""
 
     timeout: Optional[float] = None  # seconds that a run may take
     retries: Optional[int] = None  # how many times it is run again after an error
-    delay: float = 0.0  # seconds until it may be run
+    delay: float = 0.0  # seconds until the first run
     priority: int = 0  # higher ones first
 
 
@@ -563,7 +562,7 @@ NO_OPTIONS = Options()
 
 
 class Submission(NamedTuple):
-    """What is asked for."""
+    """A task as a client submits it."""
 
     type: str
     params: bytes  # JSON object
@@ -571,9 +570,9 @@ class Submission(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A task as it is at one moment. Times are seconds since 1970, UTC."""
+    """A task at one moment. Times are seconds since 1970, UTC."""
 
-    seq: int  # counts up in the order of submission
+    seq: int  # the order of submission
     id: str
     type: str
     params: bytes  # JSON object
@@ -583,48 +582,43 @@ class Task(NamedTuple):
     ended_at: Optional[float] = None
     attempt: int = 0  # how many times it was started
     result: Optional[bytes] = None  # JSON, of a completed task
-    error: Optional[str] = None  # of a failed or cancelled one, or the run before
-    interruptions: int = 0  # how many runs the process did not survive
+    error: Optional[str] = None  # of a failed or cancelled task, or of its last run
+    interruptions: int = 0  # during how many runs the process died
     failures: int = 0  # how many runs ended with an error
-    due_at: Optional[float] = None  # when a pending one may be started
-    cancel_requested: int = 0  # 1 when a client wants a processing one to stop
+    due_at: Optional[float] = None  # when a pending task may start
+    cancel_requested: int = 0  # 1 when a client wants a processing task to stop
     options: Options = NO_OPTIONS
 
     @property
     def finished(self) -> bool:
-        """Whether the task has come to its end."""
+        """Whether no move leads on from the task's status."""
         return self.status in FINISHED
 
     @property
     def weight(self) -> int:
         """Bytes of params and result, and characters of the error."""
-        # On the way of every move, so without a call for what is mostly not there.
-        weight = len(self.params)
-        if self.result is not None:
-            weight += len(self.result)
-        if self.error is not None:
-            weight += len(self.error)
-        return weight
+        return len(self.params) + len(self.result or b"") + len(self.error or "")
 
     def moved_to(self, status: str, **changes: Any) -> "Task":
-        """Return the task after a move; raises IllegalMove if there is no such move."""
+        """Return the task after a move; raises IllegalMove if EXITS forbids it."""
         if status not in EXITS[self.status]:
             raise IllegalMove("task %s is %s, not %s" % (self.id, self.status, status))
-        # As _replace() does, in half the time: every task comes by here twice.
-        values = list(self)
+        values = list(
+            self
+        )  # what _replace() does, in half the time: this is a hot path
         values[_PLACES["status"]] = status
         for name, value in changes.items():
             values[_PLACES[name]] = value
         return Task._make(values)
 
     def put_back(self, **changes: Any) -> "Task":
-        """Return the task as it waits for another run."""
+        """Return the processing task as pending again, for another run."""
         return self.moved_to(PENDING, started_at=None, **changes)
 
     def after_crash(self, now: float, crashed: bool = True) -> "Task":
-        """Return the task as it goes on after a process that ended without a word.
+        """Return the task as it goes on after a process that left it processing.
 
-        With `crashed` false it had stopped in order, and could not write that down.
+        With `crashed` false, the process had stopped it but could not write that down.
         """
         if self.status != PROCESSING:
             return self
@@ -646,82 +640,77 @@ CANCELLED_RUNNING = "cancelled while it ran"
 
 
 class Outcome(NamedTuple):
-    """How a run ended, as far as its handler is concerned.
+    """How a run ended, as its handler has it.
 
-    COMPLETED with a result, FAILED with an error, CANCELLED when it made way, or
-    PENDING when it asked for another run, `after` so many seconds.
+    COMPLETED with a result, FAILED with an error, CANCELLED when it stopped as it was
+    requested, or PENDING when it asked for another run, `after` so many seconds.
     """
 
     status: str
     result: Optional[bytes] = None
     error: Optional[str] = None
     after: Optional[float] = None
-    final: bool = False  # has failed for good, whatever its number of retries
+    final: bool = False  # failed, and is not to be retried
 
 
 _UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
-# Digits for the next ids, since asking the system for them takes longer than the rest.
-# Threads share it without a lock: what a deque's pop() returns, no other one returns.
-_DIGITS: Deque[str] = deque()
-_VARIANT = dict(zip("0123456789abcdef", "89ab" * 4))
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_DIGITS.clear)  # or both would make the same ids
+# Random digits for the next ids, read in blocks, since each system call takes longer
+# than the rest. A deque's pop() is atomic, so threads share it without a lock.
+_digits: Deque[str] = deque()
 
 
 def new_id() -> str:
     """Return a random UUID, version 4 (RFC 9562)."""
     try:
-        digits = _DIGITS.pop()
+        digits = _digits.pop()
     except IndexError:
         block = os.urandom(4096).hex()
-        _DIGITS.extend(block[at : at + 32] for at in range(32, len(block), 32))
+        _digits.extend(block[at : at + 32] for at in range(32, len(block), 32))
         digits = block[:32]
-    return "%s-%s-4%s-%s%s-%s" % (
-        digits[:8],
-        digits[8:12],
-        digits[13:16],
-        _VARIANT[digits[16]],
-        digits[17:20],
-        digits[20:],
-    )
+    variant = "89ab"[int(digits[16], 16) % 4]
+    parts = digits[:8], digits[8:12], digits[13:16], variant, digits[17:20], digits[20:]
+    return "%s-%s-4%s-%s%s-%s" % parts
 
 
-def _encoder() -> Callable[[Any], str]:
-    """Return what writes JSON: json's own encoder, made once.
+def _make_encoder() -> Callable[[Any], str]:
+    """Return a function that writes JSON, with one encoder for all values.
 
-    JSONEncoder.encode() makes it anew for each value, which takes longer than most
-    values do. It keeps nothing of a value, so that all threads can share it. Where it
-    is not to be had as it is known, encode() serves.
+    JSONEncoder.encode() makes an encoder for each value, which takes longer than most
+    values do. An encoder has no state, so threads share it.
     """
     plain = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-    text, options = json.encoder.encode_basestring, (": ", ", ", False, False, False)
-    with contextlib.suppress(AttributeError, TypeError):
-        made_by = json.encoder.c_make_encoder  # type: ignore
-        write = made_by(None, plain.default, text, None, *options)
-        "".join(write({}, 0))  # raises now what it would later
-        return lambda value: "".join(write(value, 0))
+    separators_and_flags = ": ", ", ", False, False, False
+    with contextlib.suppress(AttributeError, TypeError):  # it isn't a public interface
+        encode = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
+            None,
+            plain.default,
+            json.encoder.encode_basestring,
+            None,
+            *separators_and_flags,
+        )
+        encode({}, 0)
+        return lambda value: "".join(encode(value, 0))
     return plain.encode
 
 
-_encode = _encoder()
+_encode = _make_encoder()
 
 
 def to_json(value: Any) -> bytes:
     """Return `value` as JSON in UTF-8.
 
-    Raises TypeError, ValueError or RecursionError for what JSON can't hold. A lone
-    surrogate, which UTF-8 can't hold, goes out as its escape.
+    Raises TypeError, ValueError or RecursionError for a value that JSON can't hold. A
+    lone surrogate, which UTF-8 can't hold, is written as its escape.
     """
     return _encode(value).encode("utf-8", "backslashreplace")
 
 
 def from_json(data: bytes) -> Any:
-    """Read JSON (RFC 8259) strictly; raises Malformed.
+    """Parse JSON (RFC 8259) strictly; raises Malformed.
 
-    Refused are other encodings than UTF-8, NaN and infinities, a key that occurs
-    twice in an object, and what is nested or has numbers beyond reason.
+    It refuses other encodings than UTF-8, NaN and infinities, a key that occurs twice
+    in an object, nesting beyond MAX_DEPTH and numbers beyond MAX_DIGITS.
     """
     try:
         return parse_json(data.decode("utf-8"))
@@ -732,19 +721,15 @@ def from_json(data: bytes) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Read JSON as from_json() does, but raise ValueError."""
+    """Parse JSON as from_json() does, but raise ValueError."""
     if _too_deep(text):
         raise ValueError("nested more than %d levels deep" % MAX_DEPTH)
-    value = _QUICK.decode(text)
-    # Without a colon in a string there is one for each key: fewer keys, and one of
-    # them occurred twice. To tell that from colons in strings takes longer.
-    return value if _keys(value) == text.count(":") else _CAREFUL.decode(text)
+    return _STRICT.decode(text)
 
 
 # A string, closed or not. No branch of it can fail late, so that the time it takes
 # grows only with the length of the text.
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
-_BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
@@ -752,20 +737,9 @@ def _too_deep(text: str) -> bool:
     """Whether JSON is nested beyond MAX_DEPTH, before the parser recurses into it."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return False
-    brackets = _STRING.sub("", text).encode().translate(_BRACKETS, _NO_BRACKETS)
-    for depth in range(MAX_DEPTH + 1):  # each time without what is innermost
-        rest = brackets.replace(b"[]", b"")
-        if len(rest) == len(brackets):  # all gone, or what is left has no partner
-            return depth + rest.count(b"[") > MAX_DEPTH
-        brackets = rest
-    return True
-
-
-def _keys(value: Any) -> int:
-    """Count the keys of all objects in a value."""
-    if type(value) is dict:
-        return len(value) + sum(map(_keys, value.values()))
-    return sum(map(_keys, value)) if type(value) is list else 0
+    brackets = _STRING.sub("", text).encode().translate(None, _NO_BRACKETS)
+    steps = (1 if bracket in b"[{" else -1 for bracket in brackets)
+    return max(itertools.accumulate(steps), default=0) > MAX_DEPTH
 
 
 def _read_int(text: str) -> int:
@@ -793,21 +767,20 @@ def _read_object(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return found
 
 
-_READERS: Dict[str, Any] = {
-    "parse_int": _read_int,
-    "parse_float": _read_float,
-    "parse_constant": _read_constant,
-}
-_QUICK = json.JSONDecoder(**_READERS)
-_CAREFUL = json.JSONDecoder(object_pairs_hook=_read_object, **_READERS)
+_STRICT = json.JSONDecoder(
+    parse_int=_read_int,
+    parse_float=_read_float,
+    parse_constant=_read_constant,
+    object_pairs_hook=_read_object,
+)
 
 
 def params_of(task: Task) -> Any:
-    """Read a task's params; raises DamagedTask, since they may come from a journal."""
+    """Return a task's params; raises DamagedTask if a journal has spoiled them."""
     try:
-        return _QUICK.decode(task.params.decode())
+        return _STRICT.decode(task.params.decode())
     except (ValueError, RecursionError) as error:
-        raise DamagedTask("its params are no JSON any more: %s" % error) from None
+        raise DamagedTask("its params are not JSON any more: %s" % error) from None
 
 
 # ======================================================================

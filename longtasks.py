@@ -7358,82 +7358,69 @@ def client_main(name: str, argv: Sequence[str]) -> int:
 # ======================================================================
 # 12. Main
 #
-# Puts the rooms together, starts them, waits for a signal, drains, and
-# leaves with a code that tells the truth: 0 when nothing was lost, 1 when
-# some task was given up or the end could not be written, 2 when it could not
-# start until somebody mends something, 75 when it may later.
+# Builds the service from the rooms above, starts it, waits for a signal,
+# drains and exits: with code 0 if nothing was lost, 1 if tasks were given up
+# or the journal could not be written, 2 if the service can't start until
+# somebody changes something, and 75 if it may be able to start later.
 # ======================================================================
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_TIMEOUT = 5.0  # seconds for the last commit, for the log, and for child processes
 
-JOURNAL_PATIENCE = 5.0  # seconds that the last writing may take
-LOG_PATIENCE = 5.0  # seconds at the end in which somebody must read some of the log
-END_PATIENCE = 5.0  # seconds that anything else may take at the end
-
-# What is recorded in the place where signal handlers record their number.
-_DONE = "all tasks are done"
-_CLOSED = "the server is closed"
-
-SignalQueue = Any  # a queue.SimpleQueue of signal numbers and these
+EventQueue = Any  # a queue.SimpleQueue of signal numbers, and of this one:
+DRAINED = "no task is left"
 
 
 class ServiceManager:
-    """The line to a service manager, such as systemd, if one listens.
+    """Talks to a service manager, such as systemd, if the environment names one.
 
-    It speaks by the environment (sd_notify(3), sd_watchdog_enabled(3) and
-    sd_listen_fds(3)), where it is taken at its word once: no child is to believe that
-    it is meant. Raises SettingsError for a socket that can't be served.
+    The protocols are sd_notify(3), sd_watchdog_enabled(3) and sd_listen_fds(3). Their
+    variables are removed from `environ`, so that no child process takes itself for the
+    service. Raises SettingsError for a socket that the service can't listen on.
     """
 
-    first_fd = 3  # of those that are handed over
-    extension = 30  # seconds more until the end of the drain, each time it is told
+    first_fd = 3  # of the sockets that are passed: SD_LISTEN_FDS_START
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
-        me = str(os.getpid())
+        pid = str(os.getpid())
         path = environ.pop("NOTIFY_SOCKET", "")
-        self._path = "\0" + path[1:] if path.startswith("@") else path  # abstract
-        usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", me)
-        self.watches = usec.isdigit() and pid == me
-        self._pause = min(5.0, int(usec) / 3e6) if self.watches else 5.0
-        self._due = 0.0
-        count, pid = environ.pop("LISTEN_FDS", "0"), environ.pop("LISTEN_PID", "")
+        usec, watched = (
+            environ.pop("WATCHDOG_USEC", ""),
+            environ.pop("WATCHDOG_PID", ""),
+        )
+        count, owner = environ.pop("LISTEN_FDS", "0"), environ.pop("LISTEN_PID", "")
         environ.pop("LISTEN_FDNAMES", None)
-        self.listener = self._take_over(count) if pid == me and count != "0" else None
+        self._path = "\0" + path[1:] if path.startswith("@") else path  # abstract
+        self._watchdog = usec.isdecimal() and watched in ("", pid)
+        # Seconds between reports, for the watchdog to miss two of them.
+        self.interval = min(5.0, int(usec) / 3e6) if self._watchdog else 5.0
+        passed = owner == pid and count != "0"
+        self.listener = self._take_listener(count) if passed else None
 
-    def _take_over(self, count: str) -> socket.socket:
-        """Return the listening socket that was handed over."""
-        try:
+    def _take_listener(self, count: str) -> socket.socket:
+        with contextlib.suppress(OSError):
             os.set_inheritable(self.first_fd, False)
             listener = socket.socket(fileno=self.first_fd)
-            listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             PRIVATE.add(listener)
+            listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             if count == "1" and listens and listener.family != socket.AF_UNIX:
                 return listener
-        except OSError:
-            pass
         raise SettingsError("LISTEN_FDS must be 1: a TCP socket that listens")
 
-    def is_due(self) -> bool:
-        """Whether it is time, for one who listens, to tell something again."""
-        now = time.monotonic()
-        if not self._path or now < self._due:
-            return False
-        self._due = now + self._pause
-        return True
-
-    def tell(self, *lines: str) -> None:
-        """Send lines such as READY=1; that nobody hears them is no reason to fail."""
+    def notify(self, *lines: str) -> None:
+        """Send lines such as READY=1, and feed the watchdog; errors are ignored."""
         if not self._path:
             return
+        lines += ("WATCHDOG=1",) if self._watchdog else ()
         with contextlib.suppress(OSError), socket.socket(
             socket.AF_UNIX, socket.SOCK_DGRAM
-        ) as line:
-            line.settimeout(1.0)
-            line.sendto("\n".join(lines).encode(), self._path)
+        ) as client:
+            client.settimeout(1.0)
+            client.sendto("\n".join(lines).encode(), self._path)
 
 
 class Service:
-    """The whole service: what main runs, and tests too."""
+    """The whole service, as main() and the tests run it. Raises SettingsError."""
 
     def __init__(
         self,
@@ -7452,22 +7439,38 @@ class Service:
             grace=settings["GRACE"],
             stuck=settings["STUCK_LIMIT"],
         )
-        access = Access(read_token(settings), settings["INSECURE"])
-        tls = tls_context(settings)
         rules = functools.lru_cache(maxsize=1000)(
             functools.partial(rules_of, handlers, settings["TASK_TIMEOUT"])
         )
+        access = Access(read_token(settings), settings["INSECURE"])
+        tls = tls_context(settings)
         self.store = TaskStore(limits, rules=rules, types=handlers)
         self.pool = WorkerPool(self.store, handlers, settings["WORKER_COUNT"])
         scheme = "https" if tls else "http"
         app = App(self.store, handlers, access, settings["MAX_WAIT"], scheme)
         self.server = self._listen(app)
         self.server.tls = tls
-        # Last, so that a start that is refused has changed nothing there.
-        self.journal = self._take_up() if settings["DB"] else None
+        self.acceptor = threading.Thread(target=self._serve, name="server", daemon=True)
+        self._events: EventQueue = queue.SimpleQueue()
+        self._end = self._report_at = 0.0  # when a drain ends; when a report is due
+        # Last, so that a start that is refused leaves the file as it is.
+        self.journal = self._open_journal() if settings["DB"] else None
 
-    def _take_up(self) -> Journal:
-        """Open the journal and go on with what is in it."""
+    def _listen(self, app: App) -> APIServer:
+        settings, path = self.settings, self.settings["UNIX_SOCKET"]
+        address = path or (settings["HOST"], settings["PORT"])
+        name = "UNIX_SOCKET " + path if path else "HOST %s, PORT %d" % address
+        if path and not hasattr(socket, "AF_UNIX"):
+            raise SettingsError(name + ": this system has no such sockets")
+        limits = settings["MAX_BODY"], settings["MAX_CONNECTIONS"]
+        try:
+            return APIServer(address, app, *limits, self.manager.listener)
+        except OSError as error:
+            text = "%s: can't listen: %s" % (name, error.strerror or error)
+            raise SettingsError(text, is_temporary(error)) from None
+
+    def _open_journal(self) -> Journal:
+        """Open the journal and restore the tasks in it."""
         try:
             journal = Journal(self.settings["DB"])
             self.store.take_up(journal)
@@ -7476,182 +7479,124 @@ class Service:
             self.server.server_close()
             raise
 
-    def _listen(self, app: App) -> APIServer:
-        host, port = self.settings["HOST"], self.settings["PORT"]
-        most = self.settings["MAX_BODY"], self.settings["MAX_CONNECTIONS"]
-        address, where = (host, port), "HOST %s, PORT %d" % (host, port)
-        if self.settings["UNIX_SOCKET"]:
-            address = self.settings["UNIX_SOCKET"]
-            where = "UNIX_SOCKET %s" % address
-            if not hasattr(socket, "AF_UNIX"):
-                raise SettingsError(where + ": this system has no such sockets")
-        try:
-            return APIServer(address, app, *most, self.manager.listener)
-        except OSError as error:
-            text = "%s: can't listen: %s" % (where, error.strerror or error)
-            if error.filename:  # the folder of a Unix socket
-                text += ": " + str(error.filename)
-            raise SettingsError(text, is_temporary(error)) from None
-
     def start(self) -> None:
-        """Begin to work and to listen; raises SettingsError."""
+        """Start the workers and accept clients; raises SettingsError."""
         workers = counted(self.settings["WORKER_COUNT"], "worker")
         log.info("listening on %s, %s, pid %d", self.server.url, workers, os.getpid())
-        self._warn_of_plain_token()
-        if self.journal:
-            counts, interrupted = self.store.counts(), self.store.interrupted
-            waiting = counted(counts.pending + counts.processing, "task")
-            found = waiting, counts.finished, len(interrupted)
-            text = "journal %s: %s waiting, %d finished, %d interrupted"
-            log.info(text, self.journal.path, *found)
-            if interrupted:
-                self._tell_given_up()
-        self.pool.start()
-        # In a thread of its own, so that shutdown() may wait for it.
-        self._acceptor = threading.Thread(
-            target=self.server.serve_forever,
-            args=(self.server.poll_interval,),
-            name="server",
-            daemon=True,
-        )
-        self._acceptor.start()
-        self.manager.tell("READY=1")
-
-    def _warn_of_plain_token(self) -> None:
         access, host = self.server.app.access, self.server.server_name
         if access.token and not (access.local or access.path or self.server.tls):
-            log.warning(
-                "HOST %s without TLS: the token goes in the clear; set TLS_CERT, or "
-                "listen on 127.0.0.1 behind a proxy that speaks TLS",
-                host,
-            )
-
-    def _tell_given_up(self) -> None:
-        """Warn of each task that has failed by this start, interrupted too often."""
-        for task in self.store.interrupted:
-            if task.status == FAILED:
-                fields = {
-                    "task_id": task.id,
-                    "type": task.type,
-                    "attempt": task.attempt,
-                    "error": task.error,
-                }
-                log.warning("failed", extra={"fields": fields})
-
-    def run(self, events: SignalQueue) -> int:
-        """Serve until a signal is recorded in `events`; return the exit code."""
-        number = self._next_event(events, None)
-        self.manager.tell("STOPPING=1")
-        ran, left = self._drain(signal.Signals(number).name, events)
-        put_back = sum(task.id in ran for task in left)
+            text = "HOST %s without TLS: the token crosses the network in the clear"
+            log.warning(text + "; set TLS_CERT, or put a TLS proxy in front", host)
         if self.journal:
-            saved = self.journal.close(JOURNAL_PATIENCE)
-            if not saved:
-                text = "journal %s: %s; what has ended since then is run again"
-                reason = self.journal.error or "it takes too long to write"
-                log.error(text, self.journal.path, reason)
-            finished = counted(len(ran) - put_back, "task")
-            message = "stopped, %s finished, %d put back, %d left waiting"
-            log.info(message, finished, put_back, len(left) - put_back)
-            return 0 if saved else 1
-        for task in left:
-            line = {"id": task.id, **submission_document(task)}
-            fields = {"task_id": task.id, "type": task.type, "task": line}
-            log.error("given up", extra={"fields": fields})
-        log.info("stopped, %s given up", counted(len(left), "task"))
-        return 1 if left else 0
+            self._log_journal(self.journal)
+        self.pool.start()
+        self.acceptor.start()
+        self.manager.notify("READY=1")
 
-    def _drain(self, name: str, events: SignalQueue) -> Tuple[List[str], List[Task]]:
-        """Let tasks finish, or stop them; return ids of what ran, and what is left."""
-        patience, waiting = self.settings["DRAIN_TIMEOUT"], self.store.counts().pending
-        end = time.monotonic() + patience
-        ran = self.store.drain(lambda: events.put(_DONE), patience)
-        self._report()
-        message = (
-            "%s: draining, %d running and %d waiting, for %g s at most; "
-            "a second signal ends it at once"
-        )
-        log.info(message, name, len(ran), waiting, patience)
-        event = self._next_event(events, patience)
-        if event != _DONE:
-            log.warning(
-                "%s: handlers are told to stop",
-                "second signal" if event else "time is up",
-            )
-        self.store.halt()  # in any case: what is told as given up must not run
+    def _log_journal(self, journal: Journal) -> None:
+        counts, interrupted = self.store.counts(), self.store.interrupted
+        waiting = counted(counts.pending + counts.processing, "task")
+        text = "journal %s: %s waiting, %d finished, %d interrupted"
+        log.info(text, journal.path, waiting, counts.finished, len(interrupted))
+        for task in interrupted:
+            if task.status == FAILED:  # by this start: it was interrupted too often
+                log_task(logging.WARNING, task, "failed", {"error": task.error})
+
+    def _serve(self) -> None:
+        """Accept clients until shutdown(), and then answer those that are connected."""
+        self.server.serve_forever(self.server.poll_interval)
+        self.server.close(self._end - time.monotonic())
+        self._events.put(DRAINED)  # wakes the main thread
+
+    def run(self, events: EventQueue) -> int:
+        """Serve until `events` has a signal number, and drain; return the exit code."""
+        self._events = events
+        number = self._next_event()
+        self.manager.notify("STOPPING=1")
+        left = self._drain(signal.Signals(number).name)
+        if self.journal:
+            saved, fate = self.journal.close(EXIT_TIMEOUT), "left for the next start"
+            if not saved:
+                text = "journal %s: %s; tasks that have ended since then will run again"
+                reason = self.journal.error or "writing takes too long"
+                log.error(text, self.journal.path, reason)
+        else:
+            saved, fate = not left, "given up"
+            for task in left:
+                fields = {"task": {"id": task.id, **submission_document(task)}}
+                log_task(logging.ERROR, task, "given up", fields)
+        log.info("stopped, %s %s", counted(len(left), "task"), fate)
+        return 0 if saved else 1
+
+    def _drain(self, name: str) -> List[Task]:
+        """Let tasks finish, or stop them; return those that are not finished."""
+        timeout, counts = self.settings["DRAIN_TIMEOUT"], self.store.counts()
+        self._end = time.monotonic() + timeout
+        self.store.drain(lambda: self._events.put(DRAINED), timeout)
+        self.report()
+        text = "%s: draining, %d running and %d waiting, for %g s at most; "
+        text += "a second signal ends it at once"
+        log.info(text, name, counts.processing, counts.pending, timeout)
+        event = self._next_event(timeout)
+        if event != DRAINED:
+            reason = "second signal" if event else "time is up"
+            log.warning("%s: handlers are told to stop", reason)
+        self.store.halt()  # after a drain, too: no task that is given up may start
         if event is None:
-            event = self._next_event(events, self.settings["GRACE"])
+            event = self._next_event(self.settings["GRACE"])
         left = self.store.give_up()
         self.store.events.wake(over=True)
-        if event in (None, _DONE):  # else a second signal: no time for courtesy
-            self._hang_up(events, end - time.monotonic())
-        return ran, left
+        if event in (None, DRAINED):  # else a second signal: clients are not awaited
+            self.server.shutdown()
+            while self.acceptor.is_alive() and event in (None, DRAINED):
+                event = self._next_event(0.125)
+        return left
 
-    def _hang_up(self, events: SignalQueue, patience: float) -> None:
-        """Stop listening once what came in is answered, or a signal comes."""
+    def _next_event(self, timeout: float = math.inf) -> Any:
+        """Return the next event, or None if there is none for `timeout` seconds.
 
-        def close() -> None:
-            try:
-                self.server.close(patience)
-            finally:
-                events.put(_CLOSED)
-
-        threading.Thread(target=close, name="closer", daemon=True).start()
-        while self._next_event(events, None) == _DONE:  # it may have been told twice
-            pass
-
-    def _next_event(self, events: SignalQueue, patience: Optional[float]) -> Any:
-        """Wait for what is recorded next; None when that takes longer than `patience`.
-
-        Meanwhile the supervisor is told how things are, and what may have been renewed
-        is read again.
+        Meanwhile the service manager gets its reports, and SIGHUP has its effect.
         """
-        end = math.inf if patience is None else time.monotonic() + patience
+        end = time.monotonic() + timeout
         while True:
-            if self.manager.is_due():
-                self._report()
-            # By and by, since a signal that the system gave to another thread does not
-            # end this one's wait, and its handler runs only once this thread goes on.
+            if time.monotonic() >= self._report_at:
+                self.report()
+            # Short waits: a signal that the system delivers to another thread does not
+            # end this wait, and its handler runs only once this thread goes on.
             wait = min(0.25, end - time.monotonic())
-            with contextlib.suppress(queue.Empty):
-                event = events.get(timeout=max(0, wait))
-                if event != HANGUP:
-                    return event
-                if self.settings["API_TOKEN_FILE"] or self.settings["TLS_CERT"]:
-                    self.reload()
-                elif not self.store.draining:  # a terminal that closes may send two
-                    return event
+            try:
+                event = self._events.get(timeout=max(0, wait))
+            except queue.Empty:
+                if wait < 0.25:
+                    return None
                 continue
-            if wait < 0.25:
-                return None
+            if event != HANGUP:
+                return event
+            if self.settings["API_TOKEN_FILE"] or self.settings["TLS_CERT"]:
+                self.reload()
+            elif not self.store.draining:  # a terminal that closes may send two
+                return event
 
-    def _report(self) -> None:
-        """Tell the supervisor how things are, unless they are at a standstill."""
+    def report(self) -> None:
+        """Report to the service manager, unless the service is at a standstill."""
+        self._report_at = time.monotonic() + self.manager.interval
         draining = self.store.draining
-        threads = [] if draining else [self.pool.timer, self._acceptor]
+        threads = [] if draining else [self.pool.timer, self.acceptor]
         dead = [thread.name for thread in threads if not thread.is_alive()]
         if dead or not self.store.responds(1.0):
-            log.error("at a standstill: %s", ", ".join(dead) or "the ledger's lock")
+            log.error("at a standstill: %s", ", ".join(dead) or "the task store's lock")
             return
         counts = self.store.counts()
-        text = "STATUS=%s%d running, %d waiting, %d finished"
-        lines = [
-            text
-            % (
-                "draining, " if draining else "",
-                counts.processing,
-                counts.pending,
-                counts.finished,
-            )
-        ]
-        if self.manager.watches:
-            lines.append("WATCHDOG=1")
+        numbers = counts.processing, counts.pending, counts.finished
+        status = "%d running, %d waiting, %d finished" % numbers
         if draining:
-            lines.append("EXTEND_TIMEOUT_USEC=%d" % (self.manager.extension * 10**6))
-        self.manager.tell(*lines)
+            usec = "EXTEND_TIMEOUT_USEC=30000000"  # counted from this report on
+            self.manager.notify("STATUS=draining, " + status, usec)
+        else:
+            self.manager.notify("STATUS=" + status)
 
     def reload(self) -> None:
-        """Read the token's file and the certificate again, for requests from now on."""
+        """Read the token and the certificate again, for requests from now on."""
         try:
             token, tls = read_token(self.settings), tls_context(self.settings)
         except SettingsError as error:
@@ -7659,26 +7604,43 @@ class Service:
             return
         if token:
             self.server.app.access.take(token)
-            self.store.events.wake()  # for the streams to see that
+            self.store.events.wake()  # streams check their token again
         self.server.tls = tls
         log.info("SIGHUP: the token and the certificate are read again")
 
-    def close(self) -> None:
-        """Stop at once: handlers are told to stop, requests in flight are answered."""
-        self.store.halt()
-        self.store.events.wake(over=True)
-        self.server.close()
-        if self.journal:
-            self.store.give_up()
-            self.journal.close(JOURNAL_PATIENCE)
+
+def log_task(level: int, task: Task, text: str, more: Mapping[str, Any]) -> None:
+    """Log a line about a task, with more fields of the line."""
+    fields = {"task_id": task.id, "type": task.type, "attempt": task.attempt, **more}
+    log.log(level, text, extra={"fields": fields})
 
 
-class LogFormatter(logging.Formatter):
-    """A line an event: time in UTC, level, message. No character a terminal obeys."""
+class JSONLogFormatter(logging.Formatter):
+    """Formats a record as a JSON object, in one line of ASCII."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record's lines; only a traceback has more than one."""
-        fields, text = _fields_of(record), record.getMessage()
+        """Return the record's line."""
+        line = {
+            "time": timestamp(record.created),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        return json.dumps({**line, **self.fields(record)})
+
+    def fields(self, record: logging.LogRecord) -> Dict[str, Any]:
+        """Return the fields beside these three."""
+        fields = dict(getattr(record, "fields", {}))
+        if record.exc_info and record.exc_info[0]:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return fields
+
+
+class LogFormatter(JSONLogFormatter):
+    """Formats a record as a line of text; only a traceback adds others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's lines, without characters that a terminal obeys."""
+        fields, text = self.fields(record), record.getMessage()
         if "task" in fields:  # as JSON, to be submitted again
             text += ": " + json.dumps(fields["task"])
         elif "task_id" in fields:
@@ -7687,206 +7649,166 @@ class LogFormatter(logging.Formatter):
             text += " after %.3f s" % fields["duration"]
         if "error" in fields:
             text += ": " + fields["error"]
-        first = escape("%-7s %s" % (record.levelname, text))
-        lines = fields.get("traceback", "").splitlines()
-        more = "".join("\n  " + escape(line[:2000]) for line in lines)
-        return "%s %s%s" % (timestamp(record.created), first, more)
-
-
-class JSONLogFormatter(logging.Formatter):
-    """A JSON object an event, in a line of ASCII; a traceback is one of its fields."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record's line."""
-        time, level = timestamp(record.created), record.levelname.lower()
-        about = {"time": time, "level": level, "message": record.getMessage()}
-        return json.dumps({**about, **_fields_of(record)})
-
-
-def _fields_of(record: logging.LogRecord) -> Dict[str, Any]:
-    """What a line tells beside its message."""
-    fields = dict(getattr(record, "fields", {}))
-    if record.exc_info and record.exc_info[0]:
-        fields["traceback"] = "".join(traceback.format_exception(*record.exc_info))
-    return fields
+        lines = ["%-7s %s" % (record.levelname, text)]
+        for line in fields.get("traceback", "").splitlines():
+            lines.append("  " + line[:2000])
+        return timestamp(record.created) + " " + "\n".join(map(escape, lines))
 
 
 class LogWriter(logging.Handler):
-    """Writes the log to stderr in a thread of its own, so that it never holds up work.
+    """Writes the log to stderr from a thread of its own, so that it never blocks work.
 
-    Where nobody reads, lines wait in a bounded queue; further ones are dropped, and
-    counted in a line of their own later. None that tells of a task given up is dropped.
+    If nobody reads stderr, lines wait, up to `limit` characters. Further ones are
+    dropped, and a line says how many; those with a task that was given up are kept.
     """
 
-    most = 1 << 20  # characters that may wait
+    limit = 1 << 20
 
     def __init__(self, file: int = 2) -> None:
         super().__init__()
-        # A copy of stderr itself, since libraries may close or replace sys.stderr.
+        # A copy of the descriptor, since libraries may close or replace sys.stderr.
         self._file = os.dup(file)
         self._lines: Any = queue.SimpleQueue()
         self._written = 0  # bytes, so that finish() sees whether somebody reads
-        # Both are guarded by the handler's own lock, which is held around emit().
+        # The handler's lock, which logging holds around emit(), guards these.
         self._waiting = 0  # characters
         self._dropped = 0  # lines
-        threading.Thread(target=self._write_all, name="log", daemon=True).start()
+        threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue a record's lines; called by logging."""
-        text = self.format(record) + "\n"
-        is_full = self._waiting + len(text) > self.most
+        try:
+            text = self.format(record) + "\n"
+        except Exception as error:  # an argument's own __str__() may raise anything
+            place, reason = (record.filename, record.lineno), escape(describe(error))
+            text = "%s:%d: this line can't be logged: %s\n" % (*place, reason)
+        is_full = self._waiting + len(text) > self.limit
         if is_full and "task" not in getattr(record, "fields", {}):
             self._dropped += 1
         else:
             self._waiting += len(text)
             self._lines.put(text)
 
-    def _write_all(self) -> None:
+    def _run(self) -> None:
         while True:
-            text = self._lines.get()
-            while len(text) < LARGE and self._lines.qsize():
-                text += self._lines.get()
+            lines = [self._lines.get()]
+            while not self._lines.empty():  # one write for all that wait
+                lines.append(self._lines.get())
+            text = "".join(lines)
             self._write(text.encode("utf-8", "backslashreplace"))
-            self.acquire()
-            self._waiting -= len(text)
-            if self._dropped and not self._waiting:
-                self._tell_dropped()
-            self.release()
+            with self.lock:  # type: ignore[union-attr]
+                self._waiting -= len(text)
+                if self._dropped and not self._waiting:
+                    text = "nobody read the log: %d lines were dropped" % self._dropped
+                    self._dropped = 0
+                    record = log.name, logging.WARNING, "", 0, text, (), None
+                    self.emit(logging.LogRecord(*record))
 
     def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
         with contextlib.suppress(OSError):  # nobody can read it any more
-            while data:
+            while rest:
                 try:
-                    sent = os.write(self._file, data[:PIECE])
-                except BlockingIOError:  # who shares the pipe has made it so
-                    select.select([], [self._file], [])
+                    count = os.write(self._file, rest[:PIECE])
+                except BlockingIOError:  # a process that shares the pipe made it so
+                    time.sleep(0.01)
                     continue
-                data = data[sent:]
-                self._written += sent
+                self._written += count
+                rest = rest[count:]
 
-    def _tell_dropped(self) -> None:
-        """Queue how many lines were dropped. Assumes the lock."""
-        text = "nobody read the log: %d lines were dropped" % self._dropped
-        self._dropped = 0
-        self.emit(logging.LogRecord(log.name, logging.WARNING, "", 0, text, (), None))
-
-    def finish(self, patience: float = LOG_PATIENCE) -> None:
-        """Wait until all is written, or for so many seconds while nobody reads."""
+    def finish(self, timeout: float = EXIT_TIMEOUT) -> None:
+        """Wait until all is written, or until none of it is for `timeout` seconds."""
         before, end = -1, 0.0
         while self._waiting:
             if self._written != before:
-                before, end = self._written, time.monotonic() + patience
+                before, end = self._written, time.monotonic() + timeout
             elif time.monotonic() >= end:
                 return
             time.sleep(0.005)
 
 
+def start_logging(level: str, format: str = "text") -> None:
+    """Log to stderr from this level on, as text or as JSON."""
+    if not any(isinstance(each, LogWriter) for each in log.handlers):
+        output = LogWriter()
+        atexit.register(output.finish)  # after a main() that ends by an exception
+        log.handlers[:], log.propagate = [output], False
+    formatter = LogFormatter() if format == "text" else JSONLogFormatter()
+    log.handlers[0].setFormatter(formatter)
+    log.setLevel(level.upper())
+
+
 def finish_log() -> None:
-    """Wait until the log is written, but not for a reader that has stopped reading."""
+    """Wait until the log is written, as long as somebody reads it."""
     for output in log.handlers:
         if isinstance(output, LogWriter):
             output.finish()
 
 
-def start_logging(level: str, format: str = "text") -> None:
-    """Log to stderr from this level on, as text or as JSON."""
-    writers = [each for each in log.handlers if isinstance(each, LogWriter)]
-    output = writers[0] if writers else LogWriter()
-    output.setFormatter(LogFormatter() if format == "text" else JSONLogFormatter())
-    log.handlers[:] = [output]
-    log.propagate = False
-    log.setLevel(level.upper())
-    logging.raiseExceptions = False  # a log that can't be written is no reason to fail
-    atexit.register(finish_log)  # unless the process ends by os._exit()
+class Signals:
+    """The signals that the service handles.
 
-
-def allow_descriptors(wanted: int) -> None:
-    """Have this process open so many files and sockets, if it may (getrlimit(2)).
-
-    Many systems allow 1024 at first, so that idle clients could use up what handlers
-    need, too.
+    A signal handler only records the signal: it may interrupt any code, even code that
+    holds a lock, and put() of a SimpleQueue is one of the few safe calls there. During
+    the start, which may take long and has nothing to lose, it also raises
+    KeyboardInterrupt.
     """
-    try:
-        resource = lazy_import("resource")  # not on Windows
-    except ImportError:
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    if most < wanted:
-        text = "MAX_CONNECTIONS needs %d open files, but the system allows %d"
-        log.warning(text, wanted, most)
+
+    def __init__(self) -> None:
+        self.events: EventQueue = queue.SimpleQueue()
+        self.starting = True
+
+    def install(self, reloads: bool = False) -> None:
+        """Set all signals, whatever the parent process or a handlers file has set."""
+        # A terminal signals forked children, too, whose tasks are to finish.
+        IN_CHILDREN.update({TERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_IGN})
+        # Under nohup, which ignores SIGHUP, a closed terminal must not end the service.
+        if HANGUP and (reloads or signal.getsignal(HANGUP) != signal.SIG_IGN):
+            IN_CHILDREN[HANGUP] = signal.SIG_IGN
+        for number in IN_CHILDREN:
+            signal.signal(number, self._record)
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, IN_CHILDREN)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or exit statuses are lost
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # sent if a client is gone
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # sent if a file may not grow
+
+    def _record(self, number: int, frame: Any) -> None:
+        self.events.put(number)
+        if self.starting:
+            raise KeyboardInterrupt
 
 
 def open_standard_files() -> None:
-    """Have /dev/null take the place of standard files that are closed.
+    """Open /dev/null in place of each of stdin, stdout and stderr that is closed.
 
-    Else the next socket or file would get its number, and whatever is printed.
+    Otherwise the next socket or file would get its number, and what is printed.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest number that is free, which is this one.
+            # open() returns the lowest number that is free, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-        if getattr(sys, name) is None:  # where it was closed when Python started
+        if getattr(sys, name) is None:  # it was closed when Python started
             mode, errors = "w" if number else "r", "backslashreplace"
-            file = os.fdopen(number, mode, errors=errors, closefd=False)
-            setattr(sys, name, file)
+            setattr(sys, name, os.fdopen(number, mode, errors=errors, closefd=False))
 
 
-def _load_task_types(settings: Settings) -> None:
-    """Register the task types that the settings name; raises HandlerError."""
-    if settings["HANDLERS"] or settings["EXECUTOR"]:
-        import_ahead(settings)
-    load_all(settings["HANDLERS"])
-    for line in settings["COMMANDS"]:
-        register_command(line)
-    if settings["EXECUTOR"]:
-        load_executor(settings["EXECUTOR"])
-    check_isolated()
+def raise_file_limit(wanted: int) -> None:
+    """Let this process open so many files and sockets, if it may (getrlimit(2)).
 
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the service until it is told to stop, or a command of the client.
-
-    Returns the exit code.
+    Many systems allow 1024 at first, which clients alone could use up.
     """
-    open_standard_files()
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and not argv[0].startswith("-"):
-        return client_main(argv[0], argv[1:])
-    stderr = sys.stderr  # a file of handlers may replace or close it
-    print_at_once()
-    signals = Signals()
-    try:
-        signals.take()
-        settings = read_settings(argv, os.environ)
-        for name in SECRETS:
-            os.environ.pop(name, None)  # no child process is to have it
-        start_logging(settings["LOG_LEVEL"], settings["LOG_FORMAT"])
-        manager = ServiceManager(os.environ)
-        _load_task_types(settings)
-        signals.take(bool(settings["API_TOKEN_FILE"] or settings["TLS_CERT"]))
-        service = Service(settings, manager=manager)
-        allow_descriptors(settings["MAX_CONNECTIONS"] + 1000)
-        signals.starting = False
-        service.start()
-    except (SettingsError, HandlerError) as error:
-        finish_log()
-        print("longtasks: %s" % escape(str(error)), file=stderr)
-        code = TRY_AGAIN if getattr(error, "temporary", False) else 2
-    except KeyboardInterrupt:
-        finish_log()
-        print("longtasks: stopped by %s at the start" % signals.name, file=stderr)
-        code = 0
-    else:
-        code = service.run(signals.events)
-    within(END_PATIENCE, _end_children)
-    return code
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        resource = lazy_import("resource")  # not on Windows
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = min(wanted, hard % 2**64)  # RLIM_INFINITY may be -1
+        if soft % 2**64 < limit:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        if limit < wanted:
+            text = "MAX_CONNECTIONS needs %d open files, but the system allows %d"
+            log.warning(text, wanted, limit)
 
 
 def import_ahead(settings: Settings) -> None:
@@ -7913,8 +7835,63 @@ def load_all(files: Sequence[str]) -> None:
             log.warning("--handlers %s has no @handler: no task type is in it", file)
 
 
+def _start(argv: Sequence[str], signals: Signals) -> Service:
+    """Start the service; raises SettingsError or HandlerError."""
+    signals.install()
+    settings = read_settings(argv, os.environ)
+    for name in SECRETS:
+        os.environ.pop(name, None)  # no child process may have it
+    start_logging(settings["LOG_LEVEL"], settings["LOG_FORMAT"])
+    manager = ServiceManager(os.environ)
+    if settings["HANDLERS"] or settings["EXECUTOR"]:
+        import_ahead(settings)
+    load_all(settings["HANDLERS"])
+    for line in settings["COMMANDS"]:
+        register_command(line)
+    if settings["EXECUTOR"]:
+        load_executor(settings["EXECUTOR"])
+    check_isolated()
+    signals.install(bool(settings["API_TOKEN_FILE"] or settings["TLS_CERT"]))
+    service = Service(settings, manager=manager)
+    raise_file_limit(settings["MAX_CONNECTIONS"] + 1000)
+    signals.starting = False
+    service.start()
+    return service
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the service until a signal ends it, or a command of the client.
+
+    Returns the exit code.
+    """
+    open_standard_files()
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and not argv[0].startswith("-"):
+        return client_main(argv[0], argv[1:])
+    stderr = sys.stderr  # a handlers file may replace or close it
+    print_at_once()
+    signals, reason = Signals(), ""
+    try:
+        try:
+            service = _start(argv, signals)
+        finally:
+            signals.starting = False  # nothing may interrupt what follows
+        code = service.run(signals.events)
+    except (SettingsError, HandlerError) as error:
+        reason, code = str(error), 2
+        if getattr(error, "temporary", False):
+            code = TRY_AGAIN
+    except KeyboardInterrupt:
+        reason, code = "stopped by a signal at the start", 0
+    finish_log()
+    if reason:
+        print("longtasks: " + escape(reason), file=stderr)
+    within(EXIT_TIMEOUT, _end_children)
+    return code
+
+
 def _end_children() -> None:
-    """End what an executor or an isolated handler has left, since we don't wait."""
+    """End what executors and handlers have started, since nobody waits for it."""
     for executor in EXECUTOR:
         with contextlib.suppress(Exception):
             executor.shutdown(wait=False)
@@ -7922,46 +7899,6 @@ def _end_children() -> None:
     if multiprocessing:
         for child in multiprocessing.active_children():
             child.kill()  # it may ignore SIGTERM
-
-
-class Signals:
-    """Records the signals that the service takes for itself, from the first moment on.
-
-    A signal handler only records: it may run in the midst of anything, and put() of a
-    SimpleQueue is one of the few things that are safe there. But it interrupts a start,
-    which may take long and has nothing to lose.
-    """
-
-    def __init__(self) -> None:
-        self.events: SignalQueue = queue.SimpleQueue()
-        self.starting = True
-
-    @property
-    def name(self) -> str:
-        """The name of the first one. A handlers file may raise what Ctrl-C does."""
-        number = signal.SIGINT if self.events.empty() else self.events.get()
-        return signal.Signals(number).name
-
-    def take(self, reloads: bool = False) -> None:
-        """Take the signals, whatever the parent or a handlers file has done to them."""
-        # What a terminal sends goes to forked children, too, whose tasks are to finish.
-        IN_CHILDREN.update({TERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_IGN})
-        # Under nohup, a terminal that closes is not to end the service.
-        if HANGUP and (reloads or signal.getsignal(HANGUP) != signal.SIG_IGN):
-            IN_CHILDREN[HANGUP] = signal.SIG_IGN
-        for number in IN_CHILDREN:
-            signal.signal(number, self._record)
-        if not hasattr(signal, "pthread_sigmask"):
-            return  # Windows, which lacks all that follows
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, IN_CHILDREN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else no exit code is to be had
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a client that is gone
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that may not grow
-
-    def _record(self, number: int, frame: Any) -> None:
-        self.events.put(number)
-        if self.starting:
-            raise KeyboardInterrupt
 
 
 # ======================================================================
@@ -8885,7 +8822,6 @@ follow();
 
 if __name__ == "__main__":
     code = main()
-    finish_log()
-    within(END_PATIENCE, flush_output)
+    within(EXIT_TIMEOUT, flush_output)
     # Not sys.exit(), which would wait for threads that handlers have left behind.
     os._exit(code)

@@ -147,12 +147,22 @@ def serving(**changes):
     """A real service on a free port, stopped whatever happens."""
     settings = longtasks.read_settings([], {})
     settings.update(PORT=0, **changes)
-    service = longtasks.Service(settings, longtasks.REGISTRY)
+    with running_service(longtasks.Service(settings, longtasks.REGISTRY)) as service:
+        yield service
+
+
+@contextlib.contextmanager
+def running_service(service):
+    """A service while it runs; at its end, which isn't logged, no task is awaited."""
     service.start()
     try:
         yield service
     finally:
-        service.close()
+        service.settings.update(DRAIN_TIMEOUT=0, GRACE=0)
+        events, longtasks.log.disabled = queue.SimpleQueue(), True
+        events.put(signal.SIGTERM)
+        service.run(events)
+        longtasks.log.disabled = False
 
 
 @pytest.fixture
@@ -6237,9 +6247,7 @@ def test_a_name_counts_as_the_address_it_leads_to(registry, monkeypatch):
 def test_a_token_that_would_go_in_the_clear_is_warned_of(host, more, warned, registry):
     with records("WARNING") as kept, serving(HOST=host, **more):
         pass
-    text = "HOST 0.0.0.0 without TLS: the token goes in the clear; set TLS_CERT, or "
-    text += "listen on 127.0.0.1 behind a proxy that speaks TLS"
-    assert [record.getMessage() for record in kept] == [text] * warned
+    assert ["without TLS" in record.getMessage() for record in kept] == [True] * warned
 
 
 def test_a_service_open_to_others_by_mistake_is_one_line_and_code_2(capsys):
@@ -7999,9 +8007,7 @@ def test_a_place_where_no_unix_socket_can_be_is_one_line(name, tmp_path, capsys)
     assert longtasks.main(["--unix-socket", str(tmp_path / name)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("longtasks: UNIX_SOCKET /")
-    assert err.endswith("No such file or directory: %s/none\n" % tmp_path) or (
-        "too long" in err
-    )
+    assert "No such file or directory" in err or "too long" in err
     assert err.count("\n") == 1
 
 
@@ -9570,20 +9576,28 @@ def test_past_the_drain_timeout_tasks_are_given_up_and_told(tmp_path, held):
             )
 
 
-def test_what_is_told_as_given_up_does_not_run_nor_is_it_cancelled(registry):
-    ran, events = [], queue.SimpleQueue()
+def test_a_task_that_is_given_up_neither_runs_nor_is_cancelled(registry):
+    ran, before = [], set(threading.enumerate())
     handler("late")(lambda: ran.append("late"))
-    with serving(DRAIN_TIMEOUT=1) as service:
-        task = service.store.submit("late", b"{}", longtasks.Options(delay=3.0))
+    settings = longtasks.read_settings(["--port=0", "--drain-timeout=0"], {})
+    service = longtasks.Service(settings, longtasks.REGISTRY)
+    service.start()
+    workers = {each for each in threading.enumerate() if "worker" in each.name}
+    task = service.store.submit("late", b"{}", longtasks.Options(delay=0.05))
+    close = service.server.close
 
-        def hang_up(events, patience):
-            service.store._ready.put(longtasks.Entry(-1, task.seq, task.id, "late", 0))
-            with pytest.raises(longtasks.Draining):
-                service.store.cancel(task.id)
-            until(lambda: service.pool._threads == 0, "the end of the workers")
+    def close_late(*timeout):
+        with pytest.raises(longtasks.Draining):
+            service.store.cancel(task.id)
+        until(lambda: not any(each.is_alive() for each in workers - before))
+        close(*timeout)
 
-        service._hang_up = hang_up
-        assert service._drain("SIGTERM", events) == ([], [task])
+    service.server.close = close_late
+    events = queue.SimpleQueue()
+    events.put(signal.SIGTERM)
+    with records("ERROR") as kept:
+        assert service.run(events) == 1
+    assert [as_json(record)["task"]["id"] for record in kept] == [task.id]
     assert ran == []
 
 
@@ -9608,54 +9622,31 @@ def test_a_second_signal_ends_it_at_once(tmp_path, held):
         assert '"name": "a"' in running.logged("given up")
 
 
-def test_a_clean_exit_answers_what_is_in_flight(registry, monkeypatch):
-    asked, answer = threading.Event(), threading.Event()
-
-    def slow_endpoint(app, request):
-        asked.set()
-        assert answer.wait(LONG)
-        return longtasks.json_reply({"status": "late"})
-
-    route = longtasks._ROUTES["/healthz"]["GET"]._replace(endpoint=slow_endpoint)
-    monkeypatch.setitem(longtasks._ROUTES["/healthz"], "GET", route)
-    with serving() as service:
-
-        def ask(_):
-            return call(service, "GET", "/healthz")
-
-        def stop(_):
-            assert asked.wait(LONG)
-            threading.Thread(target=service.server.close, daemon=True).start()
-            until(lambda: service.server.closing)
-            answer.set()
-
-        reply = together(2, lambda i: (ask, stop)[i](i))[0]
-        assert reply.json == {"status": "late"}
-        assert reply.headers["Connection"] == "close"
-
-
-def test_an_idle_connection_does_not_hold_up_the_exit(service):
-    with socket.create_connection(
-        ("127.0.0.1", service.server.server_port), LONG
-    ) as client:
-        client.sendall(GET + b"\r\n")
-        assert client.recv(65536)
-        begin = time.monotonic()
-        service.server.close(patience=LONG)
-        assert time.monotonic() - begin < LONG / 2
-        assert client.recv(65536) == b""
-
-
-def test_a_connection_in_the_backlog_is_still_answered(registry):
-    service = longtasks.Service(
-        longtasks.read_settings(["--port=0"], {}), longtasks.REGISTRY
-    )
+def test_an_exit_answers_clients_but_does_not_wait_for_idle_ones(registry):
+    settings = longtasks.read_settings(["--port=0"], {})
+    service = longtasks.Service(settings, longtasks.REGISTRY)
     address = ("127.0.0.1", service.server.server_port)
-    with socket.create_connection(address, LONG) as client:  # nobody accepts yet
-        client.sendall(GET + b"\r\n")
-        service.start()
-        service.close()
-        assert client.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+    with contextlib.ExitStack() as stack:
+        idle, half, unaccepted = (
+            stack.enter_context(socket.create_connection(address, LONG))
+            for _ in range(3)
+        )
+        unaccepted.sendall(GET + b"\r\n")
+        half.sendall(GET)
+        with running_service(service):
+            idle.sendall(GET + b"\r\n")
+            assert idle.recv(65536)
+            begin, close = time.monotonic(), service.server.close
+
+            def finish_request(*timeout):
+                half.sendall(b"\r\n")
+                close(*timeout)
+
+            service.server.close = finish_request
+        assert idle.recv(65536) == b""
+        for client in (half, unaccepted):
+            assert client.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+        assert time.monotonic() - begin < 4
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
@@ -9780,8 +9771,8 @@ def test_a_signal_ends_a_start_in_order_even_that_of_pid_1(below, number, tmp_pa
             pid = int(Path("/proc/%d/task/%d/children" % (pid, pid)).read_text())
         os.kill(pid, number)
         try:
-            line = "longtasks: stopped by %s at the start\n" % number.name
-            assert started.communicate(timeout=LONG)[1].decode() == line
+            line = b"longtasks: stopped by a signal at the start\n"
+            assert started.communicate(timeout=LONG)[1] == line
             assert started.returncode == 0
         finally:
             started.kill()
@@ -9793,6 +9784,30 @@ def test_a_signal_that_a_handlers_file_swallows_ends_the_service_all_the_same(tm
     with process("--handlers", write(tmp_path, text)) as running:
         assert running.wait() == 0
         running.logged("SIGTERM: draining")
+
+
+def test_a_signal_while_a_start_is_refused_does_not_interrupt_that(monkeypatch):
+    class Stderr(io.StringIO):
+        def write(self, text):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stderr", Stderr())
+    assert longtasks.main(["--port=x"]) == 2
+    assert sys.stderr.getvalue().startswith("longtasks: PORT ")
+
+
+def test_without_another_thread_a_stop_still_answers_and_closes_the_journal(
+    registry, tmp_path, monkeypatch
+):
+    changes = {"DB": str(tmp_path / "tasks.db")}
+    with serving(**changes) as service:
+        task_id = submitted(service, "long_computation", {"duration": 0})
+        result_of(service, task_id)
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+    monkeypatch.undo()
+    with serving(**changes) as service:
+        assert result_of(service, task_id)["status"] == "completed"
 
 
 SIGNALS = """
@@ -9910,7 +9925,7 @@ def unread():
     os.set_blocking(writer, True)
     output = longtasks.LogWriter(writer)
     output.setFormatter(longtasks.LogFormatter())
-    output.most = 200
+    output.limit = 200
     os.close(writer)
     return output, os.fdopen(reader, encoding="utf-8")
 
@@ -9960,6 +9975,14 @@ def test_no_task_that_is_given_up_is_dropped_from_the_log(unread):
     lines = read_to(file, '{"id": 99}')
     finishing.result(LONG)
     assert len(lines) == 100
+
+
+def test_a_line_that_cannot_be_formatted_is_logged_as_that_and_raises_nothing(unread):
+    output, file = unread
+    record = longtasks.log.makeRecord("x", 40, "mine.py", 7, "%d", ("one",), None)
+    reading = background(lambda: read_to(file, "mine.py:7: "))
+    output.handle(record)
+    assert "TypeError" in reading.result(LONG)[-1]
 
 
 GLOBALS = """
@@ -10148,7 +10171,7 @@ def test_a_traceback_is_a_field_in_json(registry):
     lines = [as_json(r) for r in kept if r.getMessage() == "raised"]
     (line,) = [line for line in lines if line["type"] == "bad"]
     assert line["level"] == "warning"
-    assert line["traceback"].endswith("ValueError: no\n\x1b\n")
+    assert line["traceback"].endswith("ValueError: no\n\x1b")
 
 
 def test_a_request_is_logged_at_debug_without_a_secret(registry):
@@ -10162,6 +10185,7 @@ def test_a_request_is_logged_at_debug_without_a_secret(registry):
         call(service, "GET", "/", Host="s3cret")
         with Stream(service, "/api/v1/events") as stream:
             stream.response.readline()
+        until(lambda: any("/events" in record.getMessage() for record in kept))
     lines = [as_json(record) for record in kept]
     asked = [line for line in lines if "client" in line]
     for line in asked:
@@ -10353,17 +10377,13 @@ def test_the_watchdog_hears_of_a_service_that_lives(manager):
 
 
 @contextlib.contextmanager
-def supervised(manager, **env):
-    """A service with a supervisor that says when it is asked to report."""
-    supervisor = longtasks.ServiceManager({**manager.env, "WATCHDOG_USEC": "9", **env})
+def managed(manager, **env):
+    """A service that reports to a service manager when the test asks it to."""
     settings = longtasks.read_settings(["--port=0"], {})
-    service = longtasks.Service(settings, longtasks.REGISTRY, supervisor)
-    service.start()
-    manager.hear("READY=1")
-    try:
-        yield service
-    finally:
-        service.close()
+    talk = longtasks.ServiceManager({**manager.env, "WATCHDOG_USEC": "9", **env})
+    with running_service(longtasks.Service(settings, longtasks.REGISTRY, talk)) as it:
+        manager.hear("READY=1")
+        yield it
 
 
 def silent(manager):
@@ -10373,41 +10393,39 @@ def silent(manager):
     return True
 
 
-def test_the_watchdog_hears_nothing_when_the_ledger_stands_still(registry, manager):
-    with records() as kept, supervised(manager) as service:
-        with service.store._lock:
-            service._report()
+@pytest.mark.parametrize("culprit", ["timer", "server", "the task store's lock"])
+def test_a_service_at_a_standstill_does_not_feed_the_watchdog(
+    culprit, registry, manager, monkeypatch
+):
+    with records() as kept, managed(manager) as service:
+        service.report()
+        assert b"WATCHDOG=1" in manager.socket.recv(65536)
+        with monkeypatch.context() as patch:
+            if culprit == "timer":
+                patch.setattr(service.pool, "timer", threading.Thread(name=culprit))
+            elif culprit == "server":
+                patch.setattr(service, "acceptor", threading.Thread(name=culprit))
+            else:
+                patch.setattr(service.store, "responds", lambda timeout: False)
+            service.report()
         assert silent(manager)
         said = [record.getMessage() for record in kept]
-        assert "at a standstill: the ledger's lock" in said
-        service._report()
-        assert b"WATCHDOG=1" in manager.socket.recv(65536)
+        assert "at a standstill: " + culprit in said
 
 
-@pytest.mark.parametrize("name", ["timer", "server"])
-def test_the_watchdog_hears_nothing_when_a_thread_is_dead(name, registry, manager):
-    with records() as kept, supervised(manager) as service:
-        dead = threading.Thread(name=name)
-        holder = service.pool if name == "timer" else service
-        setattr(holder, "timer" if name == "timer" else "_acceptor", dead)
-        service._report()
-        assert silent(manager)
-        assert "at a standstill: " + name in [record.getMessage() for record in kept]
-
-
-def test_in_a_drain_it_asks_for_more_time_though_nobody_accepts(registry, manager):
-    with supervised(manager) as service:
+def test_a_drain_requests_more_time_though_no_client_is_accepted(registry, manager):
+    with managed(manager) as service:
         service.store.drain(lambda: None)
-        service._acceptor = threading.Thread(name="dead")
-        service._report()
-        told = manager.socket.recv(65536).decode().split("\n")
-        assert told[0].startswith("STATUS=draining, ")
-        assert "EXTEND_TIMEOUT_USEC=30000000" in told
+        service.server.shutdown()
+        service.report()
+        lines = manager.socket.recv(65536).decode().split("\n")
+        assert lines[0].startswith("STATUS=draining, ")
+        assert "EXTEND_TIMEOUT_USEC=30000000" in lines
 
 
-def test_a_watchdog_of_another_process_is_not_told(registry, manager):
-    with supervised(manager, WATCHDOG_PID="1") as service:
-        service._report()
+def test_the_watchdog_of_another_process_is_not_fed(registry, manager):
+    with managed(manager, WATCHDOG_PID="1") as service:
+        service.report()
         assert b"WATCHDOG" not in manager.socket.recv(65536)
 
 
@@ -10444,17 +10462,17 @@ def test_a_listening_socket_that_is_handed_over_is_served_again_and_again():
                 assert running.wait() == 0
 
 
-def test_who_waits_at_a_socket_that_was_handed_over_is_left_to_the_next():
-    supervisor = longtasks.ServiceManager({})
-    supervisor.listener = socket.create_server(("127.0.0.1", 0))
-    settings, address = (
-        longtasks.read_settings([], {}),
-        supervisor.listener.getsockname(),
-    )
-    with supervisor.listener.dup() as kept, socket.create_connection(address) as client:
-        service = longtasks.Service(settings, longtasks.REGISTRY, supervisor)
-        service.server.shutdown = lambda: None  # it has never begun to accept
-        service.close()
+def test_clients_of_a_socket_that_was_passed_wait_for_the_next_service(registry):
+    talk = longtasks.ServiceManager({})
+    talk.listener = socket.create_server(("127.0.0.1", 0))
+    settings = longtasks.read_settings([], {})
+    with talk.listener.dup() as kept, contextlib.ExitStack() as stack:
+        with running_service(
+            longtasks.Service(settings, longtasks.REGISTRY, talk)
+        ) as it:
+            it.server.shutdown()
+            client = socket.create_connection(kept.getsockname())
+            stack.enter_context(client)
         assert kept.accept()[1] == client.getsockname()
 
 
@@ -11605,7 +11623,7 @@ def test_a_drain_leaves_what_waits_in_the_file_and_the_next_start_runs_it(
         running.logged("draining, 1 running and 1 waiting")
         (tmp_path / "a").touch()
         assert running.wait() == 0
-        running.logged("stopped, 1 task finished, 0 put back, 1 left waiting")
+        running.logged("stopped, 1 task left for the next start")
         running.logged(", 1 worker, pid %d" % running.process.pid)
     assert rows_of(path) == [(ids[0], "completed"), (ids[1], "pending")]
     (tmp_path / "b").touch()
@@ -11639,7 +11657,7 @@ def test_a_stop_while_the_disk_is_full_is_no_crash(tmp_path, held):
             with full_disk(running, path):
                 running.signal()
                 assert running.wait() == 1
-        running.logged("; what has ended since then is run again")
+        running.logged("; tasks that have ended since then will run again")
         (tmp_path / "a.began").unlink()
         found = rows_of(path, "status, attempt, interruptions")
         assert found == [("processing", attempt, 0)]
@@ -11713,7 +11731,7 @@ def test_past_the_drain_timeout_what_runs_is_put_back(
         began(tmp_path, "a")
         running.signal()
         assert running.wait() == 0
-        running.logged("stopped, 0 tasks finished, 1 put back, 0 left waiting")
+        running.logged("stopped, 1 task left for the next start")
     assert rows_of(path, "id, status, attempt, interruptions") == [
         (task_id, "pending", 1, 0)
     ]
@@ -12660,7 +12678,7 @@ def test_those_who_start_it_wait_longer_than_its_drain_may_take(tmp_path):
     grace = longtasks.read_settings([], {})["GRACE"]
     assert len(limits) == len(drains) == 2
     for limit, drain in zip(limits, drains):
-        assert int(limit) > int(drain) + grace + longtasks.JOURNAL_PATIENCE
+        assert int(limit) > int(drain) + grace + longtasks.EXIT_TIMEOUT
 
 
 def test_the_readme_has_every_exit_code_of_the_client():

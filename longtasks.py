@@ -6871,14 +6871,18 @@ LINE_INTERVAL = 10.0  # seconds between two lines about progress, not on a termi
 
 
 class ClientError(Exception):
-    """A command failed: lines to report, exit code, status of the response or 0."""
+    """A command failed: the lines to report, and the exit code.
 
-    def __init__(self, code: int, *lines: str, status: int = 0) -> None:
+    `status` is that of the HTTP response, 0 without one; `sent` is whether the request
+    may have taken effect all the same; `temporary` is whether a retry may help.
+    """
+
+    def __init__(
+        self, code: int, *lines: str, status: int = 0, sent: bool = True
+    ) -> None:
         super().__init__(*lines)
-        self.code = code
-        self.status = status
-        self.temporary = code == NO_ANSWER and not 0 < status < 500  # a retry may help
-        self.sent = True  # the request may have taken effect all the same
+        self.code, self.status, self.sent = code, status, sent
+        self.temporary = code == NO_ANSWER and not 0 < status < 500
 
 
 class Client:
@@ -6918,9 +6922,7 @@ class Client:
         except (OSError, HTTPException, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error).strip()
             text = "no answer from %s: %s" % (self.url, reason)
-            failure = ClientError(NO_ANSWER, text)
-            failure.sent = sent
-            raise failure from None
+            raise ClientError(NO_ANSWER, text, sent=sent) from None
         media = response.headers.get_content_type()
         if 200 <= response.status < 300 and media == accept:
             return str(text)
@@ -6938,12 +6940,9 @@ class Client:
     def _connect(self) -> Any:
         import http.client
 
-        secure = self._scheme == "https"
-        name = "HTTPSConnection" if secure else "HTTPConnection"
-        family = "AF_UNIX" if self._socket else "AF_INET"
-        if not (hasattr(http.client, name) and hasattr(socket, family)):
-            lack = "ssl" if secure else "Unix sockets"
-            raise ClientError(REFUSED, "this Python lacks %s" % lack)
+        name = "HTTPSConnection" if self._scheme == "https" else "HTTPConnection"
+        if not hasattr(http.client, name):
+            raise ClientError(REFUSED, "https needs Python's ssl, which is missing")
         host = self._host or "localhost"
         connection = getattr(http.client, name)(host, timeout=REQUEST_TIMEOUT)
         if self._socket:
@@ -6969,14 +6968,6 @@ class Client:
         return ClientError(code, *lines, status=status)
 
 
-def make_client(url: Optional[str], environ: Mapping[str, str]) -> Client:
-    """Return the client for a URL, by default the one that the environment names."""
-    names = ("PORT", "API_TOKEN", "API_TOKEN_FILE")
-    settings = read_settings([], {name: environ.get(name, "") for name in names})
-    local = "http://127.0.0.1:%d" % settings["PORT"]
-    return Client(url or environ.get("LONGTASKS_URL") or local, read_token(settings))
-
-
 def task_path(task_id: str, suffix: str = "") -> str:
     """Return the path of a task in the API, or of a resource below it."""
     return "/api/v1/tasks/" + url_quote(task_id, "", errors="surrogateescape") + suffix
@@ -6986,13 +6977,14 @@ def task_path(task_id: str, suffix: str = "") -> str:
 
 
 def report(line: str, changes: bool = False) -> None:
-    """Print a line on stderr; on a terminal it replaces one that `changes`."""
-    text = escape(line)
+    """Print a line on stderr. On a terminal the next one replaces it if it changes."""
+    text, end = escape(line), "\n"
     if on_terminal():
-        # Without line wrap the terminal cuts a line that is too long.
-        text = "\r\x1b[K" + ("\x1b[?7l%s\x1b[?7h" % text if changes else text)
+        if changes:  # and is cut by the terminal, as it does not wrap then
+            text, end = "\x1b[?7l%s\x1b[?7h" % text, ""
+        text = "\r\x1b[K" + text
     with contextlib.suppress(OSError, ValueError):  # it has no reader
-        print(text, end="" if changes else "\n", file=sys.stderr, flush=True)
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def on_terminal() -> bool:
@@ -7095,9 +7087,7 @@ def read_task(client: Client, args: Any) -> Dict[str, Any]:
 def send_task(client: Client, task_id: str, document: Any) -> None:
     """Submit a task; repeat that if it may have been accepted without an answer."""
 
-    def put() -> str:
-        return client.request("PUT", task_path(task_id), document)
-
+    put = functools.partial(client.request, "PUT", task_path(task_id), document)
     try:
         put()
     except ClientError as error:
@@ -7129,23 +7119,19 @@ def retry(request: Callable[[], Any]) -> Any:
 
 def follow(client: Client, task_id: str) -> None:
     """Report how an accepted task proceeds, until it has ended."""
-    path, wait = task_path(task_id), 0.0
-    status, due = "", 0.0
+    wait, status, next_line = 0.0, "", 0.0
     while True:
-        begin = time.monotonic()
-        query = "?wait=%g" % wait
-        task = retry(lambda: client.get(path + query, "status"))  # noqa: B023
-        text = progress_text(task)
+        begin, path = time.monotonic(), task_path(task_id, "?wait=%g" % wait)
+        task = retry(functools.partial(client.get, path, "status"))
+        progress = progress_text(task)
         if task["status"] != status:
-            report(task["status"])
-            status, due = task["status"], begin + LINE_INTERVAL
+            status, next_line = task["status"], begin + LINE_INTERVAL
+            report(status)
         if status in FINISHED:
             return
-        if text and on_terminal():
-            report(text, changes=True)
-        elif text and begin >= due:
-            report(text)
-            due = begin + LINE_INTERVAL
+        if progress and (on_terminal() or begin >= next_line):
+            report(progress, changes=True)
+            next_line = begin + LINE_INTERVAL
         # The service answers early while it drains, or if its MAX_WAIT is less.
         time.sleep(max(0.0, begin + wait - time.monotonic()))
         wait = POLL_INTERVAL
@@ -7214,31 +7200,20 @@ def cancel_command(client: Client, args: Any) -> None:
 
 def list_command(client: Client, args: Any) -> None:
     """List tasks, newest first."""
-    try:
-        limit = whole(1, 10**6)(args.limit or "100")
-    except ValueError as expected:
-        raise ClientError(REFUSED, "--limit must be %s" % expected) from None
-    query = {"status": args.status, "type": args.type, "order": args.order or "desc"}
-    tasks: List[Dict[str, Any]] = []
-    while True:
-        query["limit"] = min(1000, limit - len(tasks))
-        given = {name: value for name, value in query.items() if value}
-        text = urlencode(given, errors="surrogateescape")
-        page = client.get("/api/v1/tasks?" + text, "tasks")
-        tasks += page["tasks"]
-        query["after"] = page["next"]
-        if page["next"] is None or len(tasks) >= limit:
-            break
+    names = ("status", "type", "limit", "after", "order")
+    query = {name: getattr(args, name) for name in names if getattr(args, name)}
+    text = urlencode({"order": "desc", **query}, errors="surrogateescape")
+    page = client.get("/api/v1/tasks?" + text, "tasks")
     if args.json:
-        print_text(to_json({"tasks": tasks, "next": page["next"]}).decode())
-    else:
-        rows = [("ID", "STATUS", "SUBMITTED", "TYPE", "PROGRESS")]
-        for task in tasks:
-            submitted, progress = task["created_at"][:19] + "Z", progress_text(task)
-            rows.append((task["id"], task["status"], submitted, task["type"], progress))
-        print_table(rows)
-    if page["next"] is not None:
-        report("longtasks: there are more tasks; --limit N lists up to N")
+        print_text(to_json(page).decode())
+        return
+    rows = [("ID", "STATUS", "SUBMITTED", "TYPE", "PROGRESS")]
+    for task in page["tasks"]:
+        submitted, progress = task["created_at"][:19] + "Z", progress_text(task)
+        rows.append((task["id"], task["status"], submitted, task["type"], progress))
+    print_table(rows)
+    if page.get("next") is not None:
+        report("longtasks: there are more tasks, from --after %s on" % page["next"])
 
 
 def types_command(client: Client, args: Any) -> None:
@@ -7268,15 +7243,11 @@ def help_command(client: Client, args: Any) -> None:
 
 
 class Command(NamedTuple):
-    """One row of CLIENT. An argument has a name, a placeholder and a help text."""
+    """One row of CLIENT."""
 
     run: Callable[[Client, Any], None]
-    arguments: Sequence[Tuple[str, str, str]]
-
-    @property
-    def help(self) -> str:
-        """What the command does."""
-        return self.run.__doc__ or ""
+    help: str
+    arguments: Sequence[Tuple[str, str, str]]  # name, placeholder of the value, help
 
 
 _ID = ("id", "ID", "the task's id")
@@ -7295,20 +7266,23 @@ _TASK = (
 _LIST = (
     ("--status", "STATUS", "only tasks with this status"),
     ("--type", "TYPE", "only tasks of this type"),
-    ("--limit", "N", "how many at most; default 100"),
+    ("--limit", "N", "how many, from 1 to 1000; default 100"),
+    ("--after", "N", "continue a list, from the `next` that it ended with"),
     ("--order", "ORDER", "desc: newest first, the default; asc: oldest first"),
     _JSON,
 )
+_RESULT = (_ID, ("--wait", "", "wait until the task has ended"))
+_HELP = [("command", "COMMAND", "the command to explain")]
 
 CLIENT = {
-    "run": Command(run_command, _TASK),
-    "submit": Command(submit_command, _TASK),
-    "status": Command(status_command, [_ID]),
-    "result": Command(result_command, [_ID, ("--wait", "", "until it has ended")]),
-    "cancel": Command(cancel_command, [_ID]),
-    "list": Command(list_command, _LIST),
-    "types": Command(types_command, [_JSON]),
-    "help": Command(help_command, [("command", "COMMAND", "the one to explain")]),
+    "run": Command(run_command, "submit a task, follow it, print its result", _TASK),
+    "submit": Command(submit_command, "submit a task, print its id", _TASK),
+    "status": Command(status_command, "print a task's status", [_ID]),
+    "result": Command(result_command, "print a task's result", _RESULT),
+    "cancel": Command(cancel_command, "cancel a task", [_ID]),
+    "list": Command(list_command, "list tasks, newest first", _LIST),
+    "types": Command(types_command, "list the task types", [_JSON]),
+    "help": Command(help_command, "list the commands, or explain one", _HELP),
 }
 
 
@@ -7320,7 +7294,7 @@ def client_parser(name: str) -> Any:
     parser = make_parser(
         "; %s --help explains it" % name,
         prog="longtasks.py " + name,
-        description=CLIENT[name].help,
+        description=CLIENT[name].help.capitalize() + ".",
         epilog="Exit codes: %s." % ". ".join("%d: %s" % e for e in EXIT_CODES.items()),
     )
     for argument, placeholder, text in (*CLIENT[name].arguments, _URL):
@@ -7343,7 +7317,11 @@ def client_main(name: str, argv: Sequence[str]) -> int:
     sys.unraisablehook = lambda unraisable: None
     try:
         args = client_parser(name).parse_intermixed_args(argv)
-        CLIENT[name].run(make_client(args.url, os.environ), args)
+        names = ("PORT", "API_TOKEN", "API_TOKEN_FILE")
+        settings = read_settings([], {name: os.environ.get(name, "") for name in names})
+        local = "http://127.0.0.1:%d" % settings["PORT"]
+        url = args.url or os.environ.get("LONGTASKS_URL") or local
+        CLIENT[name].run(Client(url, read_token(settings)), args)
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -5676,43 +5676,43 @@ def respond(app: App, request: Request) -> Reply:
 # ======================================================================
 # 10. HTTP server
 #
-# Access says who gets an answer at all. A request is read here, strictly
-# (RFC 9112), on a thread per connection. The server makes room when too
-# many clients hold on, and knows how to stop without cutting off an answer.
+# A thread per connection reads requests strictly (RFC 9112), checks that the client
+# has access, and sends the replies. Over the limit of connections the server evicts
+# idle and slow clients. It stops without cutting off a reply.
 # ======================================================================
 
 
-# -- who may ---------------------------------------------------------------
+# -- access ----------------------------------------------------------------
 
 OPEN = frozenset(route.path for route in ROUTES if route.open)
 
 _LOOPBACK = re.compile(
-    r"(([a-z0-9-]+\.)*localhost\.?|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?",
+    r"(([a-z0-9-]+\.)*localhost\.?|127(\.[0-9]{1,3}){3}|\[::1\])?(:[0-9]*)?",
     re.IGNORECASE,
 )
 
 
 class Access:
-    """Who gets an answer: who has the token or, without one, who is on this host."""
+    """Decides who is served: clients with the token or, without one, local clients."""
 
     def __init__(self, token: str = "", insecure: bool = False) -> None:
         self.insecure = insecure
-        self.local = False  # nobody but those on this host can get here
+        self.local = False  # only clients on this host can connect
         self.path = ""  # of the Unix socket
         self.token = b""
         if token:
-            self.take(token)
+            self.set_token(token)
 
-    def take(self, token: str) -> None:
-        """From now on this is the token."""
-        self._same = lazy_import(
-            "hmac"
-        ).compare_digest  # in a time that tells nothing of where they differ
-        self.token = token.encode()  # in one step: whoever asks now meets either one
+    def set_token(self, token: str) -> None:
+        """Require this token from now on."""
+        from hmac import compare_digest  # costs start-up time
+
+        self._equal = compare_digest  # takes the same time wherever they differ
+        self.token = token.encode()
 
     @property
     def curl(self) -> str:
-        """The beginning of a line of curl that gets an answer."""
+        """How a curl command line that has access begins."""
         words = ["curl"]
         if self.path:
             words += ["--unix-socket", shlex.quote(self.path)]
@@ -5721,56 +5721,47 @@ class Access:
         return " ".join(words)
 
     def listen_on(self, host: str) -> None:
-        """Learn which address is listened on; raises SettingsError if it may not be."""
+        """Note the address of the server; raises SettingsError if it is not safe."""
         self.local = host.startswith("127.") or host == "::1"
         if not (self.local or self.token or self.insecure):
             raise SettingsError(
-                "HOST %s lets in others than this host: set API_TOKEN or "
-                "API_TOKEN_FILE to what they must send, or --insecure to insist" % host
+                "HOST %s lets other hosts connect: set API_TOKEN or API_TOKEN_FILE "
+                "to the token that clients must send, or --insecure to insist" % host
             )
 
     def check(self, request: Request) -> None:
-        """Raise HTTPError unless this request is to be answered."""
+        """Raise HTTPError unless this request may be answered."""
         if request.path in OPEN:
             return
         headers = request.headers
         if self.token:
-            if not request.is_for_page:  # that is what asks for the token
+            if not request.is_for_page:  # the page asks its user for the token
                 self._check_token(headers.get("authorization", ""))
-        elif self.local:
-            check_host(headers.get("host", ""))
+        elif self.local and not _LOOPBACK.fullmatch(headers.get("host", "")):
+            # DNS rebinding: the name of another site was made to lead to 127.0.0.1, so
+            # that a browser takes this service for a part of that site.
+            detail = "without a token, Host must be localhost, not "
+            raise HTTPError(421, detail + quote(headers["host"]))
         if ("origin" in headers or "sec-fetch-site" in headers) and is_foreign(request):
-            raise HTTPError(403, "a web page of another origin may not ask this")
+            raise HTTPError(403, "a web page of another origin has no access")
 
     def _check_token(self, credentials: str) -> None:
-        """Compare a request's token with ours (RFC 6750)."""
+        """Compare the token of a request with ours (RFC 6750)."""
         scheme, _, given = credentials.partition(" ")
         challenge = 'Bearer realm="longtasks"'
         if scheme.lower() != "bearer":
             detail = "send the token, as the header Authorization: Bearer TOKEN"
             raise HTTPError(401, detail, WWW_Authenticate=challenge)
-        if not self._same(given.strip(" ").encode("latin-1"), self.token):
+        if not self._equal(given.strip(" ").encode("latin-1"), self.token):
             challenge += ', error="invalid_token"'
             raise HTTPError(401, "this is not the token", WWW_Authenticate=challenge)
 
 
-@functools.lru_cache(maxsize=64)
-def check_host(host: str) -> None:
-    """Raise HTTPError unless the header Host names this very host.
-
-    A web page elsewhere can have its own name lead to 127.0.0.1 (DNS rebinding). The
-    browser then takes this service for a part of that page, but tells its name.
-    """
-    if host and not _LOOPBACK.fullmatch(host):
-        detail = "without a token only localhost is answered for, not " + quote(host)
-        raise HTTPError(421, detail)
-
-
 def is_foreign(request: Request) -> bool:
-    """Whether a browser asks on behalf of a web page of another origin.
+    """Whether a browser sends this on behalf of a web page of another origin.
 
-    Sec-Fetch-Site tells, where there is one; a link that is followed is the user's own
-    wish. Browsers leave it out towards plain HTTP on other hosts; there Origin tells.
+    Sec-Fetch-Site says so. Browsers omit it towards plain HTTP on other hosts; there
+    Origin does. A link that the user follows is not foreign.
     """
     headers = request.headers
     site = headers.get("sec-fetch-site")
@@ -5781,24 +5772,23 @@ def is_foreign(request: Request) -> bool:
     return site not in ("same-origin", "none")
 
 
-# -- the wire --------------------------------------------------------------
+# -- parsing ---------------------------------------------------------------
 
 MAX_TARGET = 8 << 10  # bytes of a request's target
 MAX_HEAD = 32 << 10  # bytes of a request's head
 MAX_HEADERS = 100
-PIECE = 4 << 10  # bytes; a buffer as large waits for each client that says nothing
-LOOK_AFTER = 0.001  # seconds of answering without a look whether the client is there
+PIECE = 4 << 10  # bytes that are read at once from a client that has sent little
 
-_REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (\S+) HTTP/([0-9])\.([0-9])")
-_START = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+( [^\n]*)?)?")  # of such a line
+_TCHARS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(r"(%s) (\S+) HTTP/([0-9])\.([0-9])" % _TCHARS)
+_START = re.compile(rb"(%s( .*)?)?" % _TCHARS.encode(), re.DOTALL)  # of such a line
 _ABSOLUTE = re.compile(r"https?://([^/?#]+)(/?)(.*)", re.IGNORECASE)
 _TARGET = re.compile(r'/[^\x00-\x20"#<>\\^`{|}\x7f-\xff]*')
-# The line before a chunk: its size, and extensions, which nobody here reads.
-_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})((?:;[\t\x20-\x7e\x80-\xff]*)?)")
+# The line before a chunk: its size, and extensions, which are ignored.
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 # One whole line each: a token, the colon right behind it, no control characters.
 _HEADER = re.compile(
-    r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)(?:\r\n|\Z)",
-    re.MULTILINE,
+    r"^(%s):([^\x00-\x08\x0a-\x1f\x7f]*)(?:\r\n|\Z)" % _TCHARS, re.MULTILINE
 )
 _HOST = re.compile(
     r"([A-Za-z0-9._~%!$&'()*+;=-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])?(:[0-9]{0,5})?"
@@ -5816,63 +5806,28 @@ _ONCE = (
 
 
 def parse_head(head: bytes) -> Request:
-    """Read a request's head, without its closing empty line; raises HTTPError.
+    """Parse a request's head, without the empty line that ends it; raises HTTPError.
 
-    Stricter than RFC 9112 asks for, since what two readers understand differently can
-    be used to smuggle a request past one of them.
+    Stricter than RFC 9112: a head that two parsers could understand differently can be
+    used to smuggle a request past one of them.
     """
     line, _, block = head.decode("latin-1").partition("\r\n")
     method, target, version, authority = parse_request_line(line)
-    check_line_ends(block.encode("latin-1"))
-    # Long ones are not kept: some odd ones would fill megabytes that nobody asks for.
+    check_line_ends(head, len(line))
+    # Long ones are not cached: a few odd ones would fill megabytes.
     headers = (_headers if len(block) <= PIECE else _headers.__wrapped__)(block)
     host = headers.get("host")
     if host is None and version != "1.0":
         raise HTTPError(400, "the header Host is missing")
     if host and not _HOST.fullmatch(host):
         raise HTTPError(400, "the header Host is not that of a host")
-    if authority:  # it takes the place of Host (RFC 9112, 3.2.2)
+    if authority:  # it replaces Host (RFC 9112, 3.2.2)
         headers = {**headers, "host": authority}
     request = Request(method, target, version, headers)
     request.keep = keeps_alive(version, headers)
     request.chunked = is_chunked(version, headers)
     request.length = content_length(headers)
     return request
-
-
-def keeps_alive(version: str, headers: Mapping[str, str]) -> bool:
-    """Whether the client means to go on using the connection (RFC 9112, 9.3)."""
-    listed = headers.get("connection", "").lower().split(",")
-    options = [option.strip(" \t") for option in listed]
-    if "close" in options:
-        return False
-    return version != "1.0" or "keep-alive" in options
-
-
-def is_chunked(version: str, headers: Mapping[str, str]) -> bool:
-    """Whether the body comes in chunks (RFC 9112, 6.1); raises HTTPError."""
-    listed = headers.get("transfer-encoding")
-    if listed is None:
-        return False
-    if "content-length" in headers:
-        raise HTTPError(400, "both Content-Length and Transfer-Encoding")
-    if version == "1.0":
-        raise HTTPError(400, "HTTP/1.0 has no Transfer-Encoding")
-    codings = [coding.strip(" \t") for coding in listed.lower().split(",")]
-    if "" in codings or "chunked" in codings[:-1]:
-        raise HTTPError(400, "chunked must be the last transfer coding, and once")
-    if codings != ["chunked"]:
-        detail = "the only transfer coding is chunked, not " + quote(listed)
-        raise HTTPError(501, detail)
-    return True
-
-
-def content_length(headers: Mapping[str, str]) -> int:
-    """Return the Content-Length in bytes, 0 without one; raises HTTPError."""
-    length = headers.get("content-length", "0")
-    if not re.fullmatch("[0-9]{1,18}", length, re.ASCII):
-        raise HTTPError(400, "Content-Length must be a number of bytes")
-    return int(length)
 
 
 def parse_request_line(line: str) -> Tuple[str, str, str, str]:
@@ -5895,31 +5850,43 @@ def parse_request_line(line: str) -> Tuple[str, str, str, str]:
         if authority.startswith(":") or not _HOST.fullmatch(authority):
             raise HTTPError(400, "the target names no host")
     if not _TARGET.fullmatch(target) and (method, target) != ("OPTIONS", "*"):
-        raise HTTPError(
-            400, "the target must be a path, with what is special in it as %XX"
-        )
+        detail = "the target must be a path, with special characters in it as %XX"
+        raise HTTPError(400, detail)
     return method, target, "1.0" if minor == "0" else "1.1", authority
 
 
-def check_start(head: bytes) -> None:
-    """Raise HTTPError if this can't be how a head begins: none is waited for then."""
-    line, end, block = head.partition(b"\r\n")
-    if end:
-        parse_request_line(line.decode("latin-1"))
-    elif not _START.fullmatch(line):
-        raise no_request_line()
-    check_line_ends(block)
+def check_start(head: bytes, checked: int) -> int:
+    """Raise HTTPError if no head begins like this, for then it has no end to wait for.
+
+    Returns how many bytes need not be checked again when more has come.
+    """
+    end = head.find(b"\r\n")
+    if end < 0:
+        if b"\n" in head or not _START.fullmatch(head[:PIECE]):
+            raise no_request_line()
+        return 0
+    if not checked:
+        parse_request_line(head[:end].decode("latin-1"))
+    check_line_ends(head, max(checked, end))
+    return len(head)
 
 
 def no_request_line() -> HTTPError:
-    """Return the error for a first line that is not one of HTTP."""
+    """Return the error for a first line that is not HTTP."""
     detail = 'the first line must be like "GET / HTTP/1.1", and lines end in CR LF'
     return HTTPError(400, detail)
 
 
-def check_line_ends(block: bytes) -> None:
-    """Raise HTTPError for a line that does not end in CR LF."""
-    if block.count(b"\n") != block.count(b"\r\n"):
+def too_long(head: bytes) -> HTTPError:
+    """Return the error for a head with more than MAX_HEAD bytes."""
+    if b"\r\n" in head[:MAX_HEAD]:
+        return HTTPError(431, "the headers have more than %d bytes" % MAX_HEAD)
+    return HTTPError(414, "the target is longer than %d bytes" % MAX_TARGET)
+
+
+def check_line_ends(head: bytes, start: int) -> None:
+    """Raise HTTPError for a line that ends behind `start`, and not in CR LF."""
+    if head.count(b"\n", start) != head.count(b"\r\n", max(0, start - 1)):
         raise HTTPError(400, "lines must end in CR LF")
 
 
@@ -5942,13 +5909,47 @@ def _headers(block: str) -> Mapping[str, str]:
     return headers
 
 
+def items_of(header: str) -> List[str]:
+    """Split a header that is a list, such as Connection."""
+    return [item.strip(" \t") for item in header.lower().split(",")]
+
+
+def keeps_alive(version: str, headers: Mapping[str, str]) -> bool:
+    """Whether the client wants to go on using the connection (RFC 9112, 9.3)."""
+    options = items_of(headers.get("connection", ""))
+    return "close" not in options and (version != "1.0" or "keep-alive" in options)
+
+
+def is_chunked(version: str, headers: Mapping[str, str]) -> bool:
+    """Whether the body comes in chunks (RFC 9112, 6.1); raises HTTPError."""
+    if "transfer-encoding" not in headers:
+        return False
+    if "content-length" in headers:
+        raise HTTPError(400, "both Content-Length and Transfer-Encoding")
+    if version == "1.0":
+        raise HTTPError(400, "HTTP/1.0 has no Transfer-Encoding")
+    codings = items_of(headers["transfer-encoding"])
+    if "" in codings or "chunked" in codings[:-1]:
+        raise HTTPError(400, "chunked must be the last transfer coding, and once")
+    if codings != ["chunked"]:
+        raise HTTPError(501, "the only transfer coding is chunked")
+    return True
+
+
+def content_length(headers: Mapping[str, str]) -> int:
+    """Return the Content-Length in bytes, 0 without one; raises HTTPError."""
+    length = headers.get("content-length", "0")
+    if not re.fullmatch("[0-9]{1,18}", length, re.ASCII):
+        raise HTTPError(400, "Content-Length must be a number of bytes")
+    return int(length)
+
+
 def encode_head(reply: Reply, date: str, version: str, keep: bool) -> bytes:
-    """Return a reply's head as it goes out, to a client that spoke this version."""
+    """Return a reply's head as it is sent to a client that speaks this version."""
     connection = "close" if not keep else "keep-alive" if version == "1.0" else ""
     sized = reply.stream is None and reply.status != 204
     text = _head_form(reply.status, reply.media, sized, connection)
-    length = reply.size if reply.more else len(reply.body)
-    text %= (date, length) if sized else (date,)
+    text %= (date, reply.size) if sized else (date,)
     for header in reply.headers.items():
         text += "%s: %s\r\n" % header
     return (text + "\r\n").encode("latin-1")
@@ -5972,112 +5973,295 @@ def _head_form(status: int, media: str, sized: bool, connection: str) -> str:
     return "\r\n".join(lines) + "\r\n"
 
 
-class Connection(socketserver.BaseRequestHandler):
-    """A client's connection: reads requests and answers them, one after the other."""
+# -- connections -----------------------------------------------------------
 
-    server: "APIServer"
+BUSY, IDLE, READING, SENDING = "busy", "idle", "reading", "sending"
 
-    def setup(self) -> None:
-        """Prepare to read; called by socketserver."""
-        # Requests that were answered. Only this connection's thread adds to it.
-        self.counts: Dict[Tuple[str, str, int], int] = {}
-        self.buffer = b""
-        self.unsent = b""  # answers to what came in one piece go out in one piece
-        # The request before, since clients repeat themselves, and what it was made of.
-        self.last: Optional[Request] = None
-        self.last_head = self.last_token = b""
-        # What it waits for, if it does; the server looks at this, too, without a lock:
-        # what is a moment old tells it enough.
-        self.idle = False  # for a request of which nothing has come yet
-        self.reading = False  # for more of a request that has begun
-        self.sending = False  # for its client to take an answer
-        # When it began to wait or, where something comes, what would be the same for a
-        # client that lets it wait and then sends or takes all at once.
+
+class Connection:
+    """A client's connection: reads requests and answers them, one after the other.
+
+    `state` says whether it waits for its client: to begin a request (IDLE), to send
+    more of one (READING) or to take a reply (SENDING). The client's time runs from
+    `since` on, which its bytes move forward by the time that they take at the slowest
+    rate. The server reads both without a lock: slightly old values do no harm.
+    """
+
+    def __init__(self, client: Any, address: Any, server: "APIServer") -> None:
+        self.socket, self.address, self.server = client, address, server
+        self.state = BUSY
         self.since = self.began = time.monotonic()
-        self.looked_at = 0.0  # when it last looked whether its client is still there
-        self.bare = False  # it is a HEAD, so that its answer has no body
-        self.blocks = False  # the socket waits as _block() says
-        self.refused: Optional[Request] = None  # understood, but not let in
+        self.over_limit = False  # it came when as many clients as may were connected
+        self.evicted = False
+        self.woken: Optional[threading.Event] = None  # by the server, for a half-close
+        self.buffer = b""  # received, but not parsed
+        self.overhead = 0  # bytes of a chunked body that are no data
+        self.bare = False  # the request is a HEAD: its reply has no body
         self.streamed = 0  # bytes
-        self.stays = False  # for another request; the server looks at it from now on
-        self.crowded = not self.server.admit(self.request, self)
-        self.stays = not self.crowded
-        with contextlib.suppress(OSError, AttributeError):  # not every system has both
-            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Else the kernel keeps megabytes for each client that does not read.
-            lowat = socket.TCP_NOTSENT_LOWAT
-            self.request.setsockopt(socket.IPPROTO_TCP, lowat, 2 * LARGE)
-        self.patience: Optional[float] = self.server.idle_timeout
-        if self.crowded:
-            self.patience = min(self.server.idle_timeout, 1.0)
-        patience = self.patience, self.server.send_timeout
-        if set_kernel_timeouts(self.request, *patience):
-            self.patience = None
+        # The last request, for clients repeat themselves, and what it was parsed from.
+        self.request: Any = None
+        self.head: Optional[bytes] = None
+        self.token = b""
+        self.timeout: Optional[float] = None  # of the socket
+        self.idle_timeout: Optional[float] = None  # None: the kernel does it
 
-    def handle(self) -> None:
-        """Serve until one side is done; called by socketserver."""
+    def serve(self) -> None:
+        """Answer requests until one side is done."""
         try:
-            if self.server.tls:
-                # Here, so that who says nothing keeps nobody else waiting.
-                self._wait_at_most(1.0 if self.crowded else self.server.request_timeout)
-                self._become_idle()
-                self.request.do_handshake()
+            self._prepare()
             while self._serve_one():
                 pass
         except (socket.timeout, BlockingIOError):
-            log.debug("%s was too slow", self.client_address)
+            log.debug("%s was too slow", self.address)
         except OSError as error:
-            log.debug("%s is gone: %s", self.client_address, error)
+            log.debug("%s has left: %s", self.address, error)
 
-    def finish(self) -> None:
-        """Let all go at once; called by socketserver.
-
-        The last request knows this connection, and such a circle, with all that it
-        holds, would stay until the garbage collector came by.
-        """
-        self.last = None
+    def _prepare(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # not every system has both
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Else the kernel keeps megabytes for each client that does not read.
+            lowat = socket.TCP_NOTSENT_LOWAT
+            self.socket.setsockopt(socket.IPPROTO_TCP, lowat, 2 * LARGE)
+        limit = 1.0 if self.over_limit else math.inf
+        idle_timeout = min(self.server.idle_timeout, limit)
+        if not set_kernel_timeouts(self.socket, idle_timeout, self.server.send_timeout):
+            self.idle_timeout = idle_timeout
+        if self.server.tls:
+            # Not in the thread that accepts: a silent client must not hold up others.
+            self._become_idle()
+            self._set_timeout(min(self.server.request_timeout, limit))
+            self.socket.do_handshake()
 
     def _serve_one(self) -> bool:
         """Read one request and answer it; False when it was the last."""
+        request = None
         try:
-            request = self._read_request()
+            head = self._read_head()
+            if head is None:
+                return False
+            if head != self.head or self.token != self.server.app.access.token:
+                self.token = self.server.app.access.token
+                self.request = request = parse_head(head)
+                self._check(request)
+                self.head = head
+            request = self.request
+            if request.length or request.chunked:
+                request.body = self._read_body(request)
         except HTTPError as error:
-            reply = refusal(error)
-            self._count(OTHER, OTHER, error.status)
-            self._answer(reply, "1.1", False)
-            self._log_access(self.refused, reply)
+            self.server.count(OTHER, OTHER, error.status)
+            self._send_reply(refusal(error), request, False)
             self._linger()
             return False
-        if request is None:
-            return False
-        if self.unsent and (request.query_text or "prefer" in request.headers):
-            self._flush()  # since this one may wait
         reply = self._reply_to(request)
-        self._count(request.method, request.label, reply.status)
-        keep = request.keep and self.stays and not self.server.closing
-        keep = keep and reply.stream is None
+        self.server.count(request.method, request.label, reply.status)
+        keep = request.keep and reply.stream is None
+        keep = keep and not (self.over_limit or self.evicted or self.server.closing)
+        self._send_reply(reply, request, keep)
+        request.body = b""  # the request is kept for its head
+        return keep
+
+    def _check(self, request: Request) -> None:
+        """Raise HTTPError if a request is refused for its head."""
+        self.server.app.access.check(request)  # before anything else is revealed
+        self._check_size(request.length)
+        if request.headers.get("expect", "100-continue").lower() != "100-continue":
+            raise HTTPError(417, "only 100-continue can be expected")
+
+    def _check_size(self, size: int) -> None:
+        if size > self.server.max_body:
+            detail = "the body is larger than " + counted(self.server.max_body, "byte")
+            raise HTTPError(413, detail)
+
+    def _reply_to(self, request: Request) -> Reply:
+        if self.over_limit and request.path not in ("/healthz", "/readyz"):
+            return refusal(self.server.over_limit())
+        return respond(self.server.app, request)
+
+    # -- waiting
+
+    def _become_idle(self) -> None:
+        """Wait for the first byte of a request.
+
+            this thread                         APIServer.close()
+            state = IDLE                        closing = True
+            closing? then shut down reading     IDLE? then shut down reading
+
+        Whichever comes first, at least one of the two sees what the other has set.
+        """
+        self.state = IDLE
+        if self.server.closing:
+            self.socket.shutdown(socket.SHUT_RD)
+
+    def _await_request(self) -> bool:
+        """Wait for the first bytes of a request; False when none come."""
+        self._set_timeout(self.idle_timeout)
+        self._become_idle()
+        self.buffer = self.socket.recv(PIECE)
+        self.state = BUSY
+        return bool(self.buffer)
+
+    def _set_timeout(self, seconds: Optional[float]) -> None:
+        """Limit the socket's next calls; None: only the kernel's timeouts apply."""
+        if seconds != self.timeout:  # it is a system call
+            self.socket.settimeout(seconds)
+            self.timeout = seconds
+
+    def _wait(self, state: str, seconds: float) -> None:
+        """Have the next call end so many seconds after `since`, with socket.timeout."""
+        self.state = state
+        left = self.since + seconds - time.monotonic()
+        if left <= 0:
+            raise socket.timeout
+        self._set_timeout(left)
+
+    def _credit(self, size: int) -> None:
+        """Give the client more time for bytes that it has sent or taken."""
+        self.since = min(time.monotonic(), self.since + size / self.server.slowest)
+
+    # -- reading
+
+    def _read_head(self) -> Optional[bytes]:
+        """Read up to the empty line that ends a head; None when nothing comes."""
+        if not self.buffer and not self._await_request():
+            return None
+        self.began = self.since = time.monotonic()
+        self.bare = False
+        if self.buffer == b"\r":
+            self.buffer += self._receive()
+        if self.buffer.startswith(b"\r\n"):  # some clients send it (RFC 9112, 2.2)
+            self.buffer = self.buffer[2:]
+        checked = 0
+        while True:
+            self.bare = self.buffer.startswith(b"HEAD ")  # also of what is refused
+            head, end, rest = self.buffer.partition(b"\r\n\r\n")
+            if end and len(head) <= MAX_HEAD:
+                self.buffer = rest
+                return head
+            checked = check_start(head, checked)
+            if end or len(head) > MAX_HEAD + 3:  # of the end, 3 bytes may be there
+                raise too_long(head)
+            self.buffer += self._receive()
+
+    def _read_body(self, request: Request) -> bytes:
+        if "expect" in request.headers:
+            if find_route(request).takes:  # else refused before the body is sent
+                request.check_body_type()
+            if request.version != "1.0" and len(self.buffer) < (request.length or 1):
+                self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return self._read_chunks() if request.chunked else self._read(request.length)
+
+    def _read_chunks(self) -> bytes:
+        """Read a body in chunks, without extensions and trailers (RFC 9112, 7.1)."""
+        body, size, self.overhead = bytearray(), -1, 0
+        while size:
+            match = _CHUNK.fullmatch(self._read_line())
+            if not match:
+                raise HTTPError(400, "a chunk begins with its size, in hexadecimal")
+            size = int(match.group(1), 16)
+            self._check_size(len(body) + size)
+            body += self._read(size)
+            if size and self._read(2) != b"\r\n":
+                raise HTTPError(400, "a chunk is longer than its size")
+        for trailer in iter(self._read_line, b""):
+            if not _HEADER.fullmatch(trailer.decode("latin-1")):
+                raise HTTPError(400, "a trailer line is malformed")
+        return bytes(body)
+
+    def _read_line(self) -> bytes:
+        """Read a line of a body in chunks; raises HTTPError."""
+        while True:
+            line, end, rest = self.buffer.partition(b"\r\n")
+            check_line_ends(line, 0)
+            if self.overhead + len(line) > MAX_HEAD:  # tiny chunks cost much time
+                detail = "sizes and extensions of chunks have more than %d bytes"
+                raise HTTPError(431, detail % MAX_HEAD)
+            if end:
+                self.buffer, self.overhead = rest, self.overhead + len(line)
+                return line
+            self.buffer += self._receive()
+
+    def _read(self, length: int) -> bytes:
+        """Read so many bytes of a body; raises HTTPError."""
+        data, self.buffer = self.buffer[:length], self.buffer[length:]
+        if len(data) == length:
+            return data
+        body = bytearray(data)
+        while len(body) < length:
+            # Reading reserves memory: little for a client that has sent little.
+            size = min(length - len(body), max(PIECE, 4 * len(body)), LARGE)
+            body += self._receive(size)
+        return bytes(body)
+
+    def _receive(self, size: int = PIECE) -> bytes:
+        """Read more of a request that has begun; raises HTTPError."""
         try:
-            self._answer(reply, request.version, keep)
+            self._wait(READING, self.server.request_timeout)
+            data: bytes = self.socket.recv(size)
+        except socket.timeout:
+            raise HTTPError(408, "the request took too long to arrive") from None
+        self._credit(len(data))
+        self.state = BUSY
+        if data:
+            return data
+        if self.server.closing:
+            raise HTTPError(503, "the service is shutting down", Retry_After="30")
+        if self.evicted:
+            raise self.server.over_limit()
+        raise HTTPError(400, "the request ended before it was complete")
+
+    def _linger(self) -> None:
+        """Discard what still comes: after a close, the kernel would drop the reply."""
+        self.socket.shutdown(socket.SHUT_WR)
+        self.since, size = time.monotonic(), PIECE
+        while True:
+            self._wait(READING, self.server.linger_timeout)
+            if not self.socket.recv(size):
+                return
+            size = LARGE  # this client does send
+
+    # -- sending
+
+    def _send_reply(self, reply: Reply, request: Optional[Request], keep: bool) -> None:
+        """Send a reply in as few pieces as can be, and log it."""
+        version = request.version if request else "1.1"
+        head = encode_head(reply, self.server.date(), version, keep)
+        try:
+            self._send(head if self.bare else head + reply.body)
+            for part in () if self.bare else reply.more:
+                self._send(part)
             if reply.stream is not None:
                 self._send_stream(reply.stream)
         finally:
-            self._log_access(request, reply)
-        request.body = b""  # the request may be kept for its head
-        return keep
+            if log.isEnabledFor(logging.DEBUG):
+                self._log(reply, request)
 
-    def _count(self, method: str, route: str, status: int) -> None:
-        key = (method if method in METHODS else OTHER, route, status)
-        self.counts[key] = self.counts.get(key, 0) + 1
+    def _send(self, data: bytes) -> None:
+        """Send all of this, or raise OSError when the client is too slow to take it."""
+        self.state, self.since, sent = SENDING, time.monotonic(), 0
+        if self.timeout is None and len(data) <= LARGE:
+            sent = self.socket.send(data)  # the kernel limits the time of this one
+        while sent < len(data):
+            self._wait(SENDING, self.server.send_timeout)
+            size = self.socket.send(memoryview(data)[sent:])
+            self._credit(size)
+            sent += size
+        self.state = BUSY
 
-    def _log_access(self, request: Optional[Request], reply: Reply) -> None:
-        """Log an answer, and what it answers if that could be read.
+    def _send_stream(self, stream: Iterator[bytes]) -> None:
+        """Send pieces as they come, to a client that reads them."""
+        with contextlib.closing(stream):  # type: ignore
+            self._set_timeout(self.server.stream_timeout)
+            for data in () if self.bare else stream:
+                if self.server.app.access.token != self.token:
+                    return  # a client with the new one may come back
+                self.socket.sendall(data)
+                self.streamed += len(data)
 
-        Neither query nor headers are told, since a secret may be there.
-        """
-        if not log.isEnabledFor(logging.DEBUG):
-            return
+    def _log(self, reply: Reply, request: Optional[Request]) -> None:
+        """Log a reply and its request, but neither query nor headers, as they may be
+        secret."""
         fields = {
-            "client": self.client_address[0],
+            "client": self.address[0],
             "method": request.method if request else "-",
             "path": request.path if request else "-",
             "status": reply.status,
@@ -6087,296 +6271,26 @@ class Connection(socketserver.BaseRequestHandler):
         text = "%(client)s %(method)s %(path)s: %(status)d, %(bytes)d bytes" % fields
         log.debug("%s", text, extra={"fields": fields})
 
-    def kept_waiting(self, now: float) -> float:
-        """For how many seconds its client has let it wait; 0 if it doesn't wait."""
-        if self.reading:
-            return now - max(self.since, self.began)
-        return now - self.since if self.idle or self.sending else 0.0
 
-    def _reply_to(self, request: Request) -> Reply:
-        if self.crowded and request.path not in ("/healthz", "/readyz"):
-            return self.server.crowded_reply()
-        return respond(self.server.app, request)
+def closed_by_peer(numbers: Iterable[int]) -> Dict[int, int]:
+    """Return which of these sockets the client has closed: poll(2)'s events by number.
 
-    # -- waiting
-
-    def _block(self) -> None:
-        """Have the socket wait for the next request, and for a client to read."""
-        self.request.settimeout(self.patience)
-        self.blocks = self.patience is None  # else sending needs a time of its own
-
-    def _wait_at_most(self, seconds: float) -> None:
-        """Have the socket wait so many seconds."""
-        self.request.settimeout(seconds)
-        self.blocks = False
-
-    # -- reading
-
-    def _read_request(self) -> Optional[Request]:
-        """Read a request; None when the client is done. Raises HTTPError."""
-        head = self._read_head()
-        if head is None:
-            return None
-        request, token = self.last, self.server.app.access.token
-        if request is None or head != self.last_head or token is not self.last_token:
-            request = self.last = self._understand(head)
-            self.last_head, self.last_token = head, token
-        if request.length or request.chunked:
-            if "expect" in request.headers:
-                self._meet_expectation(request)
-            if request.chunked:
-                request.body = self._read_chunks()
-            else:
-                request.body = self._read_body(request.length)
-        return request
-
-    def _meet_expectation(self, request: Request) -> None:
-        """Ask for a body that is held back, unless the head alone is refused."""
-        self.refused = request
-        if find_route(request).takes:
-            request.check_body_type()
-        self.refused = None
-        if request.version != "1.0" and len(self.buffer) < (request.length or 1):
-            self._flush()
-            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def _understand(self, head: bytes) -> Request:
-        """Read a head; raises HTTPError."""
-        request = self.refused = parse_head(head)
-        self.server.app.access.check(request)  # before anything is done or told
-        self._check_body_size(request.length)
-        if request.headers.get("expect", "100-continue").lower() != "100-continue":
-            raise HTTPError(417, "only 100-continue can be expected")
-        self.refused = None
-        return request
-
-    def _read_head(self) -> Optional[bytes]:
-        """Read up to the empty line that ends a head; None when nothing comes."""
-        if not self.buffer and not self._await_request():
-            return None
-        self.began = time.monotonic()
-        blank = b"\r\n"  # one such line is left over by some clients (RFC 9112, 2.2)
-        while True:
-            if blank and self.buffer.startswith(blank):
-                self.buffer, blank = self.buffer[2:], b""
-            self.bare = self.buffer.startswith(b"HEAD ")  # also if it ends in an error
-            head, end, rest = self.buffer.partition(b"\r\n\r\n")
-            if end and len(head) <= MAX_HEAD:
-                self.buffer = rest
-                return head
-            if not (blank and head == b"\r"):  # else it may become the blank line
-                check_start(head)
-            if end or len(head) > MAX_HEAD + 3:  # of the end, 3 bytes may be there
-                raise self._too_long(head)
-            self.buffer += self._receive(self.began + self.server.request_timeout)
-
-    def _await_request(self) -> bool:
-        """Wait for a request's first bytes; False when none come."""
-        if not self.blocks:
-            self._block()
-        self._become_idle()
-        self.buffer = self.request.recv(PIECE)
-        self.idle = False
-        return bool(self.buffer)
-
-    def _become_idle(self) -> None:
-        self.idle = True
-        # Looked at after idle was set, as Server.close() looks at idle after it has set
-        # closing, with locks between: one of the two sees what the other has done.
-        if self.server.closing:
-            self.request.shutdown(socket.SHUT_RD)
-
-    def _read_chunks(self) -> bytes:
-        """Read a body in chunks, without all that is no data (RFC 9112, 7.1)."""
-        body, dropped, size = bytearray(), 0, -1
-        while size:
-            match = _CHUNK.fullmatch(self._read_line(len(body)))
-            if not match:
-                raise HTTPError(400, "a chunk begins with its size, in hexadecimal")
-            size, dropped = int(match.group(1), 16), dropped + len(match.group(2))
-            self._check_body_size(len(body) + size)
-            self._check_dropped(dropped)
-            if size:
-                body += self._read_body(size, len(body))
-                if self._read_body(2, len(body)) != b"\r\n":
-                    raise HTTPError(400, "a chunk is longer than its size")
-        for trailer in iter(lambda: self._read_line(len(body)), b""):
-            dropped += len(trailer)
-            self._check_dropped(dropped)
-            if not _HEADER.fullmatch(trailer.decode("latin-1")):
-                raise HTTPError(400, "a trailer line is malformed")
-        return bytes(body)
-
-    def _check_body_size(self, size: int) -> None:
-        if size > self.server.max_body:
-            detail = "the body is larger than " + counted(self.server.max_body, "byte")
-            raise HTTPError(413, detail)
-
-    @staticmethod
-    def _check_dropped(size: int) -> None:
-        if size > MAX_HEAD:
-            detail = "chunk extensions and trailers have more than %d bytes"
-            raise HTTPError(431, detail % MAX_HEAD)
-
-    def _read_line(self, before: int) -> bytes:
-        """Read a line of a body, behind so many bytes of it; raises HTTPError."""
-        deadline = self._body_deadline(before)
-        while True:
-            line, end, rest = self.buffer.partition(b"\r\n")
-            if b"\n" in line:
-                raise HTTPError(400, "lines must end in CR LF")
-            if end:
-                self.buffer = rest
-                return line
-            self._check_dropped(len(line))
-            self.buffer += self._receive(deadline)
-
-    def _body_deadline(self, length: int) -> float:
-        """Until when so many bytes of a body must have come."""
-        patience = self.server.request_timeout + length / self.server.slowest
-        return self.began + patience
-
-    def _read_body(self, length: int, before: int = 0) -> bytes:
-        """Read so many bytes of a body, behind those before; raises HTTPError."""
-        body, self.buffer = self.buffer[:length], self.buffer[length:]
-        if len(body) == length:
-            return body
-        deadline = self._body_deadline(before + length)
-        parts = bytearray(body)  # not a list, since there may be many and tiny ones
-        while len(parts) < length:
-            # Who sends much is read in larger pieces, who is slow in small ones.
-            most = min(length - len(parts), max(PIECE, 4 * len(parts)), LARGE)
-            parts += self._receive(deadline, most)
-        return bytes(parts)
-
-    def _receive(self, deadline: float, most: int = PIECE) -> bytes:
-        """Read more of a request that has begun; raises HTTPError when it is late."""
-        self._flush()
-        self.reading = True
-        try:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise socket.timeout
-            self._wait_at_most(left)
-            data = bytes(self.request.recv(most))
-        except socket.timeout:
-            raise HTTPError(408, "the request took too long to arrive") from None
-        self.reading = False
-        earned = len(data) / self.server.slowest
-        self.since = min(time.monotonic(), max(self.since, self.began) + earned)
-        if not data:
-            raise self._cut_off()
-        return data
-
-    def _cut_off(self) -> HTTPError:
-        """Say why a request has ended too early; we may have done that ourselves."""
-        if self.server.closing:
-            return HTTPError(503, "the service is shutting down", Retry_After="30")
-        if not self.stays:
-            return HTTPError(503, self.server.crowded_text(), Retry_After="1")
-        return HTTPError(400, "the request ended before it was complete")
-
-    @staticmethod
-    def _too_long(head: bytes) -> HTTPError:
-        if b"\r\n" in head[:MAX_HEAD]:
-            return HTTPError(431, "the headers have more than %d bytes" % MAX_HEAD)
-        return HTTPError(414, "the target is longer than %d bytes" % MAX_TARGET)
-
-    # -- writing
-
-    def _answer(self, reply: Reply, version: str, keep: bool) -> None:
-        """Send a reply in one piece, or keep it for those to the requests behind."""
-        self.unsent += encode_head(reply, self.server.date(), version, keep)
-        if not self.bare:
-            self.unsent += reply.body
-            for part in reply.more:
-                self._flush()
-                self.unsent = part
-        if not keep or not self.buffer or len(self.unsent) > LARGE:
-            self._flush()
-        elif self.began - self.looked_at > LOOK_AFTER:
-            self.looked_at = self.began
-            self._look_for_client()
-
-    def _look_for_client(self) -> None:
-        """Raise OSError if the client is gone, so that the rest is not answered."""
-        number = self.request.fileno()
-        if have_left([number]):
-            self._flush()  # perhaps it only sends no more; now the kernel can tell
-            if have_left([number]).get(number, 0) & select.POLLHUP:
-                raise ConnectionResetError("more of its requests are not answered")
-
-    def _flush(self) -> None:
-        """Send what is unsent; who does not take it in time is dropped."""
-        data, self.unsent = self.unsent, b""
-        if not data:
-            return
-        self.since = time.monotonic()
-        self.sending = True
-        if not self.blocks or len(data) > LARGE:
-            self._wait_at_most(self.server.send_timeout)
-        sent = self.request.send(data)
-        if sent < len(data):
-            self._send_rest(memoryview(data)[sent:])
-        self.sending = False
-
-    def _send_rest(self, data: memoryview) -> None:
-        """Send what could not be taken at once, piece by piece."""
-        slowest = self.server.slowest
-        end = self.since + self.server.send_timeout + len(data) / slowest
-        while data:
-            now = time.monotonic()
-            if now >= end:
-                raise socket.timeout
-            self._wait_at_most(end - now)
-            sent = self.request.send(data)
-            data = data[sent:]
-            self.since = min(now, self.since + sent / slowest)
-
-    def _send_stream(self, stream: Iterator[bytes]) -> None:
-        """Send what comes, as it comes; who does not read it is dropped."""
-        with contextlib.closing(stream):  # type: ignore
-            self._wait_at_most(self.server.stream_timeout)
-            for data in () if self.bare else stream:
-                if self.server.app.access.token != self.last_token:
-                    return  # who has the new one may come back
-                self.request.sendall(data)
-                self.streamed += len(data)
-
-    def _linger(self) -> None:
-        """Drop what still comes: closing now would destroy our answer on its way."""
-        self.request.shutdown(socket.SHUT_WR)
-        end, most = time.monotonic() + self.server.linger_timeout, PIECE
-        while time.monotonic() < end:
-            self._wait_at_most(self.server.linger_timeout)
-            if not self.request.recv(most):
-                return
-            most = LARGE  # this one does send
-
-
-# What poll(2) is asked for; systems without it report POLLHUP.
-_HAS_LEFT = getattr(select, "POLLRDHUP", 0)
-
-
-def have_left(numbers: Iterable[int]) -> Dict[int, int]:
-    """Return which of these sockets the other side has closed, by file number.
-
-    Perhaps it only sends no more; with POLLHUP in the value it is known to be gone.
+    With POLLHUP it has left; without, it may only send no more, and still read.
     """
     if not hasattr(select, "poll"):  # on Windows
         return {}
     poll = select.poll()
     for number in numbers:
         if number >= 0:  # else it was closed here just now
-            poll.register(number, _HAS_LEFT)
+            poll.register(number, getattr(select, "POLLRDHUP", 0))
     return dict(poll.poll(0))
 
 
 def set_kernel_timeouts(client: socket.socket, read: float, write: float) -> bool:
-    """Have the kernel end a blocking read or write after so many seconds, if it can.
+    """Have the kernel limit the seconds of each read and write; False if it can't.
 
-    With settimeout() each of them is two calls, and the GIL has to be waited for after
-    either. Returns whether that is so now.
+    settimeout() makes two system calls of each of them, and a wait for the GIL after
+    either.
     """
     if os.name != "posix" or type(client) is not socket.socket:
         return False
@@ -6389,6 +6303,9 @@ def set_kernel_timeouts(client: socket.socket, read: float, write: float) -> boo
     return True
 
 
+# -- TLS -------------------------------------------------------------------
+
+
 def tls_context(settings: Settings) -> Any:
     """Return an ssl.SSLContext, or None for plain HTTP; raises SettingsError."""
     cert, key = settings["TLS_CERT"], settings["TLS_KEY"]
@@ -6397,70 +6314,74 @@ def tls_context(settings: Settings) -> Any:
     if not cert:
         return None
     try:
-        ssl = lazy_import("ssl")  # a small host may lack it
+        import ssl  # costs start-up time, and a small host may lack it
     except ImportError:
         raise SettingsError("TLS_CERT needs Python's ssl, which is missing") from None
-    context = _empty_context(ssl)
-    try:
-        for file in filter(None, (cert, key)):
-            open(file, "rb").close()  # since only this tells which one is missing
-        context.load_cert_chain(cert, key or None, "")  # "": don't ask the terminal
-    except ssl.SSLError as error:
-        right = "a certificate and its key, in PEM and without a passphrase"
-        if error.reason == "KEY_VALUES_MISMATCH":
-            right = "a pair, but the key is that of another certificate"
-        text = "TLS_CERT %s and TLS_KEY %s must be %s"
-        raise SettingsError(text % (cert, key or cert, right)) from None
-    except OSError as error:
-        text = "TLS_CERT or TLS_KEY %s: %s"
-        raise SettingsError(text % (error.filename, error.strerror)) from None
-    warn_if_readable(
-        "TLS_KEY" if key else "TLS_CERT, which holds the key,", key or cert
-    )
-    return context
-
-
-def _empty_context(ssl: Any) -> Any:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     for name in ("OP_NO_RENEGOTIATION", "OP_IGNORE_UNEXPECTED_EOF"):
-        context.options |= getattr(ssl, name, 0)  # HTTP knows itself what is cut off
+        context.options |= getattr(ssl, name, 0)  # HTTP itself sees what is cut off
     context.sslsocket_class = _tls_socket_class(ssl)
+    try:
+        for file in filter(None, (cert, key)):
+            open(file, "rb").close()  # the error of load_cert_chain() names no file
+        context.load_cert_chain(cert, key or None, "")  # "": don't ask the terminal
+    except ssl.SSLError as error:
+        raise _pair_error(cert, key or cert, error.reason) from None
+    except OSError as error:
+        text = "TLS_CERT or TLS_KEY %s: %s"
+        raise SettingsError(text % (error.filename, error.strerror)) from None
+    name = "TLS_KEY" if key else "TLS_CERT, which holds the key,"
+    warn_if_readable(name, key or cert)
     return context
 
 
-def _tls_socket_class(ssl: Any) -> Any:
-    """Return a class of TLS sockets that serve a Connection as plain ones do."""
+def _pair_error(cert: str, key: str, reason: str) -> SettingsError:
+    must = "a certificate and its key, in PEM and without a passphrase"
+    if reason == "KEY_VALUES_MISMATCH":
+        must = "a pair, but the key is that of another certificate"
+    return SettingsError("TLS_CERT %s and TLS_KEY %s must be %s" % (cert, key, must))
 
+
+def _tls_socket_class(ssl: Any) -> Any:
     class TLSSocket(ssl.SSLSocket):  # type: ignore
         def shutdown(self, how: int) -> None:
-            """Shut down; before the end of ours alone, say that it is no accident."""
+            """Shut down as a plain socket does, and say so before sending ends."""
             if how != socket.SHUT_WR:
-                socket.socket.shutdown(self, how)  # super's would answer in plain text
+                socket.socket.shutdown(self, how)  # super's would go on in plain text
                 return
             with contextlib.suppress(OSError, ValueError):
                 self.setblocking(False)
-                self.unwrap()  # does not wait for an answer
+                self.unwrap()  # does not wait for the client's part
             super().shutdown(how)  # what still comes is not decrypted any more
 
     return TLSSocket
 
 
-LOCK_PATIENCE = 5.0  # seconds for which another may keep a socket's folder locked
+# -- Unix sockets ----------------------------------------------------------
+
+LOCK_TIMEOUT = 5.0  # seconds for which another process may lock a socket's folder
 
 
 @contextlib.contextmanager
 def socket_place(path: str) -> Iterator[None]:
     """While this lasts, a Unix socket can be bound to a path, for its owner only.
 
-    What a process that has died left there is removed. Raises OSError when something
-    else is there.
+    Raises OSError if the path is in use; the socket of a dead process is removed. The
+    folder is locked, for otherwise both of two processes could listen there:
+
+        one process                   another process
+        finds a dead socket           finds the same
+        removes it, binds, listens
+                                      removes the living one, binds, listens
     """
+    import fcntl
+
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     umask = os.umask(0o177)
     try:
-        # Of two that start at once, the second one finds the first one listening.
-        _lock_folder(folder, time.monotonic() + LOCK_PATIENCE)
+        if not within(LOCK_TIMEOUT, lambda: fcntl.flock(folder, fcntl.LOCK_EX)):
+            raise OSError(errno.EAGAIN, "another process keeps the folder locked")
         with contextlib.suppress(FileNotFoundError):
             _remove_stale(path)
         yield
@@ -6469,24 +6390,9 @@ def socket_place(path: str) -> Iterator[None]:
         os.close(folder)
 
 
-def _lock_folder(folder: int, end: float) -> None:
-    """Lock a folder, which others may do for a moment, too; raises OSError."""
-    fcntl = lazy_import("fcntl")
-    while True:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                text = "another process keeps the folder locked"
-                raise OSError(errno.EWOULDBLOCK, text) from None
-        time.sleep(0.05)
-
-
 def _remove_stale(path: str) -> None:
-    """Remove a Unix socket if nobody listens there; raises OSError."""
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise OSError(errno.EEXIST, "there is something else than a socket")
+        raise OSError(errno.EEXIST, "the file there is not a socket")
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1.0)
         try:
@@ -6497,12 +6403,15 @@ def _remove_stale(path: str) -> None:
     raise OSError(errno.EADDRINUSE, "another process listens there")
 
 
-def stay_on_one_cpu() -> None:
-    """Keep this thread, and those that it will start, on one CPU, if that can be done.
+# -- processor and memory --------------------------------------------------
 
-    They share the GIL, so that no two of them run at the same time anyway. To hand it
-    to a thread on another CPU takes longer than most answers do: on one, twice as many
-    requests are answered. Handlers are not bound by this, other threads run them.
+
+def stay_on_one_cpu() -> None:
+    """Keep this thread, and those that it starts, on one CPU, where the system can.
+
+    They share the GIL, so no two of them run at the same time anyway. Passing it to a
+    thread on another CPU takes longer than most replies: on one, twice as many requests
+    are answered. Handlers run in other threads, on all CPUs.
     """
     has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
     if has_gil and hasattr(os, "sched_setaffinity"):
@@ -6515,45 +6424,48 @@ M_TRIM_THRESHOLD, M_TOP_PAD = -1, -2  # of glibc's malloc.h
 
 
 def give_back_memory() -> None:
-    """Have the C library give back what it keeps for later, if it is glibc's.
+    """Have glibc return free memory to the system, and keep less from now on.
 
-    After a thousand slow clients that is 10 MB, and it does not do so of itself. What
-    it keeps for each thread, megabytes once something large was freed, malloc_trim(3)
-    does not reach: from then on it is to keep less there. A Python without ctypes, and
-    one with another library, goes on without.
+    After a thousand slow clients that is 10 MB. malloc_trim(3) does not reach what is
+    kept for each thread, megabytes once something large was freed: hence mallopt(3).
     """
-    with contextlib.suppress(Exception):
-        libc = lazy_import("ctypes").CDLL(None)
+    with contextlib.suppress(Exception):  # no ctypes, or another C library
+        import ctypes
+
+        libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 16)
         libc.mallopt(M_TOP_PAD, 1 << 14)
         libc.malloc_trim(0)
 
 
-# Why a client can't be accepted: this system lets us have no more, or there is nobody.
-_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_NO_MORE = (*_NO_ROOM, errno.EAGAIN, errno.EBADF)
+# -- the server ------------------------------------------------------------
+
+# Errors of accept(2): no resources are left, or no client is there.
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_NO_CLIENT = (errno.EAGAIN, errno.EBADF)
+OVER_LIMIT = "the limit of connections, %d, is reached"
 
 
 class APIServer(ThreadingHTTPServer):
-    """Listens, and gives each client a thread."""
+    """Listens, and serves each connection in a thread of its own."""
 
-    request_queue_size = 1024  # the default, 5, costs clients seconds under load
-    allow_reuse_address = os.name != "nt"  # there it would let two listen on one port
-
+    request_queue_size = 1024  # with 5, the default, clients wait seconds under load
+    allow_reuse_address = os.name != "nt"  # there, two could listen on one port
     poll_interval = 0.1  # seconds that stopping may take
+
     idle_timeout = 60.0  # seconds until the first byte of a request
-    request_timeout = 20.0  # seconds until a request's last byte, more for its body
-    slowest = 16_384  # bytes a second: what more is given for a long body or answer
-    send_timeout = 60.0  # seconds to take a whole answer, and more for a long one
+    request_timeout = 20.0  # seconds to send a request, beside what its bytes take
+    send_timeout = 60.0  # seconds to take a reply, beside what its bytes take
+    slowest = 16_384  # bytes a second
     stream_timeout = 10.0  # seconds to take what is new of a stream
-    linger_timeout = 2.0  # seconds
-    half_closed_limit = 32  # connections whose clients send no more, served at once
-    reserve = 32  # connections past the limit, to be told so, and for probes
-    many = 100  # connections that have ended, after which memory is given back,
-    rest = 10.0  # but not again for so many seconds
-    look_after = 0.25  # seconds, then see again whether clients still wait
-    # For so many seconds an idle client, and one who sends or reads, is no hindrance.
-    idle_excuse, slow_excuse = 0.1, 0.3
+    linger_timeout = 2.0  # seconds to read a refusal
+
+    reserve = 32  # connections over the limit, which get a 503 or are probes
+    half_closed_limit = 32  # connections served whose clients had already closed
+    idle_grace, slow_grace = 0.1, 0.3  # seconds before such a client may be evicted
+    wake_interval = 0.25  # seconds between looks for clients that have left
+    trim_after = 100  # connections that end until memory is given back,
+    trim_interval = 10.0  # but not more often than in so many seconds
 
     def __init__(
         self,
@@ -6563,35 +6475,38 @@ class APIServer(ThreadingHTTPServer):
         max_connections: int,
         listener: Optional[socket.socket] = None,
     ) -> None:
-        """`address` is a host and a port, or the path of a Unix socket."""
+        """`address` is a host and a port, or the path of a Unix socket.
+
+        `listener` is a socket that listens already.
+        """
         self.app = app._replace(traffic=self.traffic)
         self.tls: Any = None  # an ssl.SSLContext
-        self._file: Optional[os.stat_result] = None  # the Unix socket
         self.max_body = max_body
         self.max_connections = max_connections
         self.closing = False
-        self._listener = listener  # a socket that listens already
-        # The lock guards which connections are open, and what was counted by those that
-        # no longer are; it notifies when one has ended.
+        self._listener = listener
+        self._file: Optional[os.stat_result] = None  # the Unix socket
+        self._counts_lock = threading.Lock()
         self._counts: Counter[Tuple[str, str, int]] = Counter()
+        # Guards the connections; notifies when one has ended.
         self._changed = threading.Condition()
-        self._connections: Dict[socket.socket, Optional[Connection]] = {}
-        self._crowded: Set[socket.socket] = set()  # those that came past the limit
-        self._leaving: Set[socket.socket] = set()  # those that are to make room
-        # Those whose clients had closed their side when they were accepted. They may
-        # be gone, and a flood of them must not keep the others waiting.
+        self.connections: Dict[socket.socket, Connection] = {}
+        self._evicted: Set[socket.socket] = set()  # which have not ended yet
         self._half_closed: Set[socket.socket] = set()
-        self._few = min(self.reserve, 1 + max_connections // 32)  # that leave at once
-        self._warned_at = self._gave_back_at = self._looked_at = -math.inf
-        self._ended = 0  # connections, since then
+        self._few = min(self.reserve, 1 + max_connections // 32)  # evicted at once
+        self._warned_at = self._trimmed_at = self._woke_at = -math.inf
+        self._ended = 0  # connections, since memory was given back
         self._date = (0, "")
         if isinstance(address, str):
             self.address_family = socket.AF_UNIX
         else:
             ipv6 = ":" in address[0]
             self.address_family = socket.AF_INET6 if ipv6 else socket.AF_INET
-        super().__init__(address, Connection)
+        super().__init__(address, Connection)  # type: ignore
+        self.socket.setblocking(False)
         PRIVATE.add(self.socket)
+
+    # -- listening
 
     def server_bind(self) -> None:
         """Bind, without the look-up of the host's name that could take seconds."""
@@ -6605,12 +6520,12 @@ class APIServer(ThreadingHTTPServer):
         else:
             socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore
-        self.app.access.listen_on(self.server_name)  # the address that it really is
+        self.app.access.listen_on(self.server_name)  # the address, not the name
 
     def _bind_unix(self, path: str) -> None:
         with NO_FORK, socket_place(path):
             self.socket.bind(path)
-            self.server_activate()  # who looks from now on finds it alive
+            self.server_activate()  # before another process may look
             self._file = os.lstat(path)
         self.server_name, self.server_port = path, 0
         self.app.access.path = os.path.abspath(path)
@@ -6625,20 +6540,14 @@ class APIServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where this server is to be reached."""
+        """Where clients reach this server."""
         if not self.server_port:
             return "unix:" + self.server_name
         host = self.server_name
         host = "[%s]" % host if ":" in host else host
         return "%s://%s:%d" % (self.app.scheme, host, self.server_port)
 
-    def date(self) -> str:
-        """The time for the header Date, made once a second."""
-        # No lock: of several that make it at once, each is right.
-        now, made = int(time.time()), self._date
-        if made[0] != now:
-            self._date = made = (now, formatdate(now, usegmt=True))
-        return made[1]
+    # -- accepting
 
     def serve_forever(self, poll_interval: float = poll_interval) -> None:
         """Accept clients until close(); looks for that every so many seconds."""
@@ -6646,202 +6555,228 @@ class APIServer(ThreadingHTTPServer):
         super().serve_forever(poll_interval)
 
     def service_actions(self) -> None:
-        """Accept who else has come, and tidy up; called by socketserver, by and by."""
-        self._accept_rest()
+        """Do what is due besides accepting one client; called by socketserver."""
+        self._accept_pending()
         now = time.monotonic()
-        if now - self._looked_at >= self.look_after:
-            self._looked_at = now
+        if now - self._woke_at >= self.wake_interval:
+            self._woke_at = now
             self._wake_abandoned()
-        if self._ended >= self.many and now - self._gave_back_at >= self.rest:
-            self._ended, self._gave_back_at = 0, now
+        if (
+            self._ended >= self.trim_after
+            and now - self._trimmed_at >= self.trim_interval
+        ):
+            self._ended, self._trimmed_at = 0, now
             give_back_memory()
 
-    def _wake_abandoned(self) -> None:
-        """Wake the threads that wait for something on behalf of clients that left."""
-        waiting: Dict[int, threading.Event] = {}
-        with self._changed:
-            for connection in filter(None, self._connections.values()):
-                client_left = connection.last and connection.last.client_left
-                if client_left:
-                    waiting[connection.request.fileno()] = client_left
-        for number in have_left(waiting):
-            waiting[number].set()
+    def _accept_pending(self) -> None:
+        """Accept all clients that have connected by now."""
+        for _ in range(self.request_queue_size):  # no more, or it might never end
+            try:
+                client, address = self.get_request()
+            except OSError as error:
+                if error.errno in _EXHAUSTED or error.errno in _NO_CLIENT:
+                    return
+                continue  # that client has left
+            try:
+                self.process_request(client, address)
+            except Exception:  # as socketserver does
+                self.handle_error(client, address)
+                self.shutdown_request(client)
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; called by socketserver."""
         try:
-            request, address = super().get_request()
-            if self.tls:
-                request = self.tls.wrap_socket(
-                    request, server_side=True, do_handshake_on_connect=False
-                )
-            PRIVATE.add(request)
-            return request, address or (self.url, 0)  # a Unix socket's has none
+            with NO_FORK:  # until a forked child would give up its copy
+                client, address = super().get_request()
+                client.setblocking(True)
+                if self.tls:
+                    client = self.tls.wrap_socket(
+                        client, server_side=True, do_handshake_on_connect=False
+                    )
+                PRIVATE.add(client)
         except OSError as error:
-            if error.errno in _NO_ROOM:
-                self._await_room(str(error))  # or the loop would spin until then
+            if error.errno in _EXHAUSTED:
+                self._evict_and_wait(str(error))  # or the loop would spin until then
             raise
+        return client, address or (self.url, 0)  # that of a Unix socket is empty
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a connection's thread; called by socketserver."""
-        for _ in range(2 if self._enter(request) else 0):
+    def process_request(self, client: Any, address: Any) -> None:
+        """Serve a connection in a thread, or refuse it; called by socketserver."""
+        connection = Connection(client, address, self)
+        try:
+            self._admit(connection)
+            self._start(connection)
+        except HTTPError as error:
+            reply = refusal(error)
+            self.count(OTHER, OTHER, reply.status)
+            client.setblocking(False)  # this is the thread that accepts
+            with contextlib.suppress(OSError):
+                client.send(encode_head(reply, self.date(), "1.1", False) + reply.body)
+            self.shutdown_request(client)
+
+    def _admit(self, connection: Connection) -> None:
+        """Register a connection; raises HTTPError if it is not to be served."""
+        client = connection.socket
+        with self._changed:
+            if self._is_full():
+                self._evict(OVER_LIMIT % self.max_connections)
+                if self._is_full() and len(self._evicted) >= self._few:
+                    self._changed.wait(0.1)  # for an evicted one to end
+            connection.over_limit = self._is_full()
+            self.connections[client] = connection
+            if closed_by_peer([client.fileno()]):
+                self._half_closed.add(
+                    client
+                )  # a flood of these must not hold up others
+                if len(self._half_closed) > self.half_closed_limit:
+                    detail = "too many clients did not wait for their answers"
+                    raise HTTPError(503, detail, Retry_After="1")
+            if len(self.connections) > self.max_connections + self.reserve:
+                raise self.over_limit()
+
+    def _start(self, connection: Connection) -> None:
+        """Start a connection's thread; raises HTTPError if the system has none left."""
+        for _ in range(2):
             try:
                 # Not Thread.start(), which waits until the thread has begun: where many
-                # want to run that takes long, and all newcomers would wait for it.
-                _thread.start_new_thread(
-                    self.process_request_thread, (request, client_address)
-                )
+                # threads are ready to run, all new clients would wait for that.
+                _thread.start_new_thread(self._serve, (connection,))
                 return
-            except RuntimeError as error:  # the system has no thread left
-                self._await_room(str(error))
-        reply = self.crowded_reply()
-        with self._changed:
-            self._counts[OTHER, OTHER, reply.status] += 1
-            if request in self._half_closed:
-                text = "too many clients that have closed their side wait for answers"
-                reply = problem(503, text, {"Retry-After": "1"})
-        request.setblocking(False)  # this is the thread that accepts: it must not wait
-        with contextlib.suppress(OSError):
-            request.send(encode_head(reply, self.date(), "1.1", False) + reply.body)
-        self.shutdown_request(request)
+            except RuntimeError as error:
+                self._evict_and_wait(str(error))
+        raise self.over_limit()
 
-    def _enter(self, request: Any) -> bool:
-        """Note a connection; False when it is one too many to be served in a thread."""
-        with self._changed:
-            if self._is_full():
-                self._make_room(self.crowded_text())
-                if self._is_full() and len(self._leaving) >= self._few:
-                    self._changed.wait(0.1)  # they are about to go
-            if self._is_full():
-                self._crowded.add(request)
-            self._connections[request] = None
-            if have_left([request.fileno()]):
-                self._half_closed.add(request)
-                if len(self._half_closed) > self.half_closed_limit:
-                    return False
-            return len(self._connections) <= self.max_connections + self.reserve
+    def over_limit(self) -> HTTPError:
+        """Return the error for a client for which there is no place."""
+        return HTTPError(503, OVER_LIMIT % self.max_connections, Retry_After="1")
 
-    def _await_room(self, reason: str) -> None:
-        """Pause accepting until a connection has ended, but not for long."""
+    def _serve(self, connection: Connection) -> None:
+        try:
+            connection.serve()
+        except Exception:
+            self.handle_error(connection.socket, connection.address)
+        finally:
+            self.shutdown_request(connection.socket)
+
+    def shutdown_request(self, client: Any) -> None:
+        """Close a connection that has ended; called by socketserver, too."""
+        super().shutdown_request(client)
         with self._changed:
-            self._make_room(reason)
-            self._changed.wait(0.1)
+            self.connections.pop(client, None)
+            self._evicted.discard(client)
+            self._half_closed.discard(client)
+            self._ended += 1
+            self._changed.notify_all()
+
+    def handle_error(self, client: Any, address: Any) -> None:
+        """Log an unexpected error of a connection; called by socketserver, too."""
+        log.error("connection of %s failed", address, exc_info=True)
+
+    # -- eviction
 
     def _is_full(self) -> bool:
-        return len(self._connections) - len(self._leaving) >= self.max_connections
+        """Whether the limit is reached. Assumes the lock."""
+        return len(self.connections) - len(self._evicted) >= self.max_connections
 
-    def _make_room(self, reason: str) -> None:
-        """Part with some whose clients have let us wait longest. Assumes the lock.
+    def _evict(self, reason: str) -> None:
+        """Evict the clients that have kept us waiting longest. Assumes the lock.
 
-        Idle ones go first, since their clients know how to connect again, then those
-        who are slow to send a request or to read an answer. Several at once, so that
-        the search for them is not made for every newcomer.
+        Idle ones first, for their clients can connect again without a loss, then those
+        that are slow to send or to read. A few at once, to search less often.
         """
         now = time.monotonic()
         if now - self._warned_at >= 10:
             self._warned_at = now
-            log.warning("clients that are idle or slow make room: %s", reason)
-        found = [c for c in self._connections.values() if c and self._hinders(c, now)]
-        few = self._few - len(self._leaving)
-        for connection in heapq.nlargest(
-            few, found, key=lambda c: (c.idle, c.kept_waiting(now))
-        ):
-            connection.stays = False
-            self._leaving.add(connection.request)
-            # Where nothing is being sent, what has just come in is still answered.
-            how = socket.SHUT_RDWR if connection.sending else socket.SHUT_RD
+            log.warning("evicting idle and slow clients: %s", reason)
+        found = [c for c in self.connections.values() if self._is_evictable(c, now)]
+        found.sort(key=lambda c: (c.state != IDLE, c.since))
+        for connection in found[: self._few - len(self._evicted)]:
+            connection.evicted = True
+            self._evicted.add(connection.socket)
+            # A request that has just come is still answered.
+            sending = connection.state == SENDING
+            how = socket.SHUT_RDWR if sending else socket.SHUT_RD
             with contextlib.suppress(OSError):
-                connection.request.shutdown(how)
+                connection.socket.shutdown(how)
 
-    def _hinders(self, connection: Connection, now: float) -> bool:
-        excuse = self.idle_excuse if connection.idle else self.slow_excuse
-        return connection.stays and connection.kept_waiting(now) > excuse
+    def _is_evictable(self, connection: Connection, now: float) -> bool:
+        if connection.state == BUSY or connection.over_limit or connection.evicted:
+            return False
+        grace = self.idle_grace if connection.state == IDLE else self.slow_grace
+        return now - connection.since > grace
 
-    def crowded_text(self) -> str:
-        """Why there is no place for a client."""
-        return counted(self.max_connections, "client") + " connected, as many as may"
-
-    def crowded_reply(self) -> Reply:
-        """What a client is told for whom there is no place."""
-        return problem(503, self.crowded_text(), {"Retry-After": "1"})
-
-    def admit(self, request: socket.socket, connection: Connection) -> bool:
-        """Note a connection that begins; False when it came past the limit."""
+    def _evict_and_wait(self, reason: str) -> None:
+        """Evict a few clients, and wait a little for a connection to end."""
         with self._changed:
-            self._connections[request] = connection
-            return request not in self._crowded
+            self._evict(reason)
+            self._changed.wait(0.1)
 
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection that has ended; called by socketserver."""
-        super().shutdown_request(request)
+    def _wake_abandoned(self) -> None:
+        """Wake threads that wait for a task on behalf of clients that have left.
+
+        A client that has closed only its own side may still read a stream. So that is
+        woken once, to send a comment: a client that has left answers with a reset.
+        """
         with self._changed:
-            connection = self._connections.pop(request, None)
-            self._counts.update(connection.counts if connection else {})
-            self._crowded.discard(request)
-            self._leaving.discard(request)
-            self._half_closed.discard(request)
-            self._ended += 1
-            self._changed.notify_all()
+            waiting = {
+                connection.socket.fileno(): connection
+                for connection in self.connections.values()
+                if connection.request and connection.request.client_left
+            }
+        for number, events in closed_by_peer(waiting).items():
+            connection = waiting[number]
+            client_left = connection.request and connection.request.client_left
+            if events & select.POLLHUP or client_left is not connection.woken:
+                connection.woken = client_left
+                if client_left:
+                    client_left.set()
+
+    # -- counting
+
+    def count(self, method: str, route: str, status: int) -> None:
+        """Count a reply."""
+        with self._counts_lock:
+            self._counts[method if method in METHODS else OTHER, route, status] += 1
 
     def traffic(self) -> Traffic:
-        """What has come in so far."""
-        with self._changed:
+        """Return the counts of replies, and of connections that are open."""
+        with self._counts_lock:
             counts = self._counts.copy()
-            for connection in filter(None, self._connections.values()):
-                # Their threads go on counting. copy() is one step all the same, with
-                # the GIL and without it, so that it sees a dict that is whole.
-                counts.update(connection.counts.copy())
-            return Traffic(counts, len(self._connections), self.max_connections)
+        return Traffic(counts, len(self.connections), self.max_connections)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what a connection did not expect; called by socketserver."""
-        log.error("connection of %s failed", client_address, exc_info=True)
+    def date(self) -> str:
+        """Return the time for the header Date, made once a second."""
+        # No lock: of several that make it at once, each is right.
+        now, made = int(time.time()), self._date
+        if made[0] != now:
+            self._date = made = (now, formatdate(now, usegmt=True))
+        return made[1]
 
-    def close(self, patience: float = 0.0) -> None:
-        """Stop listening, and answer what has come in.
+    # -- stopping
 
-        Waits five seconds at most for requests of which a part is missing, and so many
-        for answers that are being read.
+    def close(self, timeout: float = 0.0) -> None:
+        """Stop listening, answer the requests that have come, and close connections.
+
+        Waits at most five seconds for requests that are incomplete, and `timeout`
+        seconds for replies that clients are still reading.
         """
         self.closing = True
         self.shutdown()
-        if self._listener is None:  # else they are for whoever listens there next
-            self._accept_rest()
+        if self._listener is None:  # else a successor accepts them
+            self._accept_pending()
         self.server_close()
         with self._changed:
-            for request, connection in self._connections.items():
+            for client, connection in self.connections.items():
                 # An idle one wakes with the request that has just come, or with none.
-                if connection and connection.idle:
+                if connection.state == IDLE:
                     with contextlib.suppress(OSError):
-                        request.shutdown(socket.SHUT_RD)
-            self._changed.wait_for(lambda: not self._connections, 5.0)
-            self._changed.wait_for(lambda: not self._are_sending(), patience)
+                        client.shutdown(socket.SHUT_RD)
+            self._changed.wait_for(lambda: not self.connections, 5.0)
+            self._changed.wait_for(lambda: not self._are_sending(), timeout)
 
     def _are_sending(self) -> bool:
-        """Whether answers are on their way. Assumes the lock."""
-        return any(c and c.sending for c in self._connections.values())
-
-    def _accept_rest(self) -> None:
-        """Accept all who are connected by now."""
-        with contextlib.suppress(OSError):  # closed already
-            self.socket.setblocking(False)
-        for _ in range(self.request_queue_size):  # no more, or it would never end
-            if not self._accept_one():
-                return
-
-    def _accept_one(self) -> bool:
-        """Accept a client; False when nobody is there, or no place for another."""
-        try:
-            request, client_address = self.get_request()
-        except OSError as error:  # else that client is gone, the next one may not be
-            return error.errno not in _NO_MORE
-        request.setblocking(True)
-        try:
-            self.process_request(request, client_address)
-        except Exception:  # as socketserver does with the first one
-            self.handle_error(request, client_address)
-            self.shutdown_request(request)
-        return True
+        """Whether replies are on their way. Assumes the lock."""
+        return any(c.state == SENDING for c in self.connections.values())
 
 
 # ======================================================================
@@ -7581,7 +7516,7 @@ class Service:
             log.error("SIGHUP: nothing is changed: %s", error)
             return
         if token:
-            self.server.app.access.take(token)
+            self.server.app.access.set_token(token)
             self.store.events.wake()  # streams check their token again
         self.server.tls = tls
         log.info("SIGHUP: the token and the certificate are read again")

@@ -826,10 +826,21 @@ class Retry(Exception):
         self.after = after
 
 
-class SameProcess:
-    """A context in which user code may fork: a child that leaves it exits there.
+def flush_output() -> None:
+    """Write what is printed but has no end of line yet."""
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__):
+        with contextlib.suppress(Exception):  # there is none, or it is closed
+            stream.flush()  # type: ignore[union-attr]
 
-    Otherwise the child would go on as a second service.
+
+_RECURSION_LIMIT = sys.getrecursionlimit()
+
+
+class UserCode:
+    """A context for code that is not the service's, which may change the process.
+
+    A child that it has forked exits where it leaves the context, or it would go on as a
+    second service. A lower recursion limit would break the service, so it is reset.
     """
 
     __slots__ = ("_pid",)
@@ -838,7 +849,10 @@ class SameProcess:
         self._pid = os.getpid()
 
     def __exit__(self, kind: Any, error: Optional[BaseException], tb: Any) -> None:
+        if sys.getrecursionlimit() < _RECURSION_LIMIT:
+            sys.setrecursionlimit(_RECURSION_LIMIT)
         if os.getpid() != self._pid:  # the exit status is the one that Python gives
+            within(1, flush_output)  # which waits if a thread of the parent was writing
             code: Any = error.code if isinstance(error, SystemExit) else error
             os._exit(code & 255 if isinstance(code, int) else code is not None)
 
@@ -879,7 +893,7 @@ class Handler(NamedTuple):
     def run_here(self, params: Dict[str, Any], context: Any) -> Any:
         """Call the function in this process."""
         extra = {self.context: context} if self.context else {}
-        with SameProcess():
+        with UserCode():
             if self.whole:
                 return self.function(params=params, **extra)
             return self.function(**params, **extra)
@@ -1343,7 +1357,7 @@ def _load_file(flag: str, file: str) -> Any:
         spec = importlib.machinery.ModuleSpec(name, loader, origin=file)
         spec.has_location = True
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        with SameProcess():
+        with UserCode():
             loader.exec_module(module)
     except _NOT_LOADED as error:
         message = _load_error(error, file)
@@ -1394,16 +1408,16 @@ def _seconds(value: Any) -> Optional[float]:
 # ======================================================================
 
 
-# Why a run was told to stop.
+# Why a run is requested to stop.
 BY_CLIENT = "a client cancelled it"
 TIMED_OUT = "its time was up"
 SHUTDOWN = "the service stops"
 
-TELL_AFTER = 1.0  # seconds after which progress is told that came too soon before
+PROGRESS_INTERVAL = 1.0  # seconds until progress is published that came too fast
 
-# It is given "progress", which the context itself has; "log" and a line; or "lines" and
-# a pair: lines, and how many were dropped before them. It returns whether somebody
-# follows them.
+# Publishes an event of a run. Its kind is "progress", whose payload the context has;
+# "log", with a line; or "lines", with a pair: lines, and how many were dropped before
+# them. Returns whether a client follows the task.
 Emit = Callable[["Context", str, Any], Any]
 
 
@@ -1439,56 +1453,36 @@ class OneShotEvent:
 
 
 class Context:
-    """What a handler knows of its task, and its line to those who watch it."""
+    """A run of a task, as its handler sees it: what it is, and how to report on it."""
 
     is_task_context = True  # the registry looks for it in annotations
-
-    __slots__ = (
-        "task_id",
-        "attempt",
-        "type",
-        "grace",
-        "began",
-        "reason",
-        "_progress",
-        "_stop",
-        "_stopping",
-        "_on_stop",
-        "_tell",
-        "_told",
-        "_told_at",
-        "max_result",
-    )
 
     def __init__(
         self,
         task_id: str,
         attempt: int = 1,
-        tell: Emit = lambda *told: None,
+        emit: Emit = lambda ctx, kind, payload: None,
         type: str = "",
     ) -> None:
         self.task_id = task_id
         self.type = type
-        # 1 in the first run. A task is run again when the process died while it ran:
-        # at least once, that is, so that a handler should bear to be run twice.
+        # 1 in the first run. A task is run again when the process died while it ran,
+        # so a handler has to bear being run twice.
         self.attempt = attempt
-        self.grace = (
-            1.5  # seconds from being told to stop to being killed, if it can be
-        )
-        self.max_result = sys.maxsize  # bytes, for a child process to know
+        self.grace = 1.5  # seconds from the request to stop until a process is killed
+        self.max_result = sys.maxsize  # bytes
         self.began = 0.0  # on the monotonic clock
-        self.reason = ""  # it is to stop
+        self.reason = ""  # why the run is to stop
+        self._emit = emit
         self._progress: Optional[Tuple[Optional[float], str]] = None
+        self._published: Optional[Tuple[Optional[float], str]] = None
+        self._published_at = 0.0
         self._stop = OneShotEvent()
-        # Guards `why` and _on_stop.
-        self._stopping = threading.Lock()
-        self._on_stop: Optional[threading.Event] = None
-        self._tell = tell
-        self._told: Optional[Tuple[Optional[float], str]] = None  # latest of it
-        self._told_at = 0.0
+        self._lock = threading.Lock()  # guards `reason` and _on_stop
+        self._on_stop: Optional[Callable[[], Any]] = None
 
     def progress(self, fraction: Optional[float], message: str = "") -> None:
-        """Tell how far the task is: `fraction` from 0 to 1, and a word about it.
+        """Report how far the task is: a fraction from 0 to 1, and a message.
 
         The fraction is None where it isn't known. Raises Cancelled when the task is to
         stop.
@@ -1498,42 +1492,40 @@ class Context:
             fraction = min(1.0, max(0.0, float(fraction)))
         # One tuple, stored in one step: a reader sees the old pair or the new one.
         self._progress = (fraction, str(message)[:1000])
-        # Who watches can't read faster anyway; if this is the latest for a while, it is
-        # told later.
-        if time.monotonic() - self._told_at >= 0.1:
+        if time.monotonic() - self._published_at >= 0.1:  # else it is published later
             self.emit_progress()
 
     def emit_progress(self) -> None:
-        """Tell those who watch of the latest progress, unless they know it."""
-        if self._told is not self._progress:
-            # No lock: two threads may come by here at the same moment, which does no
-            # harm, since what is told is what is the latest when it is told.
-            self._told, self._told_at = self._progress, time.monotonic()
-            self._tell(self, "progress", "")
+        """Publish the latest progress, unless that has been done."""
+        if self._published is not self._progress:
+            # Two threads may do so at once, without harm: each one publishes what is
+            # the latest at that moment.
+            self._published, self._published_at = self._progress, time.monotonic()
+            self._emit(self, "progress", "")
 
     def log(self, text: str, level: int = logging.INFO) -> None:
         """Add lines to the task's log, and to the service's."""
         log_run(level, self, "%s", text)
         for line in str(text).splitlines() or [""]:
-            self._tell(self, "log", line)
+            self._emit(self, "log", line)
 
     def log_output(self, lines: Sequence[str], dropped: int) -> bool:
-        """Add what a program printed to the task's log, and to the service's for debug.
+        """Add lines of a program's output to the task's log.
 
-        Before these lines `dropped` more came that nobody has. Returns whether somebody
-        takes in each line.
+        They go to the service's log for debugging. `dropped` is the number of lines
+        before them that were not kept. Returns whether each line has a reader.
         """
         debug = log.isEnabledFor(logging.DEBUG)
         for line in lines if debug else ():
             log_run(logging.DEBUG, self, "%s", line)
-        # Not too many at a time, since a lock is held meanwhile.
-        followed, some = False, len(lines) if dropped else 1000
-        for at in range(0, len(lines), some):
-            followed = self._tell(self, "lines", (lines[at : at + some], dropped))
+        followed = False
+        for at in range(0, len(lines), 1000):  # a lock is held for each piece
+            payload = lines[at : at + 1000], 0 if at else dropped
+            followed = self._emit(self, "lines", payload)
         return debug or bool(followed)
 
     def sleep(self, seconds: float) -> None:
-        """Wait so many seconds; raises Cancelled at once when the task is to stop."""
+        """Wait; raises Cancelled at once when the task is to stop."""
         self._stop.wait(max(0, min(seconds, threading.TIMEOUT_MAX)))
         self.check()
 
@@ -1548,28 +1540,35 @@ class Context:
             raise Cancelled()
 
     def cancel(self, reason: str = BY_CLIENT) -> None:
-        """Ask the handler to stop: wake it from sleep and have it raise Cancelled.
+        """Request the handler to stop; the first reason is kept.
 
-        Of several reasons the first one counts.
+        The handler wakes from sleep(), and is raised Cancelled.
         """
-        with self._stopping:
+        with self._lock:
             self.reason = self.reason or reason
             self._stop.set()
-            if self._on_stop:
-                self._on_stop.set()
+            self._call_on_stop()
 
-    def on_stop(self, event: threading.Event) -> None:
-        """Have an event set as soon as the task is to stop, perhaps now.
+    def on_stop(self, function: Optional[Callable[[], Any]]) -> None:
+        """Call this function when the task is to stop, or now if it already is.
 
-        No more than that: who stops a task holds locks, and must not wait or fail.
+        The function must return at once, since its caller may hold the store's lock.
+        OSError is ignored. When this returns, an earlier function is not called any
+        more.
         """
-        with self._stopping:
-            self._on_stop = event
+        with self._lock:
+            self._on_stop = function
             if self._stop.is_set():
-                event.set()
+                self._call_on_stop()
+
+    def _call_on_stop(self) -> None:
+        """Assumes the lock."""
+        if self._on_stop:
+            with contextlib.suppress(OSError):  # what is to stop has just ended
+                self._on_stop()
 
     def progress_document(self) -> Optional[Dict[str, Any]]:
-        """The latest progress, as a status document shows it; None at first."""
+        """Return the latest progress as a status document has it, None at first."""
         latest = self._progress
         if latest is None:
             return None
@@ -1580,17 +1579,18 @@ class Context:
 
 
 def log_run(
-    level: int, ctx: Context, text: str, *args: Any, exc_info: bool = False, **more: Any
+    level: int,
+    ctx: Context,
+    text: str,
+    *args: Any,
+    exc_info: bool = False,
+    **fields: Any,
 ) -> None:
-    """Log a line about a run of a task.
-
-    Which run it is, and what `more` tells of it, are fields of the line's own: the
-    formatter for people puts them into the text.
-    """
-    if not log.isEnabledFor(level):
-        return
-    fields = {"task_id": ctx.task_id, "type": ctx.type, "attempt": ctx.attempt, **more}
-    log.log(level, text, *args, exc_info=exc_info, extra={"fields": fields})
+    """Log a line about a run, with fields that say which one it is, and `fields`."""
+    if log.isEnabledFor(level):
+        run = {"task_id": ctx.task_id, "type": ctx.type, "attempt": ctx.attempt}
+        extra = {"fields": {**run, **fields}}
+        log.log(level, text, *args, exc_info=exc_info, extra=extra)
 
 
 @handler("long_computation", limits={"duration": {"minimum": 0, "maximum": 604800}})
@@ -1600,11 +1600,46 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
     begin = time.monotonic()
     steps = min(100, 1 + int(duration * 4))
     for step in range(1, steps + 1):
-        ctx.sleep(begin + duration * step / steps - time.monotonic())
-        ctx.progress(
-            step / steps, "%g of %g s" % (round(duration * step / steps, 1), duration)
-        )
+        done = duration * step / steps
+        ctx.sleep(begin + done - time.monotonic())
+        ctx.progress(step / steps, "%g of %g s" % (round(done, 1), duration))
     return {"message": "Long computation completed successfully", "duration": duration}
+
+
+# -- results ---------------------------------------------------------------
+
+BAD_RESULT = "the result does not fit into JSON: "
+
+# What to_json() may write although it could not come in: keys that were no text, so
+# that 1 and "1" become the same key, and numbers with too many digits.
+_DOUBTFUL = re.compile(
+    r'"(?:-?[0-9][^"]*|true|false|null)": |(?<![0-9])[0-9]{%d}' % (MAX_DIGITS + 1)
+)
+
+
+class Encoded(bytes):
+    """A result that is JSON already, by encode_result() in another process."""
+
+
+def encode_result(value: Any, limit: int) -> bytes:
+    """Return a handler's result as JSON that could come in as params.
+
+    Raises BadResult for anything else, and for more than `limit` bytes.
+    """
+    if isinstance(value, Encoded):
+        return bytes(value)
+    try:
+        result = to_json(value)
+        if len(result) <= limit:
+            text = result.decode()
+            if _DOUBTFUL.search(text) or _too_deep(text):
+                parse_json(text)
+    except BaseException as error:  # an object of the handler's may raise anything
+        raise BadResult(BAD_RESULT + describe(error)) from None
+    if len(result) > limit:
+        text = "the result has %d bytes, more than the %d that are kept"
+        raise BadResult(text % (len(result), limit))
+    return result
 
 
 # -- forks -----------------------------------------------------------------
@@ -1612,23 +1647,29 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
 # A handler may fork, as multiprocessing does. The child has a copy of all that the
 # service has, without its threads, and must not act as a second service.
 
-
 # Held while this process forks, and while a descriptor is open that a forked child
-# must not get but is not among PRIVATE.
+# must not get but that is not in PRIVATE.
 NO_FORK = threading.RLock()
 
-# What has a descriptor that only this process may hold: as long as a child held it,
-# too, a port would stay in use, a lock locked, a pipe without an end.
+# Owners of descriptors that only this process may hold. As long as a child had one,
+# too, a port would stay in use, a lock would be held, a pipe would have no end.
 PRIVATE: "WeakSet[Any]" = WeakSet()
 
-# What forked children do with the signals that the service takes for itself.
+# What forked children do with the signals that the service handles.
 IN_CHILDREN: Dict[int, Any] = {}
-_masks: List[Any] = []  # of a thread that forks; NO_FORK guards it
+_masks: List[Any] = []  # of the thread that forks; NO_FORK guards it
 
 
 @contextlib.contextmanager
 def starting_a_child() -> Iterator[None]:
-    """While this lasts, nobody forks, and programs start with no signal blocked."""
+    """Keep other threads from forking, and have programs start with no signal blocked.
+
+    this thread                        a handler's thread
+    Popen() makes a pipe
+                                       fork() copies both its ends
+    adds its end to PRIVATE
+    waits for the end of the pipe      its child holds that pipe open
+    """
     with NO_FORK:
         mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
         try:
@@ -1638,8 +1679,9 @@ def starting_a_child() -> Iterator[None]:
 
 
 def _before_fork() -> None:
+    flush_output()  # or the child has a copy of what is printed but not yet written
     NO_FORK.acquire()
-    if IN_CHILDREN:  # else one that came too early in the child would be lost there
+    if IN_CHILDREN:  # a signal that came before the child takes it would be lost
         _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, IN_CHILDREN))
 
 
@@ -1652,9 +1694,9 @@ def _after_fork() -> None:
 def _after_fork_in_child() -> None:
     """Give up what is the service's. The child has none of its threads.
 
-    Descriptors come to lead to where standard input does. Closing them would have
-    files flush what is the parent's, and wait for locks of threads that are not here.
-    SQLite is left alone: a fork does not inherit its locks, and no call is safe there.
+    Private descriptors are redirected to standard input. Closing their files would
+    flush what is the parent's, and wait for locks of threads that are not here. SQLite
+    is left alone: a fork does not inherit its locks, and no call is safe there.
     """
     for number, action in IN_CHILDREN.items():
         signal.signal(number, action)
@@ -1674,22 +1716,24 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-# -- processes -------------------------------------------------------------
+# -- child processes -------------------------------------------------------
 #
-# What runs in a process can really be stopped: told to, and then killed, with all
-# that it has started, which is what its process group and its session are for.
+# Programs and isolated handlers run in child processes, which can really be stopped.
+# Each has a session of its own, and ends with all that it has started.
 
 TERM = getattr(signal, "SIGTERM", 15)
 KILL = getattr(signal, "SIGKILL", 9)
 HANGUP = getattr(signal, "SIGHUP", None)
+LEFT_OVER = 1 << 20  # bytes that a pipe or a socket may hold when its writer has ended
 
 
 def kill_session(session: int) -> None:
-    """Kill all of a session, where there is Linux's /proc to find it by.
+    """Kill a process group and, where Linux's /proc shows it, all of its session.
 
-    Not all of it is one group: shells with job control and programs such as timeout
-    make groups of their own.
+    Shells with job control, and programs such as timeout, make groups of their own.
     """
+    with contextlib.suppress(OSError):
+        os.killpg(session, KILL)
     for _ in range(2 if sys.platform == "linux" else 0):  # one may just start another
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             with contextlib.suppress(OSError):
@@ -1698,81 +1742,56 @@ def kill_session(session: int) -> None:
 
 
 class Reaper:
-    """Kills what still runs in process groups when this process dies, however it dies.
+    """A small process that kills sessions if the service dies, however it dies.
 
-    That is what a small process of its own does: it is told of the groups, and by the
-    end of its input that this process is no more.
+    It is sent the sessions, and learns of the service's death by the end of its input.
     """
 
     SOURCE = """
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
-groups = set()
+sessions = set()
 for line in sys.stdin:
-    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
-for group in groups:
+    (sessions.add if line[0] == "+" else sessions.discard)(int(line[1:]))
+for session in sessions:
     try:
-        os.killpg(group, signal.SIGKILL)
+        os.killpg(session, signal.SIGKILL)
     except OSError:
         pass
-names = os.listdir("/proc") if groups and sys.platform == "linux" else ()
+names = os.listdir("/proc") if sessions and sys.platform == "linux" else ()
 for pid in map(int, filter(str.isdigit, names)):
     try:
-        if os.getsid(pid) in groups:
+        if os.getsid(pid) in sessions:
             os.kill(pid, signal.SIGKILL)
     except OSError:
         pass
 """
 
     def __init__(self) -> None:
-        # One lock guards the process and the order of writing; the other one _groups,
-        # and is never held for long. The groups change with both held.
-        self._lock = threading.Lock()
-        self._known = threading.Lock()
-        self._groups: Set[int] = set()
+        self._lock = threading.Lock()  # guards what follows, and the order of writing
+        self._sessions: Set[int] = set()
         self._process: Any = None
 
-    def ready(self) -> None:
+    def start(self) -> None:
         """Start the process, unless it runs."""
         with self._lock:
             self._write("")
 
-    def add(self, group: int) -> None:
-        """Watch over a process group."""
+    def add(self, session: int) -> None:
+        """Have a session killed if the service dies."""
         with self._lock:
-            with self._known:
-                self._groups.add(group)
-            self._write("+%d\n" % group)
+            self._sessions.add(session)
+            self._write("+%d\n" % session)
 
-    def remove(self, group: int) -> None:
-        """Let it go: it is over."""
+    def remove(self, session: int) -> None:
+        """Leave a session alone: it has ended, and another one may get its number."""
         with self._lock:
-            with self._known:
-                self._groups.discard(group)
-            self._write("-%d\n" % group)
-
-    def signal(self, group: int, number: int) -> None:
-        """Send a signal to a group, unless it is over: its number may be another's."""
-        with self._known:  # so that it is not removed, and its number freed, meanwhile
-            if group not in self._groups:
-                return
-            try:
-                os.killpg(group, number)
-            except OSError:  # a child that is just starting has no group of its own yet
-                with contextlib.suppress(OSError):
-                    os.kill(group, number)
-
-    def kill(self, group: int) -> None:
-        """Kill a group and its session; the caller sees to it that it is not removed.
-
-        No lock is held over that search, since who stops a task may wait for it.
-        """
-        self.signal(group, KILL)
-        kill_session(group)
+            self._sessions.discard(session)
+            self._write("-%d\n" % session)
 
     def _write(self, text: str) -> None:
-        """Tell the process, which is started again if it died. Assumes the lock."""
+        """Write to the process; start it again if it has died. Assumes the lock."""
         for _ in range(2):
             try:
                 if self._process.poll() is not None:
@@ -1782,8 +1801,8 @@ for pid in map(int, filter(str.isdigit, names)):
                 return
             except (AttributeError, OSError):
                 self._start()
-                text = "".join("+%d\n" % group for group in self._groups)
-        log.error("nobody will stop programs if this process is killed")
+                text = "".join("+%d\n" % session for session in self._sessions)
+        log.error("no reaper can be started: programs outlive a killed service")
 
     def _start(self) -> None:
         subprocess = lazy_import("subprocess")
@@ -1799,275 +1818,272 @@ for pid in map(int, filter(str.isdigit, names)):
 REAPER = Reaper()
 
 
-@contextlib.contextmanager
-def managed_process(
-    group: int, ctx: Context, ask: Callable[[], None]
-) -> Iterator[None]:
-    """While this lasts, a process group ends with its task, and with this process.
+class ManagedProcess:
+    """A child process that runs for a task, in a session of its own.
 
-    When the task is to stop, `ask` is called, and after ctx.grace the group is killed,
-    and its session; at the end, too, since nobody may be left behind. Where memory runs
-    out, Linux is to take it before the service.
+    The session is killed when the process has ended, when `ctx.grace` has passed since
+    a request to stop, and when the service dies. Until then the process is not reaped,
+    so its number can't become that of another process:
+
+        the worker                         a client's thread
+        reaps the process
+                                           cancels the task: killpg(pid, SIGTERM)
+        on_stop(None)                      hits a new process with this number
     """
-    stopping, over = threading.Event(), threading.Event()
 
-    def stop() -> None:
-        stopping.wait()
-        if not over.is_set():
-            ask()
-        if not over.wait(ctx.grace):
-            REAPER.kill(group)
+    def __init__(self, ctx: Context, argv: Sequence[str], **options: Any) -> None:
+        """Start it with these options of Popen; raises OSError."""
+        subprocess = lazy_import("subprocess")
+        REAPER.start()  # this takes a while, in which no process may run without it
+        self._ctx = ctx
+        self._kill_at = math.inf
+        with starting_a_child():
+            self._process = subprocess.Popen(
+                argv, cwd=FOLDER, start_new_session=True, **options
+            )
+            self.output = self._process.stdout
+            if self.output:
+                PRIVATE.add(self.output)
 
-    # Started now, since there may be no thread left when the task is to stop.
-    stopper = threading.Thread(target=stop, name="stopper", daemon=True)
-    REAPER.add(group)
-    score = "/proc/%d/oom_score_adj" % group
-    with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
-        file.write("1000")  # the most there is (proc(5))
-    try:
-        stopper.start()
-        ctx.on_stop(stopping)
-        yield
-    finally:
-        REAPER.kill(group)
-        over.set()
-        stopping.set()
-        if stopper.is_alive():  # or it would kill whoever has the group's number then
-            stopper.join()
-        REAPER.remove(group)
+    def __enter__(self) -> "ManagedProcess":
+        pid = self._process.pid
+        REAPER.add(pid)
+        # Where memory runs out, Linux is to take it before the service (proc(5)).
+        score = "/proc/%d/oom_score_adj" % pid
+        with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
+            file.write("1000")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._ctx.on_stop(None)
+        kill_session(self._process.pid)
+        self.returncode = self._process.wait()
+        REAPER.remove(self._process.pid)
+        if self.output:
+            self.output.close()
+
+    def terminate(self) -> None:
+        """Send SIGTERM to its process group; raises OSError."""
+        os.killpg(self._process.pid, TERM)
+
+    def read(self, file: Any) -> Iterator[bytes]:
+        """Yield what it writes into a file until it has ended, and b"" now and then.
+
+        A process that has left the session may hold the file open and write on. So
+        once this one has ended, no more is read than a pipe can hold.
+        """
+        left, pause = LEFT_OVER, 0.5
+        with selectors.DefaultSelector() as selector:
+            selector.register(file, selectors.EVENT_READ)
+            while left > 0:
+                ended = self._has_ended()  # before looking for what there is to read
+                data = b""
+                if selector.select(0 if ended else min(pause, self._patience)):
+                    data = os.read(file.fileno(), 65536)
+                    if not data:
+                        break
+                    left -= len(data) if ended else 0
+                elif ended:
+                    break
+                yield data
+                pause = 0.1 if data else 0.5
+        pause = 0.001
+        while not self._has_ended():  # it has only closed its output
+            time.sleep(min(pause, self._patience))
+            pause = min(2 * pause, 0.1)
+
+    @property
+    def _patience(self) -> float:
+        """The seconds after which a request to stop must have been seen."""
+        return max(0.01, self._ctx.grace / 4)
+
+    def _has_ended(self) -> bool:
+        """Return whether it has ended; kill it if it has not stopped within its grace.
+
+        It is not reaped, where the system allows that.
+        """
+        if self._ctx.cancelled:
+            now = time.monotonic()
+            self._kill_at = min(self._kill_at, now + self._ctx.grace)
+            if now >= self._kill_at:
+                kill_session(self._process.pid)
+        if not hasattr(os, "waitid"):
+            return self._process.poll() is not None
+        how = os.WEXITED | os.WNOWAIT | os.WNOHANG
+        return os.waitid(os.P_PID, self._process.pid, how) is not None
 
 
 def exit_status(code: int) -> str:
-    """Say how a process ended."""
+    """Describe how a process has ended, by its code as subprocess has it."""
     if code >= 0:
         return "exit code %d" % code
-    try:
-        return "killed by " + signal.Signals(-code).name
-    except ValueError:  # a real-time signal has no name
-        return "killed by signal %d" % -code
+    names = {number.value: number.name for number in signal.Signals}
+    return "killed by " + names.get(-code, "signal %d" % -code)
 
 
 # -- isolated handlers -----------------------------------------------------
 #
-# A child process runs the handler, in a fresh interpreter that has loaded the same
-# files. Both sides send JSON: [kind, what].
+# A fresh interpreter loads this file and the same handlers files. Its standard input
+# is a socket: the service sends the job as a line of JSON, and gets back lines of a
+# word and JSON. The end of its input requests the handler to stop.
 
+FILE = os.path.join(FOLDER or "", globals().get("__file__", ""))
+CHILD = """
+import sys
+file, sys.path[:] = sys.argv[1], sys.argv[2:]
+from importlib import machinery, util
+loader = machinery.SourceFileLoader("longtasks", file)
+module = util.module_from_spec(machinery.ModuleSpec("longtasks", loader, origin=file))
+module.__file__ = file
+sys.modules["longtasks"] = module
+loader.exec_module(module)
+module.isolated_main()
+"""
+# As it was before a handlers file changed it, which the child loads as well.
+_SYS_PATH = list(sys.path)
 
-class Encoded(bytes):
-    """A result that is JSON already, by encode_result() in another process."""
-
-
-def encode_result(value: Any, limit: int) -> bytes:
-    """Return what a handler returned as JSON that could come in, too.
-
-    Raises BadResult for anything else, and for more than `limit` bytes.
-    """
-    if isinstance(value, Encoded):
-        return bytes(value)
-    try:
-        result = to_json(value)
-        if len(result) <= limit and _may_be_refused(result):
-            parse_json(result.decode())
-    except BaseException as error:  # of a class of the handler's own, anything
-        raise BadResult(NOT_JSON + describe(error)) from None
-    if len(result) > limit:
-        text = "the result has %d bytes, more than the %d that are kept"
-        raise BadResult(text % (len(result), limit))
-    return result
-
-
-# What the encoder makes of a key that is no text, so that 1 and "1" are the same one.
-_MADE_KEY = re.compile(rb'"(?:-?[0-9][^"]*|true|false|null)": ')
-_TO_ZEROS = bytes.maketrans(b"123456789", b"000000000")
-_TOO_LONG = b"0" * (MAX_DIGITS + 1)
-
-
-def _may_be_refused(result: bytes) -> bool:
-    """Whether JSON that was written here has to be read to see if it could come in.
-
-    This takes a small part of the time that reading does.
-    """
-    return (
-        _MADE_KEY.search(result) is not None
-        or _TOO_LONG in result.translate(_TO_ZEROS)
-        or _too_deep(result.decode())
-    )
-
-
-NOT_JSON = "the result does not fit into JSON: "
-MAX_TOLD = 64 << 10  # characters of what a child tells but the result
-
-# Held while a child is started or its exit code is fetched: multiprocessing looks after
-# all children whenever one is started, and would snatch the code from who waits for it.
-_CHILDREN = threading.Lock()
+MAX_MESSAGE = 64 << 10  # characters of a log line or a message from a child process
 
 
 def check_isolated() -> None:
-    """See that handlers can run in child processes, if some do; raises HandlerError."""
+    """See that child processes can load this file, if need be; raises HandlerError."""
     isolated = [name for name, known in REGISTRY.items() if known.isolated]
-    if not isolated or EXECUTOR:
-        return
-    try:
-        import multiprocessing.connection  # noqa: F401 (a small host may lack it)
-    except ImportError:
-        text = (
-            "the isolated task type %s needs Python's multiprocessing, which is missing"
-        )
-        raise HandlerError(text % quote(isolated[0])) from None
-    if not _is_importable():
-        text = (
-            "the isolated task type %s needs longtasks.py as a file, for processes of "
-            "its own: start that, not an archive, a folder or standard input"
-        )
+    if isolated and not EXECUTOR and not os.path.isfile(FILE):
+        text = "the isolated task type %s needs longtasks.py as a file, for processes "
+        text += "of its own: start that, not an archive or standard input"
         raise HandlerError(text % quote(isolated[0]))
-
-
-def _is_importable() -> bool:
-    """Whether multiprocessing can load this module in a child."""
-    if __name__ != "__main__":
-        return True
-    spec = sys.modules["__main__"].__spec__
-    if spec:  # python -m NAME; it is __main__ in an archive or a folder
-        return spec.name != "__main__"
-    # There is none of standard input; until Python 3.9 it may be relative.
-    return os.path.isfile(os.path.join(FOLDER or "", globals().get("__file__", "")))
 
 
 def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
     """Run a handler in a child process, as if it ran here."""
-    import multiprocessing.process
-
-    # Where a child finds this module. It is where we were when it was first imported,
-    # which may have been after a handler had gone elsewhere.
-    multiprocessing.process.ORIGINAL_DIR = FOLDER  # type: ignore[attr-defined]
-    spawn = multiprocessing.get_context("spawn")
-    facts = ctx.task_id, ctx.attempt, ctx.max_result
-    about = to_json([FOLDER, list(LOADED), name, params, *facts])
-    with _CHILDREN, starting_a_child():
-        try:
-            os.getcwd()
-        except OSError:  # a handler went there and removed it; no child could start
-            os.chdir(FOLDER or "/")
-        ours, theirs = spawn.Pipe()
-        # Not daemonic, since such a process may have no children.
-        child = spawn.Process(target=isolated_child, args=(theirs, about), daemon=False)
-        child.start()
-        theirs.close()
-
-    def ask() -> None:
-        with contextlib.suppress(OSError):
-            ours.send_bytes(b"stop")
-
-    with managed_process(child.pid or 0, ctx, ask):
-        said = _listen_to(ours, ctx)
-        # Not for long: it may stay, or what it has left behind may hold the sentinel.
-        multiprocessing.connection.wait([child.sentinel], 1.0)
-    with _CHILDREN:
-        child.kill()  # unless it has ended, or was killed with its group
-        child.join()
-    ours.close()
-    return _as_said(said, child.exitcode or 0, ctx)
+    flags = lazy_import("subprocess")._args_from_interpreter_flags()
+    argv = [sys.executable, *flags, "-c", CHILD, FILE, *_SYS_PATH]
+    job = {
+        "files": list(LOADED),
+        "name": name,
+        "params": params,
+        "task_id": ctx.task_id,
+        "attempt": ctx.attempt,
+        "max_result": ctx.max_result,
+    }
+    with NO_FORK:
+        ours, theirs = socket.socketpair()
+        PRIVATE.add(ours)
+        with theirs:
+            process = ManagedProcess(ctx, argv, stdin=theirs)
+    with ours, process:
+        ctx.on_stop(lambda: ours.shutdown(socket.SHUT_WR))
+        with contextlib.suppress(OSError):  # it has ended
+            ours.sendall(to_json(job) + b"\n")
+        reply = _follow_child(process.read(ours), ctx)
+    if reply:
+        return value_of(ctx, *reply)
+    ctx.check()
+    raise Failure(
+        "its process ended before it was done: " + exit_status(process.returncode)
+    )
 
 
-def _listen_to(ours: Any, ctx: Context) -> Any:
-    """Pass on what a child tells; return what it says last, None if it just ended."""
-    most = 2 * ctx.max_result + 10 * MAX_TOLD  # JSON within JSON may be twice as long
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            kind, what = json.loads(ours.recv_bytes(most))
-            if kind == "progress":
-                percent = what.get("percent")
-                with contextlib.suppress(Cancelled):
-                    ctx.progress(percent and percent / 100, what["message"])
-            elif kind == "log":
-                ctx.log(what)
-            else:
-                return kind, what
+def _follow_child(data: Iterator[bytes], ctx: Context) -> Optional[Tuple[str, bytes]]:
+    """Pass on what a child process reports; return its reply, None if it has none."""
+    rest = bytearray()
+    for piece in data:
+        rest += piece
+        if b"\n" in piece:
+            *lines, rest = rest.split(b"\n")
+            for line in lines:
+                kind, _, payload = bytes(line).partition(b" ")
+                if kind not in (b"log", b"progress"):
+                    return kind.decode(), payload
+                _pass_on(ctx, kind.decode(), json.loads(payload))
+        if len(rest) > ctx.max_result + 10 * MAX_MESSAGE:
+            break
     return None
 
 
-def _as_said(said: Any, code: int, ctx: Context) -> Any:
-    """Return or raise what the handler did in the child."""
-    if said is None:
-        ctx.check()
-        raise Failure("its process ended before it was done: " + exit_status(code))
-    kind, what = said
+def _pass_on(ctx: Context, kind: str, payload: Any) -> None:
+    if kind == "log":
+        ctx.log(payload)
+        return
+    percent = payload.get("percent")
+    with contextlib.suppress(Cancelled):
+        ctx.progress(percent and percent / 100, payload["message"])
+
+
+def value_of(ctx: Context, kind: str, payload: bytes) -> Any:
+    """Return or raise what a handler did elsewhere."""
     if kind == "result":
-        return Encoded(what.encode())
-    if kind == "retry":
-        raise Retry(*what)
+        return Encoded(payload)
     if kind == "cancelled":
         raise Cancelled
-    line, trace, is_bad_result = what
+    if kind == "retry":
+        raise Retry(*json.loads(payload))
+    text, trace, is_bad_result = json.loads(payload)
     if is_bad_result:
-        raise BadResult(line)
+        raise BadResult(text)
     log_run(logging.WARNING, ctx, "raised in its process", traceback=trace)
-    raise Failure(line)
+    raise Failure(text)
+
+
+def isolated_main() -> None:
+    """Run one isolated handler, in the process that run_isolated() has started."""
+    service = socket.socket(fileno=os.dup(0))
+    PRIVATE.add(service)
+    with open(os.devnull, "rb") as null:
+        os.dup2(null.fileno(), 0)
+    log.disabled = True  # the service logs what it is sent
+    print_at_once()
+    with service.makefile("rb") as lines:
+        job = json.loads(lines.readline())
+    lock, pid = threading.Lock(), os.getpid()
+
+    def send(kind: str, payload: bytes) -> None:
+        if os.getpid() == pid:  # else the handler has forked, and the lock may be held
+            with lock:
+                service.sendall(kind.encode() + b" " + payload + b"\n")
+
+    def emit(ctx: Context, kind: str, line: str) -> None:
+        progress = ctx.progress_document() if kind == "progress" else None
+        send(kind, to_json(progress or line[-MAX_MESSAGE:]))
+
+    def await_stop() -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(service, selectors.EVENT_READ)
+            while not selector.select(PROGRESS_INTERVAL):
+                ctx.emit_progress()
+        ctx.cancel()
+
+    ctx = Context(job["task_id"], job["attempt"], emit)
+    ctx.max_result = job["max_result"]
+    threading.Thread(target=await_stop, daemon=True).start()
+    reply = _reply_of(job, ctx)
+    flush_output()
+    with contextlib.suppress(OSError):  # the service is gone
+        send(*reply)
+    os._exit(0)  # the handler may have left threads
+
+
+def _reply_of(job: Dict[str, Any], ctx: Context) -> Tuple[str, bytes]:
+    """Run the handler; return how that ended."""
+    try:
+        for file in job["files"]:
+            load_handlers(file)
+        value = REGISTRY[job["name"]].run_here(job["params"], ctx)
+        return "result", encode_result(value, ctx.max_result)
+    except Cancelled:
+        return "cancelled", b"null"
+    except Retry as error:
+        return "retry", to_json([_text_of(error)[:MAX_MESSAGE], _seconds(error.after)])
+    except BaseException as error:
+        trace = traceback.format_exc()[-10_000:]
+        failed = [describe(error), trace, isinstance(error, BadResult)]
+        return "failed", to_json(failed)
 
 
 def print_at_once() -> None:
     """Have what handlers print() come line by line, also into a file or a pipe."""
     with contextlib.suppress(Exception):  # there is none, or it is of another kind
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-
-
-def flush_output() -> None:
-    """Write what is printed but has no end of line yet."""
-    for stream in (sys.stdout, sys.stderr, sys.__stdout__):
-        with contextlib.suppress(Exception):  # there is none, or it is closed
-            stream.flush()  # type: ignore[union-attr]
-
-
-def isolated_child(theirs: Any, about: bytes) -> None:
-    """What a child process does: run one handler, and end."""
-    if hasattr(os, "setsid"):
-        os.setsid()  # a process group of its own; Ctrl-C at the terminal is not for it
-        # The pipe ends with this process, whatever the handler forks or starts.
-        os.set_inheritable(theirs.fileno(), False)
-        PRIVATE.add(theirs)
-    lock = threading.Lock()
-
-    def say(kind: str, what: Any) -> None:
-        with lock:
-            what = ctx.progress_document() if kind == "progress" else what
-            theirs.send_bytes(to_json([kind, what]))
-
-    log.disabled = True  # the parent logs what it is told
-    print_at_once()
-    folder, files, name, params, task_id, attempt, max_result = json.loads(about)
-    with contextlib.suppress(OSError):  # it was removed
-        os.chdir(folder or ".")  # else it is where the last handler went
-
-    ctx = Context(task_id, attempt, lambda _, kind, line: say(kind, line[-MAX_TOLD:]))
-    ctx.max_result = max_result
-    threading.Thread(target=_obey, args=(theirs, ctx), daemon=True).start()
-    try:
-        for file in files:
-            if file not in LOADED:
-                load_handlers(file)
-        value = REGISTRY[name].run_here(params, ctx)
-        say("result", encode_result(value, max_result).decode())
-    except Cancelled:
-        say("cancelled", None)
-    except Retry as error:
-        say("retry", [_text_of(error)[:MAX_TOLD], _seconds(error.after)])
-    except BaseException as error:
-        trace = traceback.format_exc()[-10_000:]
-        say("failed", [describe(error), trace, isinstance(error, BadResult)])
-    flush_output()
-    os._exit(0)  # whatever threads the handler has left
-
-
-def _obey(theirs: Any, ctx: Context) -> None:
-    """Stop the handler when the parent says so, and at once when it is gone."""
-    try:
-        while not theirs.poll(TELL_AFTER):
-            ctx.emit_progress()
-        theirs.recv_bytes()
-        ctx.cancel()
-        theirs.recv_bytes()
-    except (EOFError, OSError):
-        os._exit(1)
 
 
 # -- programs --------------------------------------------------------------
@@ -2081,16 +2097,12 @@ def _obey(theirs: Any, ctx: Context) -> None:
 
 MAX_ARGUMENT = 4096  # characters of a placeholder's value
 MAX_OUTPUT = 16 << 10  # characters of a program's output that go into its result
-FLOOD = 64 << 10  # bytes of output that are kept until it is looked at
-# Of the environment, but no business of a program's: secrets and the files of them.
+FLOOD = 64 << 10  # bytes of output that are kept of more than twice as many
+# Of the environment, what no program may have: secrets, and the files of them.
 SECRETS = frozenset(["API_TOKEN", "API_TOKEN_FILE", "TLS_KEY"])
 
 _BRACES = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?:=([^{}]*))?\}|\{\{|\}\}|[{}]")
-_PERCENT = re.compile(r"([0-9]{1,3}(?:[.,][0-9]+)?) ?%")
-# What may stand before the percentage of a meter: a [tag] or "progress", then numbers,
-# units and signs.
-_BEFORE = r"(?:\W*(?:\[\w+\]|progress))?(?:[\W\d_]|(?<=\d)[kmgt]i?b?\b)*?"
-_METER = re.compile(_BEFORE + _PERCENT.pattern, re.IGNORECASE)
+_FOR_A_SHELL = re.compile(r"\|[|&]?|&&?|([0-9&]?>>?|<)(&[0-9]|[\w./{}=-]+)?")
 _WORD: Dict[str, Any] = {
     "type": "string",
     "maxLength": MAX_ARGUMENT,
@@ -2103,52 +2115,69 @@ _FIRST_WORD = dict(
     description=_WORD["description"] + ", that does not begin with -",
 )
 
-
-# Programs that run a text as code: their names, the options that the text follows,
-# those that another value follows, and how to pass a value to such a text.
-# fmt: off
+# Programs that run a word as code: their names, the options before that word (awk has
+# it first), the options before another value, and how the code gets at an argument.
 _INTERPRETERS = (
-    ("(ba|rba|da|a|k|mk|z|fi|c|tc)?sh", r"-\w*c|--command",
-     r"[-+]\w*[oO]|--rcfile|--init-file", """sh -c 'ls "$1" | wc -l' sh {dir}"""),
-    ("su", r"-\w*c|--(session-)?command",
-     "su|-|-l|--login|-s|--shell", """su app -c 'ls "$1" | wc -l' sh {dir}"""),
-    ("python|pypy", "-[bBdEiIOPqRsSuvx]*c",
-     "-[WX]", "python3 -c 'import sys; print(sys.argv[1])' {dir}"),
+    (
+        "(ba|rba|da|a|k|mk|z|fi|c|tc)?sh",
+        r"-\w*c|--command",
+        r"[-+]\w*[oO]|--(rc|init-)file",
+        """sh -c 'ls "$1" | wc -l' sh {dir}""",
+    ),
+    (
+        "python|pypy",
+        "-[bBdEiIOPqRsSuvx]*c",
+        "-[WX]",
+        "python3 -c 'import sys; print(sys.argv[1])' {dir}",
+    ),
     ("perl", r"-\w*[eE]", "-I", "perl -e 'print shift' {dir}"),
     ("ruby", r"-\w*e", "-[rIEC]", "ruby -e 'puts ARGV[0]' {dir}"),
-    ("node|nodejs", "-[ep]|--eval|--print", "-r|--(require|import|loader|input-type)",
-     "node -e 'console.log(process.argv[1])' {dir}"),
+    (
+        "node|nodejs",
+        "-[ep]|--eval|--print",
+        "-r|--(require|import|loader|input-type)",
+        "node -e 'console.log(process.argv[1])' {dir}",
+    ),
+    ("[gmn]?awk", "[gmn]?awk", "-[vF]", "awk -v 'n={n}' 'NR == n'"),
+    (
+        "psql|mysql|mariadb",
+        r"-\w*[ce]|--command|--execute",
+        r"\w+|-\w|--\w+",
+        """sh -c 'printf %s "$1" | psql -v x="$1" -f query.sql' sh {x}""",
+    ),
+    ("env", r"-\w*S|--split-string", "-[uC]|--unset|--chdir", "env sleep {seconds}"),
 )
-# fmt: on
-_FOR_A_SHELL = re.compile(r"\|[|&]?|&&?|([0-9&]?>>?|<)(&[0-9]|[\w./{}=-]+)?")
 
 
 def program_texts(words: Sequence[str]) -> Iterator[Tuple[str, str]]:
-    """Yield the words that an interpreter in a line runs as code.
+    """Yield the words that an interpreter in a line runs as code, each with an example.
 
-    With each one comes an example of how to pass it a value instead. Interpreters are
-    looked for among all words, since others start them: env, sudo, timeout, busybox.
+    Interpreters are looked for among all words, since other programs start them: env,
+    sudo, timeout, busybox.
     """
     for at, word in enumerate(words):
-        for name, code, other, example in _INTERPRETERS:
-            if re.fullmatch("(%s)[-.0-9]*" % name, os.path.basename(word)):
-                for text in _texts_after(words[at:], code, other):
+        for names, code, valued, example in _INTERPRETERS:
+            program = os.path.basename(word)
+            if re.fullmatch("(%s)[-.0-9]*" % names, program):
+                for text in _code_words([program, *words[at + 1 :]], code, valued):
                     yield text, example
 
 
-def _texts_after(words: Sequence[str], code: str, other: str) -> Iterator[str]:
-    """Yield the program texts among an interpreter's options, up to its arguments."""
-    text_follows, value_follows = False, bool(re.fullmatch(other, words[0]))
+def _code_words(words: Sequence[str], code: str, valued: str) -> Iterator[str]:
+    """Yield the code among an interpreter's options, up to its arguments."""
+    code_follows = bool(re.match(code, words[0]))
+    value_follows = bool(re.fullmatch(valued, words[0]))
     for word in words[1:]:
         if word[:1] in ("-", "+"):
+            value_follows = bool(re.fullmatch(valued, word))
             if re.match(code, word):
-                text_follows = True
+                code_follows, value_follows = True, False
                 yield word  # as -eTEXT and --eval=TEXT have it
-            value_follows = bool(re.fullmatch(other, word))
-        elif text_follows or value_follows:
-            if text_follows:
-                yield word
-            text_follows, value_follows = text_follows and value_follows, False
+        elif value_follows:
+            value_follows = False
+        elif code_follows:
+            code_follows = False
+            yield word
         else:
             return
 
@@ -2158,9 +2187,10 @@ def find_program(word: str) -> str:
     folder = FOLDER or ""
     name = os.path.join(folder, word) if os.path.dirname(word) else word
     found = shutil.which(name)
-    if found and exec_fault(found):
-        raise HandlerError("%s %s" % (quote(found), exec_fault(found)))
     if found:
+        fault = exec_fault(found)
+        if fault:
+            raise HandlerError("%s %s" % (quote(found), fault))
         return os.path.join(folder, found)
     found = shutil.which(name, os.F_OK)
     if found:
@@ -2172,34 +2202,20 @@ def find_program(word: str) -> str:
 
 
 def exec_fault(path: str) -> str:
-    """Say what in an executable file keeps it from running, as far as that shows.
+    """Say what the first line of an executable file has that keeps it from running.
 
-    Of an interpreter that is missing the system says that the file itself isn't there.
+    Of a missing interpreter the system says only that the file itself isn't there.
     """
-    head = b"\0"
+    line = b"\0"
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        head = file.read(4096)
-    line = head.partition(b"\n")[0]
-    if line[:2] != b"#!" and b"\0" not in head:
-        return "does not begin with a #! line, such as #!/bin/sh"
-    if line[:2] == b"#!" and line[-1:] == b"\r":
-        name = quote(os.fsdecode(line[2:].strip(b" \t")))
-        return "needs the interpreter %s: its lines end with CR LF, not LF" % name
-    for name in _interpreters(head):
-        if not shutil.which(name):
-            return "needs the interpreter %s, which can't be found or run" % quote(name)
-    return ""
-
-
-def _interpreters(head: bytes) -> List[str]:
-    """The programs that run a file, by its #! line or a binary's header (elf(5))."""
-    line = re.match(rb"#![ \t]*([^ \t\n]+)[ \t]*([^ \t\n]*)", head)
-    if line:
-        name, argument = map(os.fsdecode, line.groups())
-        runs = os.path.basename(name) == "env" and argument and argument[0] != "-"
-        return [os.path.abspath(name), *([argument] if runs else [])]
-    loader = re.search(rb"\0(/[^\0]*/ld[-\w.]*)\0", head)
-    return [os.fsdecode(loader.group(1))] if loader and head[:4] == b"\x7fELF" else []
+        line = file.readline(4096)
+    if line[:2] != b"#!":
+        binary = b"\0" in line
+        return "" if binary else "does not begin with a #! line, such as #!/bin/sh"
+    name = re.split("[ \t\n]", os.fsdecode(line[2:]).strip(" \t"))[0]
+    if shutil.which(name):
+        return ""
+    return "needs the interpreter %s, which can't be found or run" % quote(name)
 
 
 class Program:
@@ -2214,7 +2230,7 @@ class Program:
         if not equals or not self.words:
             raise HandlerError("write NAME=PROGRAM ARGUMENTS")
         for text, example in program_texts(self.words):
-            for match in self._placeholders(text):
+            for match in _placeholders(text):
                 detail = "%s would be run as part of the code %s; pass it as a word: %s"
                 raise HandlerError(detail % (match.group(), quote(text), example))
         if not hasattr(os, "killpg"):
@@ -2224,38 +2240,31 @@ class Program:
         self.schema = self._schema()
 
     def _schema(self) -> Dict[str, Any]:
-        """The JSON Schema of the placeholders."""
+        """Return the JSON Schema of the placeholders."""
         defaults: Dict[str, Optional[str]] = {}
-        bare: Set[str] = set()  # where nothing keeps the value from being an option
+        first: Set[str] = set()  # begin a word, so their values could be options
         options_end = False
         for word in self.words[1:]:
             options_end = options_end or word == "--"
             end = 0
-            for match in self._placeholders(word):
+            for match in _placeholders(word):
                 name, default = match.groups()
                 if defaults.setdefault(name, default) != default:
                     raise HandlerError("{%s} has two defaults" % name)
                 if match.start() == end and not options_end:
-                    bare.add(name)
+                    first.add(name)
                     end = match.end()
-        properties = {name: _FIRST_WORD if name in bare else _WORD for name in defaults}
+        properties = {}
         for name, default in defaults.items():
+            properties[name] = dict(_FIRST_WORD if name in first else _WORD)
             if default is not None:
-                properties[name] = dict(properties[name], default=default)
+                properties[name]["default"] = default
         return {
             "type": "object",
             "properties": properties,
             "required": [name for name in defaults if defaults[name] is None],
             "additionalProperties": False,
         }
-
-    def _placeholders(self, word: str) -> Iterator["re.Match[str]"]:
-        for match in _BRACES.finditer(word):
-            if match.group(1):
-                yield match
-            elif len(match.group()) == 1:
-                right = "a placeholder is {NAME} or {NAME=DEFAULT}, a brace {{ or }}"
-                raise HandlerError("%s in %s: %s" % (match.group(), quote(word), right))
 
     def arguments(self, params: Mapping[str, str]) -> List[str]:
         """Return the words with the params in their places."""
@@ -2268,34 +2277,23 @@ class Program:
         return [self.words[0], *words]
 
     def __call__(self, params: Mapping[str, str], ctx: Context) -> Dict[str, Any]:
-        """Run it to its end; raises Failure when that is not a good one."""
+        """Run it to its end; raises Failure unless it exits with 0."""
         subprocess = lazy_import("subprocess")
         environ = {k: v for k, v in os.environ.items() if k not in SECRETS}
-        REAPER.ready()  # it takes a while to start; nothing may run unguarded so long
+        environ["LONGTASKS_TASK_ID"] = ctx.task_id
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+        pipes["stderr"] = subprocess.STDOUT
         try:
-            with starting_a_child():
-                process = subprocess.Popen(
-                    self.arguments(params),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    env=dict(environ, LONGTASKS_TASK_ID=ctx.task_id),
-                    cwd=FOLDER,
-                    start_new_session=True,  # a process group of its own
-                )
+            process = ManagedProcess(ctx, self.arguments(params), env=environ, **pipes)
         except OSError as error:
             reason = exec_fault(self.words[0]) or error.strerror
             text = "can't run %s: %s" % (quote(self.words[0]), reason)
             raise Failure(text) from None
-        with managed_process(
-            process.pid, ctx, lambda: REAPER.signal(process.pid, TERM)
-        ):
-            output = ProgramOutput(process.stdout, ctx)
-            if hasattr(os, "waitid"):  # has ended then, but its number is not free yet
-                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            else:
-                process.wait()
-        process.wait()
+        output = ProgramOutput(ctx)
+        with process:
+            ctx.on_stop(process.terminate)
+            for data in process.read(process.output):
+                output.take(data)
         output.end()
         if process.returncode == 0:
             return {"exit_code": 0, "output": output.tail}
@@ -2304,60 +2302,34 @@ class Program:
         raise Failure((how + "\n" + output.tail[-MAX_ERROR + 100 :]).strip())
 
 
-class ProgramOutput:
-    """Takes in what a program prints: lines for the log, the result's end, progress.
+def _placeholders(word: str) -> Iterator["re.Match[str]"]:
+    for match in _BRACES.finditer(word):
+        if match.group(1):
+            yield match
+        elif len(match.group()) == 1:
+            right = "a placeholder is {NAME} or {NAME=DEFAULT}, a brace {{ or }}"
+            raise HandlerError("%s in %s: %s" % (match.group(), quote(word), right))
 
-    It is looked at ten times a second, so that a flood costs little: nobody would have
-    more than its end. Only where somebody takes in each line, each one is passed on.
+
+class ProgramOutput:
+    """Turns what a program prints into lines of the log, progress, and the result.
+
+    This happens ten times a second, so that a flood costs little: only its end is kept.
+    Where each line has a reader, each one is passed on.
     """
 
-    def __init__(self, file: Any, ctx: Context) -> None:
-        self._file = file
-        self._ctx = ctx
-        self._over = False  # only ever set, and looked at again and again
-        # What follows is the thread's alone until end() has joined it.
-        self._new = bytearray()  # not looked at; the start of a line stays here
-        self._dropped = 0  # lines before that
-        self._recent: List[str] = []  # the latest lines, since progress was looked for
-        self._fraction: Optional[float] = None
-        self._followed = log.isEnabledFor(logging.DEBUG)
+    def __init__(self, ctx: Context) -> None:
         self.tail = ""  # the last lines, of MAX_OUTPUT characters
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
+        self._ctx = ctx
+        self._new = bytearray()  # not passed on yet; a line that has no end stays here
+        self._dropped = 0  # lines before that
+        self._due = 0.0  # when to pass it on
+        self._followed = log.isEnabledFor(logging.DEBUG)
+        self._fraction: Optional[float] = None
+        self._message = ""
 
-    def end(self) -> None:
-        """Read the rest, of a program that has ended, and stop."""
-        self._over = True
-        self._thread.join()
-        self._file.close()
-
-    def _read(self) -> None:
-        due, new = 0.0, False
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._file, selectors.EVENT_READ)
-            # Who left the program's group may hold on to its output, and write to it,
-            # without an end. What the program wrote itself is as much as a pipe holds.
-            left = 65536
-            while left > 0:
-                over = self._over  # before what there is to read is looked for
-                wait = max(0, due - time.monotonic()) if new else 0.5
-                if selector.select(0 if over else wait):
-                    data = os.read(self._file.fileno(), 65536)
-                    if not data:
-                        break
-                    self._take(data)
-                    new = True
-                    left -= len(data) if over else 0
-                elif over:
-                    break
-                if new and time.monotonic() >= due:
-                    self._look()
-                    due, new = time.monotonic() + 0.1, False
-        self._look()
-        if self._new:
-            self._pass_lines(len(self._new))
-
-    def _take(self, data: bytes) -> None:
+    def take(self, data: bytes) -> None:
+        """Take in what has been printed, or pass on what is due if that is nothing."""
         self._new += data
         if self._followed and b"\n" in data:
             self._pass_lines(self._new.rfind(b"\n") + 1)
@@ -2365,49 +2337,68 @@ class ProgramOutput:
             cut = self._new.find(b"\n", -FLOOD) + 1 or len(self._new) - FLOOD
             self._dropped += self._new.count(b"\n", 0, cut)
             del self._new[:cut]
+        if self._new and time.monotonic() >= self._due:
+            self._pass_on()
+            self._due = time.monotonic() + 0.1
 
-    def _look(self) -> None:
-        """Pass on the lines, and the progress that the latest ones show."""
-        if b"\n" in self._new:
-            self._pass_lines(self._new.rfind(b"\n") + 1)
-        # Of a line that is drawn again and again, the latest is enough.
-        redrawn = self._new.rstrip(b"\r").rfind(b"\r")
-        del self._new[: max(0, redrawn)]
-        if len(self._new) > FLOOD:
+    def end(self) -> None:
+        """Pass on all that is left, of a program that has ended."""
+        self._pass_on()
+        if self._new:
             self._pass_lines(len(self._new))
-        message = ""
-        for line in [*self._recent, self._new[:4000].decode("utf-8", "ignore")]:
-            message = visible(line).strip() or message
-            percent = percentage(line)
-            if percent is not None:
-                self._fraction = percent / 100
-        self._recent = []
-        if message:
+
+    def _pass_on(self) -> None:
+        """Pass on whole lines, and the progress that the latest ones show."""
+        end = self._new.rfind(b"\n") + 1
+        # Of a line that is drawn again and again, the latest is enough.
+        redrawn = self._new.rstrip(b"\r").rfind(b"\r", end)
+        if redrawn > 0:
+            del self._new[end:redrawn]
+        if len(self._new) - end > FLOOD:
+            end = len(self._new)
+        if end:
+            self._pass_lines(end)
+        self._note_progress(self._new[:4000].decode("utf-8", "ignore"))
+        if self._message:
             with contextlib.suppress(Cancelled):
-                self._ctx.progress(self._fraction, message)
+                self._ctx.progress(self._fraction, self._message)
 
     def _pass_lines(self, end: int) -> None:
         text = self._new[:end].decode("utf-8", "replace")
         del self._new[:end]
         lines = (text[:-1] if text.endswith("\n") else text).split("\n")
-        self._recent = (self._recent + lines[-100:])[-100:]
+        for line in lines[-100:]:
+            self._note_progress(line)
         if "\r" in text:
             lines = list(map(visible, lines))
         self.tail = (self.tail + "\n".join(lines) + "\n")[-MAX_OUTPUT:]
         self._followed = self._ctx.log_output(lines, self._dropped)
         self._dropped = 0
 
+    def _note_progress(self, line: str) -> None:
+        self._message = visible(line).strip() or self._message
+        percent = percentage(line)
+        if percent is not None:
+            self._fraction = percent / 100
+
+
+_PERCENT = re.compile(r"([0-9]{1,3}(?:[.,][0-9]+)?) ?%")
+# What may stand before the percentage of a meter: a [tag] or "progress", then numbers,
+# units and signs.
+_BEFORE = r"(?:\W*(?:\[\w+\]|progress))?(?:[\W\d_]|(?<=\d)[kmgt]i?b?\b)*?"
+_METER = re.compile(_BEFORE + _PERCENT.pattern, re.IGNORECASE)
+
 
 def visible(line: str) -> str:
-    """Return what a terminal would show of a line that may be drawn anew (\\r)."""
+    """Return what a terminal would show of a line that may be drawn again (\\r)."""
     return line.rstrip("\r").rpartition("\r")[2]
 
 
 def percentage(line: str) -> Optional[float]:
-    """Return the percentage in a line of output that looks like a meter.
+    """Return the first percentage in a line of output that looks like a meter.
 
-    It is the first one in it. A line that was drawn anew is a meter. Of others only
-    those are that have little before the percentage, since "overhead: 0.1%" is none.
+    A line that was drawn again is a meter. Another one is if only numbers and signs
+    stand before the percentage, so "overhead: 0.1%" is none.
     """
     find = _PERCENT.search if "\r" in line.rstrip("\r") else _METER.match
     found = "%" in line and find(visible(line)[:1000])
@@ -2432,14 +2423,17 @@ def register_command(line: str) -> None:
 
 # -- executors -------------------------------------------------------------
 #
-# Isolated handlers may run elsewhere: wherever an Executor of concurrent.futures takes
-# them. What it is given is eval() and text, which every one of them can carry, so that
-# nothing has to be installed where it runs.
+# Isolated handlers may run wherever an Executor of concurrent.futures takes them. It
+# is given eval() and text, which each executor can carry, so nothing has to be
+# installed where the handler runs.
 
 EXECUTOR: List[Any] = []  # the one, if there is one
 
 EXECUTOR_SOURCE = """
 import json, os, sys, threading, traceback, types
+
+class Context:
+    pass
 
 class Cancelled(BaseException):
     pass
@@ -2457,14 +2451,12 @@ def load(files, Retry):
     found, stub = {}, types.ModuleType("longtasks")
     def handler(name, **rules):
         return lambda function: found.setdefault(name, function)
-    stub.Context = type("Context", (), {})
-    stub.handler, stub.Retry, stub.Cancelled, stub.HandlerError = (
-        handler, Retry, Cancelled, HandlerError)
+    vars(stub).update(globals(), handler=handler, Retry=Retry)
     before = sys.modules.get("longtasks")
     sys.modules["longtasks"] = stub
     try:
         for number, (path, text) in enumerate(sorted(files.items())):
-            module = types.ModuleType("longtasks_elsewhere_%d" % number)
+            module = types.ModuleType("longtasks_remote_%d" % number)
             module.__file__ = path
             sys.modules[module.__name__] = module
             exec(compile(text, path, "exec"), module.__dict__)
@@ -2475,31 +2467,32 @@ def load(files, Retry):
     return found
 
 def run(files, name, params, whole):
-    kept = sys.modules.setdefault("longtasks_elsewhere", types.ModuleType("kept"))
+    kept = sys.modules.setdefault("longtasks_remote", types.ModuleType("kept"))
     lock = kept.__dict__.setdefault("lock", threading.Lock())
     kept.__dict__.setdefault("Retry", Retry)
-    pid = os.getpid()
+    pid, code = os.getpid(), 1
     try:
         with lock:  # the files are run once in a process
             if kept.__dict__.get("files") != files:
                 kept.found, kept.files = load(files, kept.Retry), files
         function, params = kept.found[name], json.loads(params)
         value = function(params=params) if whole else function(**params)
+        code = 0
     except kept.Retry as error:
         after = error.after if type(error.after) in (int, float) else None
-        return json.dumps(["retry", [str(error), after]])
+        return "retry", json.dumps([str(error), after])
     except BaseException as error:
+        code = getattr(error, "code", 1)
         line = type(error).__name__ + (": %s" % error if str(error) else "")
-        return json.dumps(["failed", [line, traceback.format_exc()[-10000:], False]])
+        return "failed", json.dumps([line, traceback.format_exc()[-10000:], False])
     finally:
         if os.getpid() != pid:  # a child that the handler has forked
-            os._exit(0)
+            os._exit(code if isinstance(code, int) else 1)
     try:
-        text = json.dumps(value, allow_nan=False, check_circular=False)
+        return "result", json.dumps(value, allow_nan=False, check_circular=False)
     except BaseException as error:
         line = "%s: %s" % (type(error).__name__, error)
-        return json.dumps(["failed", [not_json + line, "", True]])
-    return json.dumps(["result", text])
+        return "failed", json.dumps([bad_result + line, "", True])
 """
 
 
@@ -2509,42 +2502,36 @@ def load_executor(text: str) -> None:
     if not (file and name):
         raise HandlerError("--executor %s: write FILE:FACTORY" % quote(text))
     factory = getattr(_load_file("--executor", file), name, None)
-    if not callable(factory):
-        detail = "%s has no function %s" % (file, quote(name))
-        raise HandlerError("--executor %s: %s" % (text, detail))
     try:
-        with SameProcess():
+        if not callable(factory):
+            raise HandlerError("%s has no function %s" % (file, quote(name)))
+        with UserCode():
             executor = factory()
-        submits = callable(getattr(executor, "submit", None))
+        if not callable(getattr(executor, "submit", None)):
+            raise HandlerError("it made no Executor")
+        _check_sendable(text)
     except _NOT_LOADED as error:
-        raise HandlerError("--executor %s: %s" % (text, describe(error))) from None
-    if not submits:
-        raise HandlerError("--executor %s: it made no Executor" % text)
-    _check_sendable(text)
+        reason = str(error) if isinstance(error, HandlerError) else describe(error)
+        raise HandlerError("--executor %s: %s" % (text, reason)) from None
     EXECUTOR[:] = [executor]
 
 
 def _check_sendable(text: str) -> None:
-    """See what the executor is to run, and that it can; raises HandlerError."""
+    """See that the executor can be sent what it is to run; raises HandlerError."""
     isolated = [known for known in REGISTRY.values() if known.isolated]
     if not isolated:
         log.warning("--executor %s has nothing to run: no handler is isolated", text)
     for known in isolated:
         if known.context:
             detail = "the isolated task type %s takes a Context, and none goes there"
-            raise HandlerError("--executor %s: %s" % (text, detail % quote(known.name)))
+            raise HandlerError(detail % quote(known.name))
     for file in LOADED:
-        LOADED[file] = _source(file)
-
-
-def _source(file: str) -> str:
-    """Return the text of a file of handlers; raises HandlerError."""
-    try:
-        with tokenize.open(file) as opened:
-            return opened.read()
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        detail = "the executor can't be sent its text: " + describe(error)
-        raise HandlerError("--handlers %s: %s" % (file, detail)) from None
+        try:
+            with tokenize.open(file) as opened:
+                LOADED[file] = opened.read()
+        except (OSError, SyntaxError, UnicodeDecodeError) as error:
+            detail = "it can't be sent the text of %s: %s"
+            raise HandlerError(detail % (file, describe(error))) from None
 
 
 def run_on_executor(known: Handler, params: Mapping[str, Any], ctx: Context) -> Any:
@@ -2552,7 +2539,7 @@ def run_on_executor(known: Handler, params: Mapping[str, Any], ctx: Context) -> 
     call = "(exec(source, scope), scope['run'](files, name, params, whole))[1]"
     values = {
         "source": EXECUTOR_SOURCE,
-        "scope": {"not_json": NOT_JSON},
+        "scope": {"bad_result": BAD_RESULT},
         "files": dict(LOADED),
         "name": known.name,
         "params": json.dumps(params),
@@ -2561,22 +2548,23 @@ def run_on_executor(known: Handler, params: Mapping[str, Any], ctx: Context) -> 
     future = EXECUTOR[0].submit(eval, call, values)
     done = threading.Event()
     future.add_done_callback(lambda _: done.set())
-    ctx.on_stop(done)
+    ctx.on_stop(done.set)
     done.wait()
     if not future.done():
         future.cancel()
     if not future.done() or future.cancelled():
-        ctx.check()  # what runs there may go on; nobody listens any more
+        ctx.check()  # what runs there may go on; its end is ignored
         raise Failure("the executor has cancelled it")
-    result = _as_said(json.loads(future.result()), 0, ctx)
+    kind, payload = future.result()
+    result = value_of(ctx, kind, payload.encode())
     try:
-        return parse_json(result.decode())  # it was written by another encoder
+        return parse_json(result.decode())  # another encoder wrote it
     except ValueError as error:
-        raise BadResult(NOT_JSON + describe(error)) from None
+        raise BadResult(BAD_RESULT + describe(error)) from None
 
 
 def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> Any:
-    """Call a handler, wherever it runs; whatever it raises comes through."""
+    """Run a handler wherever it is to run; whatever it raises comes through."""
     if known.isolated and EXECUTOR:
         return run_on_executor(known, params, ctx)
     if known.isolated:
@@ -3572,7 +3560,7 @@ class TaskStore:
         # Tasks that were processing when the last process died, as they go on.
         self.interrupted: List[Task] = []
         self._regularly(60, self.expire)
-        self._regularly(TELL_AFTER, self._emit_progress)
+        self._regularly(PROGRESS_INTERVAL, self._emit_progress)
         self._regularly(1, self._follow_wall_clock)
         if journal:
             self.take_up(journal)

@@ -32,7 +32,6 @@ import signal
 import socket
 import sqlite3
 import ssl
-import struct
 import subprocess
 import symtable
 import sys
@@ -1026,17 +1025,11 @@ def test_progress_is_kept_within_bounds():
     context = Context("id")
     assert context.progress_document() is None
     for fraction, percent in [(0, 0), (0.1234, 12.3), (1, 100), (7, 100), (-1, 0)]:
-        context.progress(fraction, "word")
-        assert context.progress_document() == {"percent": percent, "message": "word"}
+        context.progress(fraction, "x" * 1001)
+        document = {"percent": percent, "message": "x" * 1000}
+        assert context.progress_document() == document
     context.progress(None, "word")
     assert context.progress_document() == {"message": "word"}
-
-
-@pytest.mark.parametrize("length, kept", [(1000, 1000), (1001, 1000), (10**7, 1000)])
-def test_a_word_about_progress_is_kept_up_to_its_limit(length, kept):
-    context = Context("id")
-    context.progress(0.5, "x" * length)
-    assert len(context.progress_document()["message"]) == kept
 
 
 @pytest.mark.parametrize("count, fits", [(1000, True), (1001, False), (50_000, False)])
@@ -1109,14 +1102,18 @@ def is_held_up(call):
     return thread.is_alive()
 
 
-def test_who_is_to_hear_of_a_stop_hears_of_it_before_and_after():
-    context, early, late = Context("id"), threading.Event(), threading.Event()
-    context.on_stop(early)
-    assert not early.is_set()
+def test_a_process_is_asked_to_stop_before_and_after_but_not_once_it_has_ended():
+    context, calls, held = Context("id"), [], threading.Event()
+    context.on_stop(lambda: calls.append("early"))
+    assert not calls
     context.cancel()
-    context.on_stop(late)
-    assert early.is_set()
-    assert late.is_set()
+    context.on_stop(lambda: calls.append("late"))
+    assert calls == ["early", "late"]
+    asking = background(lambda: context.on_stop(lambda: calls.append(held.wait(LONG))))
+    until(asking.running)
+    assert is_held_up(lambda: context.on_stop(None))
+    held.set()
+    asking.result(LONG)
 
 
 def test_the_reason_that_came_first_counts():
@@ -1145,7 +1142,7 @@ def test_a_handlers_file_need_not_be_utf_8_but_for_an_executor(
     longtasks.load_handlers(str(tmp_path / "odd.py"))
     assert "odd" in longtasks.REGISTRY
     factory = write(tmp_path, "from concurrent.futures import ThreadPoolExecutor as f")
-    with pytest.raises(HandlerError, match="the executor can't be sent its text"):
+    with pytest.raises(HandlerError, match="it can't be sent the text of"):
         longtasks.load_executor(factory + ":f")
     assert not longtasks.EXECUTOR
 
@@ -3880,6 +3877,7 @@ class Listener(Context):
     def hear(self, context, kind, payload):
         self.told.append((kind, payload))
         if kind == "lines":
+            assert len(payload[0]) <= 1000  # the store's lock is held meanwhile
             self.lines += payload[0]
             self.dropped += payload[1]
         return self.follows
@@ -3929,7 +3927,10 @@ def test_a_line_that_is_no_program_is_one_line_and_code_2(line, why, capsys):
         ("timeout 5 nice -n 9 sh -c 'ls {dir}'", "sh -c"),
         ("env sudo -u app busybox sh -c 'ls {dir}'", "sh -c"),
         ("find . -exec sh -c 'ls {dir}' sh {{}} +", "sh -c"),
-        ("env su - app -c 'ls {dir}'", "su app -c"),
+        ("env -u A -S 'sh -c \"ls {dir}\"'", "env sleep"),
+        ("env awk -F , -v n=1 '$1 == {n}' a.csv", "awk -v"),
+        ("env psql -d app -c 'SELECT {n}'", "sh -c"),
+        ("env mysql app --execute='SELECT {n}'", "sh -c"),
         ("env python3.12 -Ic 'print({dir})'", "python3 -c"),
         ("env python3 -X dev -W error -c 'print({dir})'", "python3 -c"),
         ("env python3 -c'print({dir})'", "python3 -c"),
@@ -3962,6 +3963,9 @@ def test_a_placeholder_in_code_is_refused_with_the_right_form(line, example):
         "env node --max-old-space-size={mb} app.js -e {dir}",
         "env ssh -c {cipher} host tar -c {dir}",
         "env {dir} -c {dir}",
+        "env awk -v n={n} 'NR == n' {dir}",
+        "env awk -f a.awk {dir}",
+        "env psql -v n={n} -f a.sql",
         "tar -c {dir}",
     ],
 )
@@ -4002,49 +4006,28 @@ def executable(folder, content, mode=0o755):
     return str(path)
 
 
+@pytest.mark.parametrize("word", ["%s", "backup"])
 @pytest.mark.parametrize(
-    "content, mode, word, reason",
+    "content, mode, reason",
     [
-        (b"#!/bin/sh\n", 0o644, "%s", '"%s" is not executable: chmod +x %s'),
-        (b"#!/bin/sh\n", 0o644, "backup", '"%s" is not executable: chmod +x %s'),
-        (
-            b"echo 1\n",
-            0o755,
-            "%s",
-            '"%s" does not begin with a #! line, such as #!/bin/sh',
-        ),
-        (b"", 0o755, "backup", '"%s" does not begin with a #! line, such as #!/bin/sh'),
+        (b"#!/bin/sh\n", 0o644, "is not executable: chmod +x %s"),
+        (b"echo 1\n", 0o755, "does not begin with a #! line, such as #!/bin/sh"),
+        (b"", 0o755, "does not begin with a #! line, such as #!/bin/sh"),
+        (b"#!/no/sh -e\n", 0o755, 'needs the interpreter "/no/sh", which can\'t be'),
+        (b"#! \t/no/sh\t-e", 0o755, 'needs the interpreter "/no/sh", which can\'t be'),
+        (b"#!/etc/passwd\n", 0o755, 'needs the interpreter "/etc/passwd", which'),
+        (b"#!/bin/sh\r\n", 0o755, 'needs the interpreter "/bin/sh\\r", which'),
     ],
 )
 def test_a_file_that_cannot_be_run_is_refused_with_the_reason(
-    content, mode, word, reason, tmp_path, monkeypatch
+    content, mode, reason, word, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
     path = executable(tmp_path, content, mode)
     with pytest.raises(HandlerError) as caught:
         program("t=" + word.replace("%s", path))
-    assert str(caught.value) == reason.replace("%s", path)
-
-
-@pytest.mark.parametrize(
-    "content, reason",
-    [
-        (b"#!/no/sh -e\n", '"/no/sh", which can\'t be found or run'),
-        (b"#! \t/no/sh\t-e", '"/no/sh", which can\'t be found or run'),
-        (b"#!/etc/passwd\n", '"/etc/passwd", which can\'t be found or run'),
-        (b"#!/usr/bin/env no-such\n", '"no-such", which can\'t be found or run'),
-        (b"#!/bin/sh\r\n", '"/bin/sh\\r": its lines end with CR LF, not LF'),
-        (b"#!/bin/sh -e\r\n", '"/bin/sh -e\\r": its lines end with CR LF, not LF'),
-        (b"\x7fELF\2\1\1\0\0/no/ld-musl.so.1\0", '"/no/ld-musl.so.1", which can\'t be'),
-    ],
-)
-def test_an_interpreter_that_is_missing_is_named(content, reason, tmp_path):
-    path = executable(tmp_path, content)
-    with pytest.raises(HandlerError) as caught:
-        program("t=" + path)
-    assert str(caught.value).startswith(
-        '"%s" needs the interpreter %s' % (path, reason)
-    )
+    expected = '"%s" %s' % (path, reason.replace("%s", path))
+    assert str(caught.value).startswith(expected)
 
 
 def test_a_program_in_this_folder_is_found_by_its_path_only(tmp_path, monkeypatch):
@@ -4060,12 +4043,7 @@ def test_a_program_in_this_folder_is_found_by_its_path_only(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (b"echo 1\n", "does not begin with a #! line, such as #!/bin/sh"),
         (b"#!/no/sh", 'needs the interpreter "/no/sh", which can\'t be found or run'),
-        (
-            b"#!/bin/sh\r\n",
-            'needs the interpreter "/bin/sh\\r": its lines end with CR LF, not LF',
-        ),
         (None, "No such file or directory"),
     ],
 )
@@ -4106,8 +4084,8 @@ def test_a_value_stays_within_its_word_and_no_shell_sees_it():
 
 
 def test_a_brace_is_written_twice():
-    outcome, _ = run_program("t=awk 'BEGIN {{ print \"{a} {{}}\" }}'", {"a": "{b}"})
-    assert json.loads(outcome.result)["output"] == "{b} {}\n"
+    outcome, _ = run_program("t=awk 'BEGIN {{ print \"{{}}\" }}'")
+    assert json.loads(outcome.result)["output"] == "{}\n"
 
 
 @pytest.mark.parametrize(
@@ -4244,17 +4222,14 @@ def test_each_line_of_a_flood_comes_to_those_who_want_it(by, monkeypatch):
 
 @pytest.mark.parametrize("follows", [False, True])
 @pytest.mark.parametrize("piece", [b"\r1% of it", b"1% of it\r", b"."])
-def test_the_work_for_a_piece_does_not_grow_with_those_before_it(
-    piece, follows, monkeypatch
-):
-    pieces = iter([b"begun\n"] + [piece] * 20_000)
-    ours, theirs = os.pipe()
-    os.close(theirs)  # so that there is always something to read
+def test_the_work_for_a_piece_does_not_grow_with_those_before_it(piece, follows):
     context = Listener()
     context.follows = follows
-    monkeypatch.setattr(os, "read", lambda *arguments: next(pieces, b""))
+    output = longtasks.ProgramOutput(context)
     begin = time.process_time()
-    longtasks.ProgramOutput(os.fdopen(ours, "rb", 0), context).end()
+    for each in [b"begun\n"] + [piece] * 20_000:
+        output.take(each)
+    output.end()
     assert time.process_time() - begin < 1.5
     assert context.progress_document()["message"].startswith(piece.strip().decode())
 
@@ -4289,22 +4264,14 @@ def test_a_program_has_no_input_no_secrets_and_its_tasks_id(monkeypatch):
     assert json.loads(outcome.result)["output"] == "id::kept\n"
 
 
-def test_of_a_program_that_is_over_no_more_is_read_than_a_pipe_holds():
-    ours, theirs = os.pipe()
-    os.write(theirs, b"last\n")
-
-    def write_on():  # as one does who has left the program's group
-        with contextlib.suppress(BrokenPipeError):
-            while True:
-                os.write(theirs, b"y" * 4095 + b"\n")
-
-    context = Listener()
-    output = longtasks.ProgramOutput(os.fdopen(ours, "rb", 0), context)
-    writer = background(write_on)
-    together(1, lambda _: output.end())
-    assert context.lines[0] == "last"
-    writer.result(LONG)
-    os.close(theirs)
+@pytest.mark.parametrize("command", ["yes", "sleep 3"])
+def test_what_a_program_left_in_another_session_does_not_keep_its_task(command):
+    code = "import os; os.fork() or os.setsid() or os.execvp({a}, {b}.split())"
+    code = code.format(a=repr(command.split()[0]), b=repr(command))
+    begin = time.monotonic()
+    outcome, _ = run_program('t=%s -c "%s"' % (sys.executable, code))
+    assert outcome.status == "completed"
+    assert time.monotonic() - begin < 3
 
 
 STUBBORN = (
@@ -4323,6 +4290,17 @@ def alive(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def children_of(parent):
+    """The processes that this one has started."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            fields = Path("/proc/%s/stat" % pid).read_text().rpartition(")")[2].split()
+            if int(fields[1]) == parent:
+                found.add(int(pid))
+    return found
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
@@ -4351,99 +4329,28 @@ def test_a_program_leaves_no_child_behind(line):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
 @pytest.mark.parametrize(
-    "line, number",
+    "line, number, reaper_dies",
     [
-        (STUBBORN, signal.SIGKILL),
-        (STUBBORN, signal.SIGTERM),
-        (GROUPED % 1000, signal.SIGKILL),
+        (STUBBORN, signal.SIGKILL, False),
+        (STUBBORN, signal.SIGTERM, False),
+        (GROUPED % 1000, signal.SIGKILL, True),
     ],
 )
-def test_programs_end_with_the_service_however_it_ends(line, number):
+def test_programs_end_with_the_service_however_it_ends(line, number, reaper_dies):
     flags = ["--command", line, "--drain-timeout", "0", "--grace", "0.4"]
+    flags += ["--command", "next=sh -c 'echo pid $$; sleep 1000'"]
     with process(*flags) as running:
         task_id = submitted(running.port, "t")
         path = "/api/v1/tasks/%s/log" % task_id
         until(lambda: len(call(running.port, "GET", path).body.split()) == 2)
         pids = [int(line) for line in call(running.port, "GET", path).body.split()]
+        if reaper_dies:  # another one is started with the next program
+            for pid in children_of(running.process.pid) - set(pids):
+                os.kill(pid, signal.SIGKILL)
+            pid_of(running, submitted(running.port, "next"))
         running.signal(number)
         assert running.wait() == (1 if number == signal.SIGTERM else -9)
         until(lambda: not any(map(alive, pids)))
-
-
-def test_the_guard_is_started_again_when_it_died():
-    guard = longtasks.Reaper()
-    guard.add(2**22 + 1)
-    guard._process.kill()
-    guard._process.wait()
-    until(lambda: guard.remove(2**22 + 1) or guard._process.poll() is None)
-    guard._process.stdin.close()
-    assert guard._process.wait(LONG) == 0
-
-
-def test_a_group_is_not_let_go_while_it_is_signalled(monkeypatch):
-    guard, held_up = longtasks.Reaper(), []
-
-    def kill(group, number):
-        held_up.append(is_held_up(lambda: guard.remove(group)))
-
-    monkeypatch.setattr(os, "killpg", kill)
-    guard.add(2**22 + 1)
-    guard.signal(2**22 + 1, signal.SIGTERM)
-    until(lambda: not guard._groups)
-    guard.signal(2**22 + 1, signal.SIGTERM)
-    assert held_up == [True]
-    guard._process.stdin.close()
-    assert guard._process.wait(LONG) == 0
-
-
-def test_a_group_may_be_signalled_while_its_session_is_looked_for(monkeypatch):
-    guard, held_up = longtasks.Reaper(), []
-
-    def search(session):
-        held_up.append(is_held_up(lambda: guard.signal(session, signal.SIGTERM)))
-
-    monkeypatch.setattr(longtasks, "kill_session", search)
-    guard.kill(2**22 + 1)
-    assert held_up == [False]
-
-
-def test_a_group_is_not_let_go_while_its_session_is_looked_for(monkeypatch):
-    searches, gate, done = queue.Queue(), threading.Event(), threading.Event()
-
-    def search(session):
-        if threading.current_thread().name == "stopper":
-            searches.put(session)
-            gate.wait(LONG)
-
-    def run():
-        with longtasks.managed_process(2**22 + 3, context, lambda: None):
-            context.cancel()
-            searches.get(timeout=LONG)
-        done.set()
-
-    monkeypatch.setattr(longtasks, "kill_session", search)
-    context = Context("id")
-    context.grace = 0
-    ended = background(run)
-    assert not done.wait(0.1)
-    gate.set()
-    ended.result(LONG)
-
-
-@pytest.mark.parametrize("cancels", range(3))
-def test_nobody_is_left_who_would_kill_a_group_that_is_over(cancels):
-    def stoppers():
-        return [t for t in threading.enumerate() if t.name == "stopper"]
-
-    context, asked_for = Context("id"), []
-    context.grace = 1000
-    with longtasks.managed_process(2**22 + 2, context, lambda: asked_for.append(1)):
-        for _ in range(cancels):
-            context.cancel()
-        assert stoppers()
-        until(lambda: len(asked_for) == min(cancels, 1))
-    assert not stoppers()
-    assert len(asked_for) == min(cancels, 1)
 
 
 def no_thread(thread):
@@ -4459,14 +4366,6 @@ def test_a_program_is_stopped_and_killed_when_there_is_no_thread_left(monkeypatc
     context.cancel()
     assert done.result(LONG)[0].status == "cancelled"
     assert not any(alive(int(line)) for line in context.lines)
-
-
-def test_a_program_fails_that_could_not_be_stopped(monkeypatch):
-    longtasks.REAPER.ready()
-    monkeypatch.setattr(threading.Thread, "start", no_thread)
-    outcome, _ = run_program("t=sleep 1000")
-    assert outcome.error == "RuntimeError: can't start new thread"
-    assert not longtasks.REAPER._groups
 
 
 def test_a_program_that_times_out_says_so(registry):
@@ -9174,7 +9073,7 @@ def test_isolated_handlers_need_a_file_that_other_processes_can_run(tmp_path):
     zipapp.create_archive(tmp_path / "app")
     with open(SCRIPT, "rb") as script:
         found = [started(file, "-", stdin=script)]
-    found += [started(file, tmp_path / name) for name in ("app", "app.pyz")]
+    found += [started(file, tmp_path / "app.pyz")]
     right = 'the isolated task type "apart" needs longtasks.py as a file'
     assert all(right in text for text in found)
 
@@ -10194,12 +10093,12 @@ def alone():
 """
 
 
-def test_without_multiprocessing_isolated_handlers_still_run_elsewhere(tmp_path):
-    file = write(tmp_path, ALONE)
-    where = write(
-        tmp_path, "from concurrent.futures import ThreadPoolExecutor\n", "where.py"
-    )
-    flags = ["--handlers", file, "--executor", where + ":ThreadPoolExecutor"]
+@pytest.mark.parametrize("executor", [False, True])
+def test_isolated_handlers_need_no_multiprocessing(executor, tmp_path):
+    flags = ["--handlers", write(tmp_path, ALONE)]
+    if executor:
+        text = "from concurrent.futures import ThreadPoolExecutor\n"
+        flags += ["--executor", write(tmp_path, text, "f.py") + ":ThreadPoolExecutor"]
     with process(*flags, command=lacking("multiprocessing")) as running:
         assert outcome(running, "alone")["result"] == 1
 
@@ -10209,17 +10108,10 @@ def test_without_multiprocessing_isolated_handlers_still_run_elsewhere(tmp_path)
     [
         ("sqlite3", "--db", "DB needs Python's sqlite3, which is missing"),
         ("ssl", "--tls-cert", "TLS_CERT needs Python's ssl, which is missing"),
-        (
-            "multiprocessing",
-            "--handlers",
-            'the isolated task type "alone" needs Python\'s multiprocessing, '
-            "which is missing",
-        ),
     ],
 )
 def test_what_needs_a_missing_module_is_one_line_and_code_2(name, flag, text, tmp_path):
-    value = write(tmp_path, ALONE) if flag == "--handlers" else str(tmp_path / "x.db")
-    command = [*lacking(name), "--port", "0", flag, value]
+    command = [*lacking(name), "--port", "0", flag, str(tmp_path / "x")]
     done = subprocess.run(command, stderr=subprocess.PIPE, timeout=LONG)
     assert (done.returncode, done.stderr.decode()) == (2, "longtasks: %s\n" % text)
 
@@ -10317,16 +10209,17 @@ def test_whatever_is_given_up_is_told_in_json(tmp_path, held):
 # -- isolated handlers -----------------------------------------------------
 
 ISOLATED = """
-import multiprocessing, os, signal, subprocess, time
+import multiprocessing, os, signal, socket, subprocess, time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
+from typing import Optional
 from longtasks import Context, Retry, handler
 
 @handler("told", isolated=True)
-def told(n: int, ctx: Context):
+def told(n: int, ctx: Context, fraction: Optional[float] = 0.5):
     ctx.log("pid %d" % os.getpid())
     ctx.progress(0.4)
-    ctx.progress(0.5, "half")
+    ctx.progress(fraction, "half")
     while not ctx.cancelled and n < 0:
         time.sleep(0.001)
     if ctx.cancelled:
@@ -10386,6 +10279,15 @@ def large(n: int, ctx: Context):
     ctx.log("x" * 9_000_000)
     return "x" * n
 
+@handler("flood", isolated=True)
+def flood():
+    for fd in range(3, 10):
+        try:
+            service = socket.socket(fileno=os.dup(fd))
+            service.sendall(b"x" * 10_000_000)
+        except OSError:
+            pass
+
 @handler("burn", isolated=True)
 def burn(ctx: Context):
     ctx.log("pid %d" % os.getpid())
@@ -10422,16 +10324,6 @@ def test_an_isolated_handler_runs_in_a_process_of_its_own(isolated):
     assert done["result"] == {"n": 3, "attempt": 1}
     assert pid_of(isolated, done["task_id"]) != isolated.process.pid
     assert outcome(isolated, "again")["result"] == 2
-
-
-def test_an_isolated_handler_may_not_know_how_far_it_is():
-    ours, theirs = multiprocessing.Pipe()
-    context = Context("id")
-    with ours, theirs:
-        theirs.send_bytes(b'["progress", {"message": "copying"}]')
-        theirs.send_bytes(b'["result", "1"]')
-        assert longtasks._listen_to(ours, context) == ("result", "1")
-    assert context.progress_document() == {"message": "copying"}
 
 
 @pytest.mark.parametrize(
@@ -10496,21 +10388,17 @@ def test_a_result_that_is_too_large_does_not_leave_the_isolated_process(isolated
     assert outcome(isolated, "large", {"n": 8 << 20})["error"] == error
 
 
-def test_of_what_an_isolated_process_tells_no_more_is_read_than_may_be():
-    ours, theirs = multiprocessing.Pipe()
-    context = Context("id")
-    context.max_result = 1000
-    os.write(theirs.fileno(), struct.pack("!i", 2000 + 11 * longtasks.MAX_TOLD))
-    assert together(1, lambda _: longtasks._listen_to(ours, context)) == [None]
-    assert not ours.readable
-    ours.close()
-    theirs.close()
+def test_of_what_an_isolated_process_sends_no_more_is_read_than_may_be(isolated):
+    error = outcome(isolated, "flood")["error"]
+    assert error == "its process ended before it was done: killed by SIGKILL"
 
 
-def test_an_isolated_handler_hears_that_it_is_to_stop(isolated):
-    task_id = submitted(isolated.port, "told", {"n": -1})
+@pytest.mark.parametrize("fraction", [0.5, None])
+def test_an_isolated_handler_hears_that_it_is_to_stop(fraction, isolated):
+    task_id = submitted(isolated.port, "told", {"n": -1, "fraction": fraction})
     path = "/api/v1/tasks/" + task_id
-    until(lambda: '"half"' in call(isolated.port, "GET", path).body.decode())
+    expected = {"percent": 50.0, "message": "half"} if fraction else {"message": "half"}
+    until(lambda: call(isolated.port, "GET", path).json.get("progress") == expected)
     assert cancel(isolated, task_id).status == 202
     assert result_of(isolated.port, task_id)["status"] == "cancelled"
     assert b"heard" in call(isolated, "GET", path + "/log").body
@@ -10651,6 +10539,8 @@ def hold(ctx: Context):
     child.join()
 """
 
+FORKED = [("return", 0), ("exit", 7), ("raise", 1)]
+
 can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 
 
@@ -10667,7 +10557,7 @@ def forking(tmp_path_factory):
 
 @can_fork
 @pytest.mark.parametrize("type", ["plain", "isolated"])
-@pytest.mark.parametrize("how, status", [("return", 0), ("exit", 7), ("raise", 1)])
+@pytest.mark.parametrize("how, status", FORKED)
 def test_a_child_that_comes_back_from_its_handler_ends(type, how, status, forking):
     assert outcome(forking, type, {"how": how})["result"] == status
     assert not [line for line in forking.lines if "in the child" in line]
@@ -10683,8 +10573,8 @@ def test_a_child_that_comes_back_from_its_handler_on_an_executor_ends(tmp_path):
     text = "from concurrent.futures import ThreadPoolExecutor as factory"
     flags = ["--executor", write(tmp_path, text, "f.py") + ":factory"]
     with process("--handlers", write(tmp_path, FORKING), *flags) as running:
-        for how in ("return", "exit", "raise"):
-            assert outcome(running, "isolated", {"how": how})["result"] == 0
+        for how, status in FORKED:
+            assert outcome(running, "isolated", {"how": how})["result"] == status
 
 
 @can_fork
@@ -10765,21 +10655,22 @@ def test_what_a_forked_child_tells_of_its_task_waits_for_no_lock():
 
 @can_fork
 def test_a_fork_waits_while_another_child_is_started(monkeypatch):
-    popen, held_up = subprocess.Popen, []
+    popen, held_up, started = subprocess.Popen, [], []
 
     def fork_one():
         os.waitpid(os.fork() or os._exit(0), 0)
 
     def start(*args, **options):
         held_up.append(is_held_up(fork_one))
-        return popen(*args, **options)
+        started.append(popen(*args, **options))
+        return started[-1]
 
     monkeypatch.setattr(longtasks, "REAPER", longtasks.Reaper())
     monkeypatch.setattr(subprocess, "Popen", start)
     assert run_program("t=true")[0].status == "completed"
     assert held_up == [True, True]
-    longtasks.REAPER._process.stdin.close()
-    assert longtasks.REAPER._process.wait(LONG) == 0
+    started[0].stdin.close()  # the reaper
+    assert started[0].wait(LONG) == 0
 
 
 # -- executors -------------------------------------------------------------

@@ -117,17 +117,16 @@ def lazy_import(name: str) -> Any:
 # ======================================================================
 # 1. Settings
 #
-# One table. The flag, the environment variable, the default, the check,
-# --help and the README's table all come from it. A flag wins over the
-# environment, which wins over the default; all three are read as text by
-# the same check.
+# One table gives the flag, the environment variable, the default, the check,
+# --help and the README's table of each setting. A flag wins over the
+# environment, which wins over the default; the same check reads all three.
 # ======================================================================
 
 
 class SettingsError(Exception):
-    """A setting that can't be used; the text names it and what would be right.
+    """A setting that can't be used; the text names it and says what would be valid.
 
-    With `temporary` the same start may succeed later though nobody mends anything.
+    `temporary` means that the same start may succeed later, with no change by anybody.
     """
 
     def __init__(self, text: str, temporary: bool = False) -> None:
@@ -140,17 +139,22 @@ _TEMPORARY |= {errno.ENFILE, errno.ENOMEM, errno.ENOSPC, getattr(errno, "EDQUOT"
 
 
 def is_temporary(error: Exception) -> bool:
-    """Whether an error may pass by itself, such as a full disk or a port in use."""
+    """Whether an error may go away by itself, such as a full disk or a port in use.
+
+    SQLite's "disk I/O error" is such an error: it stands for an exceeded quota, a lack
+    of memory and an unreachable network file system, too. For a broken disk, another
+    start does no harm; after the others, no start would leave the service down.
+    """
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_AGAIN
     if isinstance(error, OSError):
         return error.errno in _TEMPORARY
-    # One of sqlite3, which tells its codes only since Python 3.11.
-    return bool(re.search("locked|full|disk I/O error", str(error)))
+    # sqlite3 has error codes only since Python 3.11.
+    return bool(re.search("is locked|is full|disk I/O error", str(error)))
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
-    """Make a check for a whole number from `low` to `high`."""
+    """Return a check for a whole number from `low` to `high`."""
 
     def check(text: str) -> int:
         if not re.fullmatch("[0-9]{1,18}", text) or not low <= int(text) <= high:
@@ -160,25 +164,8 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return check
 
 
-def seconds(text: str) -> float:
-    """Check a time in seconds: zero or more, fractions count."""
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-        raise ValueError("a time in seconds, such as 30 or 0.5")
-    return float(text)
-
-
-def size(text: str) -> int:
-    """Check a size in bytes: 4096, 64KiB, 64MiB or 1GiB."""
-    match = re.fullmatch("([1-9][0-9]{0,14})(|KiB|MiB|GiB)", text)
-    if not match:
-        raise ValueError("a size in bytes, such as 65536, 64KiB, 64MiB or 1GiB")
-    return (
-        int(match.group(1)) << {"": 0, "KiB": 10, "MiB": 20, "GiB": 30}[match.group(2)]
-    )
-
-
 def one_of(*words: str) -> Callable[[str], str]:
-    """Make a check for one of `words`, in upper or lower case."""
+    """Return a check for one of `words`, in upper or lower case."""
 
     def check(text: str) -> str:
         if text.lower() not in words:
@@ -188,11 +175,42 @@ def one_of(*words: str) -> Callable[[str], str]:
     return check
 
 
-def address(text: str) -> str:
-    """Check a host's name or address; empty text would mean every address there is."""
-    if not re.fullmatch("[!-~]{1,253}", text):
-        raise ValueError("a host's name or address, such as 127.0.0.1 or 0.0.0.0")
-    return text
+def matching(pattern: str, valid: str) -> Callable[[str], str]:
+    """Return a check for a text that matches a pattern; `valid` says so in words."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(valid)
+        return text
+
+    return check
+
+
+# An empty address would stand for all addresses of the host; an empty token, for none.
+address = matching(
+    "[!-~]{1,253}", "a host name or address, such as 127.0.0.1 or 0.0.0.0"
+)
+token = matching("|[!-~]{16,255}", "16 to 255 visible ASCII characters")
+
+
+def seconds(text: str) -> float:
+    """Return the time that a text such as 30 or 0.5 stands for."""
+    valid = "a time in seconds, such as 30 or 0.5"
+    return float(matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", valid)(text))
+
+
+def size(text: str) -> int:
+    """Return the bytes that a text such as 4096, 64KiB, 64MiB or 1GiB stands for."""
+    match = re.fullmatch("([1-9][0-9]{0,14})(|KiB|MiB|GiB)", text)
+    if not match:
+        raise ValueError("a size in bytes, such as 65536, 64KiB, 64MiB or 1GiB")
+    number, unit = match.groups()
+    return int(number) << {"": 0, "KiB": 10, "MiB": 20, "GiB": 30}[unit]
+
+
+def switch(text: str) -> bool:
+    """Return whether a text says yes or no, or 1 or 0."""
+    return one_of("yes", "no", "1", "0")(text) in ("yes", "1")
 
 
 try:
@@ -202,25 +220,12 @@ except OSError:
 
 
 def path(text: str) -> str:
-    """Make a path absolute, since a handler may change the working directory."""
+    """Return a path as absolute, since a handler may change the working directory."""
     if not text or os.path.isabs(text):
         return text
-    try:
-        return os.path.join(os.getcwd(), text)
-    except OSError:
-        raise ValueError("absolute, since the working directory is gone") from None
-
-
-def switch(text: str) -> bool:
-    """Check whether something is wanted: yes or no, or 1 or 0."""
-    return one_of("yes", "no", "1", "0")(text) in ("yes", "1")
-
-
-def token(text: str) -> str:
-    """Check what clients must send; empty text stands for nothing."""
-    if text and not re.fullmatch("[!-~]{16,255}", text):
-        raise ValueError("16 to 255 visible ASCII characters")
-    return text
+    if FOLDER is None:
+        raise ValueError("absolute, since the working directory was removed")
+    return os.path.join(FOLDER, text)
 
 
 class Setting(NamedTuple):
@@ -228,100 +233,84 @@ class Setting(NamedTuple):
 
     name: str
     default: str
-    check: Callable[[str], Any]  # raises ValueError(what would be right)
+    check: Callable[[str], Any]  # raises ValueError with what would be valid
     help: str
-    metavar: str = "N"
-    many: str = ""  # of a flag that may repeat: what separates in the environment
-    secret: bool = False  # stands in the environment only, and in no message
+    metavar: str = ""  # by default that of the check
+    separator: str = ""  # between values in the environment, if the flag may repeat
+    secret: bool = False  # has no flag, since all users of a host see command lines
 
     @property
     def flag(self) -> str:
-        """The command line's name: --worker-count for WORKER_COUNT, one --command.
-
-        A secret has none, since everybody on the host can see command lines.
-        """
-        if self.secret:
-            return ""
-        name = self.name[:-1] if self.name == "COMMANDS" else self.name
-        return "--" + name.lower().replace("_", "-")
+        """The flag, such as --worker-count for WORKER_COUNT; "" for a secret."""
+        name = "COMMAND" if self.name == "COMMANDS" else self.name
+        return "" if self.secret else "--" + name.lower().replace("_", "-")
 
     def read(self, text: str) -> Any:
         """Return the value that `text` stands for, or raise SettingsError."""
         try:
             return self.check(text)
-        except ValueError as right:
-            if self.secret:
-                raise SettingsError("%s must be %s" % (self.name, right)) from None
-            raise SettingsError(
-                "%s (%s) must be %s, not %s"
-                % (self.name, self.flag, right, quote(text))
-            ) from None
+        except ValueError as valid:
+            name = "%s (%s)" % (self.name, self.flag) if self.flag else self.name
+            found = "" if self.secret else ", not " + quote(text)
+            raise SettingsError("%s must be %s%s" % (name, valid, found)) from None
 
 
 # fmt: off
 SETTINGS = (
-    Setting("PORT", "8080", whole(0, 65535), "port to listen on; 0 picks a free one"),
-    Setting("HOST", "127.0.0.1", address, "address to listen on", "ADDRESS"),
-    Setting("UNIX_SOCKET", "", path, "Unix socket to listen on instead", "PATH"),
+    Setting("PORT", "8080", whole(0, 65535), "port to listen on; 0: any free one"),
+    Setting("HOST", "127.0.0.1", address, "address to listen on"),
+    Setting("UNIX_SOCKET", "", path, "Unix socket to listen on instead"),
     Setting("API_TOKEN", "", token, "token that clients must send", secret=True),
-    Setting("API_TOKEN_FILE", "", path, "file that holds the clients' token", "FILE"),
-    Setting("INSECURE", "no", switch, "let everybody in, on any HOST, without a token"),
-    Setting("TLS_CERT", "", path, "certificate to speak TLS with, PEM", "FILE"),
-    Setting("TLS_KEY", "", path, "its key, unless it is in the same file", "FILE"),
+    Setting("API_TOKEN_FILE", "", path, "file with the token that clients must send"),
+    Setting("INSECURE", "no", switch, "serve everybody, on any HOST, without a token"),
+    Setting("TLS_CERT", "", path, "PEM file with the certificate, for TLS"),
+    Setting("TLS_KEY", "", path, "PEM file with its key, unless TLS_CERT has it"),
     Setting("WORKER_COUNT", "10", whole(1, 100_000), "tasks that may run at once"),
     Setting("LOG_LEVEL", "info", one_of("debug", "info", "warning", "error"),
             "debug, info, warning or error", "LEVEL"),
     Setting("LOG_FORMAT", "text", one_of("text", "json"),
-            "text for people, or json: an object a line", "FORMAT"),
-    Setting("HANDLERS", "", path,
-            "Python file that registers task types", "FILE", os.pathsep),
-    Setting("COMMANDS", "", str, "program that becomes a task type", "NAME=LINE", "\n"),
-    Setting("EXECUTOR", "", path,
-            "where isolated handlers run instead", "FILE:FACTORY"),
-    Setting("DB", "", path,
-            "SQLite file that keeps the tasks, made if need be", "FILE"),
+            "text, or json: an object on each line", "FORMAT"),
+    Setting("HANDLERS", "", path, "Python file that registers task types",
+            separator=os.pathsep),
+    Setting("COMMANDS", "", str, "program to register as a task type", "NAME=LINE",
+            separator="\n"),
+    Setting("EXECUTOR", "", path, "where to run isolated handlers", "FILE:FACTORY"),
+    Setting("DB", "", path, "SQLite file to keep tasks in, created if missing"),
     Setting("TASK_TIMEOUT", "0", seconds,
-            "seconds that a run may take where nothing else is said; 0: no end",
-            "SECONDS"),
-    Setting("GRACE", "3", seconds,
-            "seconds that a handler has to stop once it is told to", "SECONDS"),
+            "time that a run may take if nothing else says so; 0: no limit"),
+    Setting("GRACE", "3", seconds, "time that a handler has to stop when requested"),
     Setting("STUCK_LIMIT", "100", whole(1, 100_000), "handlers that may fail to stop"),
-    Setting("DRAIN_TIMEOUT", "300", seconds,
-            "seconds that a shutdown waits for tasks to finish", "SECONDS"),
+    Setting("DRAIN_TIMEOUT", "300", seconds, "time that tasks have to end at shutdown"),
     Setting("QUEUE_LIMIT", "10000", whole(1, 10**9), "tasks that may wait"),
-    Setting("QUEUE_BYTES", "64MiB", size, "bytes of params that may wait", "SIZE"),
-    Setting("RESULT_LIMIT", "10000", whole(1, 10**9), "finished tasks that are kept"),
-    Setting("RESULT_BYTES", "64MiB", size,
-            "bytes of finished tasks that are kept", "SIZE"),
-    Setting("RESULT_TTL", "86400", seconds,
-            "seconds that a finished task is kept", "SECONDS"),
-    Setting("MAX_BODY", "1MiB", size, "largest request body", "SIZE"),
-    Setting("MAX_WAIT", "300", seconds,
-            "seconds that a client may wait for a task", "SECONDS"),
+    Setting("QUEUE_BYTES", "64MiB", size, "size of all params that may wait"),
+    Setting("RESULT_LIMIT", "10000", whole(1, 10**9), "finished tasks to keep"),
+    Setting("RESULT_BYTES", "64MiB", size, "size of all finished tasks to keep"),
+    Setting("RESULT_TTL", "86400", seconds, "time for which to keep a finished task"),
+    Setting("MAX_BODY", "1MiB", size, "largest request body"),
+    Setting("MAX_WAIT", "300", seconds, "time that a client may wait for a task"),
     Setting("MAX_CONNECTIONS", "1000", whole(1, 100_000), "clients connected at once"),
 )
 # fmt: on
+_METAVARS = {seconds: "SECONDS", size: "SIZE", path: "FILE", address: "ADDRESS"}
 
-
-class Settings(Dict[str, Any]):
-    """The settings in force, by name: settings["PORT"] is an int, and so on."""
+Settings = Dict[str, Any]  # by name: settings["PORT"] is an int, and so on
 
 
 def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """Return the settings from flags, environment and defaults.
 
-    Raises SettingsError for a value or flag that can't be used, and SystemExit(0)
-    after --help or --version. An empty environment variable counts as unset.
+    Raises SettingsError for an invalid value or flag, and SystemExit(0) after --help or
+    --version. An empty environment variable counts as unset.
     """
-    given = vars(_argument_parser().parse_args(list(argv))) if argv else {}
-    settings = Settings()
+    flags = vars(_argument_parser().parse_args(list(argv))) if argv else {}
+    settings: Settings = {}
     for setting in SETTINGS:
-        flag, variable = given.get(setting.name), environ.get(setting.name)
-        if setting.many:
-            texts = flag or (variable or setting.default).split(setting.many)
+        flag, variable = flags.get(setting.name), environ.get(setting.name)
+        text = flag if flag is not None else variable or setting.default
+        if setting.separator:
+            texts = flag or text.split(setting.separator)
             settings[setting.name] = [setting.read(text) for text in texts if text]
         else:
-            text = flag if flag is not None else variable or setting.default
             settings[setting.name] = setting.read(text)
     return settings
 
@@ -332,15 +321,15 @@ def read_token(settings: Settings) -> str:
     if not file:
         return str(settings["API_TOKEN"])
     if settings["API_TOKEN"]:
-        raise SettingsError("API_TOKEN and API_TOKEN_FILE are both set: leave one")
+        raise SettingsError("API_TOKEN and API_TOKEN_FILE are both set: unset one")
     try:
         with open(file, encoding="latin-1") as opened:
             found = token(opened.read(4096).strip())
     except OSError as error:
-        text = "API_TOKEN_FILE %s: %s" % (file, error.strerror)
-        raise SettingsError(text) from None
-    except ValueError as right:
-        raise SettingsError("API_TOKEN_FILE %s must hold %s" % (file, right)) from None
+        message = "API_TOKEN_FILE %s: %s" % (file, error.strerror)
+        raise SettingsError(message) from None
+    except ValueError as valid:
+        raise SettingsError("API_TOKEN_FILE %s must hold %s" % (file, valid)) from None
     if not found:
         raise SettingsError("API_TOKEN_FILE %s is empty" % file)
     warn_if_readable("API_TOKEN_FILE", file)
@@ -348,61 +337,56 @@ def read_token(settings: Settings) -> str:
 
 
 def warn_if_readable(name: str, file: str) -> None:
-    """Log a warning if everybody on the host can read a file that holds a secret.
+    """Log a warning if all users of the host can read a file that holds a secret.
 
-    Its group may: where an ACL lets the service read the file, it looks like that.
+    The bits of the group don't count: an ACL that lets the service in sets them, too.
     """
     with contextlib.suppress(OSError):
         if os.name == "posix" and os.stat(file).st_mode & stat.S_IROTH:
-            text = "%s %s: others can read it; chmod o-r keeps them out"
-            log.warning(text, name, file)
+            log.warning("%s %s: others can read it; run chmod o-r", name, file)
 
 
-def make_parser(hint: str, **about: Any) -> Any:
-    """Return a parser of arguments that raises SettingsError, with a hint."""
-    import argparse  # costs start-up time, so only where it is needed
+def make_parser(hint: str, **options: Any) -> Any:
+    """Return an ArgumentParser that raises SettingsError; `hint` ends its messages."""
+    import argparse  # takes 6 ms
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> typing.NoReturn:
             raise SettingsError(message + hint)
 
-    return Parser(allow_abbrev=False, **about)
+    return Parser(allow_abbrev=False, **options)
 
 
 def _argument_parser() -> Any:
-    secrets = [setting for setting in SETTINGS if setting.secret]
+    secrets = ["%s (%s)" % (s.name, s.help) for s in SETTINGS if s.secret]
     parser = make_parser(
         "; --help lists the flags",
         prog="longtasks.py",
         usage="%(prog)s [FLAG ...]\n       %(prog)s run|submit|status|result|cancel|"
         "list|types|help [ARGUMENT ...]",
         description="Long tasks over HTTP: submit, follow, collect the result.",
-        epilog="Each setting may stand in the environment, by the name in brackets. "
-        + " ".join("%s (%s) stands only there." % (s.name, s.help) for s in secrets)
-        + " The commands are the client of a service that runs; each has --help.",
+        epilog="Brackets show each setting's environment variable. %s has no flag. "
+        "The commands are a client of the service; each has --help."
+        % ", ".join(secrets),
     )
-    parser.add_argument(
-        "--version", action="version", version="longtasks " + __version__
-    )
+    version = "longtasks " + __version__
+    parser.add_argument("--version", action="version", version=version)
     for setting in SETTINGS:
-        if setting.secret:
-            continue
-        how: Dict[str, Any] = {"action": "append" if setting.many else "store"}
-        if setting.check is switch:
-            how = {"action": "store_const", "const": "yes"}
-        parser.add_argument(
-            setting.flag,
-            dest=setting.name,
-            metavar=setting.metavar,
-            **how,
-            help="%s [%s%s]"
-            % (setting.help, setting.name, setting.default and "=" + setting.default),
-        )
+        variable = setting.name + (setting.default and "=" + setting.default)
+        metavar = setting.metavar or _METAVARS.get(setting.check, "N")
+        options: Dict[str, Any] = {"metavar": metavar}
+        if setting.separator:
+            options["action"] = "append"
+        elif setting.check is switch:
+            options = {"action": "store_const", "const": "yes"}
+        if setting.flag:
+            options.update(dest=setting.name, help="%s [%s]" % (setting.help, variable))
+            parser.add_argument(setting.flag, **options)
     return parser
 
 
 def quote(value: Any) -> str:
-    """Show a value in a message: as JSON, safe in a line, and not too long."""
+    """Format a value for a message: as JSON, on one line, at most 80 characters."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
@@ -415,16 +399,15 @@ def counted(number: int, noun: str) -> str:
     return "%d %s%s" % (number, noun, "" if number == 1 else "s")
 
 
-# Control characters, what separates lines, what turns the direction of text around
-# (Unicode's bidirectional controls), and half characters.
-_OBEYED = re.compile(
+# Control characters, line separators, Unicode's bidirectional controls, surrogates.
+_CONTROLS = re.compile(
     "[\0-\x08\n-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def escape(text: str) -> str:
-    """Replace each character that a terminal would obey by its escape."""
-    return _OBEYED.sub(lambda match: ascii(match.group())[1:-1], text)
+    """Replace each character that controls a terminal by its escape."""
+    return _CONTROLS.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
 def within(seconds: float, function: Callable[[], Any]) -> bool:

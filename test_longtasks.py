@@ -312,66 +312,21 @@ def together(count, work):
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_default():
-    assert longtasks.read_settings([], {})["PORT"] == 8080
+    assert longtasks.read_settings([], {"PORT": ""})["PORT"] == 8080
     assert longtasks.read_settings([], {"PORT": "81"})["PORT"] == 81
     assert longtasks.read_settings(["--port", "82"], {"PORT": "81"})["PORT"] == 82
 
 
 def test_a_number_has_its_noun_in_the_singular_where_it_is_one():
-    assert [longtasks.counted(n, "task") for n in (0, 1, 2)] == [
-        "0 tasks",
-        "1 task",
-        "2 tasks",
-    ]
-
-
-def test_an_empty_variable_counts_as_unset():
-    assert longtasks.read_settings([], {"PORT": "", "HANDLERS": ""})["PORT"] == 8080
-
-
-def test_defaults_are_those_that_were_promised():
-    assert longtasks.read_settings([], {}) == {
-        "PORT": 8080,
-        "HOST": "127.0.0.1",
-        "UNIX_SOCKET": "",
-        "API_TOKEN": "",
-        "API_TOKEN_FILE": "",
-        "INSECURE": False,
-        "TLS_CERT": "",
-        "TLS_KEY": "",
-        "WORKER_COUNT": 10,
-        "LOG_LEVEL": "info",
-        "LOG_FORMAT": "text",
-        "HANDLERS": [],
-        "COMMANDS": [],
-        "EXECUTOR": "",
-        "DB": "",
-        "TASK_TIMEOUT": 0,
-        "GRACE": 3,
-        "STUCK_LIMIT": 100,
-        "DRAIN_TIMEOUT": 300,
-        "QUEUE_LIMIT": 10_000,
-        "QUEUE_BYTES": 64 * 1024 * 1024,
-        "RESULT_LIMIT": 10_000,
-        "RESULT_BYTES": 64 * 1024 * 1024,
-        "RESULT_TTL": 86_400,
-        "MAX_BODY": 1024 * 1024,
-        "MAX_WAIT": 300,
-        "MAX_CONNECTIONS": 1000,
-    }
+    numbers = [longtasks.counted(number, "task") for number in (0, 1, 2)]
+    assert numbers == ["0 tasks", "1 task", "2 tasks"]
 
 
 def test_handlers_files_come_from_repeated_flags_or_a_path_list():
-    variable = os.pathsep.join(["/a.py", "/b.py"])
-    assert longtasks.read_settings([], {"HANDLERS": variable})["HANDLERS"] == [
-        "/a.py",
-        "/b.py",
-    ]
+    environ = {"HANDLERS": os.pathsep.join(["/a.py", "/b.py"])}
+    assert longtasks.read_settings([], environ)["HANDLERS"] == ["/a.py", "/b.py"]
     flags = ["--handlers", "/c.py", "--handlers", "/d.py"]
-    assert longtasks.read_settings(flags, {"HANDLERS": variable})["HANDLERS"] == [
-        "/c.py",
-        "/d.py",
-    ]
+    assert longtasks.read_settings(flags, environ)["HANDLERS"] == ["/c.py", "/d.py"]
 
 
 PATHS = ["UNIX_SOCKET", "API_TOKEN_FILE", "TLS_CERT", "TLS_KEY"]
@@ -379,55 +334,42 @@ PATHS += ["HANDLERS", "EXECUTOR", "DB"]
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_a_path_is_one_from_where_the_service_is_started(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    found = longtasks.read_settings([], {name: "x"})[name]
-    assert found in (str(tmp_path / "x"), [str(tmp_path / "x")])
-    assert longtasks.read_settings([], {name: "/x"})[name] in ("/x", ["/x"])
+def test_a_path_is_relative_to_where_the_service_was_started(name, monkeypatch):
+    monkeypatch.setattr(longtasks, "FOLDER", "/start")
+    for text, expected in [("x", "/start/x"), ("/x", "/x")]:
+        found = longtasks.read_settings([], {name: text})[name]
+        assert found in (expected, [expected])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="others keep such a folder")
-def test_a_relative_path_needs_a_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
+def test_a_relative_path_needs_a_working_directory(monkeypatch):
+    monkeypatch.setattr(longtasks, "FOLDER", None)
     with pytest.raises(longtasks.SettingsError, match="must be absolute, since"):
         longtasks.read_settings([], {"DB": "x"})
     assert longtasks.read_settings([], {"DB": "/x"})["DB"] == "/x"
 
 
 @pytest.mark.parametrize(
-    "name, text",
+    "name, texts",
     [
-        ("PORT", "x"),
-        ("PORT", "-1"),
-        ("PORT", "65536"),
-        ("PORT", "8080.0"),
-        ("PORT", "٣"),
-        ("WORKER_COUNT", "0"),
-        ("WORKER_COUNT", "1e3"),
-        ("LOG_LEVEL", "loud"),
-        ("DRAIN_TIMEOUT", "-1"),
-        ("DRAIN_TIMEOUT", "inf"),
-        ("QUEUE_LIMIT", "0"),
-        ("RESULT_LIMIT", "many"),
-        ("RESULT_BYTES", "64MB"),
-        ("RESULT_TTL", "1d"),
-        ("MAX_BODY", "0"),
-        ("MAX_CONNECTIONS", ""),
+        ("PORT", ["x", "-1", "8080.0", "٣"]),
+        ("WORKER_COUNT", ["0", "1e3"]),
+        ("DRAIN_TIMEOUT", ["-1", "inf", "1d"]),
+        ("MAX_BODY", ["", "0", "64MB"]),
+        ("LOG_LEVEL", ["loud"]),
+        ("HOST", ["", "a b"]),
     ],
 )
-def test_a_bad_value_is_one_line_that_names_the_setting(name, text, capsys):
+def test_an_invalid_value_is_one_line_that_names_the_setting(name, texts, capsys):
     flag = "--" + name.lower().replace("_", "-")
-    assert longtasks.main(["%s=%s" % (flag, text)]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert err.startswith("longtasks: %s (%s) must be " % (name, flag))
+    for text in texts:
+        assert longtasks.main(["%s=%s" % (flag, text)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith("longtasks: %s (%s) must be " % (name, flag))
 
 
 @pytest.mark.parametrize(
-    "name, most",
+    "name, largest",
     [
         ("PORT", 65_535),
         ("WORKER_COUNT", 100_000),
@@ -439,11 +381,39 @@ def test_a_bad_value_is_one_line_that_names_the_setting(name, text, capsys):
         ("MAX_BODY", 10**15 - 1),
     ],
 )
-def test_a_number_may_be_as_large_as_its_limit_and_no_larger(name, most):
-    assert longtasks.read_settings([], {name: str(most)})[name] == most
-    for more in (most + 1, 10**400):
+def test_a_number_may_be_as_large_as_its_limit_and_no_larger(name, largest):
+    assert longtasks.read_settings([], {name: str(largest)})[name] == largest
+    for larger in (largest + 1, 10**400):
         with pytest.raises(longtasks.SettingsError, match=name):
-            longtasks.read_settings([], {name: str(more)})
+            longtasks.read_settings([], {name: str(larger)})
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("MAX_BODY", {"1": 1, "2KiB": 2048, "3MiB": 3 << 20, "1GiB": 1 << 30}),
+        ("GRACE", {"0.5": 0.5, "2": 2}),
+        ("LOG_LEVEL", {"DEBUG": "debug"}),
+        ("INSECURE", {"YES": True, "yes": True, "1": True, "no": False, "0": False}),
+    ],
+)
+def test_a_value_is_read_as_its_setting_says(name, values):
+    for text, value in values.items():
+        assert longtasks.read_settings([], {name: text})[name] == value
+
+
+def test_a_switch_is_a_flag_without_a_value():
+    assert longtasks.read_settings(["--insecure"], {"INSECURE": "no"})["INSECURE"]
+    with pytest.raises(longtasks.SettingsError, match="INSECURE"):
+        longtasks.read_settings([], {"INSECURE": "maybe"})
+
+
+def test_an_unknown_flag_is_one_line_and_code_2(capsys):
+    for flag in ("--prot", "--api-token"):  # a secret has no flag
+        assert longtasks.main([flag, "80"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("longtasks: unrecognized arguments: %s 80; --help" % flag)
+        assert err.count("\n") == 1
 
 
 def test_the_token_does_not_stay_in_the_environment(monkeypatch, tmp_path, capsys):
@@ -453,103 +423,73 @@ def test_the_token_does_not_stay_in_the_environment(monkeypatch, tmp_path, capsy
     assert "is not a regular file" in capsys.readouterr().err
 
 
-def test_an_unknown_flag_is_one_line_and_code_2(capsys):
-    assert longtasks.main(["--prot", "80"]) == 2
-    assert capsys.readouterr().err == (
-        "longtasks: unrecognized arguments: --prot 80; --help lists the flags\n"
-    )
-
-
 @pytest.mark.parametrize("text", ["short", "a" * 256, "sixteen or more ", "é" * 16])
-def test_a_bad_token_is_told_without_showing_it(text, capsys, monkeypatch):
+def test_an_invalid_token_is_reported_without_showing_it(text, capsys, monkeypatch):
     monkeypatch.setenv("API_TOKEN", text)
     assert longtasks.main([]) == 2
     expected = "longtasks: API_TOKEN must be 16 to 255 visible ASCII characters\n"
     assert capsys.readouterr().err == expected
 
 
-def test_a_token_is_no_flag():
-    with pytest.raises(longtasks.SettingsError, match="unrecognized arguments"):
-        longtasks.read_settings(["--api-token", "0123456789abcdef"], {})
-
-
-def test_a_token_may_stand_in_a_file(tmp_path):
-    path = write(tmp_path, " 0123456789abcdef\n\n", "token")
-    settings = longtasks.read_settings(["--api-token-file", path], {})
-    assert longtasks.read_token(settings) == "0123456789abcdef"
-
-
 @pytest.mark.parametrize(
-    "text, more, why",
+    "content, token, reason",
     [
-        ("", {}, "is empty"),
-        (" \n", {}, "is empty"),
-        ("0123456789abcde\n", {}, "must hold 16 to 255 visible ASCII characters"),
-        ("0123456789 abcdef", {}, "must hold 16 to 255 visible ASCII characters"),
-        ("0123456789abcdef\udcff", {}, "must hold 16 to 255 visible ASCII characters"),
-        (None, {}, "No such file or directory"),
-        ("0123456789abcdef", {"API_TOKEN": "a" * 16}, "are both set"),
+        (b" \n", "", "is empty"),
+        (b"0123456789abcde\n", "", "must hold 16 to 255 visible ASCII characters"),
+        (b"0123456789 abcdef", "", "must hold 16 to 255 visible ASCII characters"),
+        (b"0123456789abcdef\xff", "", "must hold 16 to 255 visible ASCII characters"),
+        (None, "", "No such file or directory"),
+        (b"0123456789abcdef", "a" * 16, "are both set"),
     ],
 )
-def test_a_file_that_holds_no_token_is_told(text, more, why, tmp_path):
-    path = str(tmp_path / "token")
-    if text is not None:
-        Path(path).write_bytes(text.encode("utf-8", "surrogateescape"))
-    settings = longtasks.read_settings([], {"API_TOKEN_FILE": path, **more})
-    with pytest.raises(longtasks.SettingsError, match=why) as error:
+def test_a_token_file_without_a_token_is_refused(content, token, reason, tmp_path):
+    path = tmp_path / "token"
+    if content is not None:
+        path.write_bytes(content)
+    environ = {"API_TOKEN_FILE": str(path), "API_TOKEN": token}
+    settings = longtasks.read_settings([], environ)
+    with pytest.raises(longtasks.SettingsError, match=reason) as error:
         longtasks.read_token(settings)
     assert "0123" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "mode, warned", [(0o644, 1), (0o604, 1), (0o640, 0), (0o600, 0)]
-)
-def test_a_file_with_a_secret_that_others_can_read_is_a_warning(mode, warned, tmp_path):
-    (tmp_path / "token").write_text("0123456789abcdef")
-    (tmp_path / "token").chmod(mode)
-    path = str(tmp_path / "token")
-    settings = longtasks.read_settings([], {"API_TOKEN_FILE": path})
+@pytest.mark.parametrize("mode", [0o644, 0o604, 0o640, 0o600])
+def test_a_token_file_that_others_can_read_is_a_warning(mode, tmp_path):
+    path = write(tmp_path, " 0123456789abcdef\n\n", "token")
+    os.chmod(path, mode)
+    settings = longtasks.read_settings(["--api-token-file", path], {})
     with records() as kept:
         assert longtasks.read_token(settings) == "0123456789abcdef"
-    text = "API_TOKEN_FILE %s: others can read it; chmod o-r keeps them out" % path
-    assert [record.getMessage() for record in kept] == [text] * warned
+    assert ["others can read it" in each.getMessage() for each in kept] == (
+        [True] if mode & 0o004 else []
+    )
 
 
-@pytest.mark.parametrize(
-    "flags, variable, value",
-    [
-        ([], "", False),
-        (["--insecure"], "", True),
-        (["--insecure"], "no", True),
-        ([], "yes", True),
-        ([], "YES", True),
-        ([], "1", True),
-        ([], "no", False),
-        ([], "0", False),
-    ],
-)
-def test_a_switch_is_a_flag_alone_or_a_yes_in_the_environment(flags, variable, value):
-    assert longtasks.read_settings(flags, {"INSECURE": variable})["INSECURE"] is value
+def test_only_an_error_that_may_go_away_is_temporary():
+    for error in [
+        OSError(errno.ENOSPC, "No space left on device"),
+        socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+        sqlite3.OperationalError("database is locked"),
+        sqlite3.OperationalError("database or disk is full"),
+        sqlite3.OperationalError("disk I/O error"),  # of a quota, for instance
+    ]:
+        assert longtasks.is_temporary(error), error
+    for error in [
+        OSError(errno.EACCES, "Permission denied"),
+        socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+        sqlite3.DatabaseError("file is not a database"),
+    ]:
+        assert not longtasks.is_temporary(error), error
 
 
-@pytest.mark.parametrize(
-    "text, value", [("1", 1), ("2KiB", 2048), ("3MiB", 3 << 20), ("1GiB", 1 << 30)]
-)
-def test_sizes_may_have_a_unit(text, value):
-    assert longtasks.read_settings(["--max-body", text], {})["MAX_BODY"] == value
-
-
-def test_help_tells_every_setting(capsys):
+def test_help_has_every_setting(capsys):
     with pytest.raises(SystemExit) as left:
         longtasks.main(["--help"])
     assert left.value.code == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     for setting in longtasks.SETTINGS:
-        if setting.flag:
-            assert setting.flag + " " in text
-            assert "[" + setting.name in text
-    told = "API_TOKEN (token that clients must send) stands only there"
-    assert told in " ".join(text.split())
+        assert (" %s " % setting.flag if setting.flag else setting.name) in text
+        assert setting.help in text
 
 
 # ======================================================================
@@ -571,6 +511,7 @@ MOVES = {  # written out here, not taken from the code
 @pytest.mark.parametrize("new", STATUSES)
 def test_only_the_moves_of_the_table_are_possible(old, new):
     task = longtasks.Task(1, "id", "type", b"{}", old, 0.0)
+    assert task.finished == (old in ("completed", "failed", "cancelled"))
     if (old, new) in MOVES:
         assert task.moved_to(new).status == new
         assert task.status == old, "the task itself must not change"
@@ -579,29 +520,26 @@ def test_only_the_moves_of_the_table_are_possible(old, new):
             task.moved_to(new)
 
 
-def test_a_task_is_finished_when_no_move_leads_on():
-    finished = [s for s in STATUSES if longtasks.Task(1, "", "", b"", s, 0.0).finished]
-    assert finished == ["completed", "failed", "cancelled"]
-
-
 def test_ids_are_random_uuids_of_version_4():
     ids = {longtasks.new_id() for _ in range(1000)}
     assert len(ids) == 1000
     for text in ids:
         parsed = uuid.UUID(text)
-        assert str(parsed) == text
-        assert parsed.version == 4
+        assert (str(parsed), parsed.version) == (text, 4)
         assert parsed.variant == uuid.RFC_4122
 
 
 @pytest.mark.parametrize(
-    "data, why",
+    "data, reason",
     [
         (b"", "not JSON"),
         (b"{", "not JSON"),
         (b"nul", "not JSON"),
         (b"[1] x", "not JSON"),
+        (b'"\n"', "not JSON"),
         (b'"\xff"', "not UTF-8: byte 1"),
+        (b'"\xc0\xae"', "not UTF-8"),
+        (b'"\xed\xa0\x80"', "not UTF-8"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
         (b"[NaN]", "NaN is not a number"),
         (b"[-Infinity]", "-Infinity is not a number"),
@@ -611,91 +549,65 @@ def test_ids_are_random_uuids_of_version_4():
         (b"[" + b"1" * 1_000_000 + b"]", "more than 1000 digits"),
         (b"1" * 1_000_000 + b".5", "too large"),
         (b"1e" + b"9" * 1_000_000, "too large"),
-        (b'[{"a": {"__proto__": 1, "x:": 2, "__proto__": 3}}]', "occurs twice"),
+        (b'[{"a": {"__proto__": 1, "x:": 2, "__proto__": 3}}]', '"__proto__" occurs'),
         (b'{"\\u0061": 1, "a": 2}', 'the key "a" occurs twice'),
-        (b'"\xc0\xae"', "not UTF-8"),
-        (b'"\xed\xa0\x80"', "not UTF-8"),
-        (b'{"a": 1, "b": 2, "a": 3}', 'the key "a" occurs twice'),
-        (b'{"a": ":", "a": ":"}', 'the key "a" occurs twice'),
-        (b'{":": [{"::": 1, "::": 2}]}', 'the key "::" occurs twice'),
-        (b'[{"a": 1}, {"a": {"b": 1, "b": 1}}]', 'the key "b" occurs twice'),
-        (b'{"a": 1, "\\u0061": 2}', 'the key "a" occurs twice'),
         (b"]" * 200 + b"[" * 100, "not JSON: Expecting value"),
         (b"[" * 60 + b"]]][[[" + b"[" * 60, "not JSON: (Extra|Expecting)|100 levels"),
         (b"[" + b'["]",' * 100 + b"1" + b"]" * 101, "100 levels"),
         (b"[" * 101 + b"]" * 101, "100 levels"),
         (b"[" * 1_000_000, "100 levels"),
         (b'{"a":' * 1_000_000, "100 levels"),
-        (b'"\n"', "not JSON"),
     ],
 )
-def test_json_that_is_not_strictly_json_is_refused(data, why):
-    with pytest.raises(longtasks.Malformed, match=why):
+def test_json_that_is_not_strictly_json_is_refused(data, reason):
+    with pytest.raises(longtasks.Malformed, match=reason):
         longtasks.from_json(data)
 
 
 @pytest.mark.parametrize(
-    "data, value",
+    "data",
     [
-        (
-            b' {"a": [1, 2.5, true, null, "\xc3\xa9"]} ',
-            {"a": [1, 2.5, True, None, "é"]},
-        ),
-        (b"[" * 100 + b"]" * 100, None),
-        (b"[" + b"[]," * 200 + b"1]", None),
-        (b'["' + b"[{" * 200 + b'\\"' + b"[" * 200 + b'"]', None),
-        (b"1" * 1000, int("1" * 1000)),
-        (b"-" + b"1" * 1000, -int("1" * 1000)),
-        (b"1." + b"3" * 1_000_000, 4 / 3),
-        (b"1e-" + b"9" * 1_000_000, 0.0),
-        (b'{"__proto__": {"constructor": 1}, "": 2, "\\u0000": 3}', None),
+        b' {"a": [1, 2.5, true, null, "\xc3\xa9"]} ',
+        b"[" * 100 + b"]" * 100,
+        b"[" + b"[]," * 200 + b"1]",
+        b'["' + b"[{" * 200 + b'\\"' + b"[" * 200 + b'"]',
+        b"1" * 1000,
+        b"-" + b"1" * 1000,
+        b"1." + b"3" * 1_000_000,
+        b"1e-" + b"9" * 1_000_000,
+        b'{"__proto__": {"constructor": 1}, "": 2, "\\u0000": {":": "::"}}',
     ],
 )
-def test_json_within_bounds_is_read(data, value):
-    assert longtasks.from_json(data) == (json.loads(data) if value is None else value)
-
-
-@pytest.mark.parametrize(
-    "data", [b'{"a": "http://x:80"}', b'{":": {":": "::"}}', b'[":", {"a": [":"]}]']
-)
-def test_a_colon_in_a_string_is_no_key(data):
+def test_json_within_bounds_is_read(data):
     assert longtasks.from_json(data) == json.loads(data)
 
 
 def test_json_is_written_as_the_standard_library_writes_it():
     value = {
-        "é": [1, 2.5, True, None, '\u2028"\n', {}, [], -0.0, 10**30],
+        "é": [1, 2.5, True, None, '\u2028"\n\0 ☃ \U0001f600 \\', {}, [], -0.0, 10**30],
         "b": {"c": ()},
     }
     assert longtasks.to_json(value) == json.dumps(value, ensure_ascii=False).encode()
-    for wrong in (float("nan"), {1, 2}, object()):
-        with pytest.raises((ValueError, TypeError)):
-            longtasks.to_json([wrong])
+    assert longtasks.from_json(longtasks.to_json("\ud800")) == "\ud800"
     endless = []
     endless.append(endless)
-    with pytest.raises((ValueError, RecursionError)):
-        longtasks.to_json(endless)
+    for wrong in (float("nan"), {1, 2}, object(), endless):
+        with pytest.raises((ValueError, TypeError, RecursionError)):
+            longtasks.to_json([wrong])
 
 
-@pytest.mark.parametrize("length, kept", [(4000, 4000), (4001, 4000), (10**7, 4000)])
-def test_an_error_is_kept_up_to_its_limit(length, kept):
-    line = longtasks.describe(ValueError("x" * (length - len("ValueError: "))))
-    assert len(line) == kept
-    assert line.endswith("..." if length > kept else "xxx")
-
-
-@pytest.mark.parametrize("length, kept", [(78, 80), (79, 80), (10**7, 80)])
-def test_a_value_in_a_message_is_shown_up_to_its_limit(length, kept):
-    text = longtasks.quote("x" * length)
-    assert len(text) == kept
-    assert text.endswith("..." if length > 78 else 'x"')
-
-
-def test_text_survives_the_way_through_json():
-    value = {"é": '\u2028 ☃ \U0001f600 \\ " \n \x00', "alone": "\ud800"}
-    data = longtasks.to_json(value)
-    assert longtasks.from_json(data) == value
-    assert "☃".encode() in data
+@pytest.mark.parametrize(
+    "shortened, longest, length",
+    [
+        (lambda n: longtasks.describe(longtasks.Failure("x" * n)), 4000, 4000),
+        (lambda n: longtasks.quote("x" * n), 80, 78),
+    ],
+)
+def test_a_long_text_is_cut_to_its_limit(shortened, longest, length):
+    assert shortened(length).endswith(("xx", 'x"'))
+    for longer in (length, length + 1, 10**7):
+        assert len(shortened(longer)) == longest
+    assert shortened(length + 1).endswith("...")
 
 
 # ======================================================================

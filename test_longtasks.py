@@ -1549,10 +1549,10 @@ def test_numbers_come_back_as_they_are_summed(tmp_path):
 @pytest.mark.parametrize(
     "params, error",
     [
-        ('{"duration": ', "its params are no JSON any more: Expecting value: "),
-        ("", "its params are no JSON any more: Expecting value: "),
-        ('{"duration": NaN}', "its params are no JSON any more: NaN is not a number"),
-        ("[" * 10**6, "its params are no JSON any more: "),
+        ('{"duration": ', "its params are not JSON any more: Expecting value: "),
+        ("", "its params are not JSON any more: Expecting value: "),
+        ('{"duration": NaN}', "its params are not JSON any more: NaN is not a number"),
+        ("[" * 10**6, "its params are not JSON any more: "),
         ("[]", "TypeError: "),
     ],
 )
@@ -4883,7 +4883,7 @@ def test_who_asks_for_params_that_are_damaged_is_told_so(params, registry, tmp_p
             put(service, task_id),
             call(service, "POST", "/api/v1/tasks", document, **keyed),
         ):
-            assert_problem(answer, 410, "its params are no JSON any more: ")
+            assert_problem(answer, 410, "its params are not JSON any more: ")
         assert result_of(service, task_id)["status"] == "completed"
 
 

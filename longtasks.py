@@ -7449,7 +7449,8 @@ class Service:
             # end this wait, and its handler runs only once this thread goes on.
             wait = min(0.25, end - time.monotonic())
             try:
-                event = self._events.get(timeout=max(0, wait))
+                # Until Python 3.10, get(timeout=0) may never return.
+                event = self._events.get(wait > 0.001, max(0, wait))
             except queue.Empty:
                 if wait < 0.25:
                     return None

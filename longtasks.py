@@ -7801,330 +7801,267 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>longtasks</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
- viewBox='0 0 16 16' fill='%232f64d6'%3E%3Cpath d='M0 2h16v3H0zm0 5h11v3H0zm0 5h6v3H0z'
- /%3E%3C/svg%3E">
+ viewBox='0 0 6 6'%3E%3Cpath stroke='%2336d' d='M0 1h6M0 3h4M0 5h2'/%3E%3C/svg%3E">
 <style>
 :root {
   color-scheme: light dark;
-  --ground: #f5f6f8; --card: #fff; --raised: #eef0f4; --line: #dde1e7; --edge: #868f9c;
-  --ink: #1a1e25; --quiet: #59626f; --accent: #2257c4; --on-accent: #fff;
-  --pending: #7d5a00; --processing: #2257c4; --completed: #17703c; --failed: #b3231c;
-  --cancelled: #5d5670; --warn: #fff4d6; --warn-line: #e3c56a;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ground: #111419; --card: #191d24; --raised: #232831; --line: #2c323c;
-    --edge: #747d8b; --ink: #e4e7ec; --quiet: #9da6b4; --accent: #82abff;
-    --on-accent: #0b1530; --pending: #e0b04a; --processing: #82abff;
-    --completed: #64c98a; --failed: #ff8e86; --cancelled: #b1a9c6;
-    --warn: #33290f; --warn-line: #6b561d;
-  }
+  --ground: light-dark(#f5f6f8, #111419); --card: light-dark(#fff, #191d24);
+  --raised: light-dark(#eef0f4, #232831); --line: light-dark(#dde1e7, #2c323c);
+  --edge: light-dark(#868f9c, #747d8b); --ink: light-dark(#1a1e25, #e4e7ec);
+  --quiet: light-dark(#59626f, #9da6b4); --accent: light-dark(#2257c4, #82abff);
+  --wrong: light-dark(#b3231c, #ff8e86); --notice: light-dark(#fff4d6, #33290f);
 }
 * { box-sizing: border-box; margin: 0; unicode-bidi: isolate; }
-[hidden] { display: none !important; }
-body { background: var(--ground); color: var(--ink); }
-body { font: 14px/1.45 system-ui, sans-serif; }
+[hidden], :is(p, .error):empty, div:has(> dd:empty) { display: none !important; }
+body { background: var(--ground); color: var(--ink); accent-color: var(--accent); }
+body { font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 h1 { font-size: 18px; }
 h2 { font-size: 14px; display: inline; }
-.detail h2, th, dt, .hint, figcaption { font-size: 12px; color: var(--quiet); }
-th, .field > label { font-weight: 600; }
-code, pre, textarea { font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; }
-.number { text-align: right; }
-.number, b, dd { font-variant-numeric: tabular-nums; }
-.wrong { color: var(--failed); }
-.pending { color: var(--pending); }
-.processing { color: var(--processing); }
-.completed { color: var(--completed); }
-.failed { color: var(--failed); }
-.cancelled { color: var(--cancelled); }
-
-button, input, select, textarea {
+h3, dt, small, figcaption { font-size: 12px; color: var(--quiet); }
+button, input, select, textarea, pre {
   font: inherit; color: inherit; background: var(--card);
   border: 1px solid var(--edge); border-radius: 6px; padding: 5px 10px;
 }
-button, summary, .task { cursor: pointer; }
-button:hover:enabled { background: var(--raised); }
+code, pre, textarea { font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; }
+pre { max-height: 260px; overflow: auto; white-space: pre-wrap; margin-top: 4px; }
+pre:empty::after { content: "nothing yet"; color: var(--quiet); }
+button, summary { cursor: pointer; }
+button:hover:enabled, .task > summary:hover { background: var(--raised); }
 button:disabled { opacity: .5; cursor: default; }
-button.main { background: var(--accent) !important; color: var(--on-accent); }
-.link, .name { border: 0; background: none !important; padding: 0; }
-.link { color: var(--accent); text-decoration: underline; }
+button.main { background: var(--accent) !important; color: var(--card); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+.status::before { content: "\25CF\2002" / ""; font-size: 10px; vertical-align: 1px; }
+.pending::before { content: "\25CB\2002" / ""; }
+.pending { color: light-dark(#7d5a00, #e0b04a); }
+.processing { color: var(--accent); }
+.completed { color: light-dark(#17703c, #64c98a); }
+.failed, .error { color: var(--wrong); }
+.cancelled { color: light-dark(#5d5670, #b1a9c6); }
 
-header, #notices, main { max-width: 1320px; margin: auto; padding: 0 20px; }
-header { display: flex; flex-wrap: wrap; align-items: center; gap: 12px 28px; }
-header { padding-top: 16px; padding-bottom: 14px; }
-#link { flex: 1; color: var(--pending); }
-#link.live { color: var(--completed); }
-#link::before, td.status::before { content: "\25CF"; margin-right: 6px; }
-#link::before, td.status::before { font-size: 10px; vertical-align: 1px; }
-td.pending::before { content: "\25CB"; }
-figure { display: flex; align-items: center; gap: 10px; }
-figure svg { width: 132px; height: 30px; border-bottom: 1px solid var(--line); }
-figure path { fill: none; stroke: var(--accent); }
-figcaption { min-width: 92px; line-height: 1.3; }
+header, main { max-width: 1320px; margin: auto; padding: 16px clamp(12px, 2vw, 20px); }
+header, figure, dl, #filter, #pages, .actions {
+  display: flex; flex-wrap: wrap; align-items: center; gap: 8px 16px;
+}
+#connection { flex: 1 1 120px; }
+figure { flex-wrap: nowrap; }
+figure svg { width: clamp(40px, 8vw, 96px); border-bottom: 1px solid var(--line); }
+figure path { stroke: var(--accent); stroke-width: .8; }
+figcaption { min-width: 72px; line-height: 1.3; }
 figcaption b { display: block; color: var(--ink); font-size: 14px; }
-#notices p { background: var(--warn); border: 1px solid var(--warn-line); }
-#notices p { border-radius: 8px; padding: 8px 12px; margin-bottom: 12px; }
 main { display: grid; grid-template-columns: minmax(0, 1fr) 300px; gap: 16px; }
-main { align-items: start; padding-bottom: 40px; }
+main { align-items: start; padding-top: 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+#notice { grid-column: 1 / -1; order: -2; padding: 8px; background: var(--notice); }
 
-.bar, #pages, .actions { display: flex; flex-wrap: wrap; gap: 8px; }
-.bar, #pages { padding: 10px 12px; align-items: center; }
-#statuses { flex: 1; }
-#statuses button { border-color: transparent; color: var(--quiet); padding: 5px 9px; }
-#statuses [aria-pressed=true] { background: var(--raised); border-color: var(--edge); }
-#statuses [aria-pressed=true], #statuses b { color: var(--ink); }
+#filter, #pages { padding: 10px 12px; }
+#statuses { flex: 1 1 420px; }
+#statuses label { position: relative; display: inline-block; padding: 6px 9px; }
+#statuses input { appearance: none; position: absolute; inset: 0; background: none; }
+#statuses input:not(:checked) { border-color: transparent; }
 #type { max-width: 180px; }
-table { width: 100%; border-collapse: collapse; table-layout: fixed; }
-th { padding: 4px 12px; text-align: left; }
-th.number { text-align: right; }
-td { padding: 0 12px; height: 36px; border-top: 1px solid var(--line); }
-.task td { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-.task:hover, .task.open, .detail { background: var(--raised); }
-.status { width: 118px; }
-.running { width: 110px; }
-.age { width: 78px; }
-.name { display: block; max-width: 100%; text-align: left; }
-.name, .message { overflow: hidden; text-overflow: ellipsis; }
-.name::before { content: "\25B8"; display: inline-block; width: 16px; }
-.open .name::before { content: "\25BE"; }
-.name code, .name::before, .message { color: var(--quiet); }
-.doing { display: flex; align-items: center; gap: 8px; min-height: 20px; }
-.percent { width: 42px; flex: none; }
-.percent:empty { display: none; }
-progress { appearance: none; width: 96px; height: 6px; flex: none; border: 0; }
-progress { background: var(--line); border-radius: 3px; overflow: hidden; }
-progress::-webkit-progress-bar { background: var(--line); }
-progress::-webkit-progress-value { background: var(--processing); }
-progress::-moz-progress-bar { background: var(--processing); }
-progress:indeterminate::-moz-progress-bar { width: 0; }
-#empty { padding: 36px 20px; text-align: center; color: var(--quiet); }
-#empty, #pages { border-top: 1px solid var(--line); }
-#place { margin-left: auto; color: var(--quiet); }
+.task, #empty, #pages { border-top: 1px solid var(--line); }
+.task > summary { display: grid; align-items: center; gap: 0 12px; padding: 7px 12px; }
+.task > summary { grid-template-columns: 5fr 98px 106px 106px 7fr; }
+.task > summary > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.task[open] { background: var(--raised); }
+.name::before { content: "\25B8" / ""; display: inline-block; width: 16px; }
+[open] .name::before { content: "\25BE" / ""; }
+.name code, .name::before, .time, #empty, #place { color: var(--quiet); }
+progress { width: 96px; height: 12px; margin-right: 4px; vertical-align: -2px; }
+#empty { padding: 36px 20px; text-align: center; }
 
-.detail td { padding: 0 12px 14px 28px; border: 0; }
-.detail section, form, fieldset { display: grid; gap: 12px; }
-.detail dl { display: flex; flex-wrap: wrap; gap: 6px 24px; }
-.detail :is(dd, .wrong), .field { overflow-wrap: anywhere; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; }
-.pair > * { min-width: 0; }
-pre { margin-top: 4px; padding: 8px 10px; max-height: 260px; overflow: auto; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); }
-pre { border: 1px solid var(--line); border-radius: 6px; }
-pre:empty::after { content: attr(data-empty); color: var(--quiet); }
+.details, .pair, form, fieldset { display: grid; gap: 12px; }
+.details { padding: 4px 12px 14px clamp(12px, 2vw, 28px); }
+.pair { grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); }
+dd, pre, label, .error { overflow-wrap: anywhere; }
 
-summary { padding: 10px 14px; border-radius: 10px; }
+aside summary { padding: 10px 14px; }
 #form { padding: 2px 14px 14px; }
+#form summary { padding: 0 0 8px; color: var(--quiet); }
 fieldset { border: 0; padding: 0; min-width: 0; }
-.options summary { padding: 0 0 8px; color: var(--quiet); }
-.options fieldset { grid-template-columns: 1fr 1fr; }
-.field :is(.hint, .wrong) { display: block; margin-top: 3px; }
-.field :is(input, select, textarea) { width: 100%; margin-top: 3px; }
-.field [type=checkbox] { width: auto; margin: 0 6px 0 0; vertical-align: -1px; }
-.field textarea { resize: vertical; }
-[aria-invalid=true] { border-color: var(--failed); }
+.field > * { display: block; width: 100%; margin-top: 3px; }
+[aria-invalid=true] { border-color: var(--wrong); }
 dialog { margin: auto; padding: 20px; width: min(380px, 90vw); color: inherit; }
 dialog::backdrop { background: rgb(0 0 0 / .5); }
 
 @media (max-width: 900px) {
   main { grid-template-columns: minmax(0, 1fr); }
-  aside { grid-row: 1; }
+  aside { order: -1; }
 }
 @media (max-width: 600px) {
-  header, #notices, main { padding-left: 12px; padding-right: 12px; }
-  #link { flex: 1 0 50%; }
-  #statuses { flex: 1 0 100%; }
-  figure { flex: 1 0 40%; }
-  figure, figure svg, figcaption { min-width: 0; }
-  figure svg { flex: 1 0 40px; }
-  thead { display: none; }
-  table, tbody, .detail, .detail td { display: block; }
-  .task { display: grid; grid-template-columns: 1fr 1.3fr 76px; padding: 7px 12px; }
-  .task { border-top: 1px solid var(--line); }
-  .task td { width: auto; height: 24px; padding: 0; border: 0; }
-  .task td:first-child { grid-column: 1 / 3; }
-  .task .running { grid-area: 1 / 3; }
-  .task .age::after { content: " old"; }
-  .message { display: none; }
-  progress { flex: 1; }
-  .detail td { height: auto; padding-left: 12px; }
-  .pair { grid-template-columns: minmax(0, 1fr); }
+  .task > summary { display: flex; flex-wrap: wrap; }
+  .name, .progress { flex-basis: 100%; }
 }
 </style>
 </head>
 <body>
 <header>
   <h1>longtasks</h1>
-  <p id="link" role="status">connecting</p>
+  <p id="connection" class="status pending" role="status">connecting</p>
   <figure>
-    <svg viewBox="0 0 60 20" preserveAspectRatio="none" aria-hidden="true">
-      <path id="finished" stroke-width=".7"/></svg>
-    <figcaption><b id="finished-text">0</b> finished in 5 min</figcaption>
+    <svg viewBox="0 0 60 20" aria-hidden="true"><path id="finished-chart"/></svg>
+    <figcaption><b id="finished">0</b> finished</figcaption>
   </figure>
   <figure>
-    <svg viewBox="0 0 60 20" preserveAspectRatio="none" aria-hidden="true">
-      <path id="waiting" stroke-width="1.5" vector-effect="non-scaling-stroke"/></svg>
-    <figcaption><b id="waiting-text">0</b> in the queue</figcaption>
+    <svg viewBox="0 0 60 20" aria-hidden="true"><path id="waiting-chart"/></svg>
+    <figcaption><b id="waiting">0</b> in the queue</figcaption>
   </figure>
 </header>
-<div id="notices" role="status">
-  <p id="lost" hidden>The service does not answer. Trying again&nbsp;…</p>
-  <p id="unready" hidden></p>
-  <p id="locked" hidden>This service asks for a token.
-    <button id="unlock">Enter the token</button></p>
-</div>
 <main>
-  <section class="card" aria-label="Tasks">
-    <div class="bar">
-      <div id="statuses" role="group" aria-label="Status"></div>
-      <label>Type <select id="type"></select></label>
-    </div>
-    <table role="table" aria-label="Tasks, newest first">
-      <thead role="rowgroup"><tr role="row">
-        <th role="columnheader">Task</th>
-        <th role="columnheader" class="status">Status</th>
-        <th role="columnheader">Progress</th>
-        <th role="columnheader" class="number running">Running</th>
-        <th role="columnheader" class="number age">Age</th>
-      </tr></thead>
-      <tbody role="rowgroup" id="rows"></tbody>
-    </table>
+  <p id="notice" class="card" role="status"></p>
+  <section class="card" aria-label="Tasks, newest first">
+    <form id="filter">
+      <div id="statuses" role="radiogroup" aria-label="Status"></div>
+      <label>Type <select id="type" name="type"></select></label>
+    </form>
+    <div id="rows"></div>
     <p id="empty">Loading&nbsp;…</p>
     <nav id="pages" aria-label="Pages of the list" hidden>
-      <button id="newer">Newer</button>
-      <button id="older">Older</button>
+      <button id="newer">Newer</button> <button id="older">Older</button>
       <span id="place"></span>
     </nav>
   </section>
   <aside class="card">
     <details id="new">
       <summary><h2>New task</h2></summary>
-      <form id="form" novalidate>
-        <div class="field"><label for="new-type">Type</label>
-          <select id="new-type" aria-describedby="new-hint"></select>
-          <span class="hint" id="new-hint"></span></div>
+      <form id="form">
+        <label class="field"><b>Type</b> <select id="new-type"></select>
+          <small id="description"></small></label>
         <fieldset id="params" aria-label="Params"></fieldset>
-        <details class="options"><summary>Options</summary>
+        <details><summary>Options</summary>
           <fieldset id="options" aria-label="Options"></fieldset></details>
-        <p id="refused" class="wrong" role="alert" hidden></p>
+        <p id="refused" class="error" role="alert"></p>
         <button class="main">Submit</button>
         <p id="accepted" role="status"></p>
       </form>
     </details>
   </aside>
 </main>
-<dialog id="lock" class="card" aria-labelledby="lock-title">
-  <form id="key" method="dialog">
-    <h2 id="lock-title">This service asks for a token</h2>
-    <p id="denied" class="wrong" role="alert" hidden>That was not the right token.</p>
-    <div class="field"><label for="token">Token</label>
+<dialog id="login" class="card" aria-labelledby="login-title">
+  <form method="dialog">
+    <h2 id="login-title">This service asks for a token</h2>
+    <p id="denied" class="error" role="alert"></p>
+    <label class="field"><b>Token</b>
       <input id="token" type="password" required pattern="[!-~]+" autocomplete="off">
-      <span class="hint">It is kept until this tab is closed.</span></div>
+      <small>It is kept until this tab is closed.</small></label>
     <button class="main">Continue</button>
   </form>
 </dialog>
 <template id="row">
-  <tr class="task" role="row">
-    <td role="cell"><button class="name" aria-expanded="false"
-      ><span></span> <code></code></button></td>
-    <td role="cell"></td>
-    <td role="cell"><div class="doing"
-      ><progress max="100" aria-label="Progress"></progress
-      ><span class="number percent"></span><span class="message"></span></div></td>
-    <td role="cell" class="number running"></td>
-    <td role="cell" class="number age"></td>
-  </tr>
-</template>
-<template id="detail">
-  <tr class="detail" role="row"><td role="cell" colspan="5">
-    <section aria-label="The opened task">
-      <dl></dl>
+  <details class="task">
+    <summary class="summary">
+      <span class="name"><span data-text="type"></span>
+        <code data-text="short_id"></code></span>
+      <span class="status" data-text="status"></span>
+      <span class="time" data-text="duration"></span>
+      <span class="time" data-text="age"></span>
+      <span class="progress">
+        <progress class="bar" max="100" aria-label="Progress"></progress>
+        <span data-text="progress"></span></span>
+    </summary>
+    <div class="details">
+      <dl>
+        <div><dt>Id</dt><dd data-text="id"></dd></div>
+        <div><dt>Submitted</dt><dd data-text="created_at"></dd></div>
+        <div><dt>Started</dt><dd data-text="started_at"></dd></div>
+        <div><dt>Ended</dt><dd data-text="ended_at"></dd></div>
+        <div><dt>Attempt</dt><dd data-text="attempt"></dd></div>
+        <div><dt>Priority</dt><dd data-text="priority"></dd></div>
+        <div><dt>Next attempt</dt><dd data-text="next_attempt_at"></dd></div>
+        <div><dt>Last error</dt><dd data-text="last_error"></dd></div>
+      </dl>
       <div class="pair">
-        <div><h2>Submitted</h2>
-          <pre class="submitted" tabindex="0" aria-label="Submitted"></pre></div>
-        <div><h2 class="ending">Result</h2>
-          <pre class="ended" tabindex="0" aria-label="How it ended"
-            data-empty="not yet"></pre></div>
+        <div><h3>Request</h3>
+          <pre class="request" tabindex="0" aria-label="Request"></pre></div>
+        <div><h3 data-text="outcome"></h3>
+          <pre class="result" tabindex="0" aria-label="Result or error"></pre></div>
       </div>
-      <div><h2>Log</h2>
-        <pre class="log" tabindex="0" role="log" aria-label="Log"
-          data-empty="nothing so far"></pre></div>
+      <div><h3>Log</h3>
+        <pre class="log" tabindex="0" role="log" aria-label="Log"></pre></div>
       <div class="actions"><button class="cancel">Cancel</button>
         <button class="again">Submit again</button>
-        <span class="wrong" role="alert"></span></div>
-    </section></td></tr>
+        <button class="delete">Delete</button>
+        <span class="error" role="alert"></span></div>
+    </div>
+  </details>
 </template>
 <noscript>This page needs JavaScript; curl does without it.</noscript>
 <script type="module">
 const STATUSES = ["pending", "processing", "completed", "failed", "cancelled"];
-const ENDED = STATUSES.slice(2);
-const ROWS = 100; // tasks on a page of the list
+const TASKS = "/api/v1/tasks";
+const PAGE_SIZE = 100; // tasks on a page of the list
 const SLOTS = 60, SLOT = 5; // of the charts: how many, and the seconds of each
-const SHOWN = 200_000; // characters of a text that are shown
+const MAX_TEXT = 200_000; // characters of a request or result that are shown
 
 const $ = (id) => document.getElementById(id);
-const stamp = (id) => $(id).content.firstElementChild.cloneNode(true);
-const pause = (time) => new Promise((go) => setTimeout(go, time * 1000));
-const seconds = (text) => Date.parse(text) / 1000;
+const pause = (time) => new Promise((resolve) => setTimeout(resolve, time * 1000));
+const seconds = (timestamp) => Date.parse(timestamp) / 1000;
+const local = new Intl.DateTimeFormat([], { dateStyle: "medium", timeStyle: "medium" });
 
-// Makes an element. Whatever comes from the service becomes a text node, never HTML.
+// Creates an element. Text from the service becomes a text node, never HTML.
 function make(tag, properties, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
   return element;
 }
 
-// Escapes control characters, which would not be seen; tabs and line ends stay.
-const plain = (text) => text.replace(/[\0-\x08\x0b-\x1f\x7f-\x9f]/g,
-  (c) => "\\x" + c.charCodeAt().toString(16).padStart(2, "0"));
-
+// Sets the text of an element, with control characters escaped: they are invisible.
 function put(element, text) {
-  text = plain(text);
-  if (element.textContent !== text) element.textContent = text;
+  const visible = String(text ?? "").replace(/[\0-\x08\x0b-\x1f\x7f-\x9f]/g,
+    (c) => "\\x" + c.charCodeAt().toString(16).padStart(2, "0"));
+  if (element.textContent !== visible) element.textContent = visible;
 }
 
-function tell(element, text) {
-  put(element, text);
-  element.hidden = !text;
+// Parses JSON. Numbers keep their digits where the browser can do that (since 2025).
+const parse = (text) => JSON.parse(text, (key, value, { source } = {}) =>
+  typeof value === "number" && source ? JSON.rawJSON(source) : value);
+
+const pretty = (json) => json.length < MAX_TEXT ?
+  JSON.stringify(parse(json), null, 2) :
+  `${json.slice(0, MAX_TEXT)}\n… of ${json.length} characters`;
+
+// Says how long a time in seconds is, in its two largest units.
+function span(time) {
+  if (time < 10) return Math.max(0, time).toFixed(1) + " s";
+  const [d, h, min, s] =
+    [time / 86400, time / 3600 % 24, time / 60 % 60, time % 60].map(Math.floor);
+  if (d) return `${d} d ${h} h`;
+  if (h) return `${h} h ${min} min`;
+  return min ? `${min} min ${s} s` : `${s} s`;
 }
 
-// Does the work at once, then again if it was asked for meanwhile, but not too often.
-function spaced(gap, work) {
-  let busy = false, wanted = false;
-  return async () => {
-    wanted = true;
-    if (busy) return;
-    busy = true;
-    while (wanted) {
-      wanted = false;
-      await work().catch(() => {});
-      await pause(gap);
-    }
-    busy = false;
-  };
-}
-
-// -- talking to the service
+// -- requests
 
 let token = sessionStorage.getItem("token") ?? "";
-let asking = null; // a promise of another token
+let login = null; // a promise that another token will have been entered
 let skew = 0; // seconds that the service's clock is ahead
 
 const now = () => Date.now() / 1000 + skew;
 
 async function api(path, options = {}) {
-  for (;;) {
-    const sent = token, headers = { ...options.headers };
-    if (sent) headers.Authorization = "Bearer " + sent;
-    const response = await fetch(path, { ...options, headers });
-    if (response.ok) return response;
-    if (response.status !== 401) {
-      const told = await response.json().catch(() => ({}));
-      throw Object.assign(new Error(told.detail ?? response.statusText), told);
-    }
-    if (sent === token) await ask(sent);
+  const sent = token, headers = { ...options.headers };
+  if (sent) headers.Authorization = "Bearer " + sent;
+  const signal = options.signal ?? AbortSignal.timeout(40_000);
+  const response = await fetch(path, { ...options, headers, signal });
+  const ahead = seconds(response.headers.get("Date")) - Date.now() / 1000;
+  skew = Math.abs(ahead) > 2 ? ahead : 0;
+  if (response.ok) return response;
+  if (response.status === 401) {
+    if (sent === token) await (login ??= askForToken());
+    return api(path, options);
   }
+  const problem = await response.json().catch(() => ({}));
+  throw Object.assign(new Error(problem.detail ?? response.statusText), problem);
+}
+
+async function askForToken() {
+  put($("denied"), token && "That was not the right token.");
+  $("login").showModal();
+  await new Promise((resolve) => { $("login").onclose = resolve; });
+  if ($("token").checkValidity()) token = $("token").value;
+  sessionStorage.setItem("token", token);
+  $("token").value = "";
+  login = null;
 }
 
 const getJSON = async (path) => (await api(path)).json();
@@ -8133,571 +8070,368 @@ const getText = async (path) =>
 
 async function submit(body) {
   const headers = { "Content-Type": "application/json" };
-  return (await api("/api/v1/tasks", { method: "POST", headers, body })).json();
+  const response = await api(TASKS, { method: "POST", headers, body });
+  show((await response.json()).id);
 }
 
-// Asks for the token, once for all who need it.
-function ask(wrong) {
-  asking ??= new Promise((go) => {
-    $("denied").hidden = !wrong;
-    $("token").value = "";
-    $("lock").showModal();
-    $("unlock").onclick = () => $("lock").showModal();
-    $("lock").onclose = () => { $("locked").hidden = !asking; };
-    $("key").onsubmit = () => {
-      token = $("token").value;
-      sessionStorage.setItem("token", token);
-      asking = null;
-      go();
-    };
-  });
-  return asking;
-}
+// -- the state, and how it is drawn
 
-// -- the list
-
-let view = { status: "", type: "", after: [] }; // with where its pages begin
-let tasks = new Map(); // what is shown, newest first, and what is opened
-let counts = {}, next = null;
-let opened = null;
-let turn = 0; // of several answers only that to the last question counts
-
-async function load() {
-  const mine = ++turn, { status, type, after } = view;
-  const query = new URLSearchParams({ order: "desc", limit: ROWS });
-  for (const [name, value] of Object.entries({ status, type, after: after.at(-1) }))
-    if (value) query.set(name, value);
-  const list = await getJSON("/api/v1/tasks?" + query);
-  if (mine !== turn) return;
-  const kept = tasks.get(opened?.id);
-  tasks = new Map(list.tasks.map((task) => [task.id, task]));
-  if (kept && !tasks.has(kept.id)) tasks.set(kept.id, kept);
-  ({ counts, next } = list);
-  advance();
-  waiting[SLOTS - 1] = Math.max(waiting[SLOTS - 1], counts.pending);
-  draw();
-}
-
-const refresh = spaced(1, load);
-
-function look(change) {
-  view = { ...view, after: [], ...change };
-  fold();
-  load().catch(() => {});
-}
-
-// What is shown changes at once; what else follows from an event, the list tells.
-function happened(kind, data) {
-  const known = tasks.get(data.id);
-  if (known && kind === "status")
-    tasks.set(data.id, { progress: known.progress, ...data });
-  if (known && kind === "progress") known.progress = data;
-  if (known) draw();
-  if (ENDED.includes(data.status)) count(seconds(data.ended_at));
-  if (kind !== "progress" && kind !== "log") refresh();
-  if (opened && opened.id === data.id) opened.happened(kind);
-}
-
-// -- drawing: at most once a frame, and only what has changed
-
-const rows = new Map();
-let drawing = false;
+let list = { tasks: [], counts: {}, next: null };
+let after = []; // where the pages of the list begin, up to the one that is shown
+let opened = ""; // the id of the task that is open
+let live = false;
+let unready = ""; // why the service accepts no tasks now
+const rows = new Map(); // by task id
 
 function draw() {
-  if (!drawing) requestAnimationFrame(() => {
-    drawing = false;
-    drawRows();
-    drawAround();
-    drawCharts();
-  });
-  drawing = true;
-}
-
-function drawRows() {
-  const wanted = [];
-  for (const [id, task] of tasks) {
-    if (!rows.has(id)) rows.set(id, new Row(task));
-    rows.get(id).show(task);
-    wanted.push(rows.get(id).tr);
-    if (opened?.id !== id) continue;
-    opened.show(task);
-    wanted.push(opened.tr);
-  }
-  for (const [id, row] of rows) {
-    if (tasks.has(id)) continue;
-    row.tr.remove();
+  for (const [id, { element }] of rows) {
+    if (list.tasks.some((task) => task.id === id)) continue;
+    element.remove();
     rows.delete(id);
   }
+  // Rows that stay are not moved: that would take the focus from them.
   let place = $("rows").firstChild;
-  for (const tr of wanted) {
-    if (tr === place) place = place.nextSibling;
-    else $("rows").insertBefore(tr, place);
+  for (const task of list.tasks) {
+    if (!rows.has(task.id)) rows.set(task.id, new Row(task.id));
+    const row = rows.get(task.id);
+    row.draw(task);
+    if (row.element === place) place = place.nextSibling;
+    else $("rows").insertBefore(row.element, place);
   }
+  drawSummary();
+  drawChart("finished");
+  drawChart("waiting");
 }
 
-function drawAround() {
-  const { status, type, after } = view, before = after.length * ROWS;
-  const all = Object.values(counts).reduce((sum, n) => sum + n, 0);
-  for (const button of $("statuses").children) {
-    const n = button.value ? counts[button.value] ?? 0 : all;
-    put(button.lastChild, n.toLocaleString());
-    button.ariaPressed = String(button.value === status);
-  }
-  const none = !all ? "No tasks yet. Submit one here, or see: curl " + location.origin
-    : `There are no ${status} tasks${type && " of type " + type} here.`;
-  tell($("empty"), tasks.size ? "" : none);
+function drawSummary() {
+  const { tasks, counts, next } = list, before = after.length * PAGE_SIZE;
+  const putCount = (element, statuses) => put(element, statuses.reduce(
+    (sum, each) => sum + (counts[each] ?? 0), 0).toLocaleString());
+  for (const { value, parentElement: label } of $("filter").elements.status)
+    putCount(label.lastChild, value ? [value] : STATUSES);
+  putCount($("finished"), STATUSES.slice(2));
+  putCount($("waiting"), ["pending"]);
+  put($("connection"), live ? "live" : "not connected");
+  $("connection").className = "status " + (live ? "completed" : "pending");
+  put($("notice"), !live ? "The service does not answer. Trying again …" :
+    unready && "No new tasks are accepted now: " + unready);
+  put($("empty"), tasks.length ? "" :
+    "There are no such tasks. Submit one here, or see: curl " + location.origin);
+  put($("place"), `${before + 1} to ${before + Math.min(tasks.length, PAGE_SIZE)}`);
   $("newer").disabled = !before;
   $("older").disabled = next === null;
   $("pages").hidden = !before && next === null;
-  put($("place"), `${before + 1} to ${before + Math.min(tasks.size, ROWS)}`);
 }
 
 class Row {
-  constructor(task) {
-    this.tr = stamp("row");
-    [this.name, this.status, this.doing, this.running, this.age] = this.tr.children;
-    [this.bar, this.percent, this.message] = this.doing.firstChild.children;
-    this.button = this.name.firstChild;
-    this.button.firstChild.append(task.type);
-    this.button.lastChild.append(task.id.slice(0, 8));
-    this.tr.title = task.type + " " + task.id;
-    this.tr.onclick = () => {
-      if (!getSelection().isCollapsed) return; // someone copies the id
-      if (opened?.id === task.id) fold();
-      else unfold(task.id);
+  constructor(id) {
+    this.path = TASKS + "/" + id;
+    this.element = $("row").content.firstElementChild.cloneNode(true);
+    this.element.id = id;
+    this.texts = this.element.querySelectorAll("[data-text]");
+    for (const each of this.element.querySelectorAll("[class]"))
+      this[each.classList[0]] = each; // this.log and so on
+    this.summary.onclick = (event) => {
+      event.preventDefault(); // the state says whether a row is open
+      const selected = !getSelection().isCollapsed; // perhaps the id, to copy it
+      if (!selected) show(opened === id ? "" : id);
+    };
+    this.on(this.cancel, () => api(this.path + "/cancel", { method: "POST" }));
+    this.on(this.again, async () => submit(await getText(this.path + "/submission")));
+    this.on(this.delete, () => api(this.path, { method: "DELETE" }));
+  }
+
+  on(button, work) {
+    button.onclick = () => {
+      put(this.error, "");
+      work().then(reload, ({ message }) => put(this.error, message));
     };
   }
 
-  show(task) {
-    const open = opened?.id === task.id, runs = task.status === "processing";
-    const { percent, message } = (runs && task.progress) || {};
-    this.tr.classList.toggle("open", open);
-    this.button.ariaExpanded = String(open);
-    put(this.status, task.status);
+  draw(task) {
+    this.task = task;
+    const { created_at: created, started_at: started, ended_at: ended } = task;
+    const { percent, message } = task.progress ?? {}, next = task.next_attempt_at;
+    const progress = [
+      percent !== undefined && Math.floor(percent) + " %", message,
+      task.cancel_requested && "stopping …",
+      next && "in " + span(seconds(next) - now()), task.last_error,
+    ];
+    const time = (ended ? seconds(ended) : now()) - seconds(started);
+    const texts = {
+      ...task,
+      short_id: task.id.slice(0, 8),
+      progress: progress.filter(Boolean).join(" · "),
+      duration: started && (ended ? "took " : "for ") + span(time),
+      age: span(now() - seconds(created)) + " ago",
+      outcome: ["failed", "cancelled"].includes(task.status) ? "Error" : "Result",
+    };
+    for (const each of this.texts) {
+      const name = each.dataset.text, text = texts[name];
+      put(each, text && name.endsWith("_at") ? local.format(Date.parse(text)) : text);
+    }
+    this.element.open = opened === task.id;
     this.status.className = "status " + task.status;
-    this.bar.hidden = !runs;
-    if (percent === undefined) this.bar.removeAttribute("value");
-    else this.bar.value = percent;
-    put(this.percent, percent === undefined ? "" : Math.floor(percent) + " %");
-    put(this.message, task.cancel_requested ? "stopping …" : message ?? waits(task));
-    this.tick(task);
+    this.bar.hidden = percent === undefined;
+    this.bar.value = percent ?? 0;
+    this.cancel.disabled = Boolean(ended || task.cancel_requested);
+    this.delete.disabled = !ended;
   }
 
-  tick({ created_at: created, started_at: started, ended_at: ended }) {
-    const end = ended ? seconds(ended) : now();
-    put(this.running, started ? span(end - seconds(started), 2) : "");
-    put(this.age, span(now() - seconds(created), 1));
+  // Fetches what only an open row shows.
+  async load() {
+    this.appendLog(await getText(this.path + "/log"));
+    if (!this.request.textContent)
+      put(this.request, pretty(await getText(this.path + "/submission")));
+    if (!this.task.ended_at || this.result.textContent) return;
+    const path = this.path + "/result";
+    put(this.result, this.task.status === "completed" ?
+      pretty(await getText(path)) : (await getJSON(path)).error);
   }
-}
 
-function waits({ status, next_attempt_at: at, last_error: error }) {
-  if (status !== "pending" || !at) return "";
-  const time = "in " + span(seconds(at) - now(), 1);
-  return error ? `again ${time}: ${error}` : time;
-}
-
-const UNITS = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
-
-function span(time, parts) {
-  if (time < 10 && parts > 1) return Math.max(0, time).toFixed(1) + " s";
-  const first = UNITS.findIndex(([, size]) => time >= size);
-  if (first < 0) return "0 s";
-  return UNITS.slice(first, first + parts).map(([unit, size]) => {
-    const whole = Math.floor(time / size);
-    time -= whole * size;
-    return whole + " " + unit;
-  }).join(" ");
-}
-
-// -- charts of the last five minutes, since the page was opened
-
-const finished = Array(SLOTS).fill(null), waiting = Array(SLOTS).fill(null);
-let slot = 0; // that of their last entries
-
-function advance() {
-  const current = Math.floor(now() / SLOT);
-  for (slot ||= current - 1; slot < current; slot++) {
-    finished.push(0);
-    finished.shift();
-    waiting.push(counts.pending ?? null);
-    waiting.shift();
+  // Keeps what is there, so that a reader's selection and place stay.
+  appendLog(text) {
+    const { log } = this;
+    const atEnd = log.scrollTop + log.clientHeight > log.scrollHeight - 9;
+    if (!text.startsWith(log.textContent)) log.textContent = "";
+    const more = text.slice(log.textContent.length);
+    if (more) log.append(more);
+    if (atEnd) log.scrollTop = log.scrollHeight;
   }
 }
 
-function count(ended) {
-  advance();
-  const index = SLOTS - 1 - Math.max(0, slot - Math.floor(ended / SLOT));
-  if (index >= 0) finished[index] += 1;
-}
-
-function drawCharts() {
-  advance();
-  const most = Math.max(1, ...finished), longest = Math.max(1, ...waiting);
-  const bars = finished.map((n, x) => n ? `M${x + .5} 20V${20 - 19 * n / most}` : "");
-  const line = waiting.map((n, x) =>
-    n === null ? "" : `${x + .5} ${19 - 18 * n / longest}`).filter(Boolean);
-  $("finished").setAttribute("d", bars.join(""));
-  $("waiting").setAttribute("d", line.length ? "M" + line.join("L") : "");
-  put($("finished-text"), finished.reduce((sum, n) => sum + n, 0).toLocaleString());
-  put($("waiting-text"), (counts.pending ?? 0).toLocaleString());
-}
-
-// -- the task that is opened
-
-class Detail {
-  constructor(id) {
-    this.id = id;
-    this.path = "/api/v1/tasks/" + id;
-    this.tr = stamp("detail");
-    const part = (name) => this.tr.querySelector(name);
-    this.facts = part("dl");
-    for (const name of ["submitted", "ending", "ended", "log", "cancel", "wrong"])
-      this[name] = part("." + name);
-    this.cancel.onclick = () =>
-      this.attempt(() => api(this.path + "/cancel", { method: "POST" }));
-    part(".again").onclick = () => this.attempt(async () =>
-      unfold((await submit(await getText(this.path + "/submission"))).id));
-    this.readLog = spaced(.3, () => this.loadLog());
-    this.load();
-  }
-
-  load() {
-    this.readLog();
-    this.attempt(async () => {
-      tasks.set(this.id, await getJSON(this.path));
-      put(this.submitted, pretty(await getText(this.path + "/submission")));
-      draw();
-    });
-  }
-
-  show(task) {
-    const time = (text) => text && new Date(text).toLocaleString();
-    const facts = Object.entries({
-      Id: task.id, Submitted: time(task.created_at), Started: time(task.started_at),
-      Ended: time(task.ended_at), Attempt: task.attempt, Priority: task.priority,
-      "Next attempt": time(task.next_attempt_at), "Last error": task.last_error,
-    }).filter(([, value]) => value);
-    if (String(facts) !== this.shown)
-      this.facts.replaceChildren(...facts.map(([name, value]) =>
-        make("div", {}, make("dt", {}, name), make("dd", {}, plain(String(value))))));
-    this.shown = String(facts);
-    const over = ENDED.includes(task.status);
-    this.cancel.disabled = over || Boolean(task.cancel_requested);
-    if (over && !this.over) this.attempt(() => this.loadEnd(task.status));
-    this.over = over;
-  }
-
-  happened(kind) {
-    if (kind === "gone") put(this.wrong, "The service has forgotten this task.");
-    else if (kind !== "progress") this.readLog();
-  }
-
-  async loadEnd(status) {
-    const path = this.path + "/result", completed = status === "completed";
-    put(this.ending, completed ? "Result" : "Error");
-    const end = completed ? pretty(await getText(path)) : (await getJSON(path)).error;
-    put(this.ended, end);
-  }
-
-  // Adds what is new, so that what a reader has selected or scrolled to stays so.
-  async loadLog() {
-    const pre = this.log, text = await getText(this.path + "/log");
-    const down = pre.scrollTop + pre.clientHeight > pre.scrollHeight - 9;
-    if (!text.startsWith(pre.textContent)) pre.textContent = "";
-    const more = text.slice(pre.textContent.length);
-    if (more) pre.append(more);
-    if (down) pre.scrollTop = pre.scrollHeight;
-  }
-
-  async attempt(work) {
-    put(this.wrong, "");
-    await work().catch((error) => put(this.wrong, error.message));
-  }
-}
-
-function unfold(id) {
-  fold();
-  opened = new Detail(id);
+// Opens a task, or none with "", on one of the pages of the list.
+function show(id, pages = after) {
+  document.activeElement?.closest(".task")?.firstElementChild.focus();
+  opened = id;
+  after = pages;
   draw();
+  reload();
 }
 
-function fold() {
-  if (opened?.tr.contains(document.activeElement)) rows.get(opened.id).button.focus();
-  opened?.tr.remove();
-  opened = null;
-  draw();
+// -- the charts of the last five minutes, as far as the page has been open
+
+const slots = new Map(); // how many tasks finished, and waited, in five seconds
+let total = Infinity; // how many had finished when the latest list was loaded
+
+function sample(metrics) {
+  const slot = Math.floor(now() / SLOT), { finished = 0 } = slots.get(slot) ?? {};
+  const counters = metrics.matchAll(/^longtasks_tasks_finished_total.* (\d+)$/gm);
+  const all = [...counters].reduce((sum, [, n]) => sum + Number(n), 0);
+  const more = Math.max(0, all - total); // a restarted service counts from 0
+  slots.set(slot, { finished: finished + more, waiting: list.counts.pending });
+  total = all;
 }
 
-// Indents JSON without reading it into numbers, which could lose digits.
-function pretty(json) {
-  let depth = 0;
-  const line = () => "\n" + "  ".repeat(depth);
-  const cut = json.length > SHOWN ? `\n… of ${json.length} characters` : "";
-  const tokens = /"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[[{\]},:]|\s+/g;
-  return json.slice(0, SHOWN).replace(tokens, (token) => {
-    if (token === "[" || token === "{") return depth++, token + line();
-    if (token === "]" || token === "}") return depth--, line() + token;
-    if (token === ",") return token + line();
-    return token === ":" ? ": " : token.trim();
-  }) + cut;
+function drawChart(name) {
+  const first = Math.floor(now() / SLOT) - SLOTS + 1;
+  for (const slot of slots.keys()) if (slot < first) slots.delete(slot);
+  const most = Math.max(1, ...[...slots.values()].map(({ [name]: n }) => n));
+  const path = [...slots].map(([slot, { [name]: n }]) =>
+    n ? `M${slot - first + .5} 20v${-19 * n / most}` : "");
+  $(name + "-chart").setAttribute("d", path.join(""));
 }
 
 // -- the form: a field for each param, as its schema has it
 
-const WORDS = { number: "a number", integer: "a whole number", string: "text",
-  array: "a list, as JSON", object: "an object, as JSON", undefined: "JSON" };
+// Creates a field. The name of its input is the JSON Pointer that the service reports
+// errors with.
+function makeField(pointer, schema, required, name = pointer.split("/").pop()) {
+  const all = schema.anyOf ?? [schema];
+  const kinds = all.filter(({ type }) => type !== "null");
+  // Where several kinds are possible, or null has to be said, the input is JSON.
+  const simple = kinds.length === 1 && !(required && kinds.length < all.length);
+  const kind = { ...(simple ? kinds[0] : {}), ...schema };
+  const { type, minimum, maximum, description } = kind;
+  const input = Object.assign(makeInput(kind), { name: pointer });
+  input.initial = input.value; // while it stays so, it is left out
+  const hint = [
+    type, input.type === "textarea" && "as JSON", description,
+    minimum !== undefined && "at least " + minimum,
+    maximum !== undefined && "at most " + maximum, required && "required",
+  ];
+  return make("label", { className: "field" }, make("b", {}, name), input,
+    make("span", { className: "error" }),
+    make("small", {}, hint.filter(Boolean).join(", ")));
+}
 
-class Field {
-  constructor(name, schema, required, pointer) {
-    const all = schema.anyOf ?? [schema];
-    const kinds = all.filter((kind) => kind.type !== "null");
-    // Where there are several kinds, JSON says which one is meant.
-    this.kind = { ...schema, ...(kinds.length === 1 ? kinds[0] : {}) };
-    this.name = name;
-    this.pointer = pointer;
-    this.empty = ""; // what to send when nothing was entered
-    if (typeof schema.default === "string") this.empty = '""';
-    else if (required && kinds.length < all.length) this.empty = "null";
-    this.input = this.makeInput(kinds.length < all.length);
-    this.input.id = "field" + pointer;
-    this.wrong = make("span", { id: this.input.id + "-wrong", className: "wrong" });
-    const hint = make("span", { id: this.input.id + "-hint", className: "hint" });
-    hint.append([this.words(), required && "required"].filter(Boolean).join(", "));
-    this.input.setAttribute("aria-describedby", this.wrong.id + " " + hint.id);
-    this.input.ariaRequired = String(required);
-    const parts = [make("label", { htmlFor: this.input.id }, name), this.input];
-    if (this.input.type === "checkbox") parts.reverse();
-    this.element = make("div", { className: "field" }, ...parts, this.wrong, hint);
+const makeFields = (pointer, { properties = {}, required = [] }) =>
+  Object.entries(properties).filter(([, schema]) => schema).map(([name, schema]) =>
+    makeField(pointer + name, schema, required.includes(name)));
+
+function makeInput({ type, enum: choices, default: initial }) {
+  choices ??= type === "boolean" ? [true, false] : null;
+  if (choices) {
+    const options = choices.map((each) =>
+      new Option(each, JSON.stringify(each), false, each === initial));
+    if (!choices.includes(initial)) options.unshift(new Option(""));
+    return make("select", {}, ...options);
   }
+  const value = initial ?? "";
+  if (type === "string") return make("input", { value, spellcheck: false });
+  if (type === "number" || type === "integer")
+    return make("input", { type: "number", step: "any", value });
+  return make("textarea", { rows: 3, value: value && JSON.stringify(value) });
+}
 
-  makeInput(nullable) {
-    const { type, minimum: min = "", maximum: max = "", default: value } = this.kind;
-    const choices = this.kind.enum ?? (type === "boolean" && nullable && [true, false]);
-    if (choices) {
-      const options = choices.map((each) => new Option(each, JSON.stringify(each)));
-      if (!choices.includes(value)) options.unshift(new Option("", ""));
-      const select = make("select", {}, ...options);
-      if (choices.includes(value)) select.value = JSON.stringify(value);
-      return select;
+// Returns an object with what was entered into the fields of a fieldset.
+function entered(fieldset) {
+  return Object.fromEntries([...fieldset.elements].flatMap((input) => {
+    const { type, value, valueAsNumber: number } = input;
+    const name = input.name.split("/").pop();
+    if (value === input.initial || (value === "" && type !== "text")) return [];
+    if (type === "text") return [[name, value]];
+    try {
+      const json = number % 1 ? number : parse(value); // .5 is not JSON
+      return input.name === "#/params" ? Object.entries(json) : [[name, json]];
+    } catch ({ message: detail }) {
+      throw Object.assign(new Error(), { errors: [{ pointer: input.name, detail }] });
     }
-    if (type === "boolean") return make("input", { type: "checkbox", checked: value });
-    const text = value ?? "";
-    if (type === "string") return make("input", { value: text, spellcheck: false });
-    const step = type === "integer" ? 1 : "any";
-    if (type === "integer" || type === "number")
-      return make("input", { type: "number", min, max, step, value: text });
-    return make("textarea", { rows: 3, value: text && JSON.stringify(text) });
-  }
-
-  words() {
-    const { type, minimum: low, maximum: high, description = "" } = this.kind;
-    if (this.kind.enum || type === "boolean") return "";
-    const from = low === undefined ? "" : " from " + low;
-    const to = high === undefined ? "" : (from ? " to " : " up to ") + high;
-    return (WORDS[type] + from + to + " " + description).trim();
-  }
-
-  // The JSON of the value, to the digit as it was typed; "" leaves the param out.
-  read() {
-    const { type, value } = this.input;
-    if (type === "checkbox") return String(this.input.checked);
-    if (value === "") return this.empty;
-    if (type === "text") return JSON.stringify(value);
-    if (type === "number" && !/^-?(0|[1-9]\d*)$/.test(value)) return String(+value);
-    JSON.parse(value);
-    return value;
-  }
-
-  member() {
-    const value = this.read();
-    return value && JSON.stringify(this.name) + ": " + value;
-  }
-
-  tell(wrong) {
-    tell(this.wrong, wrong);
-    this.input.ariaInvalid = String(Boolean(wrong));
-  }
+  }));
 }
 
-// All params that have no field of their own, as one JSON object.
-class Rest extends Field {
-  member() {
-    const text = this.read().trim();
-    if (text && text[0] !== "{") throw new SyntaxError("this must be a JSON object");
-    return text.slice(1, -1).trim();
+// Shows each error at its field, or at the one that holds it, or else below the form.
+function showErrors(errors) {
+  const { elements } = $("form");
+  for (const each of $("form").querySelectorAll(".error")) put(each, "");
+  for (const each of elements) each.ariaInvalid = "false";
+  for (const { pointer = "", detail } of errors) {
+    const steps = pointer.split("/");
+    while (steps.length && !elements[steps.join("/")]) steps.pop();
+    const input = elements[steps.join("/")];
+    const place = input ? input.nextElementSibling : $("refused");
+    put(place, [place.textContent, detail].filter(Boolean).join("; "));
+    if (input) input.ariaInvalid = "true";
   }
+  $("form").querySelector("[aria-invalid=true]")?.focus();
 }
 
-const options = Object.entries({
-  timeout: "number", retries: "integer", delay: "number", priority: "integer",
-}).map(([name, type]) => new Field(name, { type }, false, "#/" + name));
-let types = [], fields = [];
+let types = [];
 
 async function loadTypes() {
-  const found = (await getJSON("/api/v1/types")).types;
-  if (JSON.stringify(found) === JSON.stringify(types)) return;
-  types = found;
-  for (const select of [$("type"), $("new-type")]) {
-    const { value } = select, names = types.map(({ type }) => type);
-    select.replaceChildren(...names.map((name) => new Option(name, name)));
-    if (select.id === "type") select.prepend(new Option("all", ""));
-    select.value = names.includes(value) ? value : select.options[0]?.value;
-  }
+  const latest = (await getJSON("/api/v1/types")).types;
+  if (JSON.stringify(latest) === JSON.stringify(types)) return; // keep what was entered
+  types = latest;
+  const options = () => types.map(({ type }) => new Option(type, type));
+  $("type").replaceChildren(new Option("all", ""), ...options());
+  $("new-type").replaceChildren(...options());
   drawForm();
 }
 
 function drawForm() {
-  const { value } = $("new-type");
-  const { description, params } = types.find(({ type }) => type === value);
-  const step = (name) => name.replaceAll("~", "~0").replaceAll("/", "~1");
-  fields = Object.entries(params.properties ?? {}).filter(([, schema]) => schema).map(
-    ([name, schema]) => new Field(
-      name, schema, params.required.includes(name), "#/params/" + step(name)));
-  if (params.additionalProperties !== false) {
-    const name = fields.length ? "other params" : "params";
-    fields.push(new Rest(name, { type: "object" }, false, "#/params"));
-  }
-  put($("new-hint"), description);
-  $("params").replaceChildren(...fields.map((field) => field.element));
-  refuse([]);
-}
-
-function written() {
-  const members = (list) => list.map((field) => {
-    try {
-      return field.member();
-    } catch ({ message: detail }) {
-      const errors = [{ pointer: field.pointer, detail }];
-      throw Object.assign(new Error(detail), { errors });
-    }
-  }).filter(Boolean);
-  const type = JSON.stringify($("new-type").value), params = members(fields).join(", ");
-  const all = [`"type": ${type}`, `"params": {${params}}`, ...members(options)];
-  return `{${all.join(", ")}}`;
-}
-
-// Shows what is wrong at the fields that it is about, and the rest below them.
-function refuse(errors) {
-  const all = [...fields, ...options];
-  const at = ({ pointer = "" }) =>
-    all.find((field) => pointer === field.pointer) ??
-    all.find((field) => pointer.startsWith(field.pointer + "/"));
-  const told = (field) =>
-    errors.filter((e) => at(e) === field).map((e) => e.detail).join("; ");
-  for (const field of all) field.tell(told(field));
-  tell($("refused"), told(undefined));
-  $("form").querySelector("[aria-invalid=true]")?.focus();
+  const { params, description } = types[$("new-type").selectedIndex];
+  const fields = makeFields("#/params/", params);
+  const name = fields.length ? "other params" : "params";
+  if (params.additionalProperties !== false)
+    fields.push(makeField("#/params", { type: "object" }, false, name));
+  put($("description"), description);
+  $("params").replaceChildren(...fields);
+  showErrors([]);
 }
 
 $("form").onsubmit = async (event) => {
   event.preventDefault();
-  const button = event.submitter;
-  button.disabled = true;
+  event.submitter.disabled = true;
   put($("accepted"), "");
   try {
-    const { id } = await submit(written());
-    refuse([]);
-    const onclick = () => unfold(id);
-    $("accepted").append("Submitted ",
-      make("button", { type: "button", className: "link", onclick }, id.slice(0, 8)));
+    const type = $("new-type").value, params = entered($("params"));
+    const body = JSON.stringify({ type, params, ...entered($("options")) });
+    await submit(body);
+    showErrors([]);
+    put($("accepted"), "Submitted");
   } catch (error) {
-    refuse(error.errors ?? [{ detail: error.message }]);
+    showErrors(error.errors ?? [{ detail: error.message }]);
   }
-  button.disabled = false;
+  event.submitter.disabled = false;
 };
 
-// -- following what happens
+// -- live updates: an event says that something has changed, the list says what
 
-let last = ""; // the id of the last event
-let live = false;
-let stop = new AbortController();
-let shown = () => {}; // called when the tab is seen again
+let loads = 0, loaded = 0; // the numbers of the latest list requested, and shown
+let timer = 0;
+let connection = new AbortController();
 
-// A tab that nobody sees takes none of the few connections that a browser allows.
-document.onvisibilitychange = () => {
-  if (document.hidden) stop.abort();
-  else shown();
-};
+async function load() {
+  const number = ++loads, query = new URLSearchParams(new FormData($("filter")));
+  if (after.length) query.set("after", after.at(-1));
+  const [latest, metrics, problem, task] = await Promise.all([
+    getJSON(`${TASKS}?order=desc&limit=${PAGE_SIZE}&${query}`), getText("/metrics"),
+    api("/readyz").then(() => "", ({ detail = "" }) => detail),
+    opened && getJSON(TASKS + "/" + opened).catch(() => rows.get(opened)?.task),
+  ]);
+  if (number < loaded) return;
+  loaded = number;
+  list = latest;
+  unready = problem;
+  if (task && !list.tasks.some(({ id }) => id === task.id)) list.tasks.push(task);
+  list.tasks.sort((a, b) => b.created_at.localeCompare(a.created_at));
+  sample(metrics);
+  draw();
+  const row = rows.get(opened);
+  await row?.load().catch(({ detail }) => put(row.error, detail));
+}
+
+// Loads the list; where that fails, the connection is made again.
+const reload = () => load().catch(() => connection.abort());
+
+// Loads the list soon: once for all events that come meanwhile.
+function refresh() {
+  timer ||= setTimeout(() => {
+    timer = 0;
+    reload();
+  }, 400);
+}
+
+async function visible() {
+  while (document.hidden)
+    await new Promise((resolve) => { document.onvisibilitychange = resolve; });
+  // A tab that nobody sees takes none of the few connections that a browser allows.
+  document.onvisibilitychange = () => connection.abort();
+}
 
 async function follow() {
-  for (let failures = 0; ;) {
-    if (document.hidden) await new Promise((go) => { shown = go; });
-    stop = new AbortController();
+  for (let failures = 0; ; failures++) {
+    await pause(Math.min(failures, 10));
+    await visible();
+    connection = new AbortController();
     try {
-      const headers = last ? { "Last-Event-ID": last } : {};
-      const response = await api("/api/v1/events", { headers, signal: stop.signal });
-      const ahead = seconds(response.headers.get("Date")) - Date.now() / 1000;
-      skew = Math.abs(ahead) > 2 ? ahead : 0;
+      const { body } = await api("/api/v1/events", { signal: connection.signal });
+      live = true;
       failures = 0;
-      connected(true);
-      await read(response.body);
-    } catch { /* told below, and tried again */ }
+      loadTypes().catch(() => {});
+      refresh();
+      const reader = body.getReader();
+      while (!(await reader.read()).done) refresh();
+    } catch { /* shown by draw(), and tried again */ }
     if (document.hidden) continue;
-    if (failures++) connected(false); // not when it just was too slow for the events
-    await pause(Math.min(2 ** failures / 4, 10));
+    live = false;
+    draw();
   }
 }
 
-function connected(is) {
-  live = is;
-  put($("link"), live ? "live" : "not connected");
-  $("link").className = live ? "live" : "";
-  $("lost").hidden = live;
-  $("unready").hidden = true;
-  if (!live) return;
-  refresh();
-  checkReadiness();
-  loadTypes().catch(() => {});
-  opened?.load();
-}
-
-async function read(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ;) {
-    const silence = setTimeout(() => stop.abort(), 40_000); // longer than it ever is
-    const { done, value } = await reader.read();
-    clearTimeout(silence);
-    if (done) return;
-    const blocks = (rest + value).split("\n\n");
-    rest = blocks.pop();
-    for (const block of blocks) {
-      const lines = block.split("\n").map((line) => line.split(/: (.*)/s));
-      const { id = last, event: kind, data } = Object.fromEntries(lines);
-      last = id;
-      if (kind) happened(kind, JSON.parse(data));
-    }
-  }
-}
-
-const checkReadiness = spaced(2, async () => {
-  const why = await api("/readyz").then(() => "", ({ detail = "" }) => detail);
-  if (live) tell($("unready"), why && "No new tasks are taken now: " + why);
-});
-
-// -- the beginning
+// -- the start
 
 for (const value of ["", ...STATUSES]) {
-  const onclick = () => look({ status: value });
-  const button = make("button", { value, onclick }, (value || "all") + " ", make("b"));
-  $("statuses").append(button);
+  const radio = { type: "radio", name: "status", value, checked: !value };
+  $("statuses").append(
+    make("label", {}, make("input", radio), (value || "all") + " ", make("b")));
 }
-$("type").onchange = () => look({ type: $("type").value });
-$("older").onclick = () => look({ after: [...view.after, next] });
-$("newer").onclick = () => look({ after: view.after.slice(0, -1) });
+$("filter").onchange = () => show("", []);
+$("older").onclick = () => show("", [...after, list.next]);
+$("newer").onclick = () => show("", after.slice(0, -1));
 $("new-type").onchange = drawForm;
-$("options").append(...options.map((field) => field.element));
+const time = { type: "number", minimum: 0, description: "in seconds" };
+$("options").append(...makeFields("#/", { properties: {
+  timeout: time, retries: { type: "integer", minimum: 0 }, delay: time,
+  priority: { type: "integer", minimum: -1000, maximum: 1000 },
+} }));
 $("new").open = innerWidth > 900;
-document.onkeydown = ({ key }) => {
-  if (key === "Escape" && !$("lock").open) fold();
-};
+document.onkeydown = ({ key }) => { if (key === "Escape" && opened) show(""); };
 setInterval(() => {
   if (!live || document.hidden) return;
-  for (const [id, row] of rows) if (tasks.has(id)) row.tick(tasks.get(id));
-  drawCharts();
-  checkReadiness();
+  draw();
+  if (now() % 5 < 1) refresh(); // not every progress of a task is an event
 }, 1000);
-// Of progress that comes quickly not all is told, perhaps not the last.
-setInterval(() => live && !document.hidden && refresh(), 5000);
 follow();
 </script>
 </body>

@@ -4756,10 +4756,7 @@ def timestamp(when: float) -> str:
     return "%s.%03dZ" % (second, millis % 1000)
 
 
-@functools.lru_cache(maxsize=1000)
-def json_text(text: str) -> str:
-    """Return a text that recurs, such as the name of a task type, as JSON."""
-    return to_json(text).decode()
+json_text = functools.lru_cache(maxsize=1000)(json.dumps)  # for types: they recur
 
 
 def status_json(task: Task, context: Optional[Context] = None) -> str:
@@ -5015,39 +5012,33 @@ def delete_task(app: App, request: Request) -> Reply:
 
 def task_events(app: App, request: Request) -> Reply:
     """Follow a task: its status, progress and log as they change, until its end."""
-    return events_reply(app, request, request.task_id)
-
-
-def all_events(app: App, request: Request) -> Reply:
-    """Follow all tasks."""
-    return events_reply(app, request, "")
-
-
-def events_reply(app: App, request: Request, task_id: str) -> Reply:
-    """Reply with Server-Sent Events (html.spec.whatwg.org/#server-sent-events)."""
     request.accepts(SSE)
     after, last = None, request.headers.get("last-event-id", "")
     if last:
         known = re.fullmatch(app.store.events.life + "-([0-9]{1,15})", last)
-        # An id of another process is one that no event has reached yet: a gap.
+        # An id of another process becomes a number that no event has: a gap.
         after = int(known.group(1)) if known else sys.maxsize
-    stream = event_stream(app, request, task_id, after)
+    stream = event_stream(app, request, after)
     next(stream)  # subscribe now, while an error can still be the reply
     # Proxies that buffer replies are asked not to.
     return Reply(200, b"", SSE, {"X-Accel-Buffering": "no"}, stream)
 
 
-def event_stream(
-    app: App, request: Request, task_id: str, after: Optional[int]
-) -> Iterator[bytes]:
-    """Yield nothing once, then events until the task or the service ends.
+def all_events(app: App, request: Request) -> Reply:
+    """Follow all tasks."""
+    return task_events(app, request)
 
-    `after` is the number of the last event that the client has, None for none.
+
+def event_stream(app: App, request: Request, after: Optional[int]) -> Iterator[bytes]:
+    """Yield nothing once, then Server-Sent Events until the task or the service ends.
+
+    `after` is the number of the last event that the client has, None for none. The
+    format is that of html.spec.whatwg.org/#server-sent-events.
     """
     events = app.store.events
     encode = functools.partial(encode_event, events.life)
-    task, watch, gap = app.store.watch(task_id, after)
-    request.client_left = watch.told  # it then sends a comment, which fails
+    task, watch, gap = app.store.watch(request.task_id, after)
+    request.client_left = watch.told  # the stream then sends a comment, which fails
     try:
         yield b""
         yield b"retry: 1000\n\n"
@@ -5067,7 +5058,7 @@ def event_stream(
             over = over or (task is not None and any(map(ends_stream, news)))
     finally:
         request.client_left = None
-        events.leave(task_id, watch)
+        events.leave(request.task_id, watch)
 
 
 def ends_stream(event: Event) -> bool:
@@ -5184,15 +5175,16 @@ Row = Tuple[Any, ...]  # the arguments of metric_lines()
 
 def show_metrics(app: App, request: Request) -> Reply:
     """Show metrics for Prometheus."""
-    rows = [*task_metrics(app), *http_metrics(app), *process_metrics()]
+    rows = [*service_metrics(app), *process_metrics()]
     lines = [line for row in rows for line in metric_lines(*row)]
     return Reply(200, "".join(lines).encode(), METRICS)
 
 
 # fmt: off
-def task_metrics(app: App) -> List[Row]:
-    """Return the metrics of tasks and the journal."""
+def service_metrics(app: App) -> List[Row]:
+    """Return the metrics of tasks, the journal and HTTP."""
     counts, stuck, ended, times, journal = app.store.measure()
+    requests, connections, limit = app.traffic()
     none = {(type, status): 0 for type in app.handlers for status in FINISHED}
     waiting = {key[1:]: times[key] for key in times if key[0] == "waiting"}
     running = {key[1:]: times[key] for key in times if key[0] == "running"}
@@ -5209,6 +5201,10 @@ def task_metrics(app: App) -> List[Row]:
          "Time from when a task could start to its start.", waiting, "type"),
         ("longtasks_task_running_seconds", "histogram",
          "Time that a run of a task took.", running, "type"),
+        ("longtasks_http_requests_total", "counter", "Requests answered.",
+         requests, "method", "route", "code"),
+        ("longtasks_http_connections", "gauge", "Open connections.", connections),
+        ("longtasks_http_connections_limit", "gauge", "Limit of connections.", limit),
     ]
     if journal:
         rows += [
@@ -5220,17 +5216,6 @@ def task_metrics(app: App) -> List[Row]:
              journal.wal_size()),
         ]
     return rows
-
-
-def http_metrics(app: App) -> List[Row]:
-    """Return the metrics of requests and connections."""
-    requests, open, limit = app.traffic()
-    return [
-        ("longtasks_http_requests_total", "counter", "Requests answered.",
-         requests, "method", "route", "code"),
-        ("longtasks_http_connections", "gauge", "Open connections.", open),
-        ("longtasks_http_connections_limit", "gauge", "Limit of connections.", limit),
-    ]
 
 
 def process_metrics() -> Iterator[Row]:
@@ -5404,7 +5389,16 @@ def openapi(handlers: Mapping[str, Handler], locked: bool) -> Dict[str, Any]:
         },
         "components": {
             "schemas": {**DOCUMENTS, "Submission": submission, **types},
-            "parameters": {name: _parameter(name) for name in PARAMETERS},
+            "parameters": {
+                name: {
+                    "name": name,
+                    "in": place,
+                    "required": place == "path",
+                    "schema": schema,
+                    "description": description,
+                }
+                for name, (place, schema, description, _) in PARAMETERS.items()
+            },
             "responses": {"Problem": _PROBLEM},
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
@@ -5431,12 +5425,6 @@ def _type_components(handlers: Mapping[str, Handler]) -> Dict[str, Any]:
         about = {"description": known.description, "properties": properties}
         found[name] = {**SUBMISSION, **about}
     return found
-
-
-def _parameter(name: str) -> Dict[str, Any]:
-    place, schema, about, _ = PARAMETERS[name]
-    described = {"name": name, "in": place, "schema": schema, "description": about}
-    return {**described, "required": True} if place == "path" else described
 
 
 def _operation(method: str, route: "Route") -> Dict[str, Any]:

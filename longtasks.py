@@ -1404,37 +1404,6 @@ PROGRESS_INTERVAL = 1.0  # seconds until progress is published that came too fas
 Emit = Callable[["Context", str, Any], Any]
 
 
-class OneShotEvent:
-    """A threading.Event that is never cleared, for any number of waiting threads.
-
-    All of them wait for one lock and pass it on, one after the other. An Event makes a
-    lock for each waiting thread, and wakes all of them at once.
-    """
-
-    __slots__ = ("_is_set", "_door")
-
-    def __init__(self) -> None:
-        self._is_set = False  # set before the door opens, and read without a lock
-        self._door = threading.Lock()
-        self._door.acquire()
-
-    def is_set(self) -> bool:
-        """Return whether set() has been called."""
-        return self._is_set
-
-    def set(self) -> None:
-        """Wake all threads that wait; two threads must not call this at once."""
-        if not self._is_set:
-            self._is_set = True
-            self._door.release()
-
-    def wait(self, timeout: float = -1) -> bool:
-        """Wait for set(), for `timeout` seconds unless it is negative."""
-        if not self._is_set and self._door.acquire(timeout=timeout):
-            self._door.release()
-        return self._is_set
-
-
 class Context:
     """A run of a task, as its handler sees it: what it is, and how to report on it."""
 
@@ -1460,8 +1429,8 @@ class Context:
         self._progress: Optional[Tuple[Optional[float], str]] = None
         self._published: Optional[Tuple[Optional[float], str]] = None
         self._published_at = 0.0
-        self._stop = OneShotEvent()
-        self._lock = threading.Lock()  # guards `reason` and _on_stop
+        self._stop = threading.Event()
+        self._lock = threading.RLock()  # guards `reason` and _on_stop
         self._on_stop: Optional[Callable[[], Any]] = None
 
     def progress(self, fraction: Optional[float], message: str = "") -> None:
@@ -1530,7 +1499,7 @@ class Context:
         with self._lock:
             self.reason = self.reason or reason
             self._stop.set()
-            self._call_on_stop()
+            self.on_stop(self._on_stop)
 
     def on_stop(self, function: Optional[Callable[[], Any]]) -> None:
         """Call this function when the task is to stop, or now if it already is.
@@ -1541,14 +1510,9 @@ class Context:
         """
         with self._lock:
             self._on_stop = function
-            if self._stop.is_set():
-                self._call_on_stop()
-
-    def _call_on_stop(self) -> None:
-        """Assumes the lock."""
-        if self._on_stop:
-            with contextlib.suppress(OSError):  # what is to stop has just ended
-                self._on_stop()
+            if function and self._stop.is_set():
+                with contextlib.suppress(OSError):  # what is to stop has just ended
+                    function()
 
     def progress_document(self) -> Optional[Dict[str, Any]]:
         """Return the latest progress as a status document has it, None at first."""
@@ -1591,8 +1555,6 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
 
 # -- results ---------------------------------------------------------------
 
-BAD_RESULT = "the result does not fit into JSON: "
-
 # What to_json() may write although it could not come in: keys that were no text, so
 # that 1 and "1" become the same key, and numbers with too many digits.
 _DOUBTFUL = re.compile(
@@ -1600,17 +1562,11 @@ _DOUBTFUL = re.compile(
 )
 
 
-class Encoded(bytes):
-    """A result that is JSON already, by encode_result() in another process."""
-
-
 def encode_result(value: Any, limit: int) -> bytes:
     """Return a handler's result as JSON that could come in as params.
 
     Raises BadResult for anything else, and for more than `limit` bytes.
     """
-    if isinstance(value, Encoded):
-        return bytes(value)
     try:
         result = to_json(value)
         if len(result) <= limit:
@@ -1618,7 +1574,9 @@ def encode_result(value: Any, limit: int) -> bytes:
             if _DOUBTFUL.search(text) or _too_deep(text):
                 parse_json(text)
     except BaseException as error:  # an object of the handler's may raise anything
-        raise BadResult(BAD_RESULT + describe(error)) from None
+        raise BadResult(
+            "the result does not fit into JSON: " + describe(error)
+        ) from None
     if len(result) > limit:
         text = "the result has %d bytes, more than the %d that are kept"
         raise BadResult(text % (len(result), limit))
@@ -1756,11 +1714,6 @@ for pid in map(int, filter(str.isdigit, names)):
         self._sessions: Set[int] = set()
         self._process: Any = None
 
-    def start(self) -> None:
-        """Start the process, unless it runs."""
-        with self._lock:
-            self._write("")
-
     def add(self, session: int) -> None:
         """Have a session killed if the service dies."""
         with self._lock:
@@ -1817,7 +1770,6 @@ class ManagedProcess:
     def __init__(self, ctx: Context, argv: Sequence[str], **options: Any) -> None:
         """Start it with these options of Popen; raises OSError."""
         subprocess = lazy_import("subprocess")
-        REAPER.start()  # this takes a while, in which no process may run without it
         self._ctx = ctx
         self._kill_at = math.inf
         with starting_a_child():
@@ -1825,16 +1777,15 @@ class ManagedProcess:
                 argv, cwd=FOLDER, start_new_session=True, **options
             )
             self.output = self._process.stdout
-            if self.output:
-                PRIVATE.add(self.output)
-
-    def __enter__(self) -> "ManagedProcess":
+            PRIVATE.update(filter(None, [self.output]))
         pid = self._process.pid
         REAPER.add(pid)
         # Where memory runs out, Linux is to take it before the service (proc(5)).
         score = "/proc/%d/oom_score_adj" % pid
         with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
             file.write("1000")
+
+    def __enter__(self) -> "ManagedProcess":
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -1937,18 +1888,10 @@ def check_isolated() -> None:
         raise HandlerError(text % quote(isolated[0]))
 
 
-def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
+def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
     """Run a handler in a child process, as if it ran here."""
     flags = lazy_import("subprocess")._args_from_interpreter_flags()
     argv = [sys.executable, *flags, "-c", CHILD, FILE, *_SYS_PATH]
-    job = {
-        "files": list(LOADED),
-        "name": name,
-        "params": params,
-        "task_id": ctx.task_id,
-        "attempt": ctx.attempt,
-        "max_result": ctx.max_result,
-    }
     with NO_FORK:
         ours, theirs = socket.socketpair()
         PRIVATE.add(ours)
@@ -1957,10 +1900,10 @@ def run_isolated(name: str, params: Mapping[str, Any], ctx: Context) -> Any:
     with ours, process:
         ctx.on_stop(lambda: ours.shutdown(socket.SHUT_WR))
         with contextlib.suppress(OSError):  # it has ended
-            ours.sendall(to_json(job) + b"\n")
+            ours.sendall(to_json([list(LOADED), job]) + b"\n")
         reply = _follow_child(process.read(ours), ctx)
     if reply:
-        return value_of(ctx, *reply)
+        return result_of(ctx, *reply)
     ctx.check()
     raise Failure(
         "its process ended before it was done: " + exit_status(process.returncode)
@@ -1993,10 +1936,10 @@ def _pass_on(ctx: Context, kind: str, payload: Any) -> None:
         ctx.progress(percent and percent / 100, payload["message"])
 
 
-def value_of(ctx: Context, kind: str, payload: bytes) -> Any:
-    """Return or raise what a handler did elsewhere."""
+def result_of(ctx: Context, kind: str, payload: bytes) -> bytes:
+    """Return the result in a reply, or raise what the handler raised."""
     if kind == "result":
-        return Encoded(payload)
+        return payload
     if kind == "cancelled":
         raise Cancelled
     if kind == "retry":
@@ -2017,7 +1960,7 @@ def isolated_main() -> None:
     log.disabled = True  # the service logs what it is sent
     print_at_once()
     with service.makefile("rb") as lines:
-        job = json.loads(lines.readline())
+        files, job = json.loads(lines.readline())
     lock, pid = threading.Lock(), os.getpid()
 
     def send(kind: str, payload: bytes) -> None:
@@ -2029,6 +1972,10 @@ def isolated_main() -> None:
         progress = ctx.progress_document() if kind == "progress" else None
         send(kind, to_json(progress or line[-MAX_MESSAGE:]))
 
+    def load() -> None:
+        for file in files:
+            load_handlers(file)
+
     def await_stop() -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(service, selectors.EVENT_READ)
@@ -2037,22 +1984,22 @@ def isolated_main() -> None:
         ctx.cancel()
 
     ctx = Context(job["task_id"], job["attempt"], emit)
-    ctx.max_result = job["max_result"]
     threading.Thread(target=await_stop, daemon=True).start()
-    reply = _reply_of(job, ctx)
+    reply = _reply_of(load, job, ctx)
     flush_output()
     with contextlib.suppress(OSError):  # the service is gone
         send(*reply)
     os._exit(0)  # the handler may have left threads
 
 
-def _reply_of(job: Dict[str, Any], ctx: Context) -> Tuple[str, bytes]:
-    """Run the handler; return how that ended."""
+def _reply_of(
+    load: Callable[[], None], job: Dict[str, Any], ctx: Context
+) -> Tuple[str, bytes]:
+    """Load the handlers, run one, and return a word and JSON on how that ended."""
     try:
-        for file in job["files"]:
-            load_handlers(file)
+        load()
         value = REGISTRY[job["name"]].run_here(job["params"], ctx)
-        return "result", encode_result(value, ctx.max_result)
+        return "result", encode_result(value, job["max_result"])
     except Cancelled:
         return "cancelled", b"null"
     except Retry as error:
@@ -2099,51 +2046,35 @@ _FIRST_WORD = dict(
 )
 
 # Programs that run a word as code: their names, the options before that word (awk has
-# it first), the options before another value, and how the code gets at an argument.
+# it first), and the options before another value.
 _INTERPRETERS = (
     (
         "(ba|rba|da|a|k|mk|z|fi|c|tc)?sh",
         r"-\w*c|--command",
         r"[-+]\w*[oO]|--(rc|init-)file",
-        """sh -c 'ls "$1" | wc -l' sh {dir}""",
     ),
-    (
-        "python|pypy",
-        "-[bBdEiIOPqRsSuvx]*c",
-        "-[WX]",
-        "python3 -c 'import sys; print(sys.argv[1])' {dir}",
-    ),
-    ("perl", r"-\w*[eE]", "-I", "perl -e 'print shift' {dir}"),
-    ("ruby", r"-\w*e", "-[rIEC]", "ruby -e 'puts ARGV[0]' {dir}"),
-    (
-        "node|nodejs",
-        "-[ep]|--eval|--print",
-        "-r|--(require|import|loader|input-type)",
-        "node -e 'console.log(process.argv[1])' {dir}",
-    ),
-    ("[gmn]?awk", "[gmn]?awk", "-[vF]", "awk -v 'n={n}' 'NR == n'"),
-    (
-        "psql|mysql|mariadb",
-        r"-\w*[ce]|--command|--execute",
-        r"\w+|-\w|--\w+",
-        """sh -c 'printf %s "$1" | psql -v x="$1" -f query.sql' sh {x}""",
-    ),
-    ("env", r"-\w*S|--split-string", "-[uC]|--unset|--chdir", "env sleep {seconds}"),
+    ("python|pypy", "-[bBdEiIOPqRsSuvx]*c", "-[WX]"),
+    ("perl", r"-\w*[eE]", "-I"),
+    ("ruby", r"-\w*e", "-[rIEC]"),
+    ("node|nodejs", "-[ep]|--eval|--print", "-r|--(require|import|loader|input-type)"),
+    ("[gmn]?awk", "[gmn]?awk", "-[vF]"),
+    ("psql|mysql|mariadb", r"-\w*[ce]|--command|--execute", r"\w+|-\w|--\w+"),
+    ("env", r"-\w*S|--split-string", "-[uC]|--unset|--chdir"),
 )
+_AS_ARGUMENT = """sh -c 'ls "$1" | wc -l' sh {dir}"""
 
 
-def program_texts(words: Sequence[str]) -> Iterator[Tuple[str, str]]:
-    """Yield the words that an interpreter in a line runs as code, each with an example.
+def program_texts(words: Sequence[str]) -> Iterator[str]:
+    """Yield the words of a line that an interpreter would run as code.
 
     Interpreters are looked for among all words, since other programs start them: env,
     sudo, timeout, busybox.
     """
     for at, word in enumerate(words):
-        for names, code, valued, example in _INTERPRETERS:
-            program = os.path.basename(word)
+        program = os.path.basename(word)
+        for names, code, valued in _INTERPRETERS:
             if re.fullmatch("(%s)[-.0-9]*" % names, program):
-                for text in _code_words([program, *words[at + 1 :]], code, valued):
-                    yield text, example
+                yield from _code_words([program, *words[at + 1 :]], code, valued)
 
 
 def _code_words(words: Sequence[str], code: str, valued: str) -> Iterator[str]:
@@ -2212,10 +2143,12 @@ class Program:
             raise HandlerError("its quotes don't fit: %s" % error) from None
         if not equals or not self.words:
             raise HandlerError("write NAME=PROGRAM ARGUMENTS")
-        for text, example in program_texts(self.words):
+        for text in program_texts(self.words):
             for match in _placeholders(text):
-                detail = "%s would be run as part of the code %s; pass it as a word: %s"
-                raise HandlerError(detail % (match.group(), quote(text), example))
+                detail = "%s would be run as part of the code %s; pass it as an "
+                detail += "argument, as in %s"
+                values = match.group(), quote(text), _AS_ARGUMENT
+                raise HandlerError(detail % values)
         if not hasattr(os, "killpg"):
             raise HandlerError("this system has no process groups")
         self.words[0] = find_program(self.words[0])
@@ -2229,14 +2162,12 @@ class Program:
         options_end = False
         for word in self.words[1:]:
             options_end = options_end or word == "--"
-            end = 0
             for match in _placeholders(word):
                 name, default = match.groups()
                 if defaults.setdefault(name, default) != default:
                     raise HandlerError("{%s} has two defaults" % name)
-                if match.start() == end and not options_end:
+                if word[0] == "{" and word[:2] != "{{" and not options_end:
                     first.add(name)
-                    end = match.end()
         properties = {}
         for name, default in defaults.items():
             properties[name] = dict(_FIRST_WORD if name in first else _WORD)
@@ -2398,7 +2329,7 @@ def register_command(line: str) -> None:
     lost = list(filter(_FOR_A_SHELL.fullmatch, program.words))
     if lost:
         text = "--command %s: no shell sees its %s; for that write %s"
-        log.warning(text, quote(program.name), quote(lost[0]), _INTERPRETERS[0][-1])
+        log.warning(text, quote(program.name), quote(lost[0]), _AS_ARGUMENT)
     name = program.name
     params = Validator(program.schema)
     REGISTRY[name] = Handler(name, program, params, whole=True, context="ctx")
@@ -2407,76 +2338,19 @@ def register_command(line: str) -> None:
 # -- executors -------------------------------------------------------------
 #
 # Isolated handlers may run wherever an Executor of concurrent.futures takes them. It
-# is given eval() and text, which each executor can carry, so nothing has to be
-# installed where the handler runs.
+# is given eval(), this file and the handlers files, so that nothing has to be installed
+# where they run. Each process there loads these files once.
 
 EXECUTOR: List[Any] = []  # the one, if there is one
-
-EXECUTOR_SOURCE = """
-import json, os, sys, threading, traceback, types
-
-class Context:
-    pass
-
-class Cancelled(BaseException):
-    pass
-
-class HandlerError(Exception):
-    pass
-
-class Retry(Exception):
-    after = None
-    def __init__(self, message="", after=None):
-        super().__init__(message)
-        self.after = after
-
-def load(files, Retry):
-    found, stub = {}, types.ModuleType("longtasks")
-    def handler(name, **rules):
-        return lambda function: found.setdefault(name, function)
-    vars(stub).update(globals(), handler=handler, Retry=Retry)
-    before = sys.modules.get("longtasks")
-    sys.modules["longtasks"] = stub
-    try:
-        for number, (path, text) in enumerate(sorted(files.items())):
-            module = types.ModuleType("longtasks_remote_%d" % number)
-            module.__file__ = path
-            sys.modules[module.__name__] = module
-            exec(compile(text, path, "exec"), module.__dict__)
-    finally:
-        del sys.modules["longtasks"]
-        if before:
-            sys.modules["longtasks"] = before
-    return found
-
-def run(files, name, params, whole):
-    kept = sys.modules.setdefault("longtasks_remote", types.ModuleType("kept"))
-    lock = kept.__dict__.setdefault("lock", threading.Lock())
-    kept.__dict__.setdefault("Retry", Retry)
-    pid, code = os.getpid(), 1
-    try:
-        with lock:  # the files are run once in a process
-            if kept.__dict__.get("files") != files:
-                kept.found, kept.files = load(files, kept.Retry), files
-        function, params = kept.found[name], json.loads(params)
-        value = function(params=params) if whole else function(**params)
-        code = 0
-    except kept.Retry as error:
-        after = error.after if type(error.after) in (int, float) else None
-        return "retry", json.dumps([str(error), after])
-    except BaseException as error:
-        code = getattr(error, "code", 1)
-        line = type(error).__name__ + (": %s" % error if str(error) else "")
-        return "failed", json.dumps([line, traceback.format_exc()[-10000:], False])
-    finally:
-        if os.getpid() != pid:  # a child that the handler has forked
-            os._exit(code if isinstance(code, int) else 1)
-    try:
-        return "result", json.dumps(value, allow_nan=False, check_circular=False)
-    except BaseException as error:
-        line = "%s: %s" % (type(error).__name__, error)
-        return "failed", json.dumps([bad_result + line, "", True])
+BOOT = """
+import sys, types, zlib
+if name not in sys.modules:
+    module = types.ModuleType(name)
+    exec(compile(zlib.decompress(source), file, "exec"), module.__dict__)
+    sys.modules.setdefault(name, module)
+reply = sys.modules[name].run_remote(files, job)
 """
+_loading = threading.Lock()
 
 
 def load_executor(text: str) -> None:
@@ -2485,50 +2359,39 @@ def load_executor(text: str) -> None:
     if not (file and name):
         raise HandlerError("--executor %s: write FILE:FACTORY" % quote(text))
     factory = getattr(_load_file("--executor", file), name, None)
+    if not any(known.isolated for known in REGISTRY.values()):
+        log.warning("--executor %s has nothing to run: no handler is isolated", text)
     try:
         if not callable(factory):
             raise HandlerError("%s has no function %s" % (file, quote(name)))
+        for handlers_file in LOADED:
+            with tokenize.open(handlers_file) as opened:
+                LOADED[handlers_file] = opened.read()
         with UserCode():
             executor = factory()
         if not callable(getattr(executor, "submit", None)):
             raise HandlerError("it made no Executor")
-        _check_sendable(text)
     except _NOT_LOADED as error:
         reason = str(error) if isinstance(error, HandlerError) else describe(error)
         raise HandlerError("--executor %s: %s" % (text, reason)) from None
+    # Threads and forked processes have loaded all files already.
+    sys.modules[_this_file()["name"]] = sys.modules[__name__]
     EXECUTOR[:] = [executor]
 
 
-def _check_sendable(text: str) -> None:
-    """See that the executor can be sent what it is to run; raises HandlerError."""
-    isolated = [known for known in REGISTRY.values() if known.isolated]
-    if not isolated:
-        log.warning("--executor %s has nothing to run: no handler is isolated", text)
-    for known in isolated:
-        if known.context:
-            detail = "the isolated task type %s takes a Context, and none goes there"
-            raise HandlerError(detail % quote(known.name))
-    for file in LOADED:
-        try:
-            with tokenize.open(file) as opened:
-                LOADED[file] = opened.read()
-        except (OSError, SyntaxError, UnicodeDecodeError) as error:
-            detail = "it can't be sent the text of %s: %s"
-            raise HandlerError(detail % (file, describe(error))) from None
+@functools.lru_cache(maxsize=None)
+def _this_file() -> Dict[str, Any]:
+    """Return what BOOT needs to load this file."""
+    with open(FILE, "rb") as file:
+        source = file.read()
+    name = "longtasks_%08x" % zlib.crc32(source)
+    return {"name": name, "file": FILE, "source": zlib.compress(source)}
 
 
-def run_on_executor(known: Handler, params: Mapping[str, Any], ctx: Context) -> Any:
+def run_on_executor(job: Dict[str, Any], ctx: Context) -> bytes:
     """Run a handler by the executor, as if it ran here."""
-    call = "(exec(source, scope), scope['run'](files, name, params, whole))[1]"
-    values = {
-        "source": EXECUTOR_SOURCE,
-        "scope": {"bad_result": BAD_RESULT},
-        "files": dict(LOADED),
-        "name": known.name,
-        "params": json.dumps(params),
-        "whole": known.whole,
-    }
-    future = EXECUTOR[0].submit(eval, call, values)
+    values = {"boot": BOOT, "scope": dict(_this_file(), files=dict(LOADED), job=job)}
+    future = EXECUTOR[0].submit(eval, "(exec(boot, scope), scope['reply'])[1]", values)
     done = threading.Event()
     future.add_done_callback(lambda _: done.set())
     ctx.on_stop(done.set)
@@ -2538,21 +2401,44 @@ def run_on_executor(known: Handler, params: Mapping[str, Any], ctx: Context) -> 
     if not future.done() or future.cancelled():
         ctx.check()  # what runs there may go on; its end is ignored
         raise Failure("the executor has cancelled it")
-    kind, payload = future.result()
-    result = value_of(ctx, kind, payload.encode())
-    try:
-        return parse_json(result.decode())  # another encoder wrote it
-    except ValueError as error:
-        raise BadResult(BAD_RESULT + describe(error)) from None
+    return result_of(ctx, *future.result())
 
 
-def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> Any:
-    """Run a handler wherever it is to run; whatever it raises comes through."""
-    if known.isolated and EXECUTOR:
-        return run_on_executor(known, params, ctx)
-    if known.isolated:
-        return run_isolated(known.name, params, ctx)
-    return known.run_here(params, ctx)
+def run_remote(files: Dict[str, str], job: Dict[str, Any]) -> Tuple[str, bytes]:
+    """Run a handler in a process of the executor, by the text of its files."""
+
+    def load() -> None:
+        with _loading:
+            if files == LOADED:
+                return
+            REGISTRY.clear()
+            sys.modules["longtasks"] = sys.modules[__name__]
+            for number, (file, text) in enumerate(files.items()):
+                name = "longtasks_handlers_%d" % number
+                spec = importlib.machinery.ModuleSpec(name, None, origin=file)
+                sys.modules[name] = importlib.util.module_from_spec(spec)
+                exec(compile(text, file, "exec"), vars(sys.modules[name]))  # noqa: S102
+            LOADED.clear()
+            LOADED.update(files)
+
+    return _reply_of(load, job, Context(job["task_id"], job["attempt"]))
+
+
+def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> bytes:
+    """Run a handler wherever it is to run, and return its result as JSON.
+
+    Raises BadResult, and whatever the handler raises.
+    """
+    if not known.isolated:
+        return encode_result(known.run_here(params, ctx), ctx.max_result)
+    job = {
+        "name": known.name,
+        "params": params,
+        "task_id": ctx.task_id,
+        "attempt": ctx.attempt,
+        "max_result": ctx.max_result,
+    }
+    return run_on_executor(job, ctx) if EXECUTOR else run_isolated(job, ctx)
 
 
 # ======================================================================
@@ -2685,8 +2571,8 @@ class Batch:
         self.keep = keep
         self.records: List[Record] = []
         self.error = ""
-        self._tried = OneShotEvent()
-        self._written = OneShotEvent()
+        self._tried = threading.Event()
+        self._written = threading.Event()
 
     def settle(self, error: str = "") -> None:
         """Let those go on who wait: the records are on disk, or could not be."""
@@ -4395,9 +4281,7 @@ def backoff(first: float, failures: int) -> float:
 # ======================================================================
 
 
-def run_one(
-    task: Task, context: Context, handlers: Mapping[str, Handler], max_result: int
-) -> Outcome:
+def run_one(task: Task, context: Context, handlers: Mapping[str, Handler]) -> Outcome:
     """Run a task's handler and return how it ended, whatever it does."""
     try:
         if task.type not in handlers:  # it came from a journal
@@ -4405,8 +4289,8 @@ def run_one(
             text = "no task type %s is registered any more; known: %s"
             raise Failure(text % (quote(task.type), known))
         context.check()  # it may have been cancelled before it could begin
-        value = run_handler(handlers[task.type], params_of(task), context)
-        return Outcome(COMPLETED, encode_result(value, max_result))
+        result = run_handler(handlers[task.type], params_of(task), context)
+        return Outcome(COMPLETED, result)
     except Cancelled:
         if context.cancelled:
             return Outcome(CANCELLED)
@@ -4532,8 +4416,7 @@ class WorkerPool:
     def _run(self, task: Task, context: Context) -> None:
         """Run a task and record how that ended, whatever it was."""
         log_run(logging.DEBUG, context, "attempt %d started", task.attempt)
-        max_result = self._store.limits.result_bytes
-        outcome = run_one(task, context, self._handlers, max_result)
+        outcome = run_one(task, context, self._handlers)
         try:
             took = time.monotonic() - context.began
             tell = functools.partial(self._log_end, context, took)

@@ -4445,7 +4445,7 @@ def first_line(error: str) -> str:
 # 9. HTTP API
 #
 # Requests and replies as values, one function for each endpoint, and the
-# tables that describe them: ROUTES, PARAMETERS, DOCUMENTS and REFUSALS.
+# tables that describe them: ROUTES, PARAMETERS, DOCUMENTS and ERRORS.
 # Endpoints raise errors; respond() turns them into replies (RFC 9457).
 # ======================================================================
 
@@ -5158,40 +5158,43 @@ TIME: Dict[str, Any] = {"type": "string", "format": "date-time"}
 ID = {"type": "string", "format": "uuid"}
 
 
-class Parameter(NamedTuple):
-    """A parameter of requests: where it is, its schema, its use, and how it is read."""
-
-    place: str  # "path", "query" or "header"
-    schema: Dict[str, Any]
-    description: str
-    read: Callable[[str], Any] = str  # for those in a query
-
-
 WAIT = {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?$"}
 LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}
 AFTER = {"type": "integer", "minimum": 0, "maximum": 10**17, "default": 0}
 KEY = {"type": "string", "pattern": '^("[!-~]{1,255}"|(?!".*"$)[!-~]{1,255})$'}
-# fmt: off
 PARAMETERS = {
-    "id": Parameter("path", ID, "The id of the task."),
-    "wait": Parameter("query", WAIT, "Seconds to wait for the task's end.", seconds),
-    "status": Parameter("query", {"enum": ["", *EXITS]}, "Only tasks of this status.",
-                        one_of(*EXITS, "")),
-    "type": Parameter("query", STRING, "Only tasks of this type."),
-    "limit": Parameter("query", LIMIT, "How many tasks at most.", whole(1, 1000)),
-    "after": Parameter("query", AFTER, "The next of the page before.",
-                       whole(0, 10**17)),
-    "order": Parameter("query", {"enum": ["asc", "desc"]},
-                       "Oldest first, or newest first.", one_of("asc", "desc")),
-    "Prefer": Parameter("header", STRING, "wait=SECONDS (RFC 7240)."),
-    "Idempotency-Key": Parameter("header", KEY, "The same for the same task."),
-    "Last-Event-ID": Parameter("header", STRING, "The id of the last event received."),
+    name: {
+        "name": name,
+        "in": place,
+        "required": place == "path",
+        "schema": schema,
+        "description": description,
+    }
+    for name, place, schema, description in (
+        ("id", "path", ID, "The id of the task."),
+        ("wait", "query", WAIT, "Seconds to wait for the end of the task."),
+        ("status", "query", {"enum": ["", *EXITS]}, "Only tasks of this status."),
+        ("type", "query", STRING, "Only tasks of this type."),
+        ("limit", "query", LIMIT, "How many tasks at most."),
+        ("after", "query", AFTER, "The next of the page before."),
+        ("order", "query", {"enum": ["asc", "desc"]}, "Oldest or newest first."),
+        ("Prefer", "header", STRING, "wait=SECONDS (RFC 7240)."),
+        ("Idempotency-Key", "header", KEY, "The same for the same task."),
+        ("Last-Event-ID", "header", STRING, "The id of the last event received."),
+    )
 }
-# fmt: on
+# What checks and converts a parameter of a query; others are any text.
+QUERY_READERS: Dict[str, Callable[[str], Any]] = {
+    "wait": seconds,
+    "status": one_of(*EXITS, ""),
+    "limit": whole(1, 1000),
+    "after": whole(0, 10**17),
+    "order": one_of("asc", "desc"),
+}
 
 
-def _array(items: Schema, **limits: int) -> Dict[str, Any]:
-    return {"type": "array", "items": items, **limits}
+def _list(items: Schema) -> Dict[str, Any]:
+    return {"type": "array", "items": items}
 
 
 def _ref(kind: str, name: Any) -> Dict[str, Any]:
@@ -5222,9 +5225,13 @@ FIELDS: Dict[str, Schema] = {
     "result": {},
 }
 DOCUMENTS: Dict[str, Schema] = {
-    "Batch": _array(_ref("schemas", "Submission"), minItems=1, maxItems=MAX_BATCH),
+    "Batch": {
+        **_list(_ref("schemas", "Submission")),
+        "minItems": 1,
+        "maxItems": MAX_BATCH,
+    },
     "Accepted": _object("id status"),
-    "BatchAccepted": _array(_ref("schemas", "Accepted")),
+    "BatchAccepted": _list(_ref("schemas", "Accepted")),
     "Status": _object(
         "id status type created_at started_at? ended_at? attempt? priority? "
         "next_attempt_at? last_error? cancel_requested? progress?",
@@ -5236,18 +5243,18 @@ DOCUMENTS: Dict[str, Schema] = {
     ),
     "List": _object(
         "tasks next counts",
-        tasks=_array(_ref("schemas", "Status")),
+        tasks=_list(_ref("schemas", "Status")),
         next={"anyOf": [COUNT, {"type": "null"}]},
         counts=_object(" ".join(EXITS), **dict.fromkeys(EXITS, COUNT)),
     ),
     "Submitted": SUBMISSION,
-    "Types": _object("types", types=_array(_object("type description params"))),
+    "Types": _object("types", types=_list(_object("type description params"))),
     "Probe": _object("status", status=STRING),
     "OpenAPI": {"type": "object"},
     "Problem": _object(
         "type title status detail errors?",
         status=COUNT,
-        errors=_array(_object("pointer detail")),
+        errors=_list(_object("pointer detail")),
     ),
 }
 
@@ -5261,27 +5268,19 @@ def openapi(handlers: Mapping[str, Handler], locked: bool) -> Dict[str, Any]:
     """Return the OpenAPI document for these handlers; `locked`: a token is needed."""
     types = _type_components(handlers)
     submission = {"oneOf": [_ref("schemas", name) for name in types]}
+    paths: Dict[str, Any] = {route.path: {} for route in ROUTES}
+    for route in ROUTES:
+        for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):
+            paths[route.path][method.lower()] = _operation(method, route)
     return {
         "openapi": "3.1.0",
         "info": {"title": "longtasks", "version": __version__},
         "servers": [{"url": "/"}],  # relative, for services behind a proxy
         "security": [{"token": []}] if locked else [],
-        "paths": {
-            path: {name.lower(): _operation(name, methods[name]) for name in methods}
-            for path, methods in _ROUTES.items()
-        },
+        "paths": paths,
         "components": {
             "schemas": {**DOCUMENTS, "Submission": submission, **types},
-            "parameters": {
-                name: {
-                    "name": name,
-                    "in": place,
-                    "required": place == "path",
-                    "schema": schema,
-                    "description": description,
-                }
-                for name, (place, schema, description, _) in PARAMETERS.items()
-            },
+            "parameters": PARAMETERS,
             "responses": {"Problem": _PROBLEM},
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
@@ -5414,20 +5413,21 @@ ROUTES = (
 )
 # fmt: on
 
-# path -> method -> route, with HEAD wherever there is GET
-_ROUTES: Dict[str, Dict[str, Route]] = {}
-for _route in ROUTES:
-    _ROUTES.setdefault(_route.path, {})[_route.method] = _route
-    if _route.method == "GET":
-        _ROUTES[_route.path]["HEAD"] = _route
-
 _OPTIONS = Route("OPTIONS", "*", show_options, {204: ""})  # of every path, too
+
+# path -> method -> route, with HEAD wherever there is GET
+_ROUTES: Dict[str, Dict[str, Route]] = {"*": {"OPTIONS": _OPTIONS}}
+for _route in ROUTES:
+    _methods = _ROUTES.setdefault(_route.path, {"OPTIONS": _OPTIONS})
+    _methods[_route.method] = _route
+    if _route.method == "GET":
+        _methods["HEAD"] = _route
 
 
 def allowed_methods(path: str) -> str:
     """Return the value of the header Allow for a route's path, or for *."""
     methods = _ROUTES[path] if path != "*" else set().union(*_ROUTES.values())
-    return ", ".join(sorted({*methods, "OPTIONS"}))
+    return ", ".join(sorted(methods))
 
 
 def find_route(request: Request) -> Route:
@@ -5443,14 +5443,13 @@ def find_route(request: Request) -> Route:
         if task_id:  # an empty one would mean all tasks to the events
             request.task_id = task_id.lower()
             path = above + "{id}" + slash + below
-    if path not in _ROUTES and path != "*":
+    if path not in _ROUTES:
         raise HTTPError(404, "no such path: %s; GET / lists all" % request.path)
     request.label = path
-    methods = {**_ROUTES.get(path, {}), "OPTIONS": _OPTIONS}
-    if request.method not in methods:
+    route = _ROUTES[path].get(request.method)
+    if route is None:
         allowed = allowed_methods(path)
         raise HTTPError(405, "%s supports %s" % (path, allowed), Allow=allowed)
-    route = methods[request.method]
     if request.query_text:
         request.query = read_query(request.query_text, route.query)
     if "wait" in route.query:
@@ -5476,7 +5475,7 @@ def read_query(text: str, known: Sequence[str]) -> Dict[str, Any]:
         if name in query:
             raise HTTPError(400, "the query parameter %s occurs twice" % name)
         try:
-            query[name] = PARAMETERS[name].read(value)
+            query[name] = QUERY_READERS.get(name, str)(value)
         except ValueError as right:
             raise HTTPError(400, "%s must be %s" % (name, right)) from None
     return query

@@ -4653,7 +4653,7 @@ def test_headers_of_a_submit_are_checked(status, word, headers, service):
     if "Content-Encoding" in headers and status == 415:
         assert answer.headers["Accept-Encoding"] == "identity"
     for key in filter(None, [headers.get("Idempotency-Key")]):
-        pattern = longtasks.PARAMETERS["Idempotency-Key"].schema["pattern"]
+        pattern = longtasks.PARAMETERS["Idempotency-Key"]["schema"]["pattern"]
         assert bool(re.search(pattern, key)) == (status == 202), "as OpenAPI describes"
 
 

@@ -868,17 +868,14 @@ class Handler(NamedTuple):
     @property
     def description(self) -> str:
         """The first paragraph of the function's docstring, in one line."""
-        function = self.function
-        if isinstance(function, functools.partial):
-            function = function.func
+        function = getattr(self.function, "func", self.function)  # that of a partial
         return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
 
     def run_here(self, params: Dict[str, Any], context: Any) -> Any:
         """Call the function in this process."""
         extra = {self.context: context} if self.context else {}
         with UserCode():
-            if self.whole:
-                return self.function(params=params, **extra)
+            params = {"params": params} if self.whole else params
             return self.function(**params, **extra)
 
 
@@ -963,19 +960,17 @@ def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]
     contexts = [param.name for param in params if _is_context(param)]
     context = contexts[0] if contexts else None
     params = [param for param in params if param.name != context]
-    if len(params) == 1 and _takes_all(params[0]):
-        return schema_of(params[0].annotation), True, context
     named = [param for param in params if param.kind is not param.VAR_KEYWORD]
-    properties: Dict[str, Schema] = {p.name: _param_schema(p) for p in named}
-    if context and len(named) < len(params):
+    others = len(named) < len(params)
+    properties: Dict[str, Any] = {param.name: _param_schema(param) for param in named}
+    required = [param.name for param in named if param.default is param.empty]
+    takes_all = list(properties) == required == ["params"] and not others
+    if takes_all and properties["params"].get("type") == "object":
+        return properties["params"], True, context
+    if context and others:
         properties[context] = False  # no param can have this name
-    schema = {
-        "type": "object",
-        "properties": properties,
-        "required": [param.name for param in named if param.default is param.empty],
-        "additionalProperties": len(named) < len(params),
-    }
-    return schema, False, context
+    schema = {"type": "object", "properties": properties, "required": required}
+    return {**schema, "additionalProperties": others}, False, context
 
 
 def _is_context(param: inspect.Parameter) -> bool:
@@ -988,13 +983,6 @@ def _is_context(param: inspect.Parameter) -> bool:
     return any(getattr(hint, "is_task_context", False) for hint in hints)
 
 
-def _takes_all(param: inspect.Parameter) -> bool:
-    origin = typing.get_origin(param.annotation) or param.annotation
-    takes_object = origin in (dict, collections.abc.Mapping)
-    required = param.default is param.empty and param.kind is not param.VAR_KEYWORD
-    return param.name == "params" and takes_object and required
-
-
 def _parameters_of(function: Any) -> List[inspect.Parameter]:
     """Return a function's parameters, with annotations that are text evaluated."""
 
@@ -1003,11 +991,7 @@ def _parameters_of(function: Any) -> List[inspect.Parameter]:
 
     try:
         params = list(inspect.signature(function).parameters.values())
-        annotated.__annotations__ = {
-            param.name: param.annotation
-            for param in params
-            if param.annotation is not param.empty
-        }
+        annotated.__annotations__ = {param.name: param.annotation for param in params}
         # Names in annotations are globals of the innermost function.
         while hasattr(function, "__wrapped__") or not inspect.isroutine(function):
             if isinstance(function, functools.partial):
@@ -1019,7 +1003,7 @@ def _parameters_of(function: Any) -> List[inspect.Parameter]:
     except Exception as error:
         message = "its signature can't be read: " + describe(error)
         raise HandlerError(message) from None
-    return [p.replace(annotation=hints.get(p.name, p.empty)) for p in params]
+    return [param.replace(annotation=hints[param.name]) for param in params]
 
 
 def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
@@ -1037,20 +1021,17 @@ def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
     return schema
 
 
-_SCHEMAS: Dict[Any, Dict[str, Any]] = {
-    inspect.Parameter.empty: {},
-    Any: {},
-    object: {},
-    bool: {"type": "boolean"},
-    int: {"type": "integer"},
-    float: {"type": "number"},
-    str: {"type": "string"},
-    list: {"type": "array"},
-    dict: {"type": "object"},
-    collections.abc.Sequence: {"type": "array"},
-    collections.abc.Mapping: {"type": "object"},
-    None: {"type": "null"},
-    type(None): {"type": "null"},
+_TYPE_NAMES: Dict[Any, str] = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    collections.abc.Sequence: "array",
+    dict: "object",
+    collections.abc.Mapping: "object",
+    None: "null",
+    type(None): "null",
 }
 
 
@@ -1058,26 +1039,33 @@ def schema_of(annotation: Any) -> Dict[str, Any]:
     """Return the JSON Schema for an annotation, or raise HandlerError."""
     while hasattr(annotation, "__supertype__"):  # a NewType
         annotation = annotation.__supertype__
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in (Any, object, inspect.Parameter.empty):
+        return {}
+    origin, args = (
+        typing.get_origin(annotation) or annotation,
+        typing.get_args(annotation),
+    )
     # Python 3.8's bare List and Dict have a TypeVar as argument.
     args = tuple(Any if isinstance(arg, typing.TypeVar) else arg for arg in args)
-    plain = origin if origin and not args else annotation
-    with contextlib.suppress(TypeError):  # unhashable, so none of these
-        if plain in _SCHEMAS:
-            return dict(_SCHEMAS[plain])
     if origin is Union or type(annotation).__name__ == "UnionType":  # int | None: 3.10
         return {"anyOf": [schema_of(arg) for arg in args]}
-    literals = str, int, bool, type(None)
-    if origin is typing.Literal and all(type(arg) in literals for arg in args):
+    if origin is typing.Literal and {str, int, bool, type(None)}.issuperset(
+        map(type, args)
+    ):
         return {"enum": list(args)}
-    if origin in (list, collections.abc.Sequence):
-        return {"type": "array", "items": schema_of(args[0])}
-    if origin in (dict, collections.abc.Mapping) and args[0] in (str, Any):
-        return {"type": "object", "additionalProperties": schema_of(args[1])}
-    message = "the annotation %s has no counterpart in JSON; use a type that has one, "
-    raise HandlerError(
-        (message + "such as str or dict, and convert it") % (annotation,)
+    name = (
+        _TYPE_NAMES.get(origin) if isinstance(origin, collections.abc.Hashable) else ""
     )
+    if name == "array" and args:
+        return {"type": "array", "items": schema_of(args[0])}
+    if name == "object" and args and args[0] in (str, Any):
+        return {"type": "object", "additionalProperties": schema_of(args[1])}
+    if not name or args:
+        message = "the annotation %s has no counterpart in JSON; use a type that has "
+        raise HandlerError(
+            (message + "one, such as str, and convert it") % (annotation,)
+        )
+    return {"type": name}
 
 
 def _narrow(properties: Dict[str, Any], param: str, limit: Dict[str, float]) -> None:
@@ -1105,11 +1093,10 @@ _JSON_TYPES: Dict[str, Tuple[Set[type], str]] = {
     "null": ({type(None)}, "null"),
     "": ({bool, int, float, str, list, dict, type(None)}, "a value"),
 }
-# The type of a container, and the keyword for members that have no schema of their own.
-_CONTAINERS: Dict[Any, Tuple[Optional[type], str]]
-_CONTAINERS = {"object": (dict, "additionalProperties"), "array": (list, "items")}
+# The keyword for members of a container that have no schema of their own.
+_MEMBERS = {"object": "additionalProperties", "array": "items"}
 _RESTRICTIONS = {"enum", "pattern", "minimum", "maximum", "properties", "required"}
-_RESTRICTIONS |= {"additionalProperties", "items"}
+_RESTRICTIONS.update(_MEMBERS.values())
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -1123,16 +1110,16 @@ class Validator:
 
     def __init__(self, schema: Schema) -> None:
         self.schema: Dict[str, Any] = schema if isinstance(schema, dict) else {}
-        self._types, _ = _JSON_TYPES[self.schema.get("type", "")]
+        name = self.schema.get("type", "")
+        self._types, _ = _JSON_TYPES[name]
         self._options = [Validator(below) for below in self.schema.get("anyOf", ())]
         self._properties = {
             name: None if below is False else Validator(below)
             for name, below in self.schema.get("properties", {}).items()
         }
-        self._others: Optional[Validator] = None
-        self._container, keyword = _CONTAINERS.get(self.schema.get("type"), (None, ""))
-        if self._container and self.schema.get(keyword, True) is not False:
-            self._others = Validator(self.schema.get(keyword, True))
+        others = name in _MEMBERS and self.schema.get(_MEMBERS[name], True)
+        self._others = None if others is False else Validator(others)
+        self._is_container = name in _MEMBERS
         # Types whose values are all valid: a short way, since most values have one.
         self._plain = set(self._types)
         if self._options:
@@ -1158,11 +1145,11 @@ class Validator:
         return not problems
 
     def _convert(self, value: Any, path: Path, problems: List[Problem]) -> Any:
-        """Return a value as the schema wants it; add to `problems`."""
+        """Return a value as the schema wants it; append what is wrong to `problems`."""
         kind = type(value)
         if kind in self._plain:
             return value
-        if kind is self._container:
+        if self._is_container and kind in self._types:
             return self._convert_members(value, path, problems)
         for option in self._options:
             rejected: List[Problem] = []
@@ -1186,14 +1173,13 @@ class Validator:
         for name in self.schema.get("required", ()):
             if name not in value:
                 problems.append(((*path, name), "is missing"))
-        is_object, converted = self._container is dict, {}
+        is_object, converted = type(value) is dict, {}
         for name, item in value.items() if is_object else enumerate(value):
             below = self._properties.get(name, self._others)
             if below is None:
                 known = ", ".join(filter(self._properties.get, self._properties))
-                problems.append(
-                    ((*path, name), "is unknown; known here: " + (known or "none"))
-                )
+                message = "is unknown; known here: " + (known or "none")
+                problems.append(((*path, name), message))
             elif type(item) in below._plain:  # saves a call for most of them
                 converted[name] = item
             else:
@@ -1214,11 +1200,8 @@ class Validator:
             fits = re.search(schema["pattern"], value) and not _SURROGATE.search(value)
             return bool(fits) and len(value) <= schema.get("maxLength", math.inf)
         if kind is int or kind is float:
-            low, high = (
-                schema.get("minimum", -math.inf),
-                schema.get("maximum", math.inf),
-            )
-            return bool(low <= value <= high)
+            low = schema.get("minimum", -math.inf)
+            return bool(low <= value <= schema.get("maximum", math.inf))
         return True
 
 
@@ -1282,9 +1265,8 @@ def check_submission(
     if name not in handlers:
         Validator({"enum": sorted(handlers)}).validate(name, (*path, "type"))
     params = handlers[name].params.validate(params, (*path, "params"))
-    return Submission(
-        name, to_json(params), Options(**wanted) if wanted else NO_OPTIONS
-    )
+    options = Options(**wanted) if wanted else NO_OPTIONS
+    return Submission(name, to_json(params), options)
 
 
 def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submission]:
@@ -1334,8 +1316,6 @@ def _load_file(flag: str, file: str) -> Any:
         sys.path.append(folder)  # last, so that it can't hide the standard library
     name = "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
     try:
-        with open(file, "rb"):
-            pass  # for the system's own message about a file that can't be read
         loader = importlib.machinery.SourceFileLoader(name, file)
         spec = importlib.machinery.ModuleSpec(name, loader, origin=file)
         spec.has_location = True
@@ -1363,11 +1343,10 @@ def describe(error: BaseException) -> str:
     """Return "ValueError: text" for an exception, whatever its __str__ does."""
     name: str = type.__getattribute__(type(error), "__name__")
     text = _text_of(error)
-    line = name + (": " + text if text else "")
-    if isinstance(error, Failure):
-        line = text
-    line = line.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
-    return line if len(line) <= MAX_ERROR else line[: MAX_ERROR - 3] + "..."
+    if not isinstance(error, Failure):
+        text = name + (": " + text if text else "")
+    text = text.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
+    return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 3] + "..."
 
 
 def _text_of(error: BaseException) -> str:

@@ -8486,6 +8486,9 @@ def test_the_commands_are_listed_by_help(client, service, capsys):
 # ======================================================================
 
 
+NAMES = {setting.name for setting in longtasks.SETTINGS}
+
+
 class Process:
     """A real `python longtasks.py` on a free port."""
 
@@ -8501,27 +8504,25 @@ class Process:
             universal_newlines=True,
         )
         threading.Thread(target=self._read, daemon=True).start()
-        listens = re.compile(r"listening on https?://\S+:(\d+)")
-        until(
-            lambda: (
-                listens.search("".join(self.lines)) or self.process.poll() is not None
-            ),
-            "its address",
-        )
-        found = listens.search("".join(self.lines))
+        until(lambda: self._address() or self.process.poll() is not None, "its address")
+        found = self._address()
         if not found:
             self.process.kill()
         assert found, self.lines
         self.port = int(found.group(1))
 
+    def _address(self):
+        return re.search(r"listening on https?://\S+:(\d+)", "".join(self.lines))
+
     def _read(self):
         for line in self.process.stderr:
             self.lines.append(line)
 
+    def has_logged(self, word):
+        return any(word in line for line in list(self.lines))
+
     def logged(self, word):
-        until(
-            lambda: any(word in line for line in list(self.lines)), "the line " + word
-        )
+        until(lambda: self.has_logged(word), "the line " + word)
         return next(line for line in self.lines if word in line)
 
     def signal(self, number=signal.SIGTERM):
@@ -8530,8 +8531,9 @@ class Process:
     def wait(self):
         return self.process.wait(LONG)
 
-
-NAMES = {setting.name for setting in longtasks.SETTINGS}
+    def stop(self):
+        self.signal()
+        return self.wait()
 
 
 @contextlib.contextmanager
@@ -8581,41 +8583,38 @@ def began(tmp_path, name):
     until((tmp_path / (name + ".began")).exists, "the begin of " + name)
 
 
-def test_main_started_as_a_script_is_the_module_that_handlers_import(tmp_path):
-    file = write(
-        tmp_path,
-        "import longtasks, sys\n"
-        "assert longtasks is sys.modules['__main__']\n"
-        "@longtasks.handler('same')\n"
-        "def same(ctx: longtasks.Context):\n"
-        "    return isinstance(ctx, longtasks.Context)\n",
-    )
-    with process(env={"HANDLERS": file}) as running:
-        assert (
-            result_of(running.port, submitted(running.port, "same"))["result"] is True
-        )
+def begin(running, tmp_path, type, name="a"):
+    """Submit a held task; return its id once it runs."""
+    task_id = submitted(running.port, type, {"name": name})
+    began(tmp_path, name)
+    return task_id
 
+
+has_sighup = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+
+# -- the start -------------------------------------------------------------
 
 WANDERER = """
-import os
-from longtasks import handler
-
+import longtasks, os, sys
 os.chdir("elsewhere")
 
-@handler("go")
-def go():
+@longtasks.handler("go")
+def go(ctx: longtasks.Context):
     os.mkdir("gone")
     os.chdir("gone")
     os.rmdir("../gone")
+    return longtasks is sys.modules["__main__"] and isinstance(ctx, longtasks.Context)
 
-@handler("apart", isolated=True)
+@longtasks.handler("apart", isolated=True)
 def apart():
     return os.getcwd()
 """
 
 
 @needs_unix
-def test_a_handler_may_change_the_working_directory(tmp_path):
+def test_handlers_import_the_script_itself_and_may_change_the_working_directory(
+    tmp_path,
+):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     write(tmp_path, WANDERER)
@@ -8625,14 +8624,11 @@ def test_a_handler_may_change_the_working_directory(tmp_path):
     command = "cd %s; exec %s longtasks.py" % (tmp_path, sys.executable)
     flags = " --handlers mine.py --command 'tool=./tool' --db tasks.db"
     with process(command=["sh", "-c", command + flags]) as running:
-        port = running.port
-        for _ in range(2):
-            found = result_of(port, submitted(port, "tool"))
-            assert found["result"]["output"] == "hello\n"
-            assert result_of(port, submitted(port, "apart"))["result"] == str(folder)
-            result_of(port, submitted(port, "go"))
-        running.signal()
-        assert running.wait() == 0
+        for found in (True, None):  # the second time there is no working directory
+            assert outcome(running, "tool")["result"]["output"] == "hello\n"
+            assert outcome(running, "apart")["result"] == str(folder)
+            assert outcome(running, "go").get("result") is found
+        assert running.stop() == 0
     assert (tmp_path / "tasks.db").exists()
 
 
@@ -8646,7 +8642,7 @@ def apart():
 
 
 def started(text, *command, **options):
-    """What the service says as it refuses to start."""
+    """The line with which a start is refused."""
     ran = subprocess.run(
         [sys.executable, *command],
         env={**os.environ, "PORT": "0", "HANDLERS": text},
@@ -8670,6 +8666,180 @@ def test_isolated_handlers_need_a_file_that_other_processes_can_run(tmp_path):
     assert all(right in text for text in found)
 
 
+def test_a_port_in_use_is_one_line_and_code_75(service, capsys):
+    port = str(service.server.server_port)
+    assert longtasks.main(["--port", port]) == 75
+    err = capsys.readouterr().err
+    assert err.startswith("longtasks: HOST 127.0.0.1, PORT %s: can't listen: " % port)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["256.1.1.1", "no.such.host.invalid", "a\x1bb"])
+def test_a_host_that_cannot_be_listened_on_is_one_line_and_code_2(host, capsys):
+    assert longtasks.main(["--port=0", "--host", host]) == 2
+    assert re.fullmatch("longtasks: HOST [ -~]*\n", capsys.readouterr().err)
+
+
+def test_it_listens_on_ipv6_too(registry):
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    try:
+        with serving(HOST="::1") as service:
+            assert service.server.url.startswith("http://[::1]:")
+    except longtasks.SettingsError as error:
+        pytest.skip(str(error))
+
+
+def test_a_file_without_a_handler_is_a_warning(tmp_path):
+    file = write(tmp_path, "def count():\n    return 1\n")
+    with records("WARNING") as kept:
+        longtasks.load_all([file])
+    (record,) = kept
+    assert "--handlers %s has no @handler" % file in record.getMessage()
+
+
+PRINTING = """
+import os, sys
+from longtasks import handler
+sys.stdout.write("a line")
+sys.stderr.write("another")
+
+@handler("names")
+def names():
+    os.write(1, b"raw")
+    os.write(2, b"raw")
+    return [os.readlink("/proc/self/fd/%d" % fd) for fd in range(3)]
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="there is no /proc")
+@pytest.mark.parametrize("closed", [[0], [1], [0, 1], [0, 1, 2]])
+def test_nothing_takes_the_place_of_a_standard_file_that_is_closed(closed, tmp_path):
+    path, db = str(tmp_path / "socket"), str(tmp_path / "tasks.db")
+    words = [sys.executable, SCRIPT, "--unix-socket", path, "--db", db]
+    words += ["--handlers", write(tmp_path, PRINTING)]
+    how = "".join(" %d>&-" % fd for fd in closed)
+    started = subprocess.Popen(["sh", "-c", 'exec "$@"' + how, "sh", *words])
+    try:
+        until(lambda: os.path.exists(path) or started.poll() is not None)
+        ask = [sys.executable, SCRIPT, "run", "names", "--url", "unix:" + path]
+        ran = subprocess.run(ask, stdout=subprocess.PIPE, timeout=LONG)
+        names = json.loads(ran.stdout)
+        assert [names[fd] for fd in closed] == ["/dev/null"] * len(closed)
+        started.terminate()
+        assert started.wait(LONG) == 0
+    finally:
+        started.kill()
+        started.wait()
+
+
+# -- hosts that lack something ---------------------------------------------
+
+LACKING = """
+import runpy, sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def lacking(*names):
+    """How to start the service by a Python that was built without these modules."""
+    return (sys.executable, "-c", LACKING, ",".join(names), SCRIPT)
+
+
+MISSING = "sqlite3", "ssl", "multiprocessing", "ctypes", "curses", "fcntl", "argparse"
+
+
+def test_a_python_without_some_modules_does_what_does_not_need_them():
+    env = {"COMMANDS": "say=echo {word}"}
+    with process(command=lacking(*MISSING), env=env) as running:
+        done = outcome(running, "long_computation", {"duration": 0})
+        assert done["status"] == "completed"
+        assert outcome(running, "say", {"word": "hi"})["result"]["output"] == "hi\n"
+        assert running.stop() == 0
+
+
+@pytest.mark.parametrize("executor", [False, True])
+def test_isolated_handlers_need_no_multiprocessing(executor, tmp_path):
+    flags = ["--handlers", write(tmp_path, APART)]
+    if executor:
+        text = "from concurrent.futures import ThreadPoolExecutor\n"
+        flags += ["--executor", write(tmp_path, text, "f.py") + ":ThreadPoolExecutor"]
+    with process(*flags, command=lacking("multiprocessing")) as running:
+        assert outcome(running, "apart")["result"] == 1
+
+
+def test_what_needs_a_missing_module_is_one_line_and_code_2(tmp_path):
+    command = [*lacking("sqlite3"), "--port=0", "--db", str(tmp_path / "x")]
+    done = subprocess.run(command, stderr=subprocess.PIPE, timeout=LONG)
+    line = b"longtasks: DB needs Python's sqlite3, which is missing\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
+LOCKED = """
+set -e
+mount -t tmpfs tmpfs /mnt
+cp "$2" /mnt/longtasks.py
+cp "$3" /mnt/mine.py
+mount -o remount,ro /mnt
+mount -o remount,ro,bind /
+cd /
+exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs \\
+    --bounding-set=-all env -i PORT=0 \\
+    "$1" -I /mnt/longtasks.py --handlers /mnt/mine.py --command say='echo {word}'
+"""
+
+
+def can_lock():
+    """Whether a file system can be made read-only here, for one process."""
+    if not all(map(shutil.which, ["unshare", "setpriv", "mount"])):
+        return False
+    probe = ["unshare", "-m", "mount", "-o", "remount,ro,bind", "/"]
+    return subprocess.run(probe, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def test_it_runs_as_nobody_on_a_read_only_file_system_without_an_environment(tmp_path):
+    python = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")
+    if not python or not can_lock():
+        pytest.skip("only root can take its rights away")
+    file = write(tmp_path, APART.replace("return 1", "open('/mnt/x', 'w')"))
+    command = ("unshare", "-m", "sh", "-c", LOCKED, "sh", python, SCRIPT, file)
+    with process(command=command) as running:
+        assert outcome(running, "say", {"word": "hi"})["status"] == "completed"
+        error = outcome(running, "apart")["error"]
+        assert "Read-only file system: '/mnt/x'" in error
+        assert running.stop() == 0
+
+
+HEAVY = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+HEAVY += b"Content-Type: application/json\r\nContent-Length: 65536\r\n\r\n"
+HEAVY += b"[" * 65536
+
+
+def test_64_mib_are_enough_whatever_clients_do_with_the_limits_of_the_readme():
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("how much memory it takes can't be read here")
+    (lines,) = shell_blocks("On a small host")
+    env = dict(re.findall("([A-Z_]+)=([0-9A-Za-z]+)", lines))
+    with process(env=env) as running:
+        task = {"type": "long_computation", "params": {"duration": 0}}
+        for delay in (0, 3600):
+            batch = [dict(task, delay=delay)] * 450
+            for _ in range(20):
+                call(running.port, "POST", "/api/v1/tasks", batch)
+        together(int(env["MAX_CONNECTIONS"]), lambda i: raw(None, HEAVY, running.port))
+        status = Path("/proc/%d/status" % running.process.pid).read_text()
+        # Without a GIL, CPython itself takes much more.
+        most = 64 if getattr(sys, "_is_gil_enabled", lambda: True)() else 160
+        assert int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) < most * 1024
+        assert call(running.port, "GET", "/healthz").status == 200
+
+
+# -- the stop --------------------------------------------------------------
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_service_exits_at_once_with_0(number):
     with process() as running:
@@ -8682,50 +8852,78 @@ def test_an_idle_service_exits_at_once_with_0(number):
 
 def test_a_drain_finishes_running_and_queued_tasks_and_refuses_new_ones(tmp_path, held):
     with process(*held["flags"], env={**held["env"], "WORKER_COUNT": "1"}) as running:
-        submitted(running.port, "deaf", {"name": "a"})
-        began(tmp_path, "a")
+        begin(running, tmp_path, "deaf")
         queued = submitted(running.port, "deaf", {"name": "b"})
-        running.signal()
-        running.logged("SIGTERM: draining, 1 running and 1 waiting, for 300 s at most")
-        running.logged("; a second signal ends it at once")
-        refused = submit(running.port, "deaf", {"name": "c"})
-        assert_problem(refused, 503, "shutting down")
-        assert "Retry-After" in refused.headers
-        assert call(running.port, "GET", "/readyz").status == 503
-        assert call(running.port, "GET", "/healthz").status == 200
-        assert (
-            call(running.port, "GET", "/api/v1/tasks/" + queued).json["status"]
-            == "pending"
-        )
-        (tmp_path / "a").touch()
-        began(tmp_path, "b")
-        (tmp_path / "b").touch()
+        path = "/api/v1/tasks/" + queued
+        waiting = background(lambda: call(running.port, "GET", path + "?wait=20"))
+        with Stream(running.port, "/api/v1/events") as stream:
+            stream.block()
+            running.signal()
+            running.logged(
+                "SIGTERM: draining, 1 running and 1 waiting, for 300 s at most"
+            )
+            assert waiting.result(LONG).json["status"] == "pending"
+            refused = submit(running.port, "deaf", {"name": "c"})
+            assert_problem(refused, 503, "shutting down")
+            assert "Retry-After" in refused.headers
+            assert call(running.port, "GET", "/readyz").status == 503
+            assert call(running.port, "GET", "/healthz").status == 200
+            (tmp_path / "a").touch()
+            began(tmp_path, "b")
+            (tmp_path / "b").touch()
+            moved = [event["data"]["status"] for event in stream.rest()]
+            assert moved == ["completed", "processing", "completed"]
         assert running.wait() == 0
         assert "(deaf): completed" in running.logged(queued)
         assert not (tmp_path / "c.began").exists()
 
 
-def test_past_the_drain_timeout_tasks_are_given_up_and_told(tmp_path, held):
+def test_past_the_drain_timeout_tasks_are_given_up_and_logged(tmp_path, held):
+    text = "\x7f\x80\u2028é\ud800\\"
     env = {**held["env"], "WORKER_COUNT": "2", "DRAIN_TIMEOUT": "0.2", "GRACE": "0.3"}
     with process(*held["flags"], env=env) as running:
-        for type, name in [("polite", "a"), ("deaf", "b"), ("deaf", "é")]:
-            submitted(running.port, type, {"name": name})
-        began(tmp_path, "a")
-        began(tmp_path, "b")
-        begin = time.monotonic()
-        running.signal()
-        assert running.wait() == 1
-        assert time.monotonic() - begin < 10
+        polite = begin(running, tmp_path, "polite", "a")
+        begin(running, tmp_path, "deaf", "b")
+        submitted(running.port, "deaf", {"name": text})
+        assert running.stop() == 1
+        assert "(polite): put back" in running.logged(polite)
         running.logged("3 tasks given up")
         lines = [line for line in running.lines if "given up: " in line]
         given_up = [json.loads(line[line.index("{") :]) for line in lines]
-        assert [task["params"]["name"] for task in given_up] == ["a", "b", "é"]
+        assert [task["params"]["name"] for task in given_up] == ["a", "b", text]
         assert [task["type"] for task in given_up] == ["polite", "deaf", "deaf"]
-        for task in given_up:
-            assert uuid.UUID(task.pop("id"))
-            longtasks.check_submission(
-                dict(task, type="long_computation", params={}), longtasks.REGISTRY
-            )
+
+
+def test_each_line_of_the_service_is_json_where_that_is_asked_for(tmp_path, held):
+    env = {"LOG_FORMAT": "json", "DRAIN_TIMEOUT": "0", "GRACE": "1000", **held["env"]}
+    with process(*held["flags"], env=env) as running:
+        task_id = begin(running, tmp_path, "polite", "a\x7f")
+        assert running.stop() == 1, "it ends once its handler has stopped"
+        running.logged("stopped")
+    lines = [json.loads(line) for line in running.lines]
+    assert all(list(line)[:3] == ["time", "level", "message"] for line in lines)
+    (given_up,) = [line for line in lines if line["message"] == "given up"]
+    task = {"id": task_id, "type": "polite", "params": {"name": "a\x7f"}}
+    assert given_up["task"] == task
+    assert given_up["task_id"] == task_id
+    assert all(re.fullmatch("[ -~]+\n", line) for line in running.lines)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path, held):
+    with process(*held["flags"], env=held["env"]) as running:
+        begin(running, tmp_path, "deaf")
+        running.signal()
+        running.logged("; a second signal ends it at once")
+        running.signal(signal.SIGINT)
+        assert running.wait() == 1
+        assert '"name": "a"' in running.logged("given up")
+
+
+def stop(service):
+    """Run a service that a signal ends at once; return its exit code."""
+    events = queue.SimpleQueue()
+    events.put(signal.SIGTERM)
+    return service.run(events)
 
 
 def test_a_task_that_is_given_up_neither_runs_nor_is_cancelled(registry):
@@ -8734,74 +8932,92 @@ def test_a_task_that_is_given_up_neither_runs_nor_is_cancelled(registry):
     settings = longtasks.read_settings(["--port=0", "--drain-timeout=0"], {})
     service = longtasks.Service(settings, longtasks.REGISTRY)
     service.start()
-    workers = {each for each in threading.enumerate() if "worker" in each.name}
+    workers = [each for each in threading.enumerate() if "worker" in each.name]
     task = service.store.submit("late", b"{}", longtasks.Options(delay=0.05))
     close = service.server.close
 
     def close_late(*timeout):
         with pytest.raises(longtasks.Draining):
             service.store.cancel(task.id)
-        until(lambda: not any(each.is_alive() for each in workers - before))
+        until(lambda: not any(each.is_alive() for each in set(workers) - before))
         close(*timeout)
 
     service.server.close = close_late
-    events = queue.SimpleQueue()
-    events.put(signal.SIGTERM)
     with records("ERROR") as kept:
-        assert service.run(events) == 1
+        assert stop(service) == 1
     assert [as_json(record)["task"]["id"] for record in kept] == [task.id]
     assert ran == []
-
-
-def test_a_handler_that_stops_when_it_is_told_ends_the_drain(tmp_path, held):
-    env = {**held["env"], "DRAIN_TIMEOUT": "0"}
-    with process(*held["flags"], env=env) as running:
-        task_id = submitted(running.port, "polite", {"name": "a"})
-        began(tmp_path, "a")
-        running.signal()
-        assert running.wait() == 1
-        assert "(polite): put back" in running.logged(task_id)
-
-
-def test_a_second_signal_ends_it_at_once(tmp_path, held):
-    with process(*held["flags"], env=held["env"]) as running:
-        submitted(running.port, "deaf", {"name": "a"})
-        began(tmp_path, "a")
-        running.signal()
-        running.logged("draining")
-        running.signal(signal.SIGINT)
-        assert running.wait() == 1
-        assert '"name": "a"' in running.logged("given up")
 
 
 def test_an_exit_answers_clients_but_does_not_wait_for_idle_ones(registry):
     settings = longtasks.read_settings(["--port=0"], {})
     service = longtasks.Service(settings, longtasks.REGISTRY)
-    address = ("127.0.0.1", service.server.server_port)
+    address, close = ("127.0.0.1", service.server.server_port), service.server.close
     with contextlib.ExitStack() as stack:
         idle, half, unaccepted = (
             stack.enter_context(socket.create_connection(address, LONG))
             for _ in range(3)
         )
+
+        def close_late(*timeout):
+            half.sendall(b"\r\n")
+            close(*timeout)
+
         unaccepted.sendall(GET + b"\r\n")
         half.sendall(GET)
+        service.server.close = close_late
         with running_service(service):
             idle.sendall(GET + b"\r\n")
             assert idle.recv(65536)
-            begin, close = time.monotonic(), service.server.close
-
-            def finish_request(*timeout):
-                half.sendall(b"\r\n")
-                close(*timeout)
-
-            service.server.close = finish_request
+            begin = time.monotonic()
+        assert time.monotonic() - begin < 4
         assert idle.recv(65536) == b""
         for client in (half, unaccepted):
             assert client.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
-        assert time.monotonic() - begin < 4
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_without_another_thread_a_stop_still_answers_and_closes_the_journal(
+    registry, tmp_path, monkeypatch
+):
+    changes = {"DB": str(tmp_path / "tasks.db")}
+    with serving(**changes) as service:
+        task_id = submitted(service, "long_computation", {"duration": 0})
+        result_of(service, task_id)
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+    monkeypatch.undo()
+    with serving(**changes) as service:
+        assert result_of(service, task_id)["status"] == "completed"
+
+
+LEFT_BEHIND = """
+import threading
+from longtasks import handler
+
+@handler("leave")
+def leave():
+    threading.Thread(target=threading.Event().wait, daemon=False).start()
+"""
+
+
+def test_threads_that_a_handler_left_behind_do_not_hold_up_the_exit(tmp_path):
+    with process("--handlers", write(tmp_path, LEFT_BEHIND)) as running:
+        outcome(running, "leave")
+        assert running.stop() == 0
+
+
+def test_nothing_at_the_end_can_fail_or_hang(monkeypatch):
+    held = threading.Event()
+    assert not longtasks.within(0.01, held.wait)
+    held.set()
+    assert longtasks.within(LONG, lambda: sys.exit("at the end"))
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    assert not longtasks.within(LONG, held.set)
+
+
+# -- signals ---------------------------------------------------------------
+
+
+@has_sighup
 def test_sighup_has_certificate_and_token_read_again(pairs, tmp_path):
     cert, key, token = (tmp_path / name for name in ("crt", "key", "token"))
 
@@ -8826,8 +9042,7 @@ def test_sighup_has_certificate_and_token_read_again(pairs, tmp_path):
         running.signal(signal.SIGHUP)
         assert "must hold 16 to 255" in running.logged("SIGHUP: nothing is changed")
         assert works("two", "the-second-of-tokens")
-        running.signal()
-        assert running.wait() == 0
+        assert running.stop() == 0
 
 
 def test_streams_outlast_a_reload_but_not_their_token(registry, monkeypatch, tmp_path):
@@ -8858,38 +9073,32 @@ def inherited(number, action):
         signal.signal(number, before)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
-def test_with_nothing_to_read_again_sighup_drains(tmp_path, held):
-    with inherited(signal.SIGHUP, signal.SIG_DFL), process(
+@has_sighup
+@pytest.mark.parametrize("nohup", [False, True])
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
+def test_sighup_drains_unless_it_is_ignored_and_does_not_hurry_a_drain(
+    nohup, first, tmp_path, held
+):
+    action = signal.SIG_IGN if nohup else signal.SIG_DFL
+    with inherited(signal.SIGHUP, action), process(
         *held["flags"], env=held["env"]
     ) as running:
-        submitted(running.port, "deaf", {"name": "a"})
-        began(tmp_path, "a")
-        running.signal(signal.SIGHUP)
-        running.logged("SIGHUP: draining, 1 running")
+        begin(running, tmp_path, "deaf")
+        running.signal(first)
+        if nohup and first == signal.SIGHUP:
+            running.signal()
+        running.logged("SIGTERM: draining" if nohup else first.name + ": draining")
         running.signal(signal.SIGHUP)  # some terminals send it twice
         (tmp_path / "a").touch()
         assert running.wait() == 0
-        assert not any("told to stop" in line for line in running.lines)
+        assert not running.has_logged("told to stop")
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
-def test_under_nohup_sighup_stays_ignored():
-    with inherited(signal.SIGHUP, signal.SIG_IGN), process() as running:
-        running.signal(signal.SIGHUP)
-        running.signal()
-        running.logged("SIGTERM: draining")
-        assert running.wait() == 0
-        assert not any("SIGHUP" in line for line in running.lines)
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+@has_sighup
 @pytest.mark.parametrize("action", [signal.SIG_DFL, signal.SIG_IGN])
-def test_sighup_does_not_hurry_a_drain(action, tmp_path, held):
-    flags = ["--api-token-file", write(tmp_path, TOKEN, "token")]
-    with inherited(signal.SIGHUP, action), process(
-        *held["flags"], *flags, env=held["env"]
-    ) as running:
+def test_a_reload_does_not_hurry_a_drain(action, tmp_path, held):
+    flags = [*held["flags"], "--api-token-file", write(tmp_path, TOKEN, "token")]
+    with inherited(signal.SIGHUP, action), process(*flags, env=held["env"]) as running:
         document = {"type": "deaf", "params": {"name": "a"}}
         call(running, "POST", "/api/v1/tasks", document, Authorization=BEARER)
         began(tmp_path, "a")
@@ -8899,7 +9108,7 @@ def test_sighup_does_not_hurry_a_drain(action, tmp_path, held):
         running.logged("SIGHUP: ")
         (tmp_path / "a").touch()
         assert running.wait() == 0
-        assert not any("told to stop" in line for line in running.lines)
+        assert not running.has_logged("told to stop")
 
 
 SLOW_START = """
@@ -8949,17 +9158,27 @@ def test_a_signal_while_a_start_is_refused_does_not_interrupt_that(monkeypatch):
     assert sys.stderr.getvalue().startswith("longtasks: PORT ")
 
 
-def test_without_another_thread_a_stop_still_answers_and_closes_the_journal(
-    registry, tmp_path, monkeypatch
-):
-    changes = {"DB": str(tmp_path / "tasks.db")}
-    with serving(**changes) as service:
-        task_id = submitted(service, "long_computation", {"duration": 0})
-        result_of(service, task_id)
-        monkeypatch.setattr(threading.Thread, "start", no_thread)
-    monkeypatch.undo()
-    with serving(**changes) as service:
-        assert result_of(service, task_id)["status"] == "completed"
+def test_a_signal_is_heard_while_clients_come_and_go():
+    for _ in range(5):
+        with process() as running:
+            stop = threading.Event()
+
+            def come_and_go(port=running.port, stop=stop):
+                while not stop.is_set():
+                    with contextlib.suppress(OSError, http.client.HTTPException):
+                        call(port, "GET", "/healthz")
+
+            threads = [threading.Thread(target=come_and_go) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for _ in range(100):
+                call(running.port, "GET", "/healthz")
+            begin = time.monotonic()
+            assert running.stop() == 0
+            assert time.monotonic() - begin < 10
+            stop.set()
+            for thread in threads:
+                thread.join(LONG)
 
 
 SIGNALS = """
@@ -8969,13 +9188,10 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])
 """
-INHERITING = (
-    SIGNALS
-    + """
+INHERITING = """
 import sys
 os.execv(sys.executable, [sys.executable] + sys.argv[1:])
 """
-)
 SHOW_SIGNALS = """signals=%s -c 'from signal import *
 print(*map(int, pthread_sigmask(SIG_BLOCK, ())))
 print(*map(int, map(getsignal, [SIGCHLD, SIGTERM])))'
@@ -8985,14 +9201,11 @@ print(*map(int, map(getsignal, [SIGCHLD, SIGTERM])))'
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="not POSIX")
 @pytest.mark.parametrize("by", ["its parent", "a handlers file"])
 def test_signals_are_what_they_have_to_be_whatever_was_done_to_them(by, tmp_path):
-    flags, command = (
-        ["--command", SHOW_SIGNALS % sys.executable],
-        [sys.executable, SCRIPT],
-    )
-    if by == "its parent":
-        command = [sys.executable, "-c", INHERITING, SCRIPT]
-    else:
+    flags = ["--command", SHOW_SIGNALS % sys.executable]
+    command = [sys.executable, "-c", SIGNALS + INHERITING, SCRIPT]
+    if by == "a handlers file":
         flags += ["--handlers", write(tmp_path, SIGNALS)]
+        command = [sys.executable, SCRIPT]
     with process(*flags, command=command) as running:
         result = outcome(running, "signals")["result"]
         assert result == {"exit_code": 0, "output": "\n0 0\n"}
@@ -9000,70 +9213,10 @@ def test_signals_are_what_they_have_to_be_whatever_was_done_to_them(by, tmp_path
             status = Path("/proc/%d/status" % running.process.pid).read_text()
             ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
             assert ignored & 1 << signal.SIGPIPE - 1
-        running.signal()
-        assert running.wait() == 0
+        assert running.stop() == 0
 
 
-PRINTING = """
-import os, sys
-from longtasks import handler
-sys.stdout.write("a line")
-sys.stderr.write("another")
-
-@handler("names")
-def names():
-    os.write(1, b"raw")
-    os.write(2, b"raw")
-    return [os.readlink("/proc/self/fd/%d" % fd) for fd in range(3)]
-"""
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="there is no /proc")
-@pytest.mark.parametrize("closed", [[0], [1], [0, 1], [0, 1, 2]])
-def test_nothing_takes_the_place_of_a_standard_file_that_is_closed(closed, tmp_path):
-    path, db = str(tmp_path / "socket"), str(tmp_path / "tasks.db")
-    words = [sys.executable, SCRIPT, "--unix-socket", path, "--db", db]
-    words += ["--handlers", write(tmp_path, PRINTING)]
-    how = "".join(" %d>&-" % fd for fd in closed)
-    started = subprocess.Popen(["sh", "-c", 'exec "$@"' + how, "sh", *words])
-    try:
-        until(lambda: os.path.exists(path) or started.poll() is not None)
-        ask = [sys.executable, SCRIPT, "run", "names", "--url", "unix:" + path]
-        ran = subprocess.run(ask, stdout=subprocess.PIPE, timeout=LONG)
-        names = json.loads(ran.stdout)
-        assert [names[fd] for fd in closed] == ["/dev/null"] * len(closed)
-        started.terminate()
-        assert started.wait(LONG) == 0
-    finally:
-        started.kill()
-        started.wait()
-
-
-def test_a_port_in_use_is_one_line_and_code_75(service, capsys):
-    port = str(service.server.server_port)
-    assert longtasks.main(["--port", port]) == 75
-    err = capsys.readouterr().err
-    assert err.startswith("longtasks: HOST 127.0.0.1, PORT %s: can't listen: " % port)
-    assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize("host", ["256.1.1.1", "no.such.host.invalid", "a\x1bb"])
-def test_a_host_that_cannot_be_listened_on_is_one_line_and_code_2(host, capsys):
-    assert longtasks.main(["--port=0", "--host", host]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("longtasks: HOST ")
-    assert err.count("\n") == 1
-    assert "\x1b" not in err
-
-
-def test_it_listens_on_ipv6_too(registry):
-    if not socket.has_ipv6:
-        pytest.skip("no IPv6 here")
-    try:
-        with serving(HOST="::1") as service:
-            assert service.server.url.startswith("http://[::1]:")
-    except longtasks.SettingsError as error:
-        pytest.skip(str(error))
+# -- the log ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -9074,16 +9227,15 @@ def unread():
     with contextlib.suppress(BlockingIOError):
         while True:
             os.write(writer, b"\n" * 4096)
-    os.set_blocking(writer, True)
-    output = longtasks.LogWriter(writer)
+    output = longtasks.LogWriter(writer)  # which it must bear that it can't block
     output.setFormatter(longtasks.LogFormatter())
     output.limit = 200
     os.close(writer)
     return output, os.fdopen(reader, encoding="utf-8")
 
 
-def logged_by(output, text, **fields):
-    record = logging.LogRecord("longtasks", logging.ERROR, "", 0, text, (), None)
+def logged_by(output, text, *args, **fields):
+    record = logging.LogRecord("longtasks", logging.ERROR, "x.py", 7, text, args, None)
     record.fields = fields
     output.handle(record)
 
@@ -9091,27 +9243,23 @@ def logged_by(output, text, **fields):
 def read_to(file, end):
     """Read lines up to one with this in it."""
 
-    lines = [""]
-
     def read():
-        while end not in lines[-1]:
+        lines = []
+        while not lines or end not in lines[-1]:
             lines.append(next(line for line in file if line.strip()))
+        return lines
 
-    reading = threading.Thread(target=read, daemon=True)
-    reading.start()
-    reading.join(LONG)
-    assert end in lines[-1]
-    return lines[1:]
+    return background(read).result(LONG)
 
 
 def test_a_log_that_nobody_reads_holds_up_nothing_and_counts_what_it_drops(unread):
     output, file = unread
     for number in range(100):
-        logged_by(output, "line %d" % number)
+        logged_by(output, "line %d", number)
     lines = read_to(file, "were dropped")
     kept = [re.search(r"line (\d+)$", line).group(1) for line in lines[:-1]]
     assert kept == [str(number) for number in range(len(kept))]
-    assert "log: %d lines were dropped" % (100 - len(kept)) in lines[-1]
+    assert ": %d lines were dropped" % (100 - len(kept)) in lines[-1]
     logged_by(output, "again")
     assert len(read_to(file, "again")) == 1, "that is told once"
 
@@ -9124,17 +9272,14 @@ def test_no_task_that_is_given_up_is_dropped_from_the_log(unread):
     output.finish(0.05)
     assert 0.05 <= time.monotonic() - begin < LONG, "nobody reads: it must end"
     finishing = background(output.finish)
-    lines = read_to(file, '{"id": 99}')
+    assert len(read_to(file, '{"id": 99}')) == 100
     finishing.result(LONG)
-    assert len(lines) == 100
 
 
 def test_a_line_that_cannot_be_formatted_is_logged_as_that_and_raises_nothing(unread):
     output, file = unread
-    record = longtasks.log.makeRecord("x", 40, "mine.py", 7, "%d", ("one",), None)
-    reading = background(lambda: read_to(file, "mine.py:7: "))
-    output.handle(record)
-    assert "TypeError" in reading.result(LONG)[-1]
+    logged_by(output, "%d", "one")
+    assert "TypeError" in read_to(file, "x.py:7: ")[-1]
 
 
 GLOBALS = """
@@ -9175,27 +9320,10 @@ def test_what_a_library_does_to_the_whole_process_does_not_reach_the_service(tmp
             assert answer.json["status"] == ("completed" if params else "pending")
         assert call(running, "GET", "/", Accept="text/html").status == 200
         until(lambda: (tmp_path / "out").read_text().startswith("begun\n"), "the line")
-        running.signal()
-        assert running.wait() == 1
+        assert running.stop() == 1
         assert '"type": "nap"' in running.logged("given up: ")
         assert "stopped" in running.logged("given up\n")
     assert (tmp_path / "out").read_text() == "begun\nno end"
-
-
-def test_nothing_at_the_end_can_fail_or_hang():
-    held = threading.Event()
-    longtasks.within(0.01, held.wait)
-    held.set()
-    longtasks.within(LONG, lambda: sys.exit("at the end"))
-
-
-def test_a_log_line_has_no_character_that_a_terminal_obeys():
-    record = longtasks.log.makeRecord(
-        "x", 20, "f", 1, "a%s", ("\x1b[31m\r\nb é ☃ \u202ec\u2028\x9b\ud800\tא",), None
-    )
-    line = longtasks.LogFormatter().format(record)
-    shown = r" INFO    a\\x1b\[31m\\r\\nb é ☃ \\u202ec\\u2028\\x9b\\ud800\tא"
-    assert re.fullmatch(TIME + shown, line)
 
 
 @contextlib.contextmanager
@@ -9223,16 +9351,36 @@ def as_json(record):
     return json.loads(line)
 
 
+def as_text(record):
+    return longtasks.LogFormatter().format(record)
+
+
 def is_end(record, task_id):
     about = getattr(record, "fields", {})
     return about.get("task_id") == task_id and "duration" in about
 
 
-def test_a_run_is_told_with_its_fields_in_json_and_in_words_as_text(registry):
+def test_a_log_line_has_no_character_that_a_terminal_obeys():
+    text = "\x1b[31m\r\nb é ☃ \u202ec\u2028\x9b\ud800\tא"
+    record = longtasks.log.makeRecord("x", 20, "f", 1, "a%s", (text,), None)
+    shown = r" INFO    a\\x1b\[31m\\r\\nb é ☃ \\u202ec\\u2028\\x9b\\ud800\tא"
+    assert re.fullmatch(TIME + shown, as_text(record))
+
+
+@pytest.mark.parametrize("jump", [-3600, 0, 3600])
+def test_a_run_is_logged_with_its_fields_in_json_and_in_words_as_text(
+    jump, registry, monkeypatch
+):
     @handler("talk")
     def talk(ctx: Context):
         ctx.log("hi\x7f")
+        offset.append(jump)  # somebody sets the clock
 
+    offset = [0]
+    store = functools.partial(
+        longtasks.TaskStore, clock=lambda: time.time() + offset[-1]
+    )
+    monkeypatch.setattr(longtasks, "TaskStore", store)
     with records() as kept, serving() as service:
         task_id = submitted(service, "talk")
         until(lambda: any(is_end(record, task_id) for record in kept))
@@ -9242,14 +9390,14 @@ def test_a_run_is_told_with_its_fields_in_json_and_in_words_as_text(registry):
     for line in about:
         assert (line["task_id"], line["type"], line["attempt"]) == (task_id, "talk", 1)
         assert re.fullmatch(TIME, line["time"])
+        assert "error" not in line
     assert [line["level"] for line in about] == ["debug", "info", "info"]
     assert 0 <= about[2]["duration"] < LONG
-    text = [longtasks.LogFormatter().format(record) for record in kept]
     words = r" INFO    task %s \(talk\): completed after \d+\.\d{3} s" % task_id
-    assert any(re.fullmatch(TIME + words, line) for line in text)
+    assert any(re.fullmatch(TIME + words, as_text(record)) for record in kept)
 
 
-def test_why_a_run_failed_is_told_in_its_line(registry):
+def test_a_run_that_fails_is_logged_with_its_reason_and_traceback(registry):
     @handler("bad", retries=1, backoff=0)
     def bad(ctx: Context):
         raise ValueError("no\x1b" + "x" * 300 + "\nmore" if ctx.attempt > 1 else "")
@@ -9261,29 +9409,14 @@ def test_why_a_run_failed_is_told_in_its_line(registry):
     assert as_json(again)["error"] == "ValueError"
     error = "ValueError: no\x1b" + "x" * 182 + "..."
     assert (as_json(failed)["error"], len(error)) == (error, 200)
-    line = longtasks.LogFormatter().format(failed)
-    assert re.search(r": failed after \S+ s: ValueError: no\\x1bx{182}\.\.\.$", line)
-
-
-@pytest.mark.parametrize("jump", [-3600, 3600])
-def test_the_time_that_a_run_took_is_right_though_the_clock_is_set(jump, registry):
-    @handler("t")
-    def set_clock():
-        service.store._clock = lambda: time.time() + jump
-
-    with records("INFO") as kept, serving() as service:
-        task_id = submitted(service, "t")
-        until(lambda: any(is_end(record, task_id) for record in kept))
-    (line,) = [as_json(record) for record in kept if is_end(record, task_id)]
-    assert 0 <= line["duration"] < LONG
-
-
-def test_what_did_not_fail_has_no_error_in_its_line(registry):
-    handler("fine")(lambda: 1)
-    with records() as kept, serving() as service:
-        task_id = submitted(service, "fine")
-        until(lambda: any(is_end(record, task_id) for record in kept))
-    assert not any("error" in as_json(record) for record in kept)
+    words = r": failed after \S+ s: ValueError: no\\x1bx{182}\.\.\.$"
+    assert re.search(words, as_text(failed))
+    raised = [record for record in kept if record.getMessage() == "raised"][-1]
+    assert as_json(raised)["level"] == "warning"
+    assert as_json(raised)["traceback"].endswith("xxx\nmore")
+    lines = as_text(raised).splitlines()
+    assert lines[0].endswith("(bad): raised")
+    assert lines[-2].startswith("  ValueError: no\\x1bxxx")
 
 
 def test_each_task_that_is_given_up_at_the_start_is_a_warning(tmp_path, registry):
@@ -9304,28 +9437,6 @@ def test_each_task_that_is_given_up_at_the_start_is_a_warning(tmp_path, registry
         assert all("interrupted 3 times" in line["error"] for line in warned)
 
 
-def test_a_file_without_a_handler_is_a_warning(tmp_path):
-    file = write(tmp_path, "def count():\n    return 1\n")
-    with records() as kept:
-        longtasks.load_all([file])
-    (record,) = kept
-    text = "--handlers %s has no @handler: no task type is in it" % file
-    assert (record.levelname, record.getMessage()) == ("WARNING", text)
-
-
-def test_a_traceback_is_a_field_in_json(registry):
-    @handler("bad")
-    def bad():
-        raise ValueError("no\n\x1b")
-
-    with records() as kept, serving() as service:
-        result_of(service, submitted(service, "bad"))
-    lines = [as_json(r) for r in kept if r.getMessage() == "raised"]
-    (line,) = [line for line in lines if line["type"] == "bad"]
-    assert line["level"] == "warning"
-    assert line["traceback"].endswith("ValueError: no\n\x1b")
-
-
 def test_a_request_is_logged_at_debug_without_a_secret(registry):
     params = {"duration": 0}
     with records() as kept, serving() as service:
@@ -9340,9 +9451,9 @@ def test_a_request_is_logged_at_debug_without_a_secret(registry):
         until(lambda: any("/events" in record.getMessage() for record in kept))
     lines = [as_json(record) for record in kept]
     asked = [line for line in lines if "client" in line]
-    for line in asked:
-        assert line["client"] == "127.0.0.1"
-        assert 0 <= line["duration"] < LONG
+    assert {line["client"] for line in asked} == {"127.0.0.1"}
+    assert all(0 <= line["duration"] < LONG for line in asked)
+    assert {line["level"] for line in asked} == {"debug"}
     # In no order: a line is written after its answer, while the next one may be asked.
     assert {(a["method"], a["path"], a["status"], a["bytes"] > 0) for a in asked} == {
         ("POST", "/api/v1/tasks", 202, True),
@@ -9353,34 +9464,11 @@ def test_a_request_is_logged_at_debug_without_a_secret(registry):
         ("GET", "/", 421, True),
         ("GET", "/api/v1/events", 200, True),
     }
-    texts = [longtasks.LogFormatter().format(record) for record in kept]
+    texts = list(map(as_text, kept))
     assert "s3cret" not in "\n".join(texts) + json.dumps(lines)
-    assert "duration" not in "\n".join(texts), "a task's params are nobody's business"
+    assert "duration" not in "\n".join(texts), "a task's params are not logged"
     words = r"127.0.0.1 HEAD /healthz: 200, 0 bytes after \d\.\d{3} s"
     assert any(re.search(words, text) for text in texts)
-
-
-def test_a_request_is_not_logged_at_info(registry):
-    with records("INFO") as kept, serving() as service:
-        call(service, "GET", "/healthz")
-    assert not [record for record in kept if "client" in as_json(record)]
-
-
-def test_each_line_of_the_service_is_json_where_that_is_asked_for(tmp_path, held):
-    env = {**held["env"], "LOG_FORMAT": "json", "DRAIN_TIMEOUT": "0"}
-    with process(*held["flags"], env=env) as running:
-        task_id = submitted(running.port, "polite", {"name": "a\x7f"})
-        began(tmp_path, "a\x7f")
-        running.signal()
-        assert running.wait() == 1
-        running.logged("stopped")
-    lines = [json.loads(line) for line in running.lines]
-    assert all(list(line)[:3] == ["time", "level", "message"] for line in lines)
-    (given_up,) = [line for line in lines if line["message"] == "given up"]
-    task = {"id": task_id, "type": "polite", "params": {"name": "a\x7f"}}
-    assert given_up["task"] == task
-    assert given_up["task_id"] == task_id
-    assert all(re.fullmatch("[ -~]+\n", line) for line in running.lines)
 
 
 SHOUT = """
@@ -9400,72 +9488,11 @@ def test_what_an_isolated_handler_logs_is_in_the_log_once(tmp_path):
         assert [json.loads(line)["message"] for line in running.lines if "bew" in line]
 
 
-def test_a_traceback_goes_to_the_log(registry):
-    try:
-        raise ValueError("bad\x1b")
-    except ValueError:
-        info = sys.exc_info()
-    record = longtasks.log.makeRecord("x", 30, "f", 1, "it failed", (), info)
-    lines = longtasks.LogFormatter().format(record).splitlines()
-    assert lines[0].endswith("WARNING it failed")
-    assert lines[-1] == "  ValueError: bad\\x1b"
-
-
-def test_a_drain_answers_waiters_and_ends_streams(tmp_path, held):
-    with process(*held["flags"], env=held["env"]) as running:
-        task_id = submitted(running.port, "deaf", {"name": "a"})
-        began(tmp_path, "a")
-        path = "/api/v1/tasks/" + task_id
-        waiting = background(lambda: call(running.port, "GET", path + "?wait=20"))
-        with Stream(running.port, "/api/v1/events") as stream:
-            stream.block()
-            call(running.port, "GET", "/healthz")
-            running.signal()
-            assert waiting.result(LONG).json["status"] == "processing"
-            (tmp_path / "a").touch()
-            begin = time.monotonic()
-            assert [e["data"]["status"] for e in stream.rest()] == ["completed"]
-            assert time.monotonic() - begin < 4  # not cut off by the end of patience
-        assert running.wait() == 0
-
-
-def test_a_signal_is_heard_while_clients_come_and_go():
-    for _ in range(5):
-        with process() as running:
-            stop = threading.Event()
-
-            def come_and_go(port=running.port, stop=stop):
-                while not stop.is_set():
-                    with contextlib.suppress(OSError, http.client.HTTPException):
-                        call(port, "GET", "/healthz")
-
-            threads = [threading.Thread(target=come_and_go) for _ in range(4)]
-            for thread in threads:
-                thread.start()
-            for _ in range(100):
-                call(running.port, "GET", "/healthz")
-            begin = time.monotonic()
-            running.signal()
-            assert running.wait() == 0
-            assert time.monotonic() - begin < 10
-            stop.set()
-            for thread in threads:
-                thread.join(LONG)
-
-
-LEFT_BEHIND = """
-import threading
-from longtasks import handler
-
-@handler("leave")
-def leave(text: str):
-    threading.Thread(target=threading.Event().wait, daemon=False).start()
-    return text
-"""
+# -- a service manager -----------------------------------------------------
 
 
 class Manager:
-    """What a service manager does: it listens to what a service tells of itself."""
+    """What a service manager does: it listens to what a service reports."""
 
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -9499,8 +9526,7 @@ def test_a_service_manager_is_told_of_readiness_state_and_end(manager, tmp_path,
         assert call(running.port, "GET", "/readyz").status == 200
         assert manager.hear("STATUS=") == "STATUS=0 running, 0 waiting, 0 finished"
         assert "WATCHDOG=1" not in manager.heard  # nobody asked for it
-        submitted(running.port, "deaf", {"name": "a"})
-        began(tmp_path, "a")
+        begin(running, tmp_path, "deaf")
         running.signal()
         manager.hear("STOPPING=1")
         manager.hear("STATUS=draining, 1 running, 0 waiting, 0 finished")
@@ -9519,13 +9545,13 @@ def test_programs_do_not_take_themselves_for_the_service(manager):
         assert not [name for name in env if name + "=" in output]
 
 
-def test_the_watchdog_hears_of_a_service_that_lives(manager):
+def test_the_watchdog_is_fed_in_time(manager):
     with process(env={**manager.env, "WATCHDOG_USEC": "300000"}):
-        manager.hear("WATCHDOG=1")
-        begin = time.monotonic()
-        del manager.heard[:]
-        manager.hear("WATCHDOG=1")
-        assert time.monotonic() - begin < 4  # before the five seconds of a status
+        for _ in range(4):
+            begin = time.monotonic()
+            manager.hear("WATCHDOG=1")
+            assert time.monotonic() - begin < 4  # before the five seconds of a status
+            del manager.heard[:]
 
 
 @contextlib.contextmanager
@@ -9536,13 +9562,6 @@ def managed(manager, **env):
     with running_service(longtasks.Service(settings, longtasks.REGISTRY, talk)) as it:
         manager.hear("READY=1")
         yield it
-
-
-def silent(manager):
-    manager.socket.setblocking(False)
-    with pytest.raises(BlockingIOError):
-        manager.socket.recv(65536)
-    return True
 
 
 @pytest.mark.parametrize("culprit", ["timer", "server", "the task store's lock"])
@@ -9560,9 +9579,10 @@ def test_a_service_at_a_standstill_does_not_feed_the_watchdog(
             else:
                 patch.setattr(service.store, "responds", lambda timeout: False)
             service.report()
-        assert silent(manager)
-        said = [record.getMessage() for record in kept]
-        assert "at a standstill: " + culprit in said
+        manager.socket.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            manager.socket.recv(65536)
+        assert "at a standstill: " + culprit in [each.getMessage() for each in kept]
 
 
 def test_a_drain_requests_more_time_though_no_client_is_accepted(registry, manager):
@@ -9584,8 +9604,7 @@ def test_the_watchdog_of_another_process_is_not_fed(registry, manager):
 def test_a_manager_that_is_gone_is_no_reason_to_fail(tmp_path):
     with process(env={"NOTIFY_SOCKET": str(tmp_path / "gone")}) as running:
         assert call(running.port, "GET", "/healthz").status == 200
-        running.signal()
-        assert running.wait() == 0
+        assert running.stop() == 0
 
 
 ACTIVATE = """
@@ -9596,8 +9615,8 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="there is no socket to hand over")
-def test_a_listening_socket_that_is_handed_over_is_served_again_and_again():
+@pytest.mark.skipif(os.name != "posix", reason="there is no socket to pass")
+def test_a_listening_socket_that_is_passed_is_served_again_and_again():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(5)
@@ -9610,8 +9629,7 @@ def test_a_listening_socket_that_is_handed_over_is_served_again_and_again():
             with client, process(command=command) as running:
                 assert running.port == port
                 assert client.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
-                running.signal()
-                assert running.wait() == 0
+                assert running.stop() == 0
 
 
 def test_clients_of_a_socket_that_was_passed_wait_for_the_next_service(registry):
@@ -9646,156 +9664,6 @@ def test_a_socket_for_another_process_is_left_alone():
     env = {"LISTEN_FDS": "1", "LISTEN_PID": "1"}
     assert longtasks.ServiceManager(env).listener is None
     assert env == {}
-
-
-LACKING = """
-import runpy, sys
-for name in sys.argv[1].split(","):
-    sys.modules[name] = None
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def lacking(*names):
-    """How to start the service by a Python that was built without these modules."""
-    return (sys.executable, "-c", LACKING, ",".join(names), SCRIPT)
-
-
-MISSING = "sqlite3", "ssl", "multiprocessing", "ctypes", "curses", "fcntl", "argparse"
-
-
-def test_a_python_without_this_and_that_does_for_what_does_not_need_it():
-    env = {"COMMANDS": "say=echo {word}"}
-    with process(command=lacking(*MISSING), env=env) as running:
-        task_id = submitted(running.port, "long_computation", {"duration": 0})
-        assert result_of(running.port, task_id)["status"] == "completed"
-        assert outcome(running, "say", {"word": "hi"})["result"]["output"] == "hi\n"
-        running.signal()
-        assert running.wait() == 0
-
-
-ALONE = """
-import longtasks
-from concurrent.futures import ThreadPoolExecutor
-
-@longtasks.handler("alone", isolated=True)
-def alone():
-    return 1
-"""
-
-
-@pytest.mark.parametrize("executor", [False, True])
-def test_isolated_handlers_need_no_multiprocessing(executor, tmp_path):
-    flags = ["--handlers", write(tmp_path, ALONE)]
-    if executor:
-        text = "from concurrent.futures import ThreadPoolExecutor\n"
-        flags += ["--executor", write(tmp_path, text, "f.py") + ":ThreadPoolExecutor"]
-    with process(*flags, command=lacking("multiprocessing")) as running:
-        assert outcome(running, "alone")["result"] == 1
-
-
-@pytest.mark.parametrize(
-    "name, flag, text",
-    [
-        ("sqlite3", "--db", "DB needs Python's sqlite3, which is missing"),
-        ("ssl", "--tls-cert", "TLS_CERT needs Python's ssl, which is missing"),
-    ],
-)
-def test_what_needs_a_missing_module_is_one_line_and_code_2(name, flag, text, tmp_path):
-    command = [*lacking(name), "--port", "0", flag, str(tmp_path / "x")]
-    done = subprocess.run(command, stderr=subprocess.PIPE, timeout=LONG)
-    assert (done.returncode, done.stderr.decode()) == (2, "longtasks: %s\n" % text)
-
-
-def test_it_runs_isolated_with_an_empty_environment_and_no_home():
-    command = ("env", "-i", "PORT=0", sys.executable, "-I", "-B", SCRIPT)
-    with process(command=command) as running:
-        task_id = submitted(running.port, "long_computation", {"duration": 0})
-        assert result_of(running.port, task_id)["status"] == "completed"
-
-
-LOCKED = """
-set -e
-mount -t tmpfs tmpfs /mnt
-cp "$2" /mnt/longtasks.py
-cp "$3" /mnt/mine.py
-mount -o remount,ro /mnt
-mount -o remount,ro,bind /
-cd /
-exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs \\
-    --bounding-set=-all env -i PORT=0 \\
-    "$1" -I /mnt/longtasks.py --handlers /mnt/mine.py --command say='echo {word}'
-"""
-
-
-HEAVY = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-HEAVY += (
-    b"Content-Type: application/json\r\nContent-Length: 65536\r\n\r\n" + b"[" * 65536
-)
-
-
-def can_lock():
-    """Whether a file system can be made read-only here, for one process."""
-    if not all(map(shutil.which, ["unshare", "setpriv", "mount"])):
-        return False
-    probe = ["unshare", "-m", "mount", "-o", "remount,ro,bind", "/"]
-    return subprocess.run(probe, stderr=subprocess.DEVNULL).returncode == 0
-
-
-def test_it_runs_as_nobody_on_a_file_system_that_is_read_only(tmp_path):
-    python = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")
-    if not python or not can_lock():
-        pytest.skip("only root can take its rights away")
-    code = "import longtasks\n@longtasks.handler('alone', isolated=True)\n"
-    file = write(tmp_path, code + "def alone():\n    open('/mnt/x', 'w')\n")
-    command = ("unshare", "-m", "sh", "-c", LOCKED, "sh", python, SCRIPT, file)
-    with process(command=command) as running:
-        assert outcome(running, "say", {"word": "hi"})["status"] == "completed"
-        error = outcome(running, "alone")["error"]
-        assert "Read-only file system: '/mnt/x'" in error
-        running.signal()
-        assert running.wait() == 0
-
-
-def test_64_mib_are_enough_whatever_clients_do_with_the_limits_of_the_readme():
-    if not os.path.exists("/proc/self/status"):
-        pytest.skip("how much memory it takes can't be read here")
-    (lines,) = shell_blocks("On a small host")
-    env = dict(re.findall("([A-Z_]+)=([0-9A-Za-z]+)", lines))
-    with process(env=env) as running:
-        task = {"type": "long_computation", "params": {"duration": 0}}
-        for delay in (0, 3600):
-            batch = [dict(task, delay=delay)] * 450
-            for _ in range(20):
-                call(running.port, "POST", "/api/v1/tasks", batch)
-        together(int(env["MAX_CONNECTIONS"]), lambda i: raw(None, HEAVY, running.port))
-        status = Path("/proc/%d/status" % running.process.pid).read_text()
-        # Without a GIL, CPython itself takes much more.
-        most = 64 if getattr(sys, "_is_gil_enabled", lambda: True)() else 160
-        assert int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) < most * 1024
-        assert call(running.port, "GET", "/healthz").status == 200
-
-
-def test_threads_that_a_handler_left_behind_do_not_hold_up_the_exit(tmp_path):
-    flags = ["--handlers", write(tmp_path, LEFT_BEHIND)]
-    with process(*flags) as running:
-        result_of(running.port, submitted(running.port, "leave", {"text": ""}))
-        running.signal()
-        assert running.wait() == 0
-
-
-def test_whatever_is_given_up_is_told_in_json(tmp_path, held):
-    text = "\x7f\x80\u2028é\ud800\\"
-    env = {**held["env"], "WORKER_COUNT": "1", "DRAIN_TIMEOUT": "0"}
-    with process(*held["flags"], env=env) as running:
-        submitted(running.port, "polite", {"name": "a"})
-        submitted(running.port, "polite", {"name": text})
-        running.signal()
-        assert running.wait() == 1
-        running.logged("2 tasks given up")
-        line = [line for line in running.lines if "given up: " in line][-1]
-        assert json.loads(line[line.index("{") :])["params"] == {"name": text}
 
 
 # -- isolated handlers -----------------------------------------------------

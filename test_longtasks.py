@@ -11467,6 +11467,13 @@ def test_the_readme_has_every_refusal():
     assert used | {status for status, _ in longtasks.ERRORS.values()} | {500} == told
 
 
+def test_the_readme_has_every_metric(tmp_path, registry):
+    with serving(DB=str(tmp_path / "tasks.db")) as service:
+        text = call(service, "GET", "/metrics").body.decode()
+    names = set(re.findall("^# TYPE (longtasks_[a-z_]+) ", text, re.MULTILINE))
+    assert names == set(re.findall("`(longtasks_[a-z_]+)`", readme()))
+
+
 def test_the_readme_has_every_built_in_type():
     assert rows("Task types") == sorted(longtasks.REGISTRY)
 

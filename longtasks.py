@@ -7827,10 +7827,11 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
       </div>
       <div><h3>Log</h3>
         <pre class="log" tabindex="0" role="log" aria-label="Log"></pre></div>
-      <div class="actions"><button class="cancel">Cancel</button>
+      <div class="actions">
+        <button class="cancel">Cancel</button> <button class="delete">Delete</button>
         <button class="again">Submit again</button>
-        <button class="delete">Delete</button>
-        <span class="error" role="alert"></span></div>
+        <span class="error" role="alert"></span>
+      </div>
     </div>
   </details>
 </template>
@@ -7865,8 +7866,7 @@ function put(element, text) {
 const parse = (text) => JSON.parse(text, (key, value, { source } = {}) =>
   typeof value === "number" && source ? JSON.rawJSON(source) : value);
 
-const pretty = (json) => json.length < MAX_TEXT ?
-  JSON.stringify(parse(json), null, 2) :
+const pretty = (json) => json.length < MAX_TEXT ? JSON.stringify(parse(json), null, 2) :
   `${json.slice(0, MAX_TEXT)}\n… of ${json.length} characters`;
 
 // Says how long a time in seconds is, in its two largest units.
@@ -7982,8 +7982,8 @@ class Row {
       this[each.classList[0]] = each; // this.log and so on
     this.summary.onclick = (event) => {
       event.preventDefault(); // the state says whether a row is open
-      const selected = !getSelection().isCollapsed; // perhaps the id, to copy it
-      if (!selected) show(opened === id ? "" : id);
+      const copying = !getSelection().isCollapsed; // the id, say
+      if (!copying) show(opened === id ? "" : id);
     };
     this.on(this.cancel, () => api(this.path + "/cancel", { method: "POST" }));
     this.on(this.again, async () => submit(await getText(this.path + "/submission")));
@@ -8083,8 +8083,7 @@ function drawChart(name) {
 
 // -- the form: a field for each param, as its schema has it
 
-// Creates a field. The name of its input is the JSON Pointer that the service reports
-// errors with.
+// Creates a field, named by the JSON Pointer that the service reports its errors with.
 function makeField(pointer, schema, required, name = pointer.split("/").pop()) {
   const all = schema.anyOf ?? [schema];
   const kinds = all.filter(({ type }) => type !== "null");
@@ -8184,8 +8183,7 @@ $("form").onsubmit = async (event) => {
   put($("accepted"), "");
   try {
     const type = $("new-type").value, params = entered($("params"));
-    const body = JSON.stringify({ type, params, ...entered($("options")) });
-    await submit(body);
+    await submit(JSON.stringify({ type, params, ...entered($("options")) }));
     showErrors([]);
     put($("accepted"), "Submitted");
   } catch (error) {
@@ -8231,17 +8229,13 @@ function refresh() {
   }, 400);
 }
 
-async function visible() {
-  while (document.hidden)
-    await new Promise((resolve) => { document.onvisibilitychange = resolve; });
-  // A tab that nobody sees takes none of the few connections that a browser allows.
-  document.onvisibilitychange = () => connection.abort();
-}
-
 async function follow() {
   for (let failures = 0; ; failures++) {
     await pause(Math.min(failures, 10));
-    await visible();
+    // A hidden tab takes none of the few connections that a browser allows.
+    while (document.hidden)
+      await new Promise((resolve) => { document.onvisibilitychange = resolve; });
+    document.onvisibilitychange = () => connection.abort();
     connection = new AbortController();
     try {
       const { body } = await api("/api/v1/events", { signal: connection.signal });

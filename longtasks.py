@@ -6628,16 +6628,15 @@ LINE_INTERVAL = 10.0  # seconds between two lines about progress, not on a termi
 class ClientError(Exception):
     """A command failed: the lines to report, and the exit code.
 
-    `status` is that of the HTTP response, 0 without one; `sent` is whether the request
-    may have taken effect all the same; `temporary` is whether a retry may help.
+    `status` is that of the HTTP response, 0 without one. `temporary` is whether a retry
+    may help, and `sent` whether the request may have taken effect without an answer.
     """
 
-    def __init__(
-        self, code: int, *lines: str, status: int = 0, sent: bool = True
-    ) -> None:
+    def __init__(self, code: int, *lines: str, status: int = 0) -> None:
         super().__init__(*lines)
-        self.code, self.status, self.sent = code, status, sent
-        self.temporary = code == NO_ANSWER and not 0 < status < 500
+        self.code, self.status = code, status
+        self.temporary = status >= 500
+        self.sent = False
 
 
 class Client:
@@ -6676,8 +6675,11 @@ class Client:
                 text = response.read().decode("utf-8", "replace").rstrip()
         except (OSError, HTTPException, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error).strip()
-            text = "no answer from %s: %s" % (self.url, reason)
-            raise ClientError(NO_ANSWER, text, sent=sent) from None
+            failure = ClientError(
+                NO_ANSWER, "no answer from %s: %s" % (self.url, reason)
+            )
+            failure.temporary, failure.sent = True, sent
+            raise failure from None
         media = response.headers.get_content_type()
         if 200 <= response.status < 300 and media == accept:
             return str(text)
@@ -6689,8 +6691,7 @@ class Client:
             document = json.loads(self.request("GET", path))
             if isinstance(document, dict) and key in document:
                 return document
-        text = "the server at %s is not longtasks" % self.url
-        raise ClientError(NO_ANSWER, text, status=200)
+        raise ClientError(NO_ANSWER, "the server at %s is not longtasks" % self.url)
 
     def _connect(self) -> Any:
         import http.client
@@ -6732,10 +6733,10 @@ def task_path(task_id: str, suffix: str = "") -> str:
 
 
 def report(line: str, changes: bool = False) -> None:
-    """Print a line on stderr. On a terminal the next one replaces it if it changes."""
+    """Print a line on stderr; on a terminal the next one replaces it if it changes."""
     text, end = escape(line), "\n"
     if on_terminal():
-        if changes:  # and is cut by the terminal, as it does not wrap then
+        if changes:  # without line wrap, so that the terminal cuts it
             text, end = "\x1b[?7l%s\x1b[?7h" % text, ""
         text = "\r\x1b[K" + text
     with contextlib.suppress(OSError, ValueError):  # it has no reader
@@ -6841,12 +6842,11 @@ def read_task(client: Client, args: Any) -> Dict[str, Any]:
 
 def send_task(client: Client, task_id: str, document: Any) -> None:
     """Submit a task; repeat that if it may have been accepted without an answer."""
-
     put = functools.partial(client.request, "PUT", task_path(task_id), document)
     try:
         put()
     except ClientError as error:
-        if error.status or not error.sent:
+        if not error.sent:
             raise
         retry(put)
 
@@ -7079,6 +7079,8 @@ def client_main(name: str, argv: Sequence[str]) -> int:
         CLIENT[name].run(Client(url, read_token(settings)), args)
         return 0
     except KeyboardInterrupt:
+        if on_terminal():
+            report("", changes=True)  # erases the line that changes
         return INTERRUPTED
     except (SettingsError, ClientError) as error:
         for line in error.args:

@@ -7677,35 +7677,29 @@ class Scripted:
     """
 
     def __init__(self, *answers):
-        self.asked = []
-        self.answers = answers
-        self.held = []
-        self.socket = socket.socket()
-        self.socket.bind(("127.0.0.1", 0))
-        self.socket.listen(5)
-        self.port = self.socket.getsockname()[1]
-        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.asked, self.answers, self.held = [], answers, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
 
-    def _serve(self):
+    def serve(self):
         for answer in self.answers:
-            connection = self.socket.accept()[0]
+            connection = self.listener.accept()[0]
+            self.held.append(connection)
             asked = connection.recv(65536)
             if re.search(rb"\r\nContent-Length: [1-9][^{]*$", asked):  # without it yet
                 asked += connection.recv(65536)
             self.asked.append(asked.decode("latin-1"))
-            if answer is None:
-                self.held.append(connection)
-                continue
-            with contextlib.suppress(OSError), connection:
-                connection.sendall(answer)
-        self.socket.close()
+            if answer is not None:
+                with contextlib.suppress(OSError), connection:
+                    connection.sendall(answer)
+        self.listener.close()
 
     def __enter__(self):
-        self.thread.start()
+        threading.Thread(target=self.serve, daemon=True).start()
         return self
 
     def __exit__(self, *error):
-        for one in (self.socket, *self.held):
+        for one in (self.listener, *self.held):
             one.close()
 
 
@@ -7809,10 +7803,10 @@ def test_params_are_words_json_or_a_whole_object(
 
     words = ["a=1", "b:=1", "c==:=", "d=\n", "é=ü"]
     assert result(*words) == {"a": "1", "b": 1, "c": "=:=", "d": "\n", "é": "ü"}
-    whole = '{"a": 1, "b": 2}'
+    whole, found = '{"a": 1, "b": 2}', {"a": 1, "b": 2}
     assert result("--params", whole, "b=3") == {"a": 1, "b": "3"}
     file = write(tmp_path, whole, "params.json")
-    assert result("--params", "@" + file) == {"a": 1, "b": 2}
+    assert result("--params", "@" + file, "b:=@" + file) == {"a": 1, "b": found}
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(whole.encode())))
     assert result("c:=[]", "--params", "-") == {"a": 1, "b": 2, "c": []}
 
@@ -7936,18 +7930,20 @@ def test_a_list_goes_on_after_the_page_before(client, service):
     assert client(service, "list", *more).complaints == []
 
 
-def test_a_list_may_be_of_some_only(client, service, echo):
+@pytest.mark.parametrize(
+    "words, found",
+    [
+        ("", ["long_computation", "echo"]),  # the newest first
+        ("--order asc", ["echo", "long_computation"]),
+        ("--status pending", ["long_computation"]),
+        ("--status completed --type echo", ["echo"]),
+    ],
+)
+def test_a_list_may_be_of_some_only(words, found, client, service, echo):
     client(service, "run", "echo")
     client(service, "submit", "long_computation", "--delay=60")
-
-    def types(*words):
-        listed = json.loads(client(service, "list", "--json", *words).out)
-        return [task["type"] for task in listed["tasks"]]
-
-    assert types("--status", "pending") == ["long_computation"]
-    assert types("--status", "completed", "--type", "echo") == ["echo"]
-    assert types() == ["long_computation", "echo"]  # the newest first
-    assert types("--order", "asc") == ["echo", "long_computation"]
+    listed = json.loads(client(service, "list", "--json", *words.split()).out)
+    assert [task["type"] for task in listed["tasks"]] == found
 
 
 def test_types_are_listed_with_the_defaults_of_their_params(client, service, echo):
@@ -7981,25 +7977,18 @@ def test_a_result_is_printed_as_it_came_but_no_control_characters(client, servic
     assert json.loads(out) == longtasks.REGISTRY["odd"].function()
 
 
-def test_without_a_terminal_there_is_a_line_for_each_status(client, monkeypatch):
-    monkeypatch.setattr(longtasks, "LINE_INTERVAL", LONG)
-    runs = in_status("processing", progress={"percent": 40, "message": "m"})
-    with Scripted(TAKEN, in_status("pending"), runs, runs, ENDED, RESULT) as server:
-        lines = client(server, "run", "t").err.splitlines()
-    assert lines[1:] == ["pending", "processing", "completed"]
-
-
-def test_without_a_terminal_there_is_a_line_for_progress_now_and_then(
-    client, monkeypatch
+@pytest.mark.parametrize("interval", [0, LONG])
+def test_without_a_terminal_there_is_a_line_for_each_status_and_now_and_then(
+    interval, client, monkeypatch
 ):
-    monkeypatch.setattr(longtasks, "LINE_INTERVAL", 0)
+    monkeypatch.setattr(longtasks, "LINE_INTERVAL", interval)
     progress = [{"percent": 40.4, "message": "a\nb\x1b"}, {"message": "no meter"}]
     progress += [{"message": ""}, {"percent": 100, "message": ""}]
     runs = [in_status("processing", progress=each) for each in progress]
-    with Scripted(TAKEN, *runs, ENDED, RESULT) as server:
+    with Scripted(TAKEN, in_status("pending"), *runs, ENDED, RESULT) as server:
         lines = client(server, "run", "t").err.splitlines()
-    shown = ["processing", r" 40% a\nb\x1b", "no meter", "100%", "completed"]
-    assert lines[1:] == shown
+    between = [] if interval else [r" 40% a\nb\x1b", "no meter", "100%"]
+    assert lines[1:] == ["pending", "processing", *between, "completed"]
 
 
 def test_a_service_that_answers_early_is_not_asked_all_the_time(client, monkeypatch):
@@ -8264,11 +8253,11 @@ def command(port, *words, **options):
 
 
 @contextlib.contextmanager
-def a_run_of(type, tmp_path, held):
+def a_run_of(type, tmp_path, held, **options):
     """A real service, and a client that follows a task of it that has begun."""
     env = {**held["env"], "GRACE": "20"}
     with process(*held["flags"], env=env) as running, command(
-        running.port, "run", type, "name=a"
+        running.port, "run", type, "name=a", **options
     ) as run:
         began(tmp_path, "a")
         run.told("task ")
@@ -8292,12 +8281,13 @@ def test_ctrl_c_does_not_take_away_a_result(tmp_path, held):
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, held):
-    with a_run_of("deaf", tmp_path, held) as (service, run):
+    with a_run_of("deaf", tmp_path, held, terminal=True) as (service, run):
         run.interrupt()
         run.told("Ctrl-C again")
         run.interrupt()
         assert run.end() == (130, "")
         assert "Traceback" not in run.err
+        assert run.err.endswith("\r\x1b[K\x1b[?7l\x1b[?7h")  # no half line is left
         assert tasks_of(service)[0]["status"] == "processing"
 
 
@@ -8360,12 +8350,14 @@ def test_what_is_told_to_nobody_does_not_change_the_end(service):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_output_that_cannot_be_written_is_reported(service):
-    with open("/dev/full", "wb") as full:
-        port = service.server.server_port
-        with command(port, "types", stdout=full) as run:
-            assert run.end()[0] == 4
-            assert run.err == "longtasks: can't write: No space left on device\n"
+@pytest.mark.parametrize(
+    "words", [["types"], ["run", "long_computation", "duration=0"]]
+)
+def test_output_that_cannot_be_written_is_reported(words, service):
+    port, text = service.server.server_port, "can't write: No space left on device\n"
+    with open("/dev/full", "wb") as full, command(port, *words, stdout=full) as run:
+        assert run.end()[0] == 4
+        assert run.err.endswith("longtasks: " + text)
 
 
 def test_a_terminal_shows_one_line_that_changes(service, gate):

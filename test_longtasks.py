@@ -9227,8 +9227,24 @@ sys.path.insert(0, sys.path.pop())
 sys.stderr.close()
 sys.stderr = None
 
+def spoil():
+    for name in ("json", "subprocess", "uuid", "base64", "hashlib", "hmac", "sqlite3"):
+        sys.modules[name] = None
+    sys.setrecursionlimit(80)
+
+spoil()
+
+@handler("spoils")
+def spoils():
+    spoil()
+
+@handler("apart", isolated=True)
+def apart():
+    return 1
+
 @handler("nap")
 def nap():
+    spoil()
     print("begun")
     print("no end", end="")
     time.sleep(99)
@@ -9244,14 +9260,24 @@ def test_what_a_library_does_to_the_whole_process_does_not_reach_the_service(tmp
     with open(tmp_path / "out", "wb") as out, process(
         *flags, env=env, stdout=out
     ) as running:
-        for type, params in (("say", {"word": "hello"}), ("nap", {})):
-            body = {"type": type, "params": params}
-            path = "/api/v1/tasks" + ("?wait=20" if params else "")
-            answer = call(running, "POST", path, body, Idempotency_Key=type)
-            assert answer.json["status"] == ("completed" if params else "pending")
-        assert call(running, "GET", "/", Accept="text/html").status == 200
+
+        def submit_all(types, status):
+            for type in types:
+                body = {"type": type, "params": {"word": "hi"} if type == "say" else {}}
+                path = "/api/v1/tasks" + ("?wait=20" if status == "completed" else "")
+                key = "%s-%d" % (type, len(types))
+                for _ in range(2):
+                    answer = call(running, "POST", path, body, Idempotency_Key=key)
+                    assert answer.json["status"] == status
+
+        submit_all(["spoils", "say"], "completed")
+        submit_all(["nap"], "pending")
         until(lambda: (tmp_path / "out").read_text().startswith("begun\n"), "the line")
-        assert running.stop() == 1
+        submit_all(["apart"], "completed")
+        submit_all(["say"], "completed")
+        assert call(running, "GET", "/", Accept="text/html").status == 200
+        running.signal()
+        assert running.wait() == 1
         assert '"type": "nap"' in running.logged("given up: ")
         assert "stopped" in running.logged("given up\n")
     assert (tmp_path / "out").read_text() == "begun\nno end"

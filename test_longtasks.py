@@ -58,6 +58,8 @@ SCRIPT = str(HERE / "longtasks.py")
 README = HERE / "README.md"
 LONG = 20.0  # seconds after which a wait in a test has failed
 
+has_curl = pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+
 
 # ======================================================================
 # Tools
@@ -3878,7 +3880,7 @@ def test_a_word_that_is_no_sign_for_a_shell_is_not_warned_of(word, registry):
 def test_the_recipe_for_a_pipe_works(registry, tmp_path):
     (tmp_path / "-l").touch()
     (tmp_path / "$(id)").touch()
-    recipe = shell_blocks("Programs as task types")[1]
+    recipe = blocks("Programs as task types", "sh")[1]
     (line,) = re.findall("--command '(.*)'\n", recipe)
     outcome, _ = run_program(line, {"dir": str(tmp_path)})
     assert json.loads(outcome.result)["output"].strip() == "2"
@@ -7146,7 +7148,7 @@ def test_it_listens_on_a_unix_socket_instead(registry, tmp_path):
 
 
 @needs_unix
-@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+@has_curl
 def test_curl_can_use_a_unix_socket(registry, tmp_path):
     path = str(tmp_path / "socket")
     with serving(UNIX_SOCKET=path):
@@ -7391,7 +7393,7 @@ def test_it_speaks_tls(secure, pairs):
         assert client.sock.version() in ("TLSv1.2", "TLSv1.3")
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+@has_curl
 def test_curl_can_use_tls_and_sees_how_streams_end(secure, pairs):
     port, cert = secure.server.server_port, str(pairs / "one.crt")
     curl = ["curl", "-sS", "--cacert", cert, "--connect-to", "::127.0.0.1:%d" % port]
@@ -8752,7 +8754,7 @@ HEAVY += b"[" * 65536
 def test_64_mib_are_enough_whatever_clients_do_with_the_limits_of_the_readme():
     if not os.path.exists("/proc/self/status"):
         pytest.skip("how much memory it takes can't be read here")
-    (lines,) = shell_blocks("On a small host")
+    (lines,) = blocks("On a small host", "sh")
     env = dict(re.findall("([A-Z_]+)=([0-9A-Za-z]+)", lines))
     with process(env=env) as running:
         task = {"type": "long_computation", "params": {"duration": 0}}
@@ -10339,7 +10341,7 @@ def test_work_outgrows_the_machine_on_dask(tmp_path, monkeypatch):
 @pytest.mark.skipif(not shutil.which("nginx"), reason="there is no nginx here")
 def test_nginx_sends_all_requests_of_a_task_to_one_instance(tmp_path):
     """The lines of the README, in front of two real instances."""
-    lines = readme_block("Several instances", "nginx")
+    (lines,) = blocks("Several instances", "nginx")
     with process() as one, process() as other, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -10394,11 +10396,6 @@ def check_spread(port, *instances):
     ]
     assert sum(counts) == 1000
     assert min(counts) > 300
-
-
-def readme_block(heading, language):
-    section = readme().split("\n## " + heading + "\n")[1].split("\n## ")[0]
-    return re.search(r"```%s\n(.*?)```" % language, section, re.DOTALL).group(1)
 
 
 # -- with a journal, for real ----------------------------------------------
@@ -11245,28 +11242,35 @@ def readme():
     return README.read_text(encoding="utf-8")
 
 
+def section(heading):
+    """The text of the README under a heading."""
+    return readme().split("\n## " + heading + "\n")[1].split("\n## ")[0]
+
+
+def blocks(heading, language):
+    """The blocks of code under a heading of the README."""
+    return re.findall(r"```%s\n(.*?)```" % language, section(heading), re.DOTALL)
+
+
 def rows(heading):
     """The first column of the table under a heading of the README."""
-    section = readme().split("\n## " + heading + "\n")[1].split("\n## ")[0]
-    return re.findall(r"^\| `([^`]*)`", section, re.MULTILINE)
+    return re.findall(r"^\| `([^`]*)`", section(heading), re.MULTILINE)
 
 
-def test_the_readme_has_every_route():
+def test_the_tables_of_the_readme_are_those_of_the_code():
     assert rows("Routes") == ["%s %s" % (r.method, r.path) for r in longtasks.ROUTES]
-
-
-def test_the_readme_has_every_setting_with_its_default():
-    text = readme()
+    assert rows("Statuses") == STATUSES
+    assert rows("Task types") == sorted(longtasks.REGISTRY)
+    codes = re.findall(
+        r"^\| `(\d+)` \| (.*) \|$", section("Without curl"), re.MULTILINE
+    )
+    assert codes == [(str(code), text) for code, text in longtasks.EXIT_CODES.items()]
     assert rows("Settings") == [setting.name for setting in longtasks.SETTINGS]
     for setting in longtasks.SETTINGS:
-        default = "`%s`" % setting.default if setting.default else ""
-        flag = "`%s`" % setting.flag if setting.flag else ""
-        row = "| `%s` | %s | %s |" % (setting.name, flag, default)
-        assert row.replace("|  |", "| |").replace("|  |", "| |") in text
-
-
-def test_the_readme_has_every_status():
-    assert rows("Statuses") == STATUSES
+        flag, default = (
+            "`%s` " % text if text else "" for text in (setting.flag, setting.default)
+        )
+        assert "| `%s` | %s| %s| " % (setting.name, flag, default) in readme()
 
 
 def names_used(table):
@@ -11311,11 +11315,11 @@ def test_a_benchmark_that_this_python_cannot_be_set_up_for_is_one_line():
 
 
 def test_the_readme_has_every_refusal():
-    section = readme().split("\n## Errors\n")[1].split("\n## ")[0]
-    told = {int(code) for code in re.findall(r"`([45][0-9][0-9])`", section)}
+    codes = re.findall(r"`([45][0-9][0-9])`", section("Errors"))
     source = Path(SCRIPT).read_text(encoding="utf-8")
-    used = {int(code) for code in re.findall(r"HTTPError\(\s*([0-9]+)", source)}
-    assert used | {status for status, _ in longtasks.ERRORS.values()} | {500} == told
+    raised = re.findall(r"HTTPError\(\s*([0-9]+)", source)
+    raised += [str(status) for status, _ in longtasks.ERRORS.values()]
+    assert set(codes) == {*raised, "500"}
 
 
 def test_the_readme_has_every_metric(tmp_path, registry):
@@ -11325,69 +11329,50 @@ def test_the_readme_has_every_metric(tmp_path, registry):
     assert names == set(re.findall("`(longtasks_[a-z_]+)`", readme()))
 
 
-def test_the_readme_has_every_built_in_type():
-    assert rows("Task types") == sorted(longtasks.REGISTRY)
-
-
 def test_the_readme_shows_the_first_block_within_ten_lines():
     assert "```" in "\n".join(readme().splitlines()[:10])
 
 
-def shell_blocks(heading):
-    section = readme().split("\n## " + heading + "\n")[1].split("\n## ")[0]
-    return re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+def shell(script, port=8080, **options):
+    """What lines of the README print, for a service on this port."""
+    script = script.replace("localhost:8080", "127.0.0.1:%d" % port)
+    command = ["sh", "-ec", script]
+    return subprocess.check_output(command, timeout=LONG, **options).decode()
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
-def test_the_lines_of_the_readme_do_what_it_says(registry):
-    """Runs the README's own curl lines, with another port and a shorter wait."""
-    lines = "\n".join(shell_blocks("Try it"))
+@has_curl
+def test_the_lines_of_the_readme_do_what_it_says(service):
+    lines = re.sub(
+        '"duration": [0-9]+', '"duration": 0.2', "".join(blocks("Try it", "sh"))
+    )
     assert lines.count("curl") >= 4
-    with serving() as service:
-        lines = lines.replace(
-            "localhost:8080", "127.0.0.1:%d" % service.server.server_port
-        )
-        lines = re.sub('"duration": [0-9]+', '"duration": 0.2', lines)
-        script = "set -e\n" + lines
-        done = subprocess.run(
-            ["sh", "-c", script],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=LONG,
-        )
-        assert done.returncode == 0
-        text = done.stdout.decode()
-        assert '"status": "pending"' in text
-        assert '"message": "Long computation completed successfully"' in text
-        assert text.rstrip().endswith("}")
+    text = shell(lines, service.server.server_port)
+    assert '"status": "pending"' in text
+    assert '"message": "Long computation completed successfully"' in text
+    assert text.rstrip().endswith("}")
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+@has_curl
 @pytest.mark.skipif(not shutil.which("sqlite3"), reason="there is no sqlite3 here")
 def test_the_lines_about_db_in_the_readme_do_what_they_say(tmp_path):
-    start, submits, look = shell_blocks("Keep the tasks: `--db`")
+    start, submits, look = blocks("Keep the tasks: `--db`", "sh")
     assert start == "python3 longtasks.py --db tasks.db\n"
-    path = tmp_path / "tasks.db"
-    with process("--db", str(path)) as running:
-        submits = submits.replace("localhost:8080", "127.0.0.1:%d" % running.port)
-        for script in (submits, submits, look):
-            out = subprocess.check_output(["sh", "-ec", script], cwd=str(tmp_path))
-    rows = out.decode().splitlines()
-    assert len(rows) == 2
-    assert all("|long_computation|" in row for row in rows)
+    with process("--db", str(tmp_path / "tasks.db")) as running:
+        out = shell(
+            submits + submits + "echo ====\n" + look, running.port, cwd=tmp_path
+        )
+    rows = out.split("====\n")[1].splitlines()
+    assert ["|long_computation|" in row for row in rows] == [True] * 2
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+@has_curl
 def test_the_lines_about_steering_in_the_readme_do_what_they_say(registry):
-    blocks = shell_blocks("Steer a task")
     with serving() as service:
-        here = "127.0.0.1:%d" % service.server.server_port
-        setup = blocks[0].splitlines()[0].replace("localhost:8080", here) + "\n"
-        script = setup + "echo ====\n".join([blocks[0].partition("\n")[2], *blocks[1:]])
+        script = "echo ====\n".join(blocks("Steer a task", "sh"))
         script = re.sub('"duration": [12]}', '"duration": 0.1}', script)
         script = script.replace('"delay": 2', '"delay": 0.1')
-        out = subprocess.check_output(["sh", "-ec", script], timeout=LONG)
-        wait, follow, cancelled, limits, batch, listed = out.decode().split("====\n")
+        out = shell(script, service.server.server_port)
+        wait, follow, cancelled, limits, batch, listed = out.split("====\n")
         assert wait.count('"status": "completed"') == 4
         assert 'event: status\ndata: {"id": ' in follow
         assert '"status": "completed"' in follow
@@ -11401,11 +11386,11 @@ def test_the_lines_about_steering_in_the_readme_do_what_they_say(registry):
 
 
 @needs_unix
-@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+@has_curl
 @pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl here")
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_lines_about_who_may_in_the_readme_do_what_they_say(number, tmp_path):
-    start, use = shell_blocks("Who may")[2 * number : 2 * number + 2]
+    start, use = blocks("Who may", "sh")[2 * number : 2 * number + 2]
     start = start.replace("0.0.0.0", "127.0.0.1")
     start = start.replace("python3 longtasks.py", '"$PYTHON" "$SCRIPT" --port 0')
     start = start.replace('"$PYTHON"', 'exec "$PYTHON"')
@@ -11424,7 +11409,7 @@ def test_the_lines_about_who_may_in_the_readme_do_what_they_say(number, tmp_path
             running.kill()
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+@has_curl
 def test_given_up_tasks_are_submitted_again_by_the_line_of_the_readme(tmp_path, held):
     env = {**held["env"], "DRAIN_TIMEOUT": "0"}
     with process(*held["flags"], env=env) as running:
@@ -11436,11 +11421,9 @@ def test_given_up_tasks_are_submitted_again_by_the_line_of_the_readme(tmp_path, 
         running.logged("stopped")
         (tmp_path / "service.log").write_text("".join(running.lines))
     (tmp_path / "a").touch()
-    (line,) = shell_blocks("Shutdown")
+    (line,) = blocks("Shutdown", "sh")
     with process(*held["flags"], env=env) as running:
-        line = line.replace("localhost:8080", "127.0.0.1:%d" % running.port)
-        out = subprocess.check_output(["sh", "-ec", line], cwd=str(tmp_path))
-        task_id = json.loads(out)["id"]
+        task_id = json.loads(shell(line, running.port, cwd=tmp_path))["id"]
         assert result_of(running.port, task_id)["status"] == "completed"
         path = "/api/v1/tasks/" + task_id
         assert call(running.port, "GET", path).json["priority"] == 7
@@ -11448,8 +11431,7 @@ def test_given_up_tasks_are_submitted_again_by_the_line_of_the_readme(tmp_path, 
 
 def unit(folder):
     """The unit file of the README, with a program that every system has."""
-    section = readme().split("\n## Under systemd\n")[1].split("\n## ")[0]
-    text = re.search("```ini\n(.*?)```", section, re.DOTALL).group(1)
+    text = blocks("Under systemd", "ini")[0]
     text = re.sub("^ExecStart=[^ ]+", "ExecStart=/bin/sh", text, flags=re.MULTILINE)
     return write(folder, text, "longtasks.service"), text
 
@@ -11474,19 +11456,12 @@ def test_those_who_start_it_wait_longer_than_its_drain_may_take(tmp_path):
         assert int(limit) > int(drain) + grace + longtasks.EXIT_TIMEOUT
 
 
-def test_the_readme_has_every_exit_code_of_the_client():
-    section = readme().split("\n## Without curl\n")[1].split("\n## ")[0]
-    told = re.findall(r"^\| `([0-9]+)` \| (.*) \|$", section, re.MULTILINE)
-    assert told == [(str(code), text) for code, text in longtasks.EXIT_CODES.items()]
-
-
 def test_the_lines_about_the_client_in_the_readme_do_what_they_say(service):
-    first, more = shell_blocks("Without curl")
+    first, more = blocks("Without curl", "sh")
     lines = re.sub(r"duration=[23]\b", "duration=0.2", first + "echo ====\n" + more)
     lines = lines.replace("python3", sys.executable).replace("longtasks.py", SCRIPT)
-    environ = {**os.environ, "LONGTASKS_URL": service.server.url}
-    out = subprocess.check_output(["sh", "-ec", lines], env=environ, timeout=LONG)
-    ran, more = out.decode().split("====\n")
+    out = shell(lines, env={**os.environ, "LONGTASKS_URL": service.server.url})
+    ran, more = out.split("====\n")
     assert json.loads(ran)["message"] == "Long computation completed successfully"
     assert more.count('"message": "Long computation completed successfully"') == 1
     assert more.count('"status": "cancelled"') + more.count('"cancel_requested"') == 1
@@ -11495,10 +11470,7 @@ def test_the_lines_about_the_client_in_the_readme_do_what_they_say(service):
 
 
 def readme_handlers(tmp_path):
-    section = readme().split("\n## Your own task types\n")[1].split("\n## ")[0]
-    for number, code in enumerate(
-        re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    ):
+    for number, code in enumerate(blocks("Your own task types", "python")):
         longtasks.load_handlers(write(tmp_path, code, "mine%d.py" % number))
 
 

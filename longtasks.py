@@ -5618,15 +5618,8 @@ _HOST = re.compile(
     r"([A-Za-z0-9._~%!$&'()*+;=-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])?(:[0-9]{0,5})?"
 )
 # Two of these are a contradiction; two of another header are a list.
-_ONCE = (
-    "host",
-    "authorization",
-    "idempotency-key",
-    "content-length",
-    "content-type",
-    "transfer-encoding",
-    "expect",
-)
+_ONCE = {"host", "authorization", "idempotency-key", "expect"}
+_ONCE |= {"content-length", "content-type", "transfer-encoding"}
 
 
 def parse_head(head: bytes) -> Request:
@@ -5686,7 +5679,7 @@ def check_start(head: bytes, checked: int) -> int:
     """
     end = head.find(b"\r\n")
     if end < 0:
-        if b"\n" in head or not _START.fullmatch(head[:PIECE]):
+        if b"\n" in head or not _START.fullmatch(head[:64]):
             raise no_request_line()
         return 0
     if not checked:
@@ -5815,13 +5808,12 @@ class Connection:
         self.socket, self.address, self.server = client, address, server
         self.state = BUSY
         self.since = self.began = time.monotonic()
-        self.over_limit = False  # it came when as many clients as may were connected
-        self.evicted = False
+        self.over_limit = self.evicted = False
         self.woken: Optional[threading.Event] = None  # by the server, for a half-close
         self.buffer = b""  # received, but not parsed
         self.overhead = 0  # bytes of a chunked body that are no data
         self.bare = False  # the request is a HEAD: its reply has no body
-        self.streamed = 0  # bytes
+        self.streamed = 0  # bytes, of a stream
         # The last request, for clients repeat themselves, and what it was parsed from.
         self.request: Any = None
         self.head: Optional[bytes] = None
@@ -5882,7 +5874,7 @@ class Connection:
         keep = keep and not (self.over_limit or self.evicted or self.server.closing)
         self._send_reply(reply, request, keep)
         request.body = b""  # the request is kept for its head
-        return keep
+        return keep and not (self.buffer and self._has_left())
 
     def _check(self, request: Request) -> None:
         """Raise HTTPError if a request is refused for its head."""
@@ -6081,9 +6073,13 @@ class Connection:
                 self.socket.sendall(data)
                 self.streamed += len(data)
 
+    def _has_left(self) -> bool:
+        """Whether the client is known to have left; a reply finds that out."""
+        found = closed_by_peer([self.socket.fileno()])
+        return any(events & select.POLLHUP for events in found.values())
+
     def _log(self, reply: Reply, request: Optional[Request]) -> None:
-        """Log a reply and its request, but neither query nor headers, as they may be
-        secret."""
+        """Log a reply and its request; its query and headers may be secret."""
         fields = {
             "client": self.address[0],
             "method": request.method if request else "-",
@@ -6150,21 +6146,16 @@ def tls_context(settings: Settings) -> Any:
         for file in filter(None, (cert, key)):
             open(file, "rb").close()  # the error of load_cert_chain() names no file
         context.load_cert_chain(cert, key or None, "")  # "": don't ask the terminal
-    except ssl.SSLError as error:
-        raise _pair_error(cert, key or cert, error.reason) from None
+    except ssl.SSLError:
+        text = "TLS_CERT %s and TLS_KEY %s must be a certificate and its key, in PEM "
+        text += "and without a passphrase"
+        raise SettingsError(text % (cert, key or cert)) from None
     except OSError as error:
         text = "TLS_CERT or TLS_KEY %s: %s"
         raise SettingsError(text % (error.filename, error.strerror)) from None
     name = "TLS_KEY" if key else "TLS_CERT, which holds the key,"
     warn_if_readable(name, key or cert)
     return context
-
-
-def _pair_error(cert: str, key: str, reason: str) -> SettingsError:
-    must = "a certificate and its key, in PEM and without a passphrase"
-    if reason == "KEY_VALUES_MISMATCH":
-        must = "a pair, but the key is that of another certificate"
-    return SettingsError("TLS_CERT %s and TLS_KEY %s must be %s" % (cert, key, must))
 
 
 def _tls_socket_class(ssl: Any) -> Any:
@@ -6244,9 +6235,6 @@ def stay_on_one_cpu() -> None:
             os.sched_setaffinity(0, [random.choice(cpus)])  # noqa: S311 (no secret)
 
 
-M_TRIM_THRESHOLD, M_TOP_PAD = -1, -2  # of glibc's malloc.h
-
-
 def give_back_memory() -> None:
     """Have glibc return free memory to the system, and keep less from now on.
 
@@ -6257,8 +6245,8 @@ def give_back_memory() -> None:
         import ctypes
 
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 16)
-        libc.mallopt(M_TOP_PAD, 1 << 14)
+        libc.mallopt(-1, 1 << 16)  # M_TRIM_THRESHOLD of malloc.h
+        libc.mallopt(-2, 1 << 14)  # M_TOP_PAD
         libc.malloc_trim(0)
 
 
@@ -6267,7 +6255,6 @@ def give_back_memory() -> None:
 # Errors of accept(2): no resources are left, or no client is there.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _NO_CLIENT = (errno.EAGAIN, errno.EBADF)
-OVER_LIMIT = "the limit of connections, %d, is reached"
 
 
 class APIServer(ThreadingHTTPServer):
@@ -6299,10 +6286,7 @@ class APIServer(ThreadingHTTPServer):
         max_connections: int,
         listener: Optional[socket.socket] = None,
     ) -> None:
-        """`address` is a host and a port, or the path of a Unix socket.
-
-        `listener` is a socket that listens already.
-        """
+        """`address` is a host and a port, or a path; `listener` listens already."""
         self.app = app._replace(traffic=self.traffic)
         self.tls: Any = None  # an ssl.SSLContext
         self.max_body = max_body
@@ -6318,14 +6302,13 @@ class APIServer(ThreadingHTTPServer):
         self._evicted: Set[socket.socket] = set()  # which have not ended yet
         self._half_closed: Set[socket.socket] = set()
         self._few = min(self.reserve, 1 + max_connections // 32)  # evicted at once
-        self._warned_at = self._trimmed_at = self._woke_at = -math.inf
+        self._warn_at = self._trim_at = self._wake_at = 0.0  # not before then
         self._ended = 0  # connections, since memory was given back
         self._date = (0, "")
         if isinstance(address, str):
             self.address_family = socket.AF_UNIX
-        else:
-            ipv6 = ":" in address[0]
-            self.address_family = socket.AF_INET6 if ipv6 else socket.AF_INET
+        elif ":" in address[0]:
+            self.address_family = socket.AF_INET6
         super().__init__(address, Connection)  # type: ignore
         self.socket.setblocking(False)
         PRIVATE.add(self.socket)
@@ -6367,8 +6350,9 @@ class APIServer(ThreadingHTTPServer):
         """Where clients reach this server."""
         if not self.server_port:
             return "unix:" + self.server_name
-        host = self.server_name
-        host = "[%s]" % host if ":" in host else host
+        host = (
+            "[%s]" % self.server_name if ":" in self.server_name else self.server_name
+        )
         return "%s://%s:%d" % (self.app.scheme, host, self.server_port)
 
     # -- accepting
@@ -6382,14 +6366,11 @@ class APIServer(ThreadingHTTPServer):
         """Do what is due besides accepting one client; called by socketserver."""
         self._accept_pending()
         now = time.monotonic()
-        if now - self._woke_at >= self.wake_interval:
-            self._woke_at = now
+        if now >= self._wake_at:
+            self._wake_at = now + self.wake_interval
             self._wake_abandoned()
-        if (
-            self._ended >= self.trim_after
-            and now - self._trimmed_at >= self.trim_interval
-        ):
-            self._ended, self._trimmed_at = 0, now
+        if self._ended >= self.trim_after and now >= self._trim_at:
+            self._ended, self._trim_at = 0, now + self.trim_interval
             give_back_memory()
 
     def _accept_pending(self) -> None:
@@ -6443,15 +6424,14 @@ class APIServer(ThreadingHTTPServer):
         client = connection.socket
         with self._changed:
             if self._is_full():
-                self._evict(OVER_LIMIT % self.max_connections)
+                self._evict(str(self.over_limit()))
                 if self._is_full() and len(self._evicted) >= self._few:
                     self._changed.wait(0.1)  # for an evicted one to end
             connection.over_limit = self._is_full()
             self.connections[client] = connection
+            # Its client may have left, and a flood of such must not hold up others.
             if closed_by_peer([client.fileno()]):
-                self._half_closed.add(
-                    client
-                )  # a flood of these must not hold up others
+                self._half_closed.add(client)
                 if len(self._half_closed) > self.half_closed_limit:
                     detail = "too many clients did not wait for their answers"
                     raise HTTPError(503, detail, Retry_After="1")
@@ -6464,7 +6444,8 @@ class APIServer(ThreadingHTTPServer):
             try:
                 # Not Thread.start(), which waits until the thread has begun: where many
                 # threads are ready to run, all new clients would wait for that.
-                _thread.start_new_thread(self._serve, (connection,))
+                about = connection.socket, connection.address
+                _thread.start_new_thread(self.process_request_thread, about)
                 return
             except RuntimeError as error:
                 self._evict_and_wait(str(error))
@@ -6472,15 +6453,12 @@ class APIServer(ThreadingHTTPServer):
 
     def over_limit(self) -> HTTPError:
         """Return the error for a client for which there is no place."""
-        return HTTPError(503, OVER_LIMIT % self.max_connections, Retry_After="1")
+        detail = "the limit of connections, %d, is reached" % self.max_connections
+        return HTTPError(503, detail, Retry_After="1")
 
-    def _serve(self, connection: Connection) -> None:
-        try:
-            connection.serve()
-        except Exception:
-            self.handle_error(connection.socket, connection.address)
-        finally:
-            self.shutdown_request(connection.socket)
+    def finish_request(self, client: Any, address: Any) -> None:
+        """Serve a connection in its thread; called by socketserver."""
+        self.connections[client].serve()
 
     def shutdown_request(self, client: Any) -> None:
         """Close a connection that has ended; called by socketserver, too."""
@@ -6509,8 +6487,8 @@ class APIServer(ThreadingHTTPServer):
         that are slow to send or to read. A few at once, to search less often.
         """
         now = time.monotonic()
-        if now - self._warned_at >= 10:
-            self._warned_at = now
+        if now >= self._warn_at:
+            self._warn_at = now + 10
             log.warning("evicting idle and slow clients: %s", reason)
         found = [c for c in self.connections.values() if self._is_evictable(c, now)]
         found.sort(key=lambda c: (c.state != IDLE, c.since))

@@ -6994,25 +6994,18 @@ def test_a_client_is_a_forked_childs_at_no_moment(service, monkeypatch):
     assert held == [False]
 
 
+@pytest.mark.parametrize("interval, times", [(LONG, 1), (0, 2)])
 def test_memory_is_given_back_when_many_have_left_but_not_all_the_time(
-    service, monkeypatch
+    interval, times, service, monkeypatch
 ):
     given, server = [], service.server
+    server.trim_interval = interval
     monkeypatch.setattr(longtasks, "give_back_memory", lambda: given.append("back"))
-
-    def leave(count):
-        for _ in range(count):
-            server.shutdown_request(socket.socket())
-        server.service_actions()
-
-    leave(server.trim_after - 1)
-    assert not given
-    leave(server.trim_after)
-    until(lambda: given, "the first time")
-    leave(server.trim_after)
-    assert len(given) == 1
-    server.trim_interval = 0
-    until(lambda: len(given) == 2, "the second time")
+    for total in range(1, 2 * server.trim_after + 1):
+        server.shutdown_request(socket.socket())
+        if total % server.trim_after == 0:
+            server.service_actions()
+    until(lambda: len(given) == times)
 
 
 KEPT = """
@@ -7533,8 +7526,9 @@ def test_the_end_over_tls_waits_for_no_answer(secure, pairs):
 
 
 def test_a_client_that_is_accepted_at_the_exit_still_needs_tls(registry, pairs):
-    settings = longtasks.Settings(longtasks.read_settings([], {}), PORT=0)
-    service = longtasks.Service(longtasks.Settings(settings, **tls_settings(pairs)))
+    settings = longtasks.read_settings([], {})
+    settings.update(PORT=0, **tls_settings(pairs))
+    service = longtasks.Service(settings)
     with records("INFO") as kept, connect(service, b"\0" * 99):
         service.server.service_actions()
         until(lambda: not service.server.connections)
@@ -7558,7 +7552,7 @@ def test_a_connection_that_is_cut_off_does_not_go_on_in_plain_text(gate, pairs):
 @pytest.mark.parametrize(
     "cert, key, reason",
     [
-        ("one.crt", "two.key", "the key is that of another certificate"),
+        ("one.crt", "two.key", "must be a certificate and its key"),
         ("one.crt", "", "one.crt must be a certificate and its key, in PEM"),
         ("one.crt", "junk", "must be a certificate and its key, in PEM"),
         ("one.crt", "locked.key", "without a passphrase"),

@@ -7048,10 +7048,6 @@ def client_parser(name: str) -> Any:
 
 def client_main(name: str, argv: Sequence[str]) -> int:
     """Run a command of the client, report its failure; return the exit code."""
-    hook = sys.unraisablehook
-    # Ctrl-C may interrupt a constructor; an error in __del__ of such a half-made object
-    # is of no interest.
-    sys.unraisablehook = lambda unraisable: None
     try:
         args = client_parser(name).parse_intermixed_args(argv)
         names = ("PORT", "API_TOKEN", "API_TOKEN_FILE")
@@ -7068,8 +7064,6 @@ def client_main(name: str, argv: Sequence[str]) -> int:
         for line in error.args:
             report("longtasks: " + line)
         return getattr(error, "code", REFUSED)
-    finally:
-        sys.unraisablehook = hook
 
 
 # ======================================================================

@@ -4502,7 +4502,7 @@ class Request:
             raise HTTPError(415, "send JSON, with the header Content-Type: " + JSON)
         coding = self.headers.get("content-encoding", "identity")
         if coding.lower() != "identity":
-            detail = "send the body as it is, without Content-Encoding"
+            detail = "send no Content-Encoding"
             raise HTTPError(415, detail, Accept_Encoding="identity")
 
     def accepts(self, *offers: str) -> str:
@@ -4565,10 +4565,9 @@ def problem(
 ) -> Reply:
     """Reply with a problem document (RFC 9457)."""
     title = HTTPStatus(status).phrase
-    document = dict(
-        type="about:blank", title=title, status=status, detail=detail, **extra
-    )
-    return Reply(status, to_json(document) + b"\n", PROBLEM, headers)
+    document = {"type": "about:blank", "title": title, "status": status}
+    body = to_json({**document, "detail": detail, **extra}) + b"\n"
+    return Reply(status, body, PROBLEM, headers)
 
 
 # The status of each error and, if it passes, the seconds after which to retry.
@@ -4768,8 +4767,7 @@ def read_body(app: App, request: Request) -> Union[Submission, List[Submission]]
         if not isinstance(document, list):
             raise Malformed("the body must be an object, not " + quote(document))
         if "idempotency-key" in request.headers or request.wait:
-            detail = "an array can have neither an Idempotency-Key nor a wait"
-            raise HTTPError(400, detail)
+            raise HTTPError(400, "an array takes no Idempotency-Key and no wait")
         return check_batch(document, app.handlers)
 
 
@@ -5444,17 +5442,15 @@ def find_route(request: Request) -> Route:
 def read_query(text: str, known: Sequence[str]) -> Dict[str, Any]:
     """Return the parameters in a query, checked by their schemas; raises HTTPError."""
     try:
-        pairs = parse_qsl(
-            text, keep_blank_values=True, max_num_fields=20, errors="strict"
-        )
+        pairs = parse_qsl(text, True, errors="strict", max_num_fields=20)
     except ValueError:
         raise HTTPError(400, "the query can't be parsed") from None
     query: Dict[str, Any] = {}
     for name, value in pairs:
         if name not in known:
+            text = "no query parameter %s here; known: %s"
             names = ", ".join(known) or "none"
-            detail = "no query parameter %s here; known: %s" % (quote(name), names)
-            raise HTTPError(400, detail)
+            raise HTTPError(400, text % (quote(name), names))
         if name in query:
             raise HTTPError(400, "the query parameter %s occurs twice" % name)
         try:
@@ -5486,11 +5482,9 @@ def respond(app: App, request: Request) -> Reply:
         return refusal(error)
     except Exception:
         request_id = new_id()
-        log.exception(
-            "request %s (%s %s) failed", request_id, request.method, request.path
-        )
-        detail = "the service failed; its log has details under %s" % request_id
-        return problem(500, detail)
+        text = "request %s (%s %s) failed"
+        log.exception(text, request_id, request.method, request.path)
+        return problem(500, "the service failed; see its log for " + request_id)
     if request.wait and "wait" not in request.query:
         applied = "wait=%d" % min(request.wait, app.max_wait)
         reply = reply._replace(headers={**reply.headers, "Preference-Applied": applied})

@@ -47,7 +47,6 @@ client of the API, comes last.
 """
 
 import _thread
-import atexit
 import collections.abc
 import contextlib
 import errno
@@ -7375,10 +7374,9 @@ class LogWriter(logging.Handler):
         # A copy of the descriptor, since libraries may close or replace sys.stderr.
         self._file = os.dup(file)
         self._lines: Any = queue.SimpleQueue()
-        self._written = 0  # bytes, so that finish() sees whether somebody reads
-        # The handler's lock, which logging holds around emit(), guards these.
-        self._waiting = 0  # characters
-        self._dropped = 0  # lines
+        # Characters and lines that were counted by emit(), and by the thread.
+        self._queued = self._dropped = 0
+        self._written = self._reported = 0
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -7386,46 +7384,45 @@ class LogWriter(logging.Handler):
         try:
             text = self.format(record) + "\n"
         except Exception as error:  # an argument's own __str__() may raise anything
-            place, reason = (record.filename, record.lineno), escape(describe(error))
-            text = "%s:%d: this line can't be logged: %s\n" % (*place, reason)
-        is_full = self._waiting + len(text) > self.limit
+            place, reason = (record.filename, record.lineno), describe(error)
+            text = self._warning("%s:%d: can't be logged: %s" % (*place, reason))
+        is_full = self._queued - self._written + len(text) > self.limit
         if is_full and "task" not in getattr(record, "fields", {}):
             self._dropped += 1
         else:
-            self._waiting += len(text)
+            self._queued += len(text)
             self._lines.put(text)
+
+    def _warning(self, text: str) -> str:
+        record = logging.LogRecord(log.name, logging.WARNING, "", 0, text, (), None)
+        return self.format(record) + "\n"
 
     def _run(self) -> None:
         while True:
-            lines = [self._lines.get()]
-            while not self._lines.empty():  # one write for all that wait
-                lines.append(self._lines.get())
-            text = "".join(lines)
-            self._write(text.encode("utf-8", "backslashreplace"))
-            with self.lock:  # type: ignore[union-attr]
-                self._waiting -= len(text)
-                if self._dropped and not self._waiting:
-                    text = "nobody read the log: %d lines were dropped" % self._dropped
-                    self._dropped = 0
-                    record = log.name, logging.WARNING, "", 0, text, (), None
-                    self.emit(logging.LogRecord(*record))
+            text = self._lines.get()
+            while len(text) < PIECE and not self._lines.empty():
+                text += self._lines.get()
+            self._write(text)
+            dropped = self._dropped - self._reported
+            if dropped and self._written + len(text) == self._queued:
+                self._reported += dropped
+                notice = "nobody read the log: %d lines were dropped" % dropped
+                self._write(self._warning(notice))
+            self._written += len(text)
 
-    def _write(self, data: bytes) -> None:
-        rest = memoryview(data)
+    def _write(self, text: str) -> None:
+        data = text.encode("utf-8", "backslashreplace")
         with contextlib.suppress(OSError):  # nobody can read it any more
-            while rest:
+            while data:
                 try:
-                    count = os.write(self._file, rest[:PIECE])
-                except BlockingIOError:  # a process that shares the pipe made it so
+                    data = data[os.write(self._file, data) :]
+                except BlockingIOError:  # another process has made the shared pipe so
                     time.sleep(0.01)
-                    continue
-                self._written += count
-                rest = rest[count:]
 
-    def finish(self, timeout: float = EXIT_TIMEOUT) -> None:
+    def flush(self, timeout: float = EXIT_TIMEOUT) -> None:
         """Wait until all is written, or until none of it is for `timeout` seconds."""
         before, end = -1, 0.0
-        while self._waiting:
+        while self._written < self._queued:
             if self._written != before:
                 before, end = self._written, time.monotonic() + timeout
             elif time.monotonic() >= end:
@@ -7436,19 +7433,10 @@ class LogWriter(logging.Handler):
 def start_logging(level: str, format: str = "text") -> None:
     """Log to stderr from this level on, as text or as JSON."""
     if not any(isinstance(each, LogWriter) for each in log.handlers):
-        output = LogWriter()
-        atexit.register(output.finish)  # after a main() that ends by an exception
-        log.handlers[:], log.propagate = [output], False
+        log.handlers[:], log.propagate = [LogWriter()], False
     formatter = LogFormatter() if format == "text" else JSONLogFormatter()
     log.handlers[0].setFormatter(formatter)
     log.setLevel(level.upper())
-
-
-def finish_log() -> None:
-    """Wait until the log is written, as long as somebody reads it."""
-    for output in log.handlers:
-        if isinstance(output, LogWriter):
-            output.finish()
 
 
 class Signals:
@@ -7589,7 +7577,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             code = TRY_AGAIN
     except KeyboardInterrupt:
         reason, code = "stopped by a signal at the start", 0
-    finish_log()
+    for output in log.handlers:
+        output.flush()
     if reason:
         print("longtasks: " + escape(reason), file=stderr)
     within(EXIT_TIMEOUT, _end_children)

@@ -9176,9 +9176,9 @@ def test_no_task_that_is_given_up_is_dropped_from_the_log(unread):
     for number in range(100):
         logged_by(output, "given up", task={"id": number})
     begin = time.monotonic()
-    output.finish(0.05)
+    output.flush(0.05)
     assert 0.05 <= time.monotonic() - begin < LONG, "nobody reads: it must end"
-    finishing = background(output.finish)
+    finishing = background(output.flush)
     assert len(read_to(file, '{"id": 99}')) == 100
     finishing.result(LONG)
 

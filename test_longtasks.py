@@ -288,24 +288,14 @@ def raw(service, data, port=None):
 
 def together(count, work):
     """Run work(0), work(1), … in threads that begin at the same moment."""
-    barrier, results, errors = threading.Barrier(count), [None] * count, []
+    barrier = threading.Barrier(count)
 
     def one(index):
         barrier.wait(LONG)
-        try:
-            results[index] = work(index)
-        except BaseException as error:
-            errors.append(error)
+        return work(index)
 
-    threads = [threading.Thread(target=one, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LONG)
-        assert not thread.is_alive()
-    for error in errors:
-        raise error
-    return results
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count), timeout=LONG))
 
 
 # ======================================================================
@@ -7930,14 +7920,14 @@ def test_a_submit_without_an_answer_is_sent_again_under_the_same_id(client):
 
 
 def test_run_outlasts_a_restart_of_a_service_with_a_journal(tmp_path, held, client):
-    flags = [*held["flags"], "--db", str(tmp_path / "tasks.db")]
-    with process(*flags, env={**held["env"], "LOG_LEVEL": "debug"}) as before:
+    flags = [*held, "--db", str(tmp_path / "tasks.db")]
+    with process(*flags, env={"LOG_LEVEL": "debug"}) as before:
         running = background(lambda: client(before, "run", "deaf", "name=a"))
         began(tmp_path, "a")
         before.process.kill()
         before.wait()
     (tmp_path / "a").touch()
-    with process(*flags, env={**held["env"], "PORT": str(before.port)}):
+    with process(*flags, env={"PORT": str(before.port)}):
         ran = running.result(LONG)
     assert (ran.code, ran.out, ran.complaints) == (0, "null\n", [])
 
@@ -8125,8 +8115,8 @@ def command(port, *words, **options):
 @contextlib.contextmanager
 def a_run_of(type, tmp_path, held, **options):
     """A real service, and a client that follows a task of it that has begun."""
-    env = {**held["env"], "GRACE": "20"}
-    with process(*held["flags"], env=env) as running, command(
+    env = {"GRACE": "20"}
+    with process(*held, env=env) as running, command(
         running.port, "run", type, "name=a", **options
     ) as run:
         began(tmp_path, "a")
@@ -8331,7 +8321,7 @@ def process(*flags, **options):
 HELD = """
 import os, threading, time
 from longtasks import Context, handler
-folder = os.environ["FOLDER"]
+folder = os.path.dirname(__file__)
 
 def held(name, ctx=None):
     open(os.path.join(folder, name + ".began"), "w").close()
@@ -8353,11 +8343,8 @@ def deaf(name: str):
 
 @pytest.fixture
 def held(tmp_path):
-    """Flags and environment for handlers that end when a file appears."""
-    return {
-        "flags": ["--handlers", write(tmp_path, HELD)],
-        "env": {"FOLDER": str(tmp_path)},
-    }
+    """Flags for handlers that end when a file appears."""
+    return ["--handlers", write(tmp_path, HELD)]
 
 
 def began(tmp_path, name):
@@ -8632,7 +8619,7 @@ def test_an_idle_service_exits_at_once_with_0(number):
 
 
 def test_a_drain_finishes_running_and_queued_tasks_and_refuses_new_ones(tmp_path, held):
-    with process(*held["flags"], env={**held["env"], "WORKER_COUNT": "1"}) as running:
+    with process(*held, env={"WORKER_COUNT": "1"}) as running:
         begin(running, tmp_path, "deaf")
         queued = submitted(running.port, "deaf", {"name": "b"})
         path = "/api/v1/tasks/" + queued
@@ -8661,8 +8648,8 @@ def test_a_drain_finishes_running_and_queued_tasks_and_refuses_new_ones(tmp_path
 
 def test_past_the_drain_timeout_tasks_are_given_up_and_logged(tmp_path, held):
     text = "\x7f\x80\u2028é\ud800\\"
-    env = {**held["env"], "WORKER_COUNT": "2", "DRAIN_TIMEOUT": "0.2", "GRACE": "0.3"}
-    with process(*held["flags"], env=env) as running:
+    env = {"WORKER_COUNT": "2", "DRAIN_TIMEOUT": "0.2", "GRACE": "0.3"}
+    with process(*held, env=env) as running:
         polite = begin(running, tmp_path, "polite", "a")
         begin(running, tmp_path, "deaf", "b")
         submitted(running.port, "deaf", {"name": text})
@@ -8676,8 +8663,8 @@ def test_past_the_drain_timeout_tasks_are_given_up_and_logged(tmp_path, held):
 
 
 def test_each_line_of_the_service_is_json_where_that_is_asked_for(tmp_path, held):
-    env = {"LOG_FORMAT": "json", "DRAIN_TIMEOUT": "0", "GRACE": "1000", **held["env"]}
-    with process(*held["flags"], env=env) as running:
+    env = {"LOG_FORMAT": "json", "DRAIN_TIMEOUT": "0", "GRACE": "1000"}
+    with process(*held, env=env) as running:
         task_id = begin(running, tmp_path, "polite", "a\x7f")
         assert running.stop() == 1, "it ends once its handler has stopped"
         running.logged("stopped")
@@ -8691,7 +8678,7 @@ def test_each_line_of_the_service_is_json_where_that_is_asked_for(tmp_path, held
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path, held):
-    with process(*held["flags"], env=held["env"]) as running:
+    with process(*held) as running:
         begin(running, tmp_path, "deaf")
         running.signal()
         running.logged("; a second signal ends it at once")
@@ -8861,9 +8848,7 @@ def test_sighup_drains_unless_it_is_ignored_and_does_not_hurry_a_drain(
     nohup, first, tmp_path, held
 ):
     action = signal.SIG_IGN if nohup else signal.SIG_DFL
-    with inherited(signal.SIGHUP, action), process(
-        *held["flags"], env=held["env"]
-    ) as running:
+    with inherited(signal.SIGHUP, action), process(*held) as running:
         begin(running, tmp_path, "deaf")
         running.signal(first)
         if nohup and first == signal.SIGHUP:
@@ -8878,8 +8863,8 @@ def test_sighup_drains_unless_it_is_ignored_and_does_not_hurry_a_drain(
 @has_sighup
 @pytest.mark.parametrize("action", [signal.SIG_DFL, signal.SIG_IGN])
 def test_a_reload_does_not_hurry_a_drain(action, tmp_path, held):
-    flags = [*held["flags"], "--api-token-file", write(tmp_path, TOKEN, "token")]
-    with inherited(signal.SIGHUP, action), process(*flags, env=held["env"]) as running:
+    flags = [*held, "--api-token-file", write(tmp_path, TOKEN, "token")]
+    with inherited(signal.SIGHUP, action), process(*flags) as running:
         document = {"type": "deaf", "params": {"name": "a"}}
         call(running, "POST", "/api/v1/tasks", document, Authorization=BEARER)
         began(tmp_path, "a")
@@ -9327,8 +9312,8 @@ def manager(request, tmp_path):
 
 
 def test_a_service_manager_is_told_of_readiness_state_and_end(manager, tmp_path, held):
-    env = {**held["env"], **manager.env, "DRAIN_TIMEOUT": "60"}
-    with process(*held["flags"], env=env) as running:
+    env = {**manager.env, "DRAIN_TIMEOUT": "60"}
+    with process(*held, env=env) as running:
         manager.hear("READY=1")
         assert call(running.port, "GET", "/readyz").status == 200
         assert manager.hear("STATUS=") == "STATUS=0 running, 0 waiting, 0 finished"
@@ -10207,43 +10192,31 @@ def test_nginx_sends_all_requests_of_a_task_to_one_instance(tmp_path):
         command = ["nginx", "-p", str(tmp_path), "-c", write(tmp_path, conf, "n.conf")]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as nginx:
             try:
-                until(lambda: answers(port), "nginx")
+                until(lambda: accepts(port), "nginx")
                 check_spread(port, one, other)
             finally:
                 nginx.terminate()
 
 
-def answers(port):
-    with contextlib.suppress(OSError):
-        return call(port, "GET", "/healthz").status == 200
-    return False
+def accepts(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def check_spread(port, *instances):
-    """A thousand tasks through nginx: each is found again, and they are shared out."""
+    """Tasks through nginx: each is found again, and they are shared out."""
     document = {"type": "long_computation", "params": {"duration": 0}}
-    body = json.dumps(document)
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
-
-    def ask(method, path, body=None):
-        connection.request(method, path, body, JSON_BODY if body else {})
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-
-    ids = [str(uuid.uuid4()) for _ in range(1000)]
-    for task_id in ids:
-        status, task = ask("PUT", "/api/v1/tasks/" + task_id, body)
-        assert (status, task["id"]) == (202, task_id)
-    for task_id in ids:
-        path = "/api/v1/tasks/" + task_id
-        assert ask("GET", path + "?wait=10")[1]["status"] == "completed"
-        assert ask("GET", path + "/result")[0] == 200
+    paths = ["/api/v1/tasks/%s" % uuid.uuid4() for _ in range(300)]
+    assert {call(port, "PUT", path, document).status for path in paths} == {202}
+    for path in paths:
+        call(port, "GET", path + "?wait=10")
+        assert call(port, "GET", path + "/result").status == 200
     counts = [
         len(call(each, "GET", "/api/v1/tasks?limit=1000").json["tasks"])
         for each in instances
     ]
-    assert sum(counts) == 1000
-    assert min(counts) > 300
+    assert sum(counts) == len(paths)
+    assert min(counts) > len(paths) // 4
 
 
 # -- with a journal, for real ----------------------------------------------
@@ -10395,8 +10368,8 @@ def test_a_drain_leaves_what_waits_in_the_file_and_the_next_start_runs_it(
     tmp_path, held
 ):
     path = tmp_path / "tasks.db"
-    flags = [*held["flags"], "--db", str(path), "--worker-count", "1"]
-    with process(*flags, env=held["env"]) as running:
+    flags = [*held, "--db", str(path), "--worker-count", "1"]
+    with process(*flags) as running:
         ids = [submitted(running.port, "deaf", {"name": name}) for name in "ab"]
         began(tmp_path, "a")
         running.signal()
@@ -10406,7 +10379,7 @@ def test_a_drain_leaves_what_waits_in_the_file_and_the_next_start_runs_it(
         running.logged("stopped, 1 task left for the next start")
     assert rows_of(path) == [(ids[0], "completed"), (ids[1], "pending")]
     (tmp_path / "b").touch()
-    with process(*flags, env=held["env"]) as running:
+    with process(*flags) as running:
         for task_id in ids:
             assert result_of(running.port, task_id)["status"] == "completed"
 
@@ -10414,16 +10387,16 @@ def test_a_drain_leaves_what_waits_in_the_file_and_the_next_start_runs_it(
 @pytest.mark.parametrize("type", ["deaf", "polite"])
 def test_past_the_drain_timeout_what_runs_is_put_back(type, tmp_path, held):
     path = tmp_path / "tasks.db"
-    flags = [*held["flags"], "--db", str(path)]
+    flags = [*held, "--db", str(path)]
     flags += ["--drain-timeout", "0", "--grace", "0.3"]
-    with process(*flags, env=held["env"]) as running:
+    with process(*flags) as running:
         task_id = begin(running, tmp_path, type)
         assert running.stop() == 0
         running.logged("stopped, 1 task left for the next start")
     found = rows_of(path, "id, status, attempt, interruptions")
     assert found == [(task_id, "pending", 1, 0)]
     (tmp_path / "a").touch()
-    with process(*flags, env=held["env"]) as running:
+    with process(*flags) as running:
         assert result_of(running.port, task_id)["status"] == "completed"
         status = call(running.port, "GET", "/api/v1/tasks/" + task_id).json
         assert status["attempt"] == 2
@@ -10445,7 +10418,7 @@ def full_disk(running, path):
 
 def test_a_full_disk_refuses_new_tasks_and_loses_nothing(tmp_path, held):
     path = tmp_path / "tasks.db"
-    with process(*held["flags"], "--db", str(path), env=held["env"]) as running:
+    with process(*held, "--db", str(path)) as running:
         before = begin(running, tmp_path, "deaf")
         with full_disk(running, path):
             answer = submit(running.port, "deaf", {"name": "b"})
@@ -10468,9 +10441,9 @@ def test_a_full_disk_refuses_new_tasks_and_loses_nothing(tmp_path, held):
 
 def test_a_stop_while_the_disk_is_full_is_no_crash_but_one_after_it_is(tmp_path, held):
     path = tmp_path / "tasks.db"
-    flags = [*held["flags"], "--db", str(path), "--drain-timeout=0", "--grace=0.1"]
+    flags = [*held, "--db", str(path), "--drain-timeout=0", "--grace=0.1"]
     for attempt in range(1, 6):
-        with process(*flags, env=held["env"]) as running:
+        with process(*flags) as running:
             if attempt == 1:
                 submitted(running.port, "deaf", {"name": "a"})
             began(tmp_path, "a")
@@ -10484,7 +10457,7 @@ def test_a_stop_while_the_disk_is_full_is_no_crash_but_one_after_it_is(tmp_path,
         found = rows_of(path, "status, attempt, interruptions")
         assert found == [("processing", attempt, 0)]
     (tmp_path / "a").touch()
-    with process(*flags, env=held["env"]) as running:
+    with process(*flags) as running:
         running.logged("completed")
     found = rows_of(path, "status, attempt, interruptions")
     assert found == [("completed", 6, 1)]
@@ -10492,8 +10465,8 @@ def test_a_stop_while_the_disk_is_full_is_no_crash_but_one_after_it_is(tmp_path,
 
 def test_a_full_disk_does_not_hold_up_a_stop_when_nothing_runs(tmp_path, held):
     path = tmp_path / "tasks.db"
-    flags = [*held["flags"], "--db", str(path), "--drain-timeout=3000"]
-    with process(*flags, env=held["env"]) as running:
+    flags = [*held, "--db", str(path), "--drain-timeout=3000"]
+    with process(*flags) as running:
         begin(running, tmp_path, "deaf")
         with full_disk(running, path):
             (tmp_path / "a").touch()
@@ -10503,7 +10476,7 @@ def test_a_full_disk_does_not_hold_up_a_stop_when_nothing_runs(tmp_path, held):
 
 def test_a_type_that_is_gone_fails_its_tasks_and_nothing_else(tmp_path, held):
     flags = ["--db", str(tmp_path / "tasks.db")]
-    with process(*held["flags"], *flags, env=held["env"]) as running:
+    with process(*held, *flags) as running:
         task_id = begin(running, tmp_path, "deaf")
     with process(*flags) as running:
         error = result_of(running.port, task_id)["error"]
@@ -10946,8 +10919,8 @@ def test_a_page_that_nobody_sees_holds_no_connection(browser, service, monkeypat
 
 
 def test_the_page_shows_a_drain_and_finds_the_service_again(browser, tmp_path, held):
-    flags = [*held["flags"], "--db", str(tmp_path / "tasks.db")]
-    with process(*flags, env=held["env"]) as running:
+    flags = [*held, "--db", str(tmp_path / "tasks.db")]
+    with process(*flags) as running:
         task_id = submitted(running.port, "polite", {"name": "a"})
         began(tmp_path, "a")
         browser.go(running)
@@ -10958,7 +10931,7 @@ def test_the_page_shows_a_drain_and_finds_the_service_again(browser, tmp_path, h
         assert running.wait() == 0
         browser.see("#notice", "The service does not answer")
         browser.see("#connection", "not connected")
-    with process(*flags, env={**held["env"], "PORT": str(running.port)}):
+    with process(*flags, env={"PORT": str(running.port)}):
         browser.see("#connection", "live")
         browser.see(summary(task_id), "completed")
         assert not browser.text("#notice")
@@ -11149,19 +11122,6 @@ def test_a_room_uses_only_those_above_it():
     assert {name for _, name in upward} == {"PAGE"}, "which is long, and comes last"
 
 
-def test_a_benchmark_that_this_python_cannot_be_set_up_for_is_one_line():
-    file = HERE / ".ci" / "bench"
-    if not file.exists():
-        pytest.skip("the benchmark is not here")
-    code = "import runpy, sys; sys.version_info = (3, 10); sys.argv[1:] = "
-    code += "['--setup', '/no/folder']; runpy.run_path(%r, run_name='__main__')"
-    command = [sys.executable, "-c", code % str(file)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, timeout=LONG)
-    told = rb"--setup needs Python 3\.11 or newer for FastAPI; this is \S+\n"
-    assert done.returncode == 1
-    assert re.fullmatch(told, done.stderr)
-
-
 def test_the_readme_has_every_refusal():
     codes = re.findall(r"`([45][0-9][0-9])`", section("Errors"))
     source = Path(SCRIPT).read_text(encoding="utf-8")
@@ -11259,8 +11219,8 @@ def test_the_lines_about_who_may_in_the_readme_do_what_they_say(number, tmp_path
 
 @has_curl
 def test_given_up_tasks_are_submitted_again_by_the_line_of_the_readme(tmp_path, held):
-    env = {**held["env"], "DRAIN_TIMEOUT": "0"}
-    with process(*held["flags"], env=env) as running:
+    env = {"DRAIN_TIMEOUT": "0"}
+    with process(*held, env=env) as running:
         document = {"type": "polite", "params": {"name": "a"}, "priority": 7}
         call(running.port, "POST", "/api/v1/tasks", dict(document, retries=2))
         began(tmp_path, "a")
@@ -11270,7 +11230,7 @@ def test_given_up_tasks_are_submitted_again_by_the_line_of_the_readme(tmp_path, 
         (tmp_path / "service.log").write_text("".join(running.lines))
     (tmp_path / "a").touch()
     (line,) = blocks("Shutdown", "sh")
-    with process(*held["flags"], env=env) as running:
+    with process(*held, env=env) as running:
         task_id = json.loads(shell(line, running.port, cwd=tmp_path))["id"]
         assert result_of(running.port, task_id)["status"] == "completed"
         path = "/api/v1/tasks/" + task_id

@@ -4670,7 +4670,7 @@ def status_reply(
 ) -> Reply:
     """Reply with the status document of a task."""
     text = status_json(task, app.store.context(task.id)) + "\n"
-    return Reply(status, text.encode("utf-8"), JSON, headers)
+    return Reply(status, text.encode(), JSON, headers)
 
 
 def result_reply(task: Task) -> Reply:
@@ -4751,8 +4751,8 @@ def put_task(app: App, request: Request) -> Reply:
 
 
 LARGE_BODY = 4 << 10  # bytes
-# Parsed JSON may take fifty times the memory of its text, so that only a few large
-# bodies are parsed and checked at a time; Submission holds the text again.
+# Parsed JSON may take fifty times the memory of its text, so few large bodies are
+# parsed and checked at a time. A Submission, which remains, is text again.
 _PARSING = threading.Semaphore(4)
 
 
@@ -4915,7 +4915,12 @@ def event_stream(app: App, request: Request, after: Optional[int]) -> Iterator[b
             yield b"event: status\ndata: %b\n\n" % text.encode()
             over = task.finished
         while not over:
-            over = watch.over  # read first: events from before it are still sent
+            # Read before take(), so that what was published before the end is sent:
+            #   this thread                 the thread that ends the service
+            #   reads over: False           publishes an event, sets over
+            #   takes the event, sends it
+            #   reads over: True, ends
+            over = watch.over
             news = watch.take(0 if over else KEEP_ALIVE)
             yield from map(encode, news) if news else [b":\n\n"]
             over = over or (task is not None and any(map(ends_stream, news)))
@@ -5031,8 +5036,6 @@ def show_options(app: App, request: Request) -> Reply:
 # clients choose freely.
 
 START_TIME = time.time()
-
-
 Row = Tuple[Any, ...]  # the arguments of metric_lines()
 
 
@@ -5279,8 +5282,10 @@ def _type_components(handlers: Mapping[str, Handler]) -> Dict[str, Any]:
         words = re.findall("[A-Za-z0-9]+", type)
         base = "".join(word[0].upper() + word[1:] for word in words) + "Task"
         base = base if base[0].isalpha() else "Type" + base
-        names = itertools.chain([base], map((base + "%d").__mod__, itertools.count(2)))
-        name = next(name for name in names if name.lower() not in taken)
+        name, number = base, 1
+        while name.lower() in taken:
+            number += 1
+            name = "%s%d" % (base, number)
         taken.add(name.lower())
         own = {"type": {"const": type}, "params": known.schema}
         properties = {**SUBMISSION["properties"], **own}

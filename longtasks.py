@@ -125,7 +125,7 @@ def lazy_import(name: str) -> Any:
 class SettingsError(Exception):
     """A setting that can't be used; the text names it and says what would be valid.
 
-    `temporary` means that the same start may succeed later, with no change by anybody.
+    `temporary` means that the same start may succeed later with nothing changed.
     """
 
     def __init__(self, text: str, temporary: bool = False) -> None:
@@ -140,9 +140,9 @@ _TEMPORARY |= {errno.ENFILE, errno.ENOMEM, errno.ENOSPC, getattr(errno, "EDQUOT"
 def is_temporary(error: Exception) -> bool:
     """Whether an error may go away by itself, such as a full disk or a port in use.
 
-    SQLite's "disk I/O error" is such an error: it stands for an exceeded quota, a lack
-    of memory and an unreachable network file system, too. For a broken disk, another
-    start does no harm; after the others, no start would leave the service down.
+    SQLite's "disk I/O error" is one: it stands for an exceeded quota and a network file
+    system that is away, too, after which the service must come back. If the disk is
+    broken, another attempt does no harm.
     """
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_AGAIN
@@ -186,9 +186,7 @@ def matching(pattern: str, valid: str) -> Callable[[str], str]:
 
 
 # An empty address would stand for all addresses of the host; an empty token, for none.
-address = matching(
-    "[!-~]{1,253}", "a host name or address, such as 127.0.0.1 or 0.0.0.0"
-)
+address = matching("[!-~]{1,253}", "a host name or address, such as 127.0.0.1")
 token = matching("|[!-~]{16,255}", "16 to 255 visible ASCII characters")
 
 
@@ -460,7 +458,7 @@ MAX_ERROR = 4000  # characters of a failed task's error
 MAX_INTERRUPTIONS = 3  # runs during which the process died, until the task fails
 
 Path = Tuple[Union[str, int], ...]  # the way from a document's top to a place in it
-Problem = Tuple[Path, str]  # a place, and what is wrong there
+Problem = Tuple[Path, str]  # a place, what is wrong there and what would be valid
 
 
 def dotted(path: Path) -> str:
@@ -478,11 +476,7 @@ class Malformed(TaskError):
 
 
 class Invalid(TaskError):
-    """The document is JSON, but no task that can be run.
-
-    `problems` is a list of (path, message): a place in the document, and what is wrong
-    there, with what would be valid.
-    """
+    """The document is JSON, but no task that can be run, for these `problems`."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = list(problems[:MAX_PROBLEMS])
@@ -520,7 +514,7 @@ class QueueFull(TaskError):
 
 
 class Unavailable(TaskError):
-    """The journal can't be written at the moment, so nothing can be promised."""
+    """The disk fails or too many handlers are stuck, so nothing can be promised."""
 
 
 class Draining(TaskError):
@@ -585,9 +579,8 @@ class Task(NamedTuple):
         """Return the task after a move; raises IllegalMove if EXITS forbids it."""
         if status not in EXITS[self.status]:
             raise IllegalMove("task %s is %s, not %s" % (self.id, self.status, status))
-        values = list(
-            self
-        )  # what _replace() does, in half the time: this is a hot path
+        # As _replace() does, in half the time: this runs several times for each task.
+        values = list(self)
         values[_PLACES["status"]] = status
         for name, value in changes.items():
             values[_PLACES[name]] = value
@@ -622,10 +615,10 @@ CANCELLED_RUNNING = "cancelled while it ran"
 
 
 class Outcome(NamedTuple):
-    """How a run ended, as its handler has it.
+    """How a run of a handler ended.
 
-    COMPLETED with a result, FAILED with an error, CANCELLED when it stopped as it was
-    requested, or PENDING when it asked for another run, `after` so many seconds.
+    COMPLETED with a result, FAILED with an error, CANCELLED when it stopped on request,
+    or PENDING when it asked for another run, `after` so many seconds.
     """
 
     status: str
@@ -662,15 +655,10 @@ def _make_encoder() -> Callable[[Any], str]:
     values do. An encoder has no state, so threads share it.
     """
     plain = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-    separators_and_flags = ": ", ", ", False, False, False
+    quoted, form = json.encoder.encode_basestring, (": ", ", ", False, False, False)
     with contextlib.suppress(AttributeError, TypeError):  # it isn't a public interface
-        encode = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
-            None,
-            plain.default,
-            json.encoder.encode_basestring,
-            None,
-            *separators_and_flags,
-        )
+        make = json.encoder.c_make_encoder  # type: ignore[attr-defined]
+        encode = make(None, plain.default, quoted, None, *form)
         encode({}, 0)
         return lambda value: "".join(encode(value, 0))
     return plain.encode

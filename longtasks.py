@@ -1772,30 +1772,28 @@ class ManagedProcess:
         A process that has left the session may hold the file open and write on. So
         once this one has ended, no more is read than a pipe can hold.
         """
-        left, pause = LEFT_OVER, 0.5
+        ended, look_at, left, pause = False, 0.0, LEFT_OVER, 0.5
+        patience = max(0.01, self._ctx.grace / 4)  # until it sees a request to stop
         with selectors.DefaultSelector() as selector:
             selector.register(file, selectors.EVENT_READ)
             while left > 0:
-                ended = self._has_ended()  # before looking for what there is to read
                 data = b""
-                if selector.select(0 if ended else min(pause, self._patience)):
+                if selector.select(0 if ended else min(pause, patience)):
                     data = os.read(file.fileno(), 65536)
                     if not data:
                         break
-                    left -= len(data) if ended else 0
                 elif ended:
                     break
+                left -= len(data) if ended else 0
                 yield data
                 pause = 0.1 if data else 0.5
+                if time.monotonic() >= look_at:
+                    ended = self._has_ended()  # then look once more what there is
+                    look_at = time.monotonic() + min(0.05, patience)
         pause = 0.001
         while not self._has_ended():  # it has only closed its output
-            time.sleep(min(pause, self._patience))
+            time.sleep(min(pause, patience))
             pause = min(2 * pause, 0.1)
-
-    @property
-    def _patience(self) -> float:
-        """The seconds after which a request to stop must have been seen."""
-        return max(0.01, self._ctx.grace / 4)
 
     def _has_ended(self) -> bool:
         """Return whether it has ended; kill it if it has not stopped within its grace.

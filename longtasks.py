@@ -7079,10 +7079,8 @@ class ServiceManager:
     def __init__(self, environ: MutableMapping[str, str]) -> None:
         pid = str(os.getpid())
         path = environ.pop("NOTIFY_SOCKET", "")
-        usec, watched = (
-            environ.pop("WATCHDOG_USEC", ""),
-            environ.pop("WATCHDOG_PID", ""),
-        )
+        usec = environ.pop("WATCHDOG_USEC", "")
+        watched = environ.pop("WATCHDOG_PID", "")
         count, owner = environ.pop("LISTEN_FDS", "0"), environ.pop("LISTEN_PID", "")
         environ.pop("LISTEN_FDNAMES", None)
         self._path = "\0" + path[1:] if path.startswith("@") else path  # abstract
@@ -7256,8 +7254,10 @@ class Service:
         while True:
             if time.monotonic() >= self._report_at:
                 self.report()
-            # Short waits: a signal that the system delivers to another thread does not
-            # end this wait, and its handler runs only once this thread goes on.
+            # Short waits, since a signal may be delivered to any thread:
+            #   another thread                 this thread
+            #   is interrupted, notes it       waits in get(), and isn't woken
+            #   goes on                        wakes, runs the handler, finds the event
             wait = min(0.25, end - time.monotonic())
             try:
                 # Until Python 3.10, get(timeout=0) may never return.

@@ -1,7 +1,7 @@
 """Tests of longtasks.py, in the order of its rooms.
 
-They need pytest and nothing else. No test waits by sleeping: tasks are held and let go
-by gates, clocks are handed in, and real processes are followed by what they say.
+They need pytest and nothing else. No test waits by sleeping: gates hold and release
+tasks, tests pass their own clocks, and follow real processes by their logs.
 """
 
 import _thread
@@ -68,7 +68,7 @@ has_curl = pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl
 
 
 class Gate:
-    """A handler that says when it has begun and goes on when it is let."""
+    """A handler that reports its start, and goes on once the test releases it."""
 
     def __init__(self):
         self.started = threading.Semaphore(0)
@@ -87,7 +87,7 @@ class Gate:
 
 
 class Clock:
-    """A clock that goes when it is told to."""
+    """A clock that the test sets."""
 
     def __init__(self, now=1_700_000_000.0):
         self.now = now
@@ -8931,26 +8931,20 @@ def test_a_signal_while_a_start_is_refused_does_not_interrupt_that(monkeypatch):
 
 
 def test_a_signal_is_heard_while_clients_come_and_go():
+    def come_and_go(port):
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while True:  # until the service is gone
+                call(port, "GET", "/healthz")
+
     for _ in range(5):
-        with process() as running:
-            stop = threading.Event()
-
-            def come_and_go(port=running.port, stop=stop):
-                while not stop.is_set():
-                    with contextlib.suppress(OSError, http.client.HTTPException):
-                        call(port, "GET", "/healthz")
-
-            threads = [threading.Thread(target=come_and_go) for _ in range(4)]
-            for thread in threads:
-                thread.start()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool, process() as running:
+            for _ in range(4):
+                pool.submit(come_and_go, running.port)
             for _ in range(100):
                 call(running.port, "GET", "/healthz")
             begin = time.monotonic()
             assert running.stop() == 0
             assert time.monotonic() - begin < 10
-            stop.set()
-            for thread in threads:
-                thread.join(LONG)
 
 
 SIGNALS = """
@@ -8993,13 +8987,13 @@ def test_signals_are_what_they_have_to_be_whatever_was_done_to_them(by, tmp_path
 
 @pytest.fixture
 def unread():
-    """A log that writes to a full pipe and keeps a few lines, and the pipe to read."""
+    """A log that writes to a full pipe and holds a few lines, and the pipe to read."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with contextlib.suppress(BlockingIOError):
         while True:
             os.write(writer, b"\n" * 4096)
-    output = longtasks.LogWriter(writer)  # which it must bear that it can't block
+    output = longtasks.LogWriter(writer)  # non-blocking, as others may make it
     output.setFormatter(longtasks.LogFormatter())
     output.limit = 200
     os.close(writer)
@@ -9036,7 +9030,7 @@ def test_a_log_that_nobody_reads_holds_up_nothing_and_counts_what_it_drops(unrea
     assert kept == [str(number) for number in range(len(kept))]
     assert ": %d lines were dropped" % (100 - len(kept)) in lines[-1]
     logged_by(output, "again")
-    assert len(read_to(file, "again")) == 1, "that is told once"
+    assert len(read_to(file, "again")) == 1, "it is logged once"
 
 
 def test_no_task_that_is_given_up_is_dropped_from_the_log(unread):
@@ -9320,7 +9314,7 @@ def manager(request, tmp_path):
         yield manager
 
 
-def test_a_service_manager_is_told_of_readiness_state_and_end(manager, tmp_path, held):
+def test_a_service_manager_gets_readiness_counts_and_the_stop(manager, tmp_path, held):
     env = {**manager.env, "DRAIN_TIMEOUT": "60"}
     with process(*held, env=env) as running:
         manager.hear("READY=1")

@@ -4864,9 +4864,9 @@ def task_events(app: App, request: Request) -> Reply:
     request.accepts(SSE)
     after, last = None, request.headers.get("last-event-id", "")
     if last:
-        known = re.fullmatch(app.store.events.life + "-([0-9]{1,15})", last)
+        match = re.fullmatch(app.store.events.life + "-([0-9]{1,15})", last)
         # An id of another process becomes a number that no event has: a gap.
-        after = int(known.group(1)) if known else sys.maxsize
+        after = int(match.group(1)) if match else sys.maxsize
     stream = event_stream(app, request, after)
     next(stream)  # subscribe now, while an error can still be the reply
     # Proxies that buffer replies are asked not to.
@@ -4935,8 +4935,8 @@ def encode_event(life: str, event: Event) -> bytes:
 def list_types(app: App, request: Request) -> Reply:
     """List the task types, with the JSON Schema of their params."""
     types = [
-        {"type": name, "description": known.description, "params": known.schema}
-        for name, known in sorted(app.handlers.items())
+        {"type": name, "description": entry.description, "params": entry.schema}
+        for name, entry in sorted(app.handlers.items())
     ]
     return json_reply({"types": types})
 
@@ -5233,8 +5233,8 @@ def show_openapi(app: App, request: Request) -> Reply:
     return json_reply(openapi(app.handlers, bool(app.access.token)))
 
 
-def openapi(handlers: Mapping[str, Handler], locked: bool) -> Dict[str, Any]:
-    """Return the OpenAPI document for these handlers; `locked`: a token is needed."""
+def openapi(handlers: Mapping[str, Handler], needs_token: bool) -> Dict[str, Any]:
+    """Return the OpenAPI document of a service with these handlers."""
     types = _type_components(handlers)
     submission = {"oneOf": [_ref("schemas", name) for name in types]}
     paths: Dict[str, Any] = {route.path: {} for route in ROUTES}
@@ -5245,7 +5245,7 @@ def openapi(handlers: Mapping[str, Handler], locked: bool) -> Dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "longtasks", "version": __version__},
         "servers": [{"url": "/"}],  # relative, for services behind a proxy
-        "security": [{"token": []}] if locked else [],
+        "security": [{"token": []}] if needs_token else [],
         "paths": paths,
         "components": {
             "schemas": {**DOCUMENTS, "Submission": submission, **types},
@@ -5264,7 +5264,7 @@ def _type_components(handlers: Mapping[str, Handler]) -> Dict[str, Any]:
     """
     found: Dict[str, Any] = {}
     taken = {name.lower() for name in [*DOCUMENTS, "Submission"]}
-    for type, known in sorted(handlers.items()):
+    for type, entry in sorted(handlers.items()):
         words = re.findall("[A-Za-z0-9]+", type)
         base = "".join(word[0].upper() + word[1:] for word in words) + "Task"
         base = base if base[0].isalpha() else "Type" + base
@@ -5273,34 +5273,36 @@ def _type_components(handlers: Mapping[str, Handler]) -> Dict[str, Any]:
             number += 1
             name = "%s%d" % (base, number)
         taken.add(name.lower())
-        own = {"type": {"const": type}, "params": known.schema}
-        properties = {**SUBMISSION["properties"], **own}
-        about = {"description": known.description, "properties": properties}
-        found[name] = {**SUBMISSION, **about}
+        own = {"type": {"const": type}, "params": entry.schema}
+        found[name] = {
+            **SUBMISSION,
+            "description": entry.description,
+            "properties": {**SUBMISSION["properties"], **own},
+        }
     return found
 
 
 def _operation(method: str, route: "Route") -> Dict[str, Any]:
     """Return the description of a method of a path."""
-    names = ["id"] * ("{id}" in route.path) + [*route.query, *route.headers]
-    headers = ["Location"] * bool(route.takes)
+    parameters = ["id"] * ("{id}" in route.path) + [*route.query, *route.headers]
+    headers = ["Location"] * bool(route.body)
     headers += ["Preference-Applied"] * ("Prefer" in route.headers)
     responses = {
-        str(status): _response(HTTPStatus(status).phrase, _content(gives), headers)
-        for status, gives in route.gives.items()
+        str(status): _response(HTTPStatus(status).phrase, _content(names), headers)
+        for status, names in route.replies.items()
     }
-    for status in [*map(str, route.refuses), "default"]:
+    for status in [*map(str, route.errors), "default"]:
         responses[status] = _ref("responses", "Problem")
     described: Dict[str, Any] = {
         "operationId": ("head_" if method == "HEAD" else "") + route.endpoint.__name__,
         "summary": route.help,
-        "parameters": [_ref("parameters", name) for name in names],
+        "parameters": [_ref("parameters", name) for name in parameters],
         "responses": responses,
     }
     if route.open:
         described["security"] = []
-    if route.takes:
-        described["requestBody"] = {"required": True, "content": _content(route.takes)}
+    if route.body:
+        described["requestBody"] = {"required": True, "content": _content(route.body)}
     return described
 
 
@@ -5337,11 +5339,11 @@ class Route(NamedTuple):
     method: str
     path: str
     endpoint: Callable[[App, Request], Reply]
-    gives: Mapping[int, str]  # status -> names in DOCUMENTS and MEDIA
-    refuses: Tuple[int, ...] = ()  # statuses beside those that any request may get
+    replies: Mapping[int, str]  # status -> names in DOCUMENTS and MEDIA
+    errors: Tuple[int, ...] = ()  # statuses beside those that any request may get
     query: Tuple[str, ...] = ()  # names in PARAMETERS
     headers: Tuple[str, ...] = ()  # names in PARAMETERS
-    takes: str = ""  # names in DOCUMENTS, if it has a body
+    body: str = ""  # names in DOCUMENTS, if it has a body
     open: bool = False  # needs no token
 
     @property
@@ -5944,7 +5946,7 @@ class Connection:
 
     def _read_body(self, request: Request) -> bytes:
         if "expect" in request.headers:
-            if find_route(request).takes:  # else refused before the body is sent
+            if find_route(request).body:  # else refused before the body is sent
                 request.check_body_type()
             if request.version != "1.0" and len(self.buffer) < (request.length or 1):
                 self._send(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -5752,7 +5752,8 @@ def encode_head(reply: Reply, date: str, version: str, keep: bool) -> bytes:
     connection = "close" if not keep else "keep-alive" if version == "1.0" else ""
     sized = reply.stream is None and reply.status != 204
     text = _head_form(reply.status, reply.media, sized, connection)
-    text %= (date, reply.size) if sized else (date,)
+    size = reply.size if reply.more else len(reply.body)
+    text %= (date, size) if sized else (date,)
     for header in reply.headers.items():
         text += "%s: %s\r\n" % header
     return (text + "\r\n").encode("latin-1")

@@ -597,7 +597,7 @@ class Task(NamedTuple):
         """
         if self.status != PROCESSING:
             return self
-        task = self._replace(interruptions=self.interruptions + crashed)
+        task = self._replace(interruptions=self.interruptions + 1)
         now = max(now, task.started_at or now)
         if task.cancel_requested:
             return task.moved_to(CANCELLED, ended_at=now, error=CANCELLED_RUNNING)
@@ -2408,11 +2408,11 @@ def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> bytes:
 # ======================================================================
 # 5. Journal
 #
-# The file that tasks survive in: SQLite in WAL mode, one row a task, and the
-# ids of the last ones that were deleted or have expired. One
-# thread writes; whatever has gathered while it wrote goes into the next
-# transaction. It keeps what it is told and decides nothing. Each row has a
-# checksum, so that a damaged one is never taken for what was written.
+# The SQLite file that tasks survive in: WAL mode, one row a task, and the
+# ids of the last tasks that were removed. One thread writes; records that
+# arrive while it writes go into the next commit. The journal decides
+# nothing. Each row has a checksum, so that a damaged row is never taken for
+# what was written.
 # ======================================================================
 
 APPLICATION_ID = 0x6C6F6E67  # "long", in the file's header (sqlite.org/fileformat.html)
@@ -2422,7 +2422,7 @@ _TYPES = {str: "TEXT", bytes: "TEXT", int: "INTEGER", float: "REAL"}
 
 
 def _columns() -> Iterator[Tuple[str, type, bool]]:
-    """Yield name, type and whether it may be missing, of each field of a task."""
+    """Yield name, type and whether it may be NULL, for each field of a task."""
     for fields in (typing.get_type_hints(Task), typing.get_type_hints(Options)):
         for name, hint in fields.items():
             args = typing.get_args(hint)
@@ -2430,31 +2430,33 @@ def _columns() -> Iterator[Tuple[str, type, bool]]:
                 yield name, args[0] if args else hint, bool(args)
 
 
-# Those of a task, and then those of its options. An older file lacks some of them.
-COLUMNS = tuple(_columns())
+COLUMNS = tuple(_columns())  # those of a task, then those of its options
 _NAMES = ", ".join([name for name, _, _ in COLUMNS] + ["checksum"])
 _MARKS = ", ".join("?" * (len(COLUMNS) + 1))
 _REPLACE = "REPLACE INTO tasks (%s) VALUES (%s)" % (_NAMES, _MARKS)  # noqa: S608
 _SELECT = "SELECT %s FROM tasks" % _NAMES  # noqa: S608
+_TRIM = "DELETE FROM gone WHERE number <= (SELECT max(number) FROM gone) - ?"
+_PARTS = ("-wal", "-shm", "-journal")  # files that SQLite leaves beside its own
+_SET_VERSION = "PRAGMA user_version = %d" % SCHEMA_VERSION
 _JSON_PLACES = [place for place, column in enumerate(COLUMNS) if column[1] is bytes]
 
-# The numbers of a row, and its texts. A number that is missing counts as one that none
-# can be, and -0.0, which SQLite makes 0.0 of, as that.
+# NULL in a column of numbers is summed as a number that never occurs, and -0.0 as 0.0,
+# which SQLite makes of it.
 _KINDS = [_TYPES[kind] for _, kind, _ in COLUMNS]
 _numbers_of = operator.itemgetter(*[p for p, k in enumerate(_KINDS) if k != "TEXT"])
 _texts_of = operator.itemgetter(*[p for p, k in enumerate(_KINDS) if k == "TEXT"])
-_FORM = [{"INTEGER": "q", "REAL": "d"}.get(kind, "") for kind in _KINDS]
-_pack = struct.Struct("<" + "".join(_FORM)).pack
-_MISSING = -(2**63)
+_FORMATS = [{"INTEGER": "q", "REAL": "d"}.get(kind, "") for kind in _KINDS]
+_pack = struct.Struct("<" + "".join(_FORMATS)).pack
+_NULL = -(2**63)
 
 
 def checksum(row: Sequence[Any]) -> str:
     """Return the checksum of a row: the CRC-32 of its values, and its id once more.
 
     The second copy of the id tells whose row it is when the first one is damaged.
-    Raises struct.error or TypeError for a number that is none.
+    Raises struct.error or TypeError if a column of numbers holds something else.
     """
-    numbers = [_MISSING if n is None else n + 0 for n in _numbers_of(row)]
+    numbers = [_NULL if n is None else n + 0 for n in _numbers_of(row)]
     # ascii(), since what repr() escapes differs between versions of Python.
     texts = ascii(_texts_of(row)).encode()
     return "%08x %s" % (zlib.crc32(_pack(*numbers), zlib.crc32(texts)), row[1])
@@ -2468,42 +2470,55 @@ def _is_intact(row: Sequence[Any]) -> bool:
         return False
 
 
-def _is_valid(row: Sequence[Any]) -> bool:
-    """Whether a row that has no checksum yet can be that of a task."""
-    for value, (_, kind, optional) in zip(row, COLUMNS):
-        stored = str if kind is bytes else kind
-        if type(value) is not stored and not (value is None and optional):
-            return False
-        if isinstance(value, (int, float)) and not -(2**53) < value < 2**53:
-            return False
-        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-            return False  # it was no UTF-8
-    row_id, status, ended_at = (row[_PLACES[n]] for n in ("id", "status", "ended_at"))
-    known = _UUID.fullmatch(row_id) and status in EXITS
-    return bool(known) and (status in FINISHED) == (ended_at is not None)
+def _to_row(task: Task) -> Sequence[Any]:
+    values: List[Any] = [*task[:-1], *task.options]
+    for place in _JSON_PLACES:
+        if values[place] is not None:
+            values[place] = values[place].decode()
+    values.append(checksum(values))
+    return values
+
+
+def _to_task(row: Sequence[Any]) -> Task:
+    values = list(row)
+    for place in _JSON_PLACES:
+        if values[place] is not None:
+            values[place] = values[place].encode()
+    split = len(Task._fields) - 1
+    return Task(*values[:split], Options(*values[split:-1]))  # type: ignore
+
+
+def _is_plausible(row: Sequence[Any]) -> bool:
+    """Whether a row of a version without checksums can be that of a task."""
+    try:
+        task = _to_task([*row[:-1], checksum(row)])
+    except (struct.error, TypeError, AttributeError, UnicodeError):
+        return False
+    known = task.status in EXITS and _UUID.fullmatch(task.id)
+    return bool(known) and task.finished == (task.ended_at is not None)
 
 
 class JournalError(SettingsError):
-    """A file that can't be used as a journal; the text says which and why."""
+    """A file that can't be used as a journal; the text names it and says why."""
 
 
 class Histogram:
-    """How many times, in seconds, were how long."""
+    """Counts durations, in seconds, by upper bounds."""
 
     __slots__ = ("bounds", "counts", "sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)  # of times up to each; longer ones last
+        self.counts = [0] * (len(bounds) + 1)  # the last one is beyond all bounds
         self.sum = 0.0
 
-    def add(self, time: float) -> None:
-        """Count one. What is negative, since a clock was set, counts as none at all."""
-        self.counts[bisect_left(self.bounds, time)] += 1
-        self.sum += max(0.0, time)
+    def add(self, seconds: float) -> None:
+        """Count a duration. A negative one, since a clock was set, counts as 0."""
+        self.counts[bisect_left(self.bounds, seconds)] += 1
+        self.sum += max(0.0, seconds)
 
     def copy(self) -> "Histogram":
-        """The same, as it is now."""
+        """Return a copy, which does not change any more."""
         made = Histogram(self.bounds)
         made.sum, made.counts = self.sum, self.counts.copy()
         return made
@@ -2512,79 +2527,87 @@ class Histogram:
 COMMIT_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 
 
-class Gone(NamedTuple):
-    """The record of a task that was let go."""
+class Removal(NamedTuple):
+    """The record of a task that was deleted, evicted or has expired."""
 
     seq: int
     id: str
 
 
-Record = Union[Task, Gone]  # the row as it is to be, or that it is to leave
+Record = Union[Task, Removal]  # a row's new content, or that the row is deleted
 
 
-class Batch:
-    """Records that reach the disk together, and that they did.
+class Commit:
+    """Records that reach the disk in one transaction.
 
-    `keep` says what follows an error: another try, for what has happened already, or
-    else to give up, for what was only asked.
+    If it fails, its new tasks are dropped: nobody has seen them. Everything else has
+    happened already, and becomes part of the next commit.
     """
 
-    __slots__ = ("keep", "records", "error", "_tried", "_written")
+    __slots__ = ("new", "moves", "on_durable", "error", "_next", "_tried")
 
-    def __init__(self, keep: bool) -> None:
-        self.keep = keep
-        self.records: List[Record] = []
+    def __init__(self) -> None:
+        self.new: List[Task] = []
+        self.moves: Dict[int, Record] = {}  # the latest one of each task, by its seq
+        self.on_durable: List[Callable[[], Any]] = []  # called once it is on disk
         self.error = ""
+        self._next: Optional[Commit] = None  # the commit that has the moves of this one
         self._tried = threading.Event()
-        self._written = threading.Event()
 
-    def settle(self, error: str = "") -> None:
-        """Let those go on who wait: the records are on disk, or could not be."""
-        self.error = error  # before the events, behind which it is read
-        if not error:
-            self._written.set()
+    @property
+    def records(self) -> List[Record]:
+        """All records, in the order in which they are to be written and shown."""
+        return [*self.new, *self.moves.values()]
+
+    def fail(self, error: str, following: "Commit") -> None:
+        """Hand all but the new tasks over to the following commit."""
+        following.moves = {**self.moves, **following.moves}
+        following.on_durable = self.on_durable + following.on_durable
+        self.error, self._next = error, following
+
+    def settle(self) -> None:
+        """Wake all threads that wait for this commit."""
         self._tried.set()
 
-    def wait(self) -> None:
-        """Wait until the records are on disk; raises Unavailable if they can't be."""
+    def check(self) -> None:
+        """Wait until the commit was tried; raises Unavailable if it has failed."""
         self._tried.wait()
-        if not self._written.is_set():
+        if self.error:
             raise Unavailable("nothing can be written: " + self.error)
 
-    def wait_written(self) -> None:
-        """Wait until the records are on disk, however long that takes."""
-        self._written.wait()
+    def wait_durable(self) -> None:
+        """Wait until the moves are on disk, however many tries that takes."""
+        commit: Optional[Commit] = self
+        while commit is not None:
+            commit._tried.wait()
+            commit = commit._next
 
 
 class Journal:
-    """A journal file, in the hands of this process only. Raises JournalError."""
+    """A journal file, locked by this process. Raises JournalError."""
 
-    pause = 1.0  # seconds from an error to the next try
-    wal_limit = 128 << 20  # bytes of the WAL; it is emptied long before, if it can be
-    trim_after = 1000  # ids of tasks that are gone; looking for old ones takes time
+    retry_after = 1.0  # seconds from an error to the next try
+    wal_limit = 128 << 20  # bytes of the WAL above which a warning is logged
+    wal_interval = 60.0  # seconds between two looks at its size
+    removed_limit = 10_000  # ids of removed tasks that are kept
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)  # so that a link to it finds the same lock
-        # Why nothing can be written now. The writer's; others look once at a time, and
-        # whoever looks too early learns the rest from its batch.
+        # Why the last commit failed. Other threads read it without the lock: one that
+        # reads it too early learns the rest from its own commit.
         self.error = ""
-        # Only the thread that writes adds to it. Who copies it without a lock may see
-        # a commit's count before its time; the next look has both.
+        # Only the writer thread adds to it. A copy taken meanwhile may have a commit's
+        # count without its time; the next copy has both.
         self.commit_times = Histogram(COMMIT_BOUNDS)
-        # Rows that load() found damaged, and the ids of their tasks: one each, or two
-        # where the two copies in a row differ.
-        self.damaged_rows = 0
-        self.damaged: Set[str] = set()
-        # The lock guards the batches that are open for more records, of one kind
-        # each, and is notified when there is something to do for the writer.
+        self.damaged_rows = 0  # found by load()
+        self.damaged: Set[str] = set()  # ids in them, where two copies differ both
+        # The condition guards the two that follow; the writer waits for it.
         self._changed = threading.Condition()
-        self._open = (Batch(False), Batch(True))
+        self._open = Commit()  # takes in records until the writer is ready for it
         self._closing = False
-        self._held: List[Batch] = []  # what could not be written yet
-        self._wal_is_large = False  # which is told once, until it is not
-        self._gone_limit = 0  # ids that are kept of tasks that are gone
-        self._untrimmed = self.trim_after  # ids that came since there were too many
-        self._thread: Optional[threading.Thread] = None
+        self._wal_is_large = False
+        self._next_wal_check = 0.0
+        self._writer: Optional[threading.Thread] = None
         try:
             sqlite3 = lazy_import("sqlite3")  # a small host may lack it
         except ImportError:
@@ -2592,13 +2615,12 @@ class Journal:
         self._sqlite = sqlite3
         try:
             self._exists()  # if it is not ours, no lock is left beside it
-            # Whether the last process stopped in order, but could not write all down.
             with NO_FORK:
+                # `stopped`: the last process was stopped, but could not write the rest.
                 self._lock, self.stopped = lock_file(self.path)
                 PRIVATE.add(self._lock)
             if self._exists():
-                self._tighten()
-                self._check()
+                self._restrict_mode()
             else:
                 self._create()
             self._db = self._connect()
@@ -2611,81 +2633,53 @@ class Journal:
 
     # -- the file
 
+    def _corrupt(self, text: str) -> JournalError:
+        return JournalError("DB %s is corrupt: %s" % (self.path, text))
+
     def _exists(self) -> bool:
         """Whether there is a journal; raises JournalError if it is something else."""
-        folder = os.path.dirname(self.path)
-        if not os.path.isdir(folder):
-            raise JournalError("DB %s: there is no folder %s" % (self.path, folder))
         if not os.path.exists(self.path):
             return False
         if not os.path.isfile(self.path):
             raise JournalError("DB %s is not a regular file" % self.path)
-        # Under another name neither the WAL nor the lock would be found. The one that
+        # Under another name neither the WAL nor the lock would be found. The name that
         # has a lock beside it is the one that the service has used.
-        names = os.stat(self.path).st_nlink
-        if names > 1 and not os.path.exists(self.path + ".lock"):
-            text = (
-                "DB %s is another name (hard link) of a file; use the first, or a copy"
-            )
-            raise JournalError(text % self.path)
+        links = os.stat(self.path).st_nlink
+        if links > 1 and not os.path.exists(self.path + ".lock"):
+            text = "is another name (hard link) of a file; use the first, or a copy"
+            raise JournalError("DB %s %s" % (self.path, text))
         with open(self.path, "rb") as file:
             head = file.read(100)
         ours = int.from_bytes(head[68:72], "big") == APPLICATION_ID
         if head and not (ours and head.startswith(b"SQLite format 3\0")):
             raise JournalError("DB %s is not a file of longtasks" % self.path)
         if head and not 1 <= head[19] <= 2:  # SQLite would overlook the WAL
-            raise JournalError("DB %s is corrupt: its header is damaged" % self.path)
+            raise self._corrupt("its header is damaged")
         return bool(head)
 
-    def _check(self) -> None:
-        """See that the file can be read by this version and is sound; only look."""
-        with contextlib.closing(self._open_file("ro")) as db:
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version > SCHEMA_VERSION:
-                text = "DB %s has version %d; this longtasks knows up to version %d"
-                raise JournalError(text % (self.path, version, SCHEMA_VERSION))
-            for (found,) in db.execute("PRAGMA quick_check"):
-                # A wrong value is a matter of its row's checksum.
-                if found != "ok" and not re.match(r"\S+ value in ", found):
-                    raise JournalError("DB %s is corrupt: %s" % (self.path, found))
-            types = {row[1]: row[2] for row in db.execute("PRAGMA table_info(tasks)")}
-            for name, kind, _ in COLUMNS if version == SCHEMA_VERSION else ():
-                if types.get(name) != _TYPES[kind]:
-                    text = "DB %s is corrupt: its column %s is missing or altered"
-                    raise JournalError(text % (self.path, name))
-
-    def _tighten(self) -> None:
-        """Take from others the right to open the file and those beside it."""
-        if os.name != "posix":
-            return
+    def _restrict_mode(self) -> None:
+        """Make the file and those beside it private, where others could open them."""
         for path in (self.path, self.path + "-wal", self.path + "-shm"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # it may be another user's
                 mode = os.lstat(path).st_mode
-                if not (stat.S_ISREG(mode) and mode & 0o077):
-                    continue
-                try:
+                if os.name == "posix" and stat.S_ISREG(mode) and mode & 0o077:
                     os.chmod(path, 0o600)
-                    done = "its mode is 0600 now"
-                except OSError as error:  # it is another user's, perhaps
-                    done = "its mode can't be changed: %s" % error.strerror
-                log.warning("DB %s: others could open it; %s", path, done)
+                    text = "DB %s: others could open it; its mode is 0600 now"
+                    log.warning(text, path)
 
     def _create(self) -> None:
         """Make an empty journal beside the path, and move it there when it is whole."""
         new = self.path + ".new"
-        # What was left beside a file that is gone would be taken for part of this one.
-        for old in (new, self.path):
-            for part in ("-wal", "-shm", "-journal"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(old + part)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)
+        # SQLite would take what was left beside a deleted file for part of this one.
+        for path, part in itertools.product((new, self.path), ("", *_PARTS)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + part)
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         with contextlib.closing(self._sqlite.connect(new, isolation_level=None)) as db:
             db.execute("CREATE TABLE tasks (seq INTEGER PRIMARY KEY)")
             self._migrate(db)
             db.execute("PRAGMA application_id = %d" % APPLICATION_ID)
-            self._touch(db)
+            db.execute(_SET_VERSION)
             db.execute("PRAGMA journal_mode = WAL")
         os.replace(new, self.path)
         with contextlib.suppress(OSError):  # not every system can open a folder
@@ -2694,211 +2688,214 @@ class Journal:
             os.close(folder)
 
     def _connect(self) -> Any:
-        db = self._open_file("rw")
-        (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            raise JournalError("DB %s: this disk can't do SQLite's WAL" % self.path)
-        db.execute("PRAGMA synchronous = FULL")  # a commit waits until it is on disk
-        db.execute("PRAGMA fullfsync = ON")  # really on disk, on macOS
-        db.execute("PRAGMA journal_size_limit = %d" % (16 << 20))
-        db.execute("BEGIN IMMEDIATE")
-        if db.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
-            self._migrate(db)
-        self._touch(db)  # so that a read-only file is told now
-        db.execute("COMMIT")
-        return db
-
-    def _open_file(self, mode: str) -> Any:
-        uri = "file:%s?mode=%s" % (url_quote(os.fsencode(self.path)), mode)
+        """Open the file, check that it is sound, and bring it to this version."""
+        uri = "file:%s?mode=rw" % url_quote(os.fsencode(self.path))
         db = self._sqlite.connect(
             uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
         )
         # sqlite3 would raise for damaged text, and its message would quote it.
         db.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            text = "DB %s has version %d; this longtasks knows up to version %d"
+            raise JournalError(text % (self.path, version, SCHEMA_VERSION))
+        for (found,) in db.execute("PRAGMA quick_check"):
+            # A wrong value shows by its row's checksum.
+            if found != "ok" and not re.match(r"\S+ value in ", found):
+                raise self._corrupt(found)
+        if db.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+            raise JournalError("DB %s: this disk can't do SQLite's WAL" % self.path)
+        db.execute("PRAGMA synchronous = FULL")  # a commit waits until it is on disk
+        db.execute("PRAGMA fullfsync = ON")  # really on disk, on macOS
+        db.execute("PRAGMA journal_size_limit = %d" % (16 << 20))
+        db.execute("BEGIN IMMEDIATE")
+        if version < SCHEMA_VERSION:
+            self._migrate(db)
+        db.execute(_SET_VERSION)  # so that a read-only file is noticed now
+        db.execute("COMMIT")
         return db
 
     @staticmethod
     def _migrate(db: Any) -> None:
-        """Add what an older version did not know: columns, checksums, a table."""
+        """Add what older versions lack: columns, checksums, the table `gone`."""
         there = {row[1] for row in db.execute("PRAGMA table_info(tasks)")}
-        for name, kind, optional in COLUMNS:
-            if name not in there:
-                column = name + " " + _TYPES[kind]
-                if not optional:
-                    column += " NOT NULL DEFAULT " + (
-                        "''" if kind in (str, bytes) else "0"
-                    )
-                db.execute("ALTER TABLE tasks ADD COLUMN " + column)
+        missing = [column for column in COLUMNS if column[0] not in there]
         if "checksum" not in there:
-            column = "checksum TEXT NOT NULL DEFAULT ''"
+            missing.append(("checksum", str, False))
+        for name, kind, optional in missing:
+            default = " NOT NULL DEFAULT " + ("''" if _TYPES[kind] == "TEXT" else "0")
+            column = "%s %s%s" % (name, _TYPES[kind], "" if optional else default)
             db.execute("ALTER TABLE tasks ADD COLUMN " + column)
         rows = db.execute(_SELECT + " WHERE checksum = ''")
-        sums = [(checksum(row), row[0]) for row in rows if _is_valid(row)]
+        sums = [(checksum(row), row[0]) for row in rows if _is_plausible(row)]
         db.executemany("UPDATE tasks SET checksum = ? WHERE seq = ?", sums)
         # The id twice, as in a task's row with its checksum.
         columns = "number INTEGER PRIMARY KEY, id TEXT NOT NULL, again TEXT NOT NULL"
         db.execute("CREATE TABLE IF NOT EXISTS gone (%s)" % columns)
-
-    @staticmethod
-    def _touch(db: Any) -> None:
-        db.execute("PRAGMA user_version = %d" % SCHEMA_VERSION)
 
     # -- reading
 
     def load(self) -> Iterator[Task]:
         """Yield finished tasks by their end, then the others by their submission.
 
-        Those whose row is damaged are left out, and noted in `damaged`.
+        Damaged rows are left out, logged, and their ids added to `damaged`.
         """
-        order = " ORDER BY ended_at IS NULL, ended_at, seq"
+        for row in self._query(_SELECT + " ORDER BY ended_at IS NULL, ended_at, seq"):
+            if _is_intact(row):
+                yield _to_task(row)
+                continue
+            copies = row[1], row[-1]
+            ids = self._ids_in(copies, "the task with seq %s" % row[0])
+            self.damaged_rows += 1
+            self.damaged |= ids
+            text = "DB %s: the row of task %s is damaged; it stays as it is"
+            log.error(text, self.path, " or ".join(sorted(ids)))
+
+    def load_removed(self) -> Iterator[str]:
+        """Yield the ids of removed tasks, the oldest first.
+
+        Where the two copies of an id differ, since one is damaged, yields both.
+        """
+        for copies in self._query("SELECT id, again FROM gone ORDER BY number"):
+            yield from self._ids_in(copies, "a row of its table gone")
+
+    def _query(self, query: str) -> Iterator[Sequence[Any]]:
         try:
-            for row in self._db.execute(_SELECT + order):
-                if _is_intact(row):
-                    yield self._task(row)
-                else:
-                    self._note_damaged(row)
+            yield from self._db.execute(query)
         except self._sqlite.Error as error:
             raise JournalError("DB %s: %s" % (self.path, error)) from None
 
-    @staticmethod
-    def _task(row: Sequence[Any]) -> Task:
-        values = list(row)
-        for place in _JSON_PLACES:
-            if values[place] is not None:
-                values[place] = values[place].encode()
-        plain = len(Task._fields) - 1
-        return Task(*values[:plain], Options(*values[plain:-1]))  # type: ignore
-
-    def _note_damaged(self, row: Sequence[Any]) -> None:
-        """Keep in mind whose row is damaged; raises JournalError if it doesn't say."""
-        ids = set(_UUID.findall("%s %s" % (row[1], row[-1])))
+    def _ids_in(self, copies: Sequence[Any], place: str) -> Set[str]:
+        """Return the ids that are left in two copies of one."""
+        ids = set(_UUID.findall("%s %s" % tuple(copies)))
         if not ids:
-            text = "DB %s is corrupt: the task with seq %s is damaged, even its id"
-            raise JournalError(text % (self.path, row[0]))
-        self.damaged_rows += 1
-        self.damaged |= ids
-        text = "DB %s: the row of task %s is damaged; it stays as it is"
-        log.error(text, self.path, " or ".join(sorted(ids)))
-
-    def gone(self) -> Iterator[str]:
-        """Yield the ids of tasks that are gone, from the first to the last.
-
-        Where the two copies of an id differ, since one is damaged, it is both.
-        """
-        try:
-            for row in self._db.execute("SELECT id, again FROM gone ORDER BY number"):
-                ids = set(_UUID.findall("%s %s" % row))
-                if not ids:
-                    text = "DB %s is corrupt: an id of its table gone is damaged"
-                    raise JournalError(text % self.path)
-                yield from ids
-        except self._sqlite.Error as error:
-            raise JournalError("DB %s: %s" % (self.path, error)) from None
+            raise self._corrupt(place + " is damaged, even its id")
+        return ids
 
     # -- writing
 
-    def start(
-        self, written: Callable[[Sequence[Record]], None], gone_limit: int = 0
-    ) -> None:
-        """Begin to write; `written` is called with the records that are on disk.
+    def start(self, on_settled: Callable[[Commit], None]) -> None:
+        """Start to write.
 
-        Of tasks that are gone, at least so many ids are kept.
+        `on_settled` is called with each commit that was tried, before the threads that
+        wait for it go on.
         """
-        self._written = written
-        self._gone_limit = gone_limit
-        self._thread = threading.Thread(
-            target=self._write_on, name="journal", daemon=True
-        )
-        self._thread.start()
+        self._on_settled = on_settled
+        sign_lock(self._lock, RUNS)
+        self._writer = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._writer.start()
 
-    def append(self, keep: bool, *records: Record) -> Batch:
-        """Have records written together, doesn't wait for it.
-
-        Those to keep are in the order of calls among themselves, and so are the others.
-        """
+    def append(
+        self,
+        *moves: Record,
+        new: Sequence[Task] = (),
+        on_durable: Optional[Callable[[], Any]] = None,
+    ) -> Commit:
+        """Add records to the next commit, without waiting for it; return it."""
         with self._changed:
-            batch = self._open[keep]
-            batch.records += records
+            commit = self._open
+            commit.new += new
+            for record in moves:
+                commit.moves[record.seq] = record
+            if on_durable:
+                commit.on_durable.append(on_durable)
             self._changed.notify()
-            return batch
+            return commit
 
-    def close(self, patience: float) -> bool:
+    def close(self, timeout: float) -> bool:
         """Write the rest, within so many seconds; return whether all is on disk.
 
-        If it is not, the lock file tells the next process that this one did not crash.
+        Only the writer thread uses the disk: one that hangs can't hold up the exit.
         """
         with self._changed:
             self._closing = True
             self._changed.notify()
-        if self._thread:
-            self._thread.join(patience)
-        writes = self._thread is not None and self._thread.is_alive()
-        saved = not writes and not self._held
-        if not saved:
+        if self._writer is None:
+            self._release()
+            return True
+        self._writer.join(timeout)
+        return not self._writer.is_alive() and not self._open.moves
+
+    def _run(self) -> None:
+        """Write one commit after the other; after close() what is left, if possible."""
+        closing = False
+        while not closing or (self._open.records and not self.error):
+            with self._changed:
+                if self.error:
+                    self._changed.wait_for(lambda: self._closing, self.retry_after)
+                else:
+                    self._changed.wait_for(lambda: self._closing or self._open.records)
+                commit, self._open = self._open, Commit()
+                closing = self._closing
+            self._try(commit)
+        self._release()
+
+    def _release(self) -> None:
+        """Close the file, and free its lock."""
+        if self._open.moves:
             with contextlib.suppress(OSError):
                 sign_lock(self._lock, STOPPED)
-        if not writes:
-            self._db.close()
-            self._lock.close()
-        return saved
+        self._db.close()
+        self._lock.close()
 
-    def _write_on(self) -> None:
-        # Looked at without the lock: should either change now, the wait for the next
-        # batches, under the lock, is over at once.
-        while not self._closing or self._held or any(b.records for b in self._open):
-            last = self._closing  # not asked afterwards: what failed before is tried
-            self._held = self._write(self._held + self._next_batches())
-            if self._held and last:
-                return
-
-    def _next_batches(self) -> List[Batch]:
-        """Wait for something to write, or after an error for the next try."""
-        with self._changed:
-            if self.error:
-                self._changed.wait_for(lambda: self._closing, self.pause)
-            else:
-                self._changed.wait_for(
-                    lambda: self._closing or any(b.records for b in self._open)
-                )
-            batches, self._open = self._open, (Batch(False), Batch(True))
-        return list(batches)
-
-    def _write(self, batches: Sequence[Batch]) -> List[Batch]:
-        """Write all in one transaction; return those that are to be tried again."""
+    def _try(self, commit: Commit) -> None:
+        """Write a commit, or hand its moves over to the next one."""
         begin = time.perf_counter()
         try:
-            self._commit([record for batch in batches for record in batch.records])
-            self.commit_times.add(time.perf_counter() - begin)
+            self.write(commit.records)
         except Exception as error:  # whatever it is, this thread must live
             text = getattr(error, "strerror", "") or str(error) or type(error).__name__
             if text != self.error:
                 log.error("journal %s: %s; new tasks are refused", self.path, text)
             self.error = text
-            for batch in batches:
-                batch.settle(text)
-            self._show(())  # a drain does not wait for the disk any longer
-            return [batch for batch in batches if batch.keep and batch.records]
-        if self.error:
-            log.warning("journal %s: it can be written again", self.path)
-        self.error = ""
-        if self.stopped:  # what that process could not write is on disk now
-            with contextlib.suppress(OSError):  # or else after the next commit
-                sign_lock(self._lock, RUNS)
-                self.stopped = False
-        for batch in batches:
-            self._show(batch.records)
-            batch.settle()
-        return []
+            with self._changed:
+                commit.fail(text, self._open)
+        else:
+            self.commit_times.add(time.perf_counter() - begin)
+            if self.error:
+                log.warning("journal %s: it can be written again", self.path)
+            self.error = ""
+            self._check_wal()
+        try:
+            self._on_settled(commit)
+        except Exception:
+            log.exception("a commit was written, but can't be shown")
+        commit.settle()
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Write records in one transaction; raises OSError or sqlite3.Error."""
+        if os.stat(self.path).st_ino != self._inode:
+            raise OSError("the file was replaced")
+        rows = [_to_row(record) for record in records if isinstance(record, Task)]
+        removals = [record for record in records if isinstance(record, Removal)]
+        seqs, ids = [(r.seq,) for r in removals], [(r.id, r.id) for r in removals]
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.executemany(_REPLACE, rows)
+            self._db.executemany("DELETE FROM tasks WHERE seq = ?", seqs)
+            self._db.executemany("INSERT INTO gone (id, again) VALUES (?, ?)", ids)
+            self._db.execute(_TRIM, (self.removed_limit,))
+            if self.error:  # so that a commit without records is a try, too
+                self._db.execute(_SET_VERSION)
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
 
     def wal_size(self) -> int:
-        """Return how many bytes the WAL has."""
+        """Return the size of the WAL in bytes."""
         try:
             return os.stat(self.path + "-wal").st_size
         except OSError:
             return 0
 
-    def check_wal(self) -> None:
+    def _check_wal(self) -> None:
         """Log a warning once if the WAL grows without end."""
+        now = time.monotonic()
+        if now < self._next_wal_check:
+            return
+        self._next_wal_check = now + self.wal_interval
         large = self.wal_size() > self.wal_limit
         if large and not self._wal_is_large:
             text = (
@@ -2908,77 +2905,24 @@ class Journal:
             log.warning(text, self.path, self.wal_limit >> 20)
         self._wal_is_large = large
 
-    def _show(self, records: Sequence[Record]) -> None:
-        """Hand over what is on disk."""
-        try:
-            self._written(records)
-        except Exception:  # this thread must live, whatever becomes of these
-            log.exception("what is on disk can't be shown")
 
-    def _commit(self, records: Sequence[Record]) -> None:
-        if os.stat(self.path).st_ino != self._inode:
-            raise OSError("the file was replaced")
-        rows = [self._row(record) for record in records if isinstance(record, Task)]
-        gone = [record for record in records if isinstance(record, Gone)]
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            self._db.executemany(_REPLACE, rows)
-            if gone:
-                self._delete(gone)  # last, since no task comes back that has gone
-            if self.error:
-                self._touch(self._db)  # a try, even if there is nothing to write
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-
-    def _delete(self, gone: Sequence[Gone]) -> None:
-        """Delete rows of tasks, and keep the ids of the last ones."""
-        seqs = [(record.seq,) for record in gone]
-        self._db.executemany("DELETE FROM tasks WHERE seq = ?", seqs)
-        ids = [(record.id, record.id) for record in gone[-self._gone_limit :]]
-        self._db.executemany("INSERT INTO gone (id, again) VALUES (?, ?)", ids)
-        self._untrimmed += len(ids)
-        if self._untrimmed > self.trim_after:
-            newest = "SELECT number FROM gone ORDER BY number DESC LIMIT 1 OFFSET ?"
-            trim = "DELETE FROM gone WHERE number <= (%s)" % newest  # noqa: S608
-            self._db.execute(trim, (self._gone_limit,))
-            self._untrimmed = 0
-
-    @staticmethod
-    def _row(task: Task) -> Sequence[Any]:
-        values: List[Any] = [*task[:-1], *task.options]
-        for place in _JSON_PLACES:
-            if values[place] is not None:
-                values[place] = values[place].decode()
-        values.append(checksum(values))
-        return values
-
-
-RUNS, STOPPED = "runs", "stopped"  # what the process does, or did, that has the lock
+RUNS, STOPPED = "runs", "stopped"  # what the process that has the lock does or did
 
 
 def lock_file(path: str) -> Tuple[Any, bool]:
-    """Lock a file beside this one for as long as what is returned stays open.
+    """Lock PATH.lock until the file that is returned is closed.
 
-    Returns that, and whether the last process wrote there that it has stopped. Raises
-    OSError, or JournalError that tells the pid of the process that has the lock. The
-    system frees the lock when the process ends, however it ends; so the lock file may
-    stay. Where there is no flock(), nothing is locked.
+    Returns it, and whether the last process wrote there that it was stopped. Raises
+    OSError, or JournalError with the pid of the process that has the lock. The system
+    frees the lock however a process ends. Without flock(), as on Windows, nothing is
+    locked.
     """
+    # Where other users may write into the folder, a link could lead to any file.
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    try:
-        opened = os.open(path + ".lock", flags, 0o600)
-    except OSError as error:
-        # Where others may write into the folder, it could lead to any file.
-        if error.errno != errno.ELOOP:
-            raise
-        text = "DB %s: %s.lock is a symbolic link; remove it"
-        raise JournalError(text % (path, path)) from None
-    file = os.fdopen(opened, "r+", errors="replace")
+    file = os.fdopen(os.open(path + ".lock", flags, 0o600), "r+", errors="replace")
     with contextlib.suppress(ImportError):
-        fcntl = lazy_import("fcntl")
+        import fcntl
+
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -2986,20 +2930,19 @@ def lock_file(path: str) -> Tuple[Any, bool]:
             text = "DB %s is in use by process %s"
             raise JournalError(text % (path, pid), temporary=True) from None
     stopped = STOPPED in file.read(100)
-    sign_lock(file, STOPPED if stopped else RUNS)  # until what it could not write is
+    sign_lock(file, STOPPED if stopped else RUNS)
     return file, stopped
 
 
 def sign_lock(file: Any, word: str) -> None:
-    """Write into a lock file whose it is, and what that process does.
+    """Write this process's pid and what it does into a lock file.
 
-    Always as long, so that it needs no room on a disk that is full. On the disk before
-    anything that relies on it.
+    Always of the same length, so that it fits on a full disk. Not synced: the word
+    matters after a crash of the process, not of the system.
     """
     file.seek(0)
     file.write("%-10d %-7s\n" % (os.getpid(), word))
     file.flush()
-    os.fsync(file.fileno())
 
 
 # ======================================================================
@@ -3010,40 +2953,24 @@ def sign_lock(file: Any, word: str) -> None:
 # ======================================================================
 
 
-class Subscription:
-    """One who follows the events of a task, or of all; news gather here until taken."""
-
-    most = 10_000  # events that may gather; who is that far behind is dropped
-
-    def __init__(self) -> None:
-        # Filled under the feed's lock, emptied without it by the one who follows: a
-        # deque's two ends can be used at once. `over` is only ever set, before `told`.
-        self.missed: List[Event] = []  # what is told again; from before it began
-        self.news: Deque[Event] = deque()
-        self.told = threading.Event()
-        self.over = False  # too slow, or the service stops
-
-    def tell(self, event: "Event") -> None:
-        """Hand over an event; never waits."""
-        self.over = self.over or len(self.news) >= self.most
-        if not self.over:
-            self.news.append(event)
-        self.told.set()
-
-    def take(self, patience: float) -> List["Event"]:
-        """Wait for news, so many seconds at most, and take them."""
-        self.told.wait(patience)
-        self.told.clear()  # before the news are taken: what comes now sets it again
-        return [self.news.popleft() for _ in range(len(self.news))]
-
-
 class Event(NamedTuple):
     """Something that happened to a task."""
 
     number: int  # counts up, over all tasks
     task_id: str
-    kind: str  # "status", "progress", "log" or "gone"
-    what: Any  # the Task without its params and result, the progress, the line
+    kind: str  # "status", "progress", "log", "gap" or "gone"
+    payload: Any  # the Task without params and result, a JSON object, a line, or None
+
+
+class Subscription:
+    """A client's place in the events of one task or, with "", of all tasks."""
+
+    def __init__(self, task_id: str, first: int, gap: bool) -> None:
+        self.task_id = task_id
+        self.gap = gap  # some of the events that were asked for are no longer kept
+        self.closed = False  # the client is too slow, or the service stops
+        self.ready = threading.Event()  # there is something to take, or it is closed
+        self.first = first  # the number of the first event to take, 0 for none
 
 
 class TaskLog:
@@ -3056,10 +2983,10 @@ class TaskLog:
         self.size = 0  # characters
         self.dropped = 0  # lines
 
-    def extend(self, lines: Sequence[str], dropped: int, most: int) -> int:
-        """Add lines, drop old ones; return by how much it has grown.
+    def extend(self, lines: Sequence[str], dropped: int, limit: int) -> int:
+        """Add lines, drop the oldest; return by how many characters it has grown.
 
-        With `dropped` of them missing before these, all older ones are dropped, too.
+        If `dropped` lines are missing before these, all older ones are dropped, too.
         """
         before = self.size
         if dropped:
@@ -3068,113 +2995,129 @@ class TaskLog:
             self.size = 0
         self.lines.extend(lines)
         self.size += sum(map(len, lines)) + len(lines)
-        while self.size > most:
+        while self.size > limit:
             self.size -= len(self.lines.popleft()) + 1
             self.dropped += 1
         return self.size - before
 
 
 class Events:
-    """What happens, for those who watch, and the tasks' logs. All of it is bounded."""
+    """The recent events of all tasks, who follows them, and the tasks' logs."""
 
-    kept = 2000  # events, of some 4000 characters at most, for those who come back
+    kept = 10_000  # events, of some 4000 characters at most
     log_size = 64 << 10  # characters of one task's log
-    logs_size = 16 << 20  # characters of all of them
+    logs_size = 16 << 20  # characters of all logs
     line_length = 4000
 
     def __init__(self) -> None:
         self.life = "%x" % int(time.time() * 1000)  # of this process, in events' ids
-        # Whether anybody has ever watched: until then nothing needs to be kept, since
-        # nobody can have missed it. The ledger's lock guards it: under that one all
-        # watches begin, and all events are published.
+        # Whether a client has ever followed: until then no event needs to be kept. The
+        # store's lock guards it: under that one clients subscribe, and events happen.
         self.followed = False
-        # The lock guards everything below. Whoever holds the ledger's lock may take it,
-        # and nobody who holds it takes another.
+        # The lock guards everything below. A thread with the store's lock may take it,
+        # and a thread that has it takes no other lock.
         self._lock = threading.Lock()
         self._closed = False
         self._last = 0
-        self._recent: Deque[Event] = deque(maxlen=self.kept)
-        self._watches: Dict[str, Set[Subscription]] = {}  # by task id, "" for all
+        self._recent: Dict[int, Event] = {}  # by number, without a gap
+        self._subscriptions: Dict[str, Set[Subscription]] = {}  # by task id
         self._logs: OrderedDict[str, TaskLog] = OrderedDict()
         self._logs_size = 0
 
-    def publish(self, task_id: str, kind: str, what: Any) -> None:
-        """Tell those who watch."""
+    def publish(self, task_id: str, kind: str, payload: Any) -> None:
+        """Add an event, and wake the clients that follow its task."""
         if not self.followed:
             return
         with self._lock:
             self._last += 1
-            event = Event(self._last, task_id, kind, what)
-            self._recent.append(event)
-            if self._watches:
-                for key in (task_id, ""):
-                    for watch in self._watches.get(key, ()):
-                        watch.tell(event)
+            self._recent[self._last] = Event(self._last, task_id, kind, payload)
+            self._recent.pop(self._last - self.kept, None)
+            for key in (task_id, ""):
+                for subscription in self._subscriptions.get(key, ()):
+                    if not subscription.first:
+                        subscription.first = self._last
+                        subscription.ready.set()
 
-    def watch(
-        self, task_id: str, after: Optional[int] = None
-    ) -> Tuple[Subscription, bool]:
-        """Follow a task, or all with ""; events behind `after` are told again.
+    def subscribe(self, task_id: str, after: Optional[int] = None) -> Subscription:
+        """Follow a task, or all with ""; begin behind event `after`, if it is given.
 
-        Returns the watch, and whether it lacks some of those. Call leave() at the end.
+        Call unsubscribe() at the end.
         """
-        watch = Subscription()
         with self._lock:
             self.followed = True
-            watch.over = self._closed
-            if after is not None:
-                recent = [event for event in self._recent if event.number > after]
-                watch.missed = [e for e in recent if task_id in ("", e.task_id)]
-            oldest = self._recent[0].number if self._recent else self._last + 1
-            self._watches.setdefault(task_id, set()).add(watch)
-            known = after is None or oldest - 1 <= after <= self._last
-            return watch, not known
+            oldest = self._last - len(self._recent)
+            gap = after is not None and not oldest <= after <= self._last
+            first = 0
+            if after is not None and not gap and after < self._last:
+                first = after + 1
+            subscription = Subscription(task_id, first, gap)
+            if first or self._closed:
+                subscription.ready.set()
+            subscription.closed = self._closed
+            self._subscriptions.setdefault(task_id, set()).add(subscription)
+            return subscription
 
-    def leave(self, task_id: str, watch: Subscription) -> None:
+    def take(self, subscription: Subscription, timeout: float) -> List[Event]:
+        """Wait for events, for so many seconds, and return those not taken yet.
+
+        A subscription that has missed some is closed: the client can come back and ask
+        for what is still kept.
+        """
+        subscription.ready.wait(timeout)
+        with self._lock:
+            subscription.ready.clear()
+            first = subscription.first
+            if first and first <= self._last - len(self._recent):
+                subscription.closed = True
+                return []
+            subscription.first = 0
+            numbers = range(first, self._last + 1) if first else ()
+            events = [self._recent[number] for number in numbers]
+            return [e for e in events if subscription.task_id in ("", e.task_id)]
+
+    def unsubscribe(self, subscription: Subscription) -> None:
         """Follow no longer."""
         with self._lock:
-            watches = self._watches.get(task_id, set())
-            watches.discard(watch)
-            if not watches:
-                self._watches.pop(task_id, None)
+            followers = self._subscriptions[subscription.task_id]
+            followers.discard(subscription)
+            if not followers:
+                del self._subscriptions[subscription.task_id]
 
-    def wake(self, over: bool = False) -> None:
-        """Have all who watch look up; with `over` they leave, as all who come later."""
+    def wake(self, close: bool = False) -> None:
+        """Have take() return for all clients; with `close`, no events come any more."""
         with self._lock:
-            self._closed = self._closed or over
-            for watch in set().union(*self._watches.values()):
-                watch.over = watch.over or over
-                watch.told.set()
+            self._closed = self._closed or close
+            for subscription in set().union(*self._subscriptions.values()):
+                subscription.closed = subscription.closed or close
+                subscription.ready.set()
 
     def log(self, task_id: str, *lines: str, dropped: int = 0) -> bool:
-        """Add lines to a task's log, behind so many more that nobody has.
+        """Add lines to a task's log, after `dropped` more that are lost.
 
-        Returns whether somebody follows. Those who come back after such a loss are told
-        of a gap in the events.
+        Returns whether a client follows the task. Lines after such a loss are events
+        only if so, but that there is a gap always is.
         """
         lines = tuple(line[: self.line_length] for line in lines)
         with self._lock:
             kept = self._logs.setdefault(task_id, TaskLog())
             self._logs_size += kept.extend(lines, dropped, self.log_size)
-            while self._logs_size > self.logs_size:  # whose began first
-                self._drop_log(next(iter(self._logs)))
-            followed = bool(self._watches)
-            if dropped and not followed:
-                self._last += 1
-                self._recent.clear()
-                return False
-        for line in lines:
+            while self._logs_size > self.logs_size:
+                self._drop_log(next(iter(self._logs)))  # the log that began first
+            followed = bool({task_id, ""} & self._subscriptions.keys())
+        if dropped:
+            self.publish(task_id, "gap", {"detail": "%d lines are lost" % dropped})
+        for line in lines if followed or not dropped else ():
             self.publish(task_id, "log", line)
         return followed
 
     def log_of(self, task_id: str) -> Tuple[List[str], int]:
-        """Return the lines that are kept of a task's log, and how many were not."""
+        """Return the lines that are kept of a task's log, and how many are not."""
         with self._lock:
             kept = self._logs.get(task_id) or TaskLog()
             return list(kept.lines), kept.dropped
 
-    def forget(self, task_id: str) -> None:
-        """Drop a task's log, and tell that the task is gone."""
+    def remove(self, task_id: str) -> None:
+        """Drop a task's log, and publish that the task is gone."""
         with self._lock:
             self._drop_log(task_id)
         self.publish(task_id, "gone", None)
@@ -3187,26 +3130,26 @@ class Events:
 # ======================================================================
 # 7. Result store and task queue
 #
-# The map of all tasks, and the only lock that guards their state. Every
-# move is decided here, once; who asks gets immutable tasks. The ledger
-# never runs a handler, and never waits for a disk or a client, while it
-# holds its lock.
+# All tasks, and the only lock that guards their state. Every move is decided
+# here, once. With a journal, a move is decided, written and shown: the next
+# decision builds on the latest one, and clients see only what is on disk.
+# Without a journal, these are the same moment. Neither a handler nor a wait
+# for a disk or a client runs under the lock.
 #
-# With a journal, a move is decided first, then written, then shown: what
-# decides the next move is the latest decision, and what anybody can see is
-# what is on disk. Without one, all three are the same moment.
+# TaskStore decides. It has a ResultStore, a TaskQueue and Timers, which rely
+# on its lock.
 # ======================================================================
 
 
 class Limits(NamedTuple):
-    """How much the ledger may hold."""
+    """How much the task store may hold."""
 
-    queue: int = 10_000  # tasks that wait
-    queue_bytes: int = 64 << 20  # what they carry, in bytes
+    queue: int = 10_000  # pending tasks
+    queue_bytes: int = 64 << 20  # of their params
     results: int = 10_000  # finished tasks
-    result_bytes: int = 64 << 20  # what finished tasks carry, in bytes
-    result_ttl: float = 86_400  # age of a finished task, in seconds
-    forgotten: int = 10_000  # ids of tasks that are gone
+    result_bytes: int = 64 << 20  # of their params, results and errors
+    result_ttl: float = 86_400  # seconds that a finished task is kept
+    removed: int = 10_000  # ids of removed tasks
     grace: float = 3.0  # seconds that a handler has to stop
     stuck: int = 100  # handlers that do not
 
@@ -3225,7 +3168,7 @@ RUN_BOUNDS = (0.01, 0.1, 1, 5, 15, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 8
 class Counters:
     """What has been counted since the start, by task type.
 
-    Only these types are told apart: others, which an old journal may hold, are one.
+    Types that are not registered, which an old journal may hold, count as one.
     """
 
     others = "(not registered)"
@@ -3233,108 +3176,366 @@ class Counters:
     def __init__(self, types: Container[str]) -> None:
         self._types = types
         self.ended: Counter[Tuple[str, str]] = Counter()  # tasks, by type and status
-        self.times: Dict[Tuple[str, str], Histogram] = {}  # by what took it, and type
+        # Of what tasks did, "waiting" or "running", by that and type.
+        self.times: Dict[Tuple[str, str], Histogram] = {}
 
     def end(self, task: Task) -> None:
         """Count a task that has finished."""
         self.ended[self._label(task), task.status] += 1
 
-    def add(self, what: str, task: Task, time: float) -> None:
-        """Count the seconds that a task was "waiting" or "running"."""
-        key = what, self._label(task)
-        kept = self.times.get(key)
-        if kept is None:
-            kept = self.times[key] = Histogram(RUN_BOUNDS)
-        kept.add(time)
+    def add(self, activity: str, task: Task, seconds: float) -> None:
+        """Count how long a task was "waiting" or "running"."""
+        key = activity, self._label(task)
+        histogram = self.times.get(key)
+        if histogram is None:
+            histogram = self.times[key] = Histogram(RUN_BOUNDS)
+        histogram.add(seconds)
 
     def _label(self, task: Task) -> str:
         return task.type if task.type in self._types else self.others
 
 
 class Snapshot(NamedTuple):
-    """What a ledger tells of itself, all of one moment."""
+    """What the task store has counted, all at one moment."""
 
     counts: Counts
     stuck: int
-    ended: Mapping[Tuple[str, str], int]  # as a Tally has it
+    ended: Mapping[Tuple[str, str], int]  # as in Counters
     times: Mapping[Tuple[str, str], Histogram]
     journal: Optional[Journal]
 
 
-class Entry(NamedTuple):
-    """A task's place in the queue: the least comes first."""
+class ResultStore:
+    """The tasks that clients see, in the order of submission. The caller locks.
 
-    rank: float  # the priority, negative
+    Finished tasks stay until they are deleted, too old or too many. After that their
+    ids are remembered for a while.
+    """
+
+    def __init__(
+        self,
+        limits: Limits = Limits(),
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits, self._clock, self._monotonic = limits, clock, monotonic
+        self._began = monotonic()
+        self._tasks: Dict[str, Task] = {}
+        self._ended: Deque[str] = (
+            deque()
+        )  # ids by the tasks' ends, some of removed ones
+        self._removed: OrderedDict[str, None] = OrderedDict()
+        self._counts = dict.fromkeys(EXITS, 0)
+        self.damaged: Container[str] = ()  # ids of tasks whose rows are damaged
+        self.pending_bytes = 0
+        self.finished_bytes = 0
+        # Counts on from the time, so that a list's `after` still holds after a restart.
+        # Tasks up to the first one were submitted to an earlier process.
+        self.last_seq = self._first_seq = int(clock() * 1e6)
+
+    def load(self, tasks: Iterable[Task], removed: Iterable[str]) -> Iterator[Task]:
+        """Take in the tasks of an earlier process, ordered as Journal.load() does.
+
+        Yields those that are not finished, and those that are beyond the limits.
+        """
+        for task_id in removed:
+            self._remember(task_id)
+        for task in tasks:
+            self.put(task)
+            yield from self.evict()
+            if not task.finished:
+                yield task
+        in_order = sorted(self._tasks.values())  # a task begins with its seq
+        self._tasks = {task.id: task for task in in_order}
+        self.last_seq = max([self.last_seq] + [task.seq for task in in_order[-1:]])
+        self._first_seq = self.last_seq
+
+    def put(self, task: Task) -> None:
+        """Show a task as it is now."""
+        before = self._tasks.get(task.id)
+        if before:
+            self._count(before, -1)
+        self._tasks[task.id] = task
+        self._count(task, 1)
+        if task.finished:
+            self._ended.append(task.id)
+
+    def _count(self, task: Task, one: int) -> None:
+        """Count a task in, or out where `one` is -1."""
+        self._counts[task.status] += one
+        if task.status == PENDING:
+            self.pending_bytes += one * task.weight
+        elif task.status != PROCESSING:
+            self.finished_bytes += one * task.weight
+
+    def get(self, task_id: str) -> Optional[Task]:
+        """Return a task, None if there is none or it has expired. Needs no lock.
+
+        A dict's get() is one step, with the GIL and without, and tasks never change.
+        """
+        task = self._tasks.get(task_id)
+        return None if task is None or self._is_expired(task) else task
+
+    def find(self, task_id: str) -> Task:
+        """Return a task; raises UnknownTask, GoneTask or DamagedTask."""
+        if task_id in self._tasks:
+            return self._tasks[task_id]
+        if task_id in self._removed:
+            raise GoneTask("task %s was deleted or has expired" % task_id)
+        if task_id in self.damaged:
+            text = "task %s is damaged in the file: its row fails its checksum"
+            raise DamagedTask(text % task_id)
+        raise UnknownTask("there is no task %s" % quote(task_id))
+
+    def page(
+        self, limit: int, after: int, status: str, type: str, newest_first: bool
+    ) -> Tuple[List[Task], Optional[int]]:
+        """Return a page of tasks, as TaskStore.page() describes it."""
+        tasks = list(self._tasks.values())
+        if newest_first:  # a task begins with its seq
+            tasks = tasks[: bisect_left(tasks, (after or math.inf,))][::-1]
+        else:
+            tasks = tasks[bisect_left(tasks, (after + 1,)) :]
+        fits = [
+            task
+            for task in tasks
+            if status in ("", task.status) and type in ("", task.type)
+        ]
+        return fits[:limit], fits[limit - 1].seq if len(fits) > limit else None
+
+    def counts(self) -> Counts:
+        """Return how many tasks there are."""
+        pending, processing = self._counts[PENDING], self._counts[PROCESSING]
+        return Counts(pending, processing, len(self._tasks) - pending - processing)
+
+    def totals(self) -> Dict[str, int]:
+        """Return how many tasks there are in each status."""
+        return dict(self._counts)
+
+    def remove(self, task: Task) -> None:
+        """Remove a task, and remember its id."""
+        self._count(self._tasks.pop(task.id), -1)
+        self._remember(task.id)
+
+    def _remember(self, task_id: str) -> None:
+        self._removed[task_id] = None
+        if len(self._removed) > self._limits.removed:
+            self._removed.popitem(last=False)
+
+    def evict(self) -> List[Task]:
+        """Remove finished tasks beyond the limits, in the order of their ends."""
+        evicted: List[Task] = []
+        if len(self._ended) > 2 * (len(self._tasks) + 100):  # mostly of removed tasks
+            self._ended = deque(i for i in self._ended if i in self._tasks)
+        while self._ended:
+            task = self._tasks.get(self._ended[0])
+            if task is not None and task.finished:
+                if not self._is_expired(task) and not self._is_over_limit():
+                    break
+                self.remove(task)
+                evicted.append(task)
+            self._ended.popleft()
+        return evicted
+
+    def _is_expired(self, task: Task) -> bool:
+        ttl = self._limits.result_ttl
+        if task.ended_at is None or self._clock() - task.ended_at <= ttl:
+            return False
+        # Perhaps the clock was set: no task is older than the process that accepted it.
+        return task.seq <= self._first_seq or self._monotonic() - self._began > ttl
+
+    def _is_over_limit(self) -> bool:
+        finished = self.counts().finished
+        if finished > self._limits.results:
+            return True
+        # The last one may be larger than all of them should be.
+        return finished > 1 and self.finished_bytes > self._limits.result_bytes
+
+
+class Entry(NamedTuple):
+    """A task's place in the queue: the least entry comes first."""
+
+    rank: float  # the priority, negated
     seq: int
     task_id: str
     type: str
-    attempt: int  # the task's; once it has been started, this entry means nothing
-    since: float = 0.0  # when the task could start, on the monotonic clock
+    since: float  # when the task can start, on the monotonic clock
 
 
-_LAST = Entry(math.inf, 0, "", "", 0)  # behind all others: there will be no more
+_END_OF_QUEUE = Entry(math.inf, 0, "", "", 0)  # behind all others
 
 
-class Timer(NamedTuple):
-    """Something that is to be done later."""
+class TaskQueue:
+    """The tasks that wait for a worker. The caller locks, except around get().
 
-    when: float
-    number: int  # so that no two are equal
-    key: Any  # of whom; nobody has two
-    do: Callable[..., None]
-    what: Tuple[Any, ...]
+    Each waiting task has one entry: it is ready, delayed, or parked as long as as many
+    of its type run as may. Entries of tasks that wait no longer are stale; they are
+    skipped where they come up.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock, self._monotonic = clock, monotonic
+        self._ready: queue.PriorityQueue[Entry] = queue.PriorityQueue()
+        self._entries: Dict[str, Entry] = {}  # those that are not stale, by task id
+        self._delayed: List[Tuple[float, Entry]] = []  # a heap, by the monotonic clock
+        self._inherited: List[Tuple[float, Entry]] = []  # a heap, by the wall clock
+        self._parked: Dict[str, List[Entry]] = {}  # heaps, by type
+        self._running: Counter[str] = Counter()  # handlers, by type
+
+    def add(self, task: Task, inherited: bool = False) -> float:
+        """Add a task; return in how many seconds it can start.
+
+        The delay of an inherited task, which an earlier process began, goes by the wall
+        clock, and follows it when it is set. Others go by the monotonic clock.
+        """
+        wait = (task.due_at or task.created_at) - self._clock()
+        due, rank = self._monotonic() + wait, -task.options.priority
+        entry = Entry(rank, task.seq, task.id, task.type, due)
+        self._entries[task.id] = entry
+        if task.due_at is None or wait <= 0:
+            self._ready.put(entry)
+        elif inherited:
+            heapq.heappush(self._inherited, (task.due_at, entry))
+        else:
+            heapq.heappush(self._delayed, (due, entry))
+        return wait
+
+    def get(self) -> Optional[Entry]:
+        """Wait for a ready entry, and take it out; None once the queue is closed."""
+        entry = self._ready.get()
+        if entry is _END_OF_QUEUE:
+            self._ready.put(entry)  # for the next worker
+            return None
+        return entry
+
+    def close(self) -> None:
+        """Let get() return None once nothing is ready."""
+        self._ready.put(_END_OF_QUEUE)
+
+    def start(self, entry: Entry, limit: int) -> bool:
+        """Return whether the task of an entry can start now, and count it as running.
+
+        Otherwise the entry is stale, or parked since `limit` tasks of its type run
+        already (0 for no limit).
+        """
+        if not self._is_live(entry):
+            return False
+        if limit and self._running[entry.type] >= limit:
+            heapq.heappush(self._parked.setdefault(entry.type, []), entry)
+            return False
+        del self._entries[entry.task_id]
+        self._running[entry.type] += 1
+        return True
+
+    def end(self, type: str) -> None:
+        """Count a handler of this type as running no longer."""
+        self._running[type] -= 1
+        self._unpark(type)
+
+    def discard(self, task_id: str) -> None:
+        """Let a task wait no longer."""
+        entry = self._entries.pop(task_id, None)
+        if entry:
+            self._unpark(entry.type)  # it may have been the one that was to start next
+            self._prune()
+
+    def release_due(self) -> float:
+        """Make delayed tasks ready that are due; return the seconds until the next."""
+        wait = math.inf
+        clocks = (self._delayed, self._monotonic()), (self._inherited, self._clock())
+        for heap, now in clocks:
+            while heap and heap[0][0] <= now:
+                self._ready.put(heapq.heappop(heap)[1])
+            if heap:
+                wait = min(wait, heap[0][0] - now)
+        return wait
+
+    def waits_until(self, moment: float) -> bool:
+        """Return whether a task waits that can start by then (monotonic clock)."""
+        return any(entry.since <= moment for entry in self._entries.values())
+
+    def _is_live(self, entry: Entry) -> bool:
+        return self._entries.get(entry.task_id) is entry
+
+    def _unpark(self, type: str) -> None:
+        """Make the next parked entry of this type ready, to be tried again."""
+        parked = self._parked.get(type)
+        if parked:
+            self._ready.put(heapq.heappop(parked))
+
+    def _prune(self) -> None:
+        """Drop stale entries where most are stale: it may take long until they come up.
+
+        A sorted list is a heap.
+        """
+        limit = 2 * (len(self._entries) + 100)
+        if len(self._delayed) > limit:
+            self._delayed = sorted(d for d in self._delayed if self._is_live(d[1]))
+        for heap in (self._ready.queue, *self._parked.values()):
+            if len(heap) > limit:
+                with (
+                    self._ready.mutex
+                ):  # workers take entries without our caller's lock
+                    live = [e for e in heap if e is _END_OF_QUEUE or self._is_live(e)]
+                    heap[:] = sorted(live)
 
 
 class Timers:
-    """What is to be done later. Whoever uses it holds the ledger's lock."""
+    """Deadlines on the monotonic clock, for one thread. The caller locks."""
 
-    def __init__(self, monotonic: Callable[[], float]) -> None:
-        self.changed = threading.Event()  # something is due sooner, perhaps
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.changed = threading.Event()  # the thread must look earlier
         self._monotonic = monotonic
-        self._numbers = itertools.count()
-        self._heap: List[Timer] = []  # with what is dropped already
-        self._timers: Dict[Any, Timer] = {}  # by key, without
+        self._deadlines: Dict[Any, float] = {}
+        self._next = math.inf  # when the thread looks again
 
-    def plan(
-        self, key: Any, seconds: float, do: Callable[..., None], *what: Any
-    ) -> None:
-        """Have something done later, instead of what was planned under this key."""
-        timer = Timer(self._monotonic() + seconds, next(self._numbers), key, do, what)
-        self._timers[key] = timer
-        heapq.heappush(self._heap, timer)
-        if len(self._heap) > 2 * (len(self._timers) + 100):  # mostly dropped ones
-            self._heap = sorted(self._timers.values())
-        if self._heap[0] is timer:
+    def schedule(self, key: Any, seconds: float) -> None:
+        """Have a key become due in so many seconds, instead of what it had before."""
+        self._deadlines[key] = self._monotonic() + seconds
+        self.look_in(seconds)
+
+    def cancel(self, key: Any) -> None:
+        """Let a key not become due."""
+        self._deadlines.pop(key, None)
+
+    def take_due(self) -> List[Any]:
+        """Remove and return the keys that are due."""
+        now = self._monotonic()
+        due = [key for key, when in self._deadlines.items() if when <= now]
+        for key in due:
+            del self._deadlines[key]
+        return due
+
+    def look_in(self, seconds: float) -> None:
+        """Have the thread look in so many seconds, or earlier."""
+        when = self._monotonic() + seconds
+        if when < self._next:
+            self._next = when
             self.changed.set()
 
-    def drop(self, key: Any) -> None:
-        """Have it not done after all."""
-        self._timers.pop(key, None)
+    def rest(self, longest: float) -> float:
+        """Return for how many seconds the thread may wait; at most the longest."""
+        self.changed.clear()
+        now = self._monotonic()
+        self._next = min([now + longest, *self._deadlines.values()])
+        return max(0.0, self._next - now)
 
-    def take(self) -> Tuple[Optional[Timer], Optional[float]]:
-        """Take what is due now, or return the seconds until there is something."""
-        while self._heap and self._timers.get(self._heap[0].key) is not self._heap[0]:
-            heapq.heappop(self._heap)
-        if not self._heap:
-            return None, None
-        wait = self._heap[0].when - self._monotonic()
-        return (None, wait) if wait > 0 else (self._timers.pop(self._heap[0].key), 0)
 
-    def has(self, key: Any) -> bool:
-        """Whether something is planned under this key."""
-        return key in self._timers
-
-    def later_than(self, when: float) -> List[Any]:
-        """The keys of what is not done before this time."""
-        return [timer.key for timer in self._timers.values() if timer.when > when]
+# What needs no wait for a disk.
+_DURABLE = Commit()
+_DURABLE.settle()
 
 
 class TaskStore:
-    """All tasks, from submission until they are forgotten.
+    """All tasks, from submission until they are removed.
 
-    `clock` gives the time in seconds since 1970, and `ticks` one that is never set.
-    What is in the journal is taken up, and from then on everything goes into it.
-    `rules` gives the rules of a type, and `types` are those that are counted apart.
+    `clock` gives the time in seconds since 1970, and `monotonic` one that is never set.
+    `rules` gives the rules of a type; `types` are counted apart. With a journal, the
+    store goes on with the tasks that are in it.
     """
 
     def __init__(
@@ -3349,241 +3550,164 @@ class TaskStore:
         self.limits = limits
         self.events = Events()
         self.on_stuck: Callable[[Context], None] = lambda context: None
-        self._clock = clock
-        self._journal: Optional[Journal] = None
-        self._rules = rules
-        self._ready: queue.PriorityQueue[Entry] = queue.PriorityQueue()
-        self._monotonic = monotonic
+        self._clock, self._monotonic, self._rules = clock, monotonic, rules
         self._pid = os.getpid()
         # The lock guards everything below.
         self._lock = threading.Lock()
-        # Every known task as it is on disk, in the order of submission; and what is not
-        # on disk yet, new tasks and later moves.
-        self._tasks: Dict[str, Task] = {}
-        self._submitting: Dict[str, Tuple[Task, Batch]] = {}
-        self._deciding: Dict[str, Tuple[Task, Batch]] = {}
-        # What to call with a task once its end, or that it waits again, is on disk.
-        self._on_durable: Dict[str, Tuple[Task, Callable[[Task], Any]]] = {}
-        # The runs of what is processing by the latest decision; and the types of these
-        # and of those that were given up but have not returned, and how often each is.
-        self._running: Dict[str, Context] = {}
-        self._active: Dict[Context, str] = {}
-        self._active_types: Counter[str] = Counter()
-        self._parked: Dict[str, List[Entry]] = {}  # wait for one of their type to end
-        self._timers = Timers(
-            monotonic
-        )  # by run, by waiting task's id, or by what to do
-        self._ended: Deque[str] = deque()  # in this order, with ids of deleted ones
-        self._forgotten: OrderedDict[str, None] = OrderedDict()
+        self._journal: Optional[Journal] = None
+        # What clients see: with a journal, each task as it is on disk. New tasks and
+        # later moves that are not on disk yet, and the commits that have them:
+        self._results = ResultStore(limits, clock, monotonic)
+        self._unwritten: Dict[str, Tuple[Task, Commit]] = {}
+        self._new = 0  # tasks that no client can see yet
+        self._new_bytes = 0
+        # By the latest decisions.
+        self._queue = TaskQueue(clock, monotonic)
+        self._timers = Timers(monotonic)  # by run
+        self._running: Dict[str, Context] = {}  # by task id
+        self._active: Set[Context] = set()  # those, and stuck handlers
         self._waiting: Dict[str, Set[threading.Event]] = {}  # to set at a task's end
-        self._beyond: Set[str] = set()  # can't start before the end of the drain
-        self._counts = dict.fromkeys(EXITS, 0)  # of what is in _tasks
         self._counters = Counters(types)
-        self._queued = 0  # bytes of pending tasks, and of those that are not yet
-        self._held = 0  # bytes of finished tasks
-        # Counts on from the time, so that a list's `after` still holds after a restart.
-        self._last_seq = self._first_seq = int(clock() * 1e6)
-        # Ids of tasks that an earlier process delayed, by the wall clock.
-        self._delayed_before: Set[str] = set()
-        self._begun = monotonic()
-        self._offset = clock() - self._begun  # of the wall clock
-        self._when_done: Optional[Callable[[], None]] = None  # set: draining
-        self._drained_by = math.inf  # by `ticks`
-        self._halted = False  # what runs was told to stop
+        self._on_drained: Optional[Callable[[], None]] = None  # set: draining
+        self._drained_by = math.inf  # on the monotonic clock
+        self._stopped = False  # handlers were asked to stop
         # Tasks that were processing when the last process died, as they go on.
         self.interrupted: List[Task] = []
-        self._regularly(60, self.expire)
-        self._regularly(PROGRESS_INTERVAL, self._emit_progress)
-        self._regularly(1, self._follow_wall_clock)
         if journal:
             self.take_up(journal)
 
     def take_up(self, journal: Journal) -> None:
-        """Go on where the process before left off; from now on all is kept there."""
-        batch: Optional[Batch] = None
+        """Go on with the tasks in a journal; from now on all of them are kept there."""
+        commit = _DURABLE
         with self._lock:
-            self._journal = journal
-            for task_id in journal.gone():
-                self._remember(task_id)
-            for task in journal.load():
-                self._publish(task)
-                now = task.after_crash(self._clock(), not journal.stopped)
-                if now is not task:
-                    batch = self._decide(now)
-                    self.interrupted.append(now)
-                self._drop_old(self._clock())
-            in_order = sorted(self._tasks.values(), key=lambda task: task.seq)
-            self._tasks = {task.id: task for task in in_order}
-            self._last_seq = max([self._last_seq] + [t.seq for t in in_order[-1:]])
-            self._first_seq = self._last_seq
-            self._delayed_before = {t.id for t in in_order if t.due_at is not None}
-        journal.start(self._written, self.limits.forgotten)
-        if batch:  # so that they have their places in the queue before anything starts
-            with contextlib.suppress(Unavailable):
-                batch.wait()
-        self._regularly(60, journal.check_wal)
+            self._journal, self._results.damaged = journal, journal.damaged
+            loaded = self._results.load(journal.load(), journal.load_removed())
+            for task in loaded:
+                if task.finished:
+                    journal.append(Removal(task.seq, task.id))
+                elif task.status == PENDING:
+                    self._queue.add(task, inherited=True)
+                else:
+                    crashed, now = not journal.stopped, self._clock()
+                    self.interrupted.append(task.after_crash(now, crashed))
+                    commit = self._decide(self.interrupted[-1])
+        journal.start(self._settle)
+        with contextlib.suppress(Unavailable):
+            commit.check()  # then they are in the queue before a worker looks there
 
-    # -- the life of a task ------------------------------------------------
+    # -- the life of a task
 
     def submit(self, type: str, params: bytes, options: Options = NO_OPTIONS) -> Task:
-        """Take in a task as pending; raises QueueFull, Draining or Unavailable."""
+        """Accept a task as pending; raises QueueFull, Draining or Unavailable."""
         return self.submit_all([Submission(type, params, options)])[0]
 
     def submit_all(self, submissions: Sequence[Submission]) -> List[Task]:
-        """Take in all of these as pending, or none; raises as submit() does."""
+        """Accept all of these as pending, or none; raises as submit() does."""
         wanted = [(new_id(), submission) for submission in submissions]
         with self._lock:
-            tasks, batch = self._take_in(wanted)
-        self._await_written(tasks, batch)
+            tasks, commit = self._accept(wanted)
+        commit.check()
         return tasks
 
     def submit_once(self, task_id: str, wanted: Submission) -> Tuple[Task, bool]:
-        """Take in a task under an id of the caller's, unless it is there already.
+        """Accept a task under an id of the caller's, unless it is there already.
 
         Returns the task, and whether it is new. Raises DifferentRequest when something
-        else was asked for before, ForgottenTask, and what submit() raises.
+        else was submitted before, GoneTask, DamagedTask, and what submit() raises.
         """
         while True:
             with self._lock:
-                self._drop_old(self._clock())
-                if task_id in self._submitting:
-                    known, batch = self._submitting[task_id]
-                else:
-                    try:
-                        known, batch = self._find(task_id), None
-                    except UnknownTask:
-                        tasks, batch = self._take_in([(task_id, wanted)])
+                try:
+                    task, commit = self._find(task_id), None
+                except UnknownTask:
+                    if task_id not in self._unwritten:
+                        tasks, commit = self._accept([(task_id, wanted)])
                         break
-            if not same_request(known, wanted):
+                    task, commit = self._unwritten[task_id]
+            if not same_request(task, wanted):
                 raise DifferentRequest("%s was submitted with other content" % task_id)
-            if batch is None:
-                return known, False
+            if commit is None:
+                return task, False
             with contextlib.suppress(Unavailable):  # then it is this caller's turn
-                batch.wait()
-        self._await_written(tasks, batch)
+                commit.check()
+        commit.check()
         return tasks[0], True
 
-    def _take_in(
+    def _accept(
         self, wanted: Sequence[Tuple[str, Submission]]
-    ) -> Tuple[List[Task], Optional[Batch]]:
+    ) -> Tuple[List[Task], Commit]:
         """Decide that there are new tasks. Assumes the lock."""
         self._check_open(len(wanted))
         now, tasks = self._clock(), []
         for task_id, (type, params, options) in wanted:
-            self._last_seq += 1
-            task = Task(self._last_seq, task_id, type, params, PENDING, now)
+            self._results.last_seq += 1
+            seq = self._results.last_seq
+            task = Task(seq, task_id, type, params, PENDING, now)
             if options is not NO_OPTIONS:
                 due = now + options.delay if options.delay else None
                 task = task._replace(options=options, due_at=due)
             tasks.append(task)
         if self._journal is None:
             for task in tasks:
-                self._publish(task)
-            return tasks, None
-        batch = self._journal.append(False, *tasks)
+                self._apply(task)
+            return tasks, _DURABLE
+        commit = self._journal.append(new=tasks)
         for task in tasks:
-            self._submitting[task.id] = task, batch
-            self._queued += task.weight
-        return tasks, batch
-
-    def _end_submitting(self, task_id: str) -> None:
-        """A new task is on disk, or will never be. Assumes the lock."""
-        if task_id in self._submitting:
-            self._queued -= self._submitting.pop(task_id)[0].weight
-
-    def _await_written(self, tasks: Sequence[Task], batch: Optional[Batch]) -> None:
-        """Return when new tasks are there to stay; raises Unavailable."""
-        try:
-            if batch:
-                batch.wait()
-        except Unavailable:
-            with self._lock:
-                for task in tasks:
-                    self._end_submitting(task.id)
-                self._tell_if_done()
-            raise
+            self._unwritten[task.id] = task, commit
+            self._new_bytes += task.weight
+        self._new += len(tasks)
+        return tasks, commit
 
     def claim(self) -> Optional[Tuple[Task, Context]]:
-        """Wait for the next task and take it; None when there will be no more.
+        """Wait for the next task and start it; None when none will start any more.
 
-        Before it is run, begin() says whether it still is to be.
+        Before its handler runs, begin() says whether it still is to.
         """
         while True:
-            entry = self._ready.get()
-            if entry is _LAST:
-                self._ready.put(_LAST)  # for the next worker
+            entry = self._queue.get()
+            if entry is None:
                 return None
             with self._lock:
-                task = self._startable(entry)
-                if task is not None:
-                    return self._start(task, entry.since)
+                limit = self._rules(entry.type).max_running
+                if self._may_start() and self._queue.start(entry, limit):
+                    return self._start(entry)
 
-    def begin(self, task: Task, context: Context) -> bool:
-        """Wait until it is on disk that a task was started; its time begins then.
-
-        Returns False when it was put back meanwhile.
-        """
-        if self._journal is None:
-            return True
-        decided = self._deciding.get(task.id)  # without the lock, as in get()
-        if decided and decided[0] is task:
-            # Else the start of a task that kills the process would never be counted.
-            decided[1].wait_written()
-        with self._lock:
-            if self._running.get(task.id) is context:
-                self._limit(task, context)
-                return True
-            self._release(context)
-            return False
-
-    def _startable(self, entry: Entry) -> Optional[Task]:
-        """The task of an entry, if it can be started now. Assumes the lock."""
-        if not self._may_start():
-            return None
-        if not self._still_waits(entry):
-            self._unpark(entry.type)  # in its place
-            return None
-        most = self._rules(entry.type).max_running
-        if most and self._active_types[entry.type] >= most:
-            heapq.heappush(self._parked.setdefault(entry.type, []), entry)
-            return None
-        return self._current(entry.task_id)
-
-    def _still_waits(self, entry: Entry) -> bool:
-        if entry.task_id not in self._tasks:
-            return False
-        task = self._current(entry.task_id)
-        same = task.seq == entry.seq and task.attempt == entry.attempt
-        return task.status == PENDING and same
-
-    def _start(self, task: Task, since: float) -> Tuple[Task, Context]:
-        """Decide that a task runs that could since then. Assumes the lock."""
+    def _start(self, entry: Entry) -> Tuple[Task, Context]:
+        """Decide that a task runs. Assumes the lock."""
+        task = self._results.find(entry.task_id)
         now, attempt = max(self._clock(), task.created_at), task.attempt + 1
-        context = Context(task.id, attempt, self._tell, task.type)
-        # Half of it, so that what can be killed is over before it is given up.
+        context = Context(task.id, attempt, self._emit, task.type)
+        # Half of it, so that what can be killed has ended before it is abandoned.
         context.grace = self.limits.grace / 2
         context.max_result = self.limits.result_bytes
         context.began = self._monotonic()
         self._running[task.id] = context
-        self._active[context] = task.type
-        self._active_types[task.type] += 1
+        self._active.add(context)
         if task.due_at or attempt == 1:  # else the process has died since
-            self._counters.add("waiting", task, context.began - since)
+            self._counters.add("waiting", task, context.began - entry.since)
         task = task.moved_to(
             PROCESSING, started_at=now, attempt=attempt, due_at=None, error=None
         )
-        if self._decide(task) is None:
-            self._limit(task, context)
+        self._decide(task)
         return task, context
 
-    def _limit(self, task: Task, context: Context) -> None:
-        """Let a run's time begin, if it has one. Assumes the lock."""
-        timeout = self._timeout(task)
-        if timeout and not context.cancelled:
-            self._timers.plan(context, timeout, self._time_out, context)
+    def begin(self, task: Task, context: Context) -> bool:
+        """Wait until a task's start is on disk, and let the time of its run begin.
 
-    def _timeout(self, task: Task) -> float:
-        return task.options.timeout or self._rules(task.type).timeout
+        Without that wait, no restart would count a task that kills the process. Returns
+        False when the task was put back meanwhile.
+        """
+        unwritten = self._unwritten.get(task.id)  # without the lock, as in get()
+        if unwritten:
+            unwritten[1].wait_durable()
+        with self._lock:
+            if self._running.get(task.id) is not context:
+                self._release(context)
+                return False
+            timeout = timeout_of(task, self._rules(task.type))
+            if timeout and not context.cancelled:
+                self._timers.schedule(context, timeout)
+            return True
 
     def finish(
         self,
@@ -3594,343 +3718,196 @@ class TaskStore:
         """Record that a handler has returned, and how.
 
         Returns what has become of its task, and calls `on_durable` with that once it
-        can't be lost any more. Raises IllegalMove when that was decided before.
+        can't be lost any more. Raises IllegalMove if the task had ended before.
         """
         with self._lock:
             self._release(context)
             if self._running.get(context.task_id) is not context:
                 raise IllegalMove("this run of %s is over" % context.task_id)
-            task = self._end(context, outcome)
-            self._tell_if_done()
-            if self._journal is not None:
-                # It has no other end before this one is on disk: see begin().
-                self._on_durable[task.id] = task, on_durable
-                return task
-        on_durable(task)
+            task, commit = self._end(context, outcome, on_durable)
+            self._check_drained()
+        if commit is _DURABLE:
+            on_durable(task)
         return task
 
     def cancel(self, task_id: str) -> Task:
-        """Cancel a task that waits, or ask one that runs to stop.
+        """Cancel a task that waits, or ask the handler of one that runs to stop.
 
         Returns the task as it is then: cancelled, or still processing. Raises Finished,
-        UnknownTask, ForgottenTask or Unavailable.
+        UnknownTask, GoneTask, DamagedTask, or Unavailable: then the cancel may still
+        take effect.
         """
-        while True:
-            with self._lock:
-                self._drop_old(self._clock())
-                self._find(task_id)
-                if task_id not in self._deciding:
-                    task, batch = self._cancel(self._current(task_id))
-                    self._tell_if_done()
-                    break
-                batch = self._deciding[task_id][1]
-            batch.wait()  # nobody is told what could still be lost
-        return self._await_cancelled(task, batch) if batch else task
-
-    def _cancel(self, task: Task) -> Tuple[Task, Optional[Batch]]:
-        """Decide that a task is cancelled or is to stop. Assumes the lock."""
-        if task.finished:
+        with self._lock:
+            task, commit = self._find(task_id), _DURABLE
+            task, commit = self._unwritten.get(task_id, (task, commit))
+            finished = task.finished
+            if not finished and not task.cancel_requested:
+                task, commit = self._cancel(task)
+                self._check_drained()
+        commit.check()  # a crash could take back what is not on disk yet
+        if finished:
             raise Finished("task %s is %s already" % (task.id, task.status))
-        if self._halted and self._journal is None:  # it is told as given up
+        return task
+
+    def _cancel(self, task: Task) -> Tuple[Task, Commit]:
+        """Decide that a task is cancelled or is to stop. Assumes the lock."""
+        if self._stopped and self._journal is None:  # it is logged as given up
             raise Draining("the service is shutting down")
         self._check_journal()
         if task.id in self._running:
             task = task._replace(cancel_requested=1)
+            self._stop_run(self._running[task.id], BY_CLIENT)
         else:
+            self._queue.discard(task.id)
             error = CANCELLED_WAITING if not task.attempt else CANCELLED_BETWEEN
-            task = self._moved(task, CANCELLED, error=error)
-        batch = self._decide(task, keep=False)
-        if batch is None:
-            self._follow_cancel(task)
-        return task, batch
-
-    def _await_cancelled(self, task: Task, batch: Batch) -> Task:
-        """Carry out a cancel once it is on disk; raises Unavailable if it can't be."""
-        try:
-            batch.wait()
-        except Unavailable:
-            with self._lock:
-                later = self._deciding.get(task.id)
-                if later and later[0] is task:
-                    self._take_back(task)
-                    raise
-            if later:
-                later[1].wait_written()
-            task = self.get(task.id)  # its run has ended meanwhile
-            if task.status != CANCELLED:
-                text = "task %s is %s already"
-                raise Finished(text % (task.id, task.status)) from None
-            return task
-        with self._lock:
-            self._follow_cancel(task)
-        return task
-
-    def _follow_cancel(self, task: Task) -> None:
-        """Tell a run to stop whose task was cancelled. Assumes the lock."""
-        context = self._running.get(task.id)
-        if context and context.attempt == task.attempt and not context.cancelled:
-            self._stop(context, BY_CLIENT)
-        self._prune_queue()
-
-    def _take_back(self, task: Task) -> None:
-        """Undo the latest decision on a task. Assumes the lock."""
-        del self._deciding[task.id]
-        if self._tasks[task.id].status == PENDING:
-            self._enqueue(self._tasks[task.id])  # its entry may have been dropped
-        self._tell_if_done()
+            task = ended(task, CANCELLED, self._clock(), error=error)
+        return task, self._decide(task)
 
     def delete(self, task_id: str) -> None:
-        """Forget a finished task.
+        """Remove a finished task.
 
-        Raises Unfinished, UnknownTask, ForgottenTask or Unavailable.
+        Raises Unfinished, UnknownTask, GoneTask, DamagedTask, or Unavailable: then it
+        may still be removed.
         """
         with self._lock:
-            self._drop_old(self._clock())
-            task = self._find(task_id)
+            task, commit = self._find(task_id), _DURABLE
             if not task.finished:
                 raise Unfinished("task %s is %s, not finished" % (task.id, task.status))
             self._check_journal()
             if self._journal:
-                batch = self._journal.append(False, Gone(task.seq, task.id))
+                commit = self._journal.append(Removal(task.seq, task.id))
             else:
-                self._forget(task)
-        if self._journal:
-            batch.wait()
+                self._remove(task)
+        commit.check()
 
-    # -- how a run ends; all of these assume the lock ----------------------
+    # -- how a run ends; all of these assume the lock
 
-    def _end(self, context: Context, outcome: Outcome) -> Task:
+    def _end(
+        self,
+        context: Context,
+        outcome: Outcome,
+        on_durable: Optional[Callable[[Task], Any]] = None,
+    ) -> Tuple[Task, Commit]:
         """Decide what becomes of a task whose run is over."""
         del self._running[context.task_id]
-        self._timers.drop(context)
-        ran = self._current(context.task_id)
-        self._counters.add("running", ran, self._monotonic() - context.began)
-        task = self._after(ran, context.reason, outcome)
-        self._decide(task)
-        return task
+        self._timers.cancel(context)
+        task = self._results.find(context.task_id)
+        task = self._unwritten.get(task.id, (task, None))[0]
+        self._counters.add("running", task, self._monotonic() - context.began)
+        rules = self._rules(task.type)
+        task = after_run(task, context.reason, outcome, rules, self._clock())
+        return task, self._decide(task, on_durable)
 
-    def _after(self, task: Task, reason: str, outcome: Outcome) -> Task:
-        """The task after a run that ended so, and was told to stop if `why` says so.
-
-        Who completes has won. Who was told to stop and did not complete has stopped,
-        however that was said.
-        """
-        if outcome.status == COMPLETED:
-            return self._moved(task, COMPLETED, result=outcome.result, error=None)
-        if task.cancel_requested:
-            return self._moved(task, CANCELLED, error=CANCELLED_RUNNING)
-        if reason == SHUTDOWN:
-            return task.put_back()
-        if reason == TIMED_OUT:
-            error = "timed out after %.12g s" % self._timeout(task)
-            return self._moved(task, FAILED, error=error)
-        return self._after_failure(task, outcome)
-
-    def _after_failure(self, task: Task, outcome: Outcome) -> Task:
-        """The task after a run that failed, or asked for another one."""
-        rules, retries = self._rules(task.type), task.options.retries
-        if retries is None:
-            retries = rules.retries
-        if outcome.status != PENDING:  # else the handler itself asks for another run
-            task = task._replace(failures=task.failures + 1)
-            if task.failures > retries or outcome.final:
-                return self._moved(task, FAILED, error=outcome.error)
-        wait = outcome.after
-        if wait is None:
-            wait = backoff(rules.backoff, task.failures or task.attempt)
-        return task.put_back(error=outcome.error, due_at=self._clock() + wait)
-
-    def _moved(self, task: Task, status: str, **changes: Any) -> Task:
-        """The task at its end, never before its start, though a clock may be set."""
-        ended_at = max(self._clock(), task.started_at or task.created_at)
-        changes.update(ended_at=ended_at, due_at=None)
-        return task.moved_to(status, **changes)
-
-    def _stop(self, context: Context, reason: str) -> None:
-        """Tell a run to stop, and give it up when it does not within the grace."""
-        context.cancel(reason)
-        self._timers.plan(context, self.limits.grace, self._lose, context)
+    def _stop_run(self, context: Context, reason: str) -> None:
+        """Ask a handler to stop; abandon its run if it does not within the grace."""
+        if not context.cancelled:
+            context.cancel(reason)
+            self._timers.schedule(context, self.limits.grace)
 
     def _release(self, context: Context) -> None:
         """A handler has returned: another one of its type may start."""
-        type = self._active.pop(context)  # KeyError: it has returned before
-        self._active_types[type] -= 1
-        self._unpark(type)
+        self._active.remove(context)  # KeyError: it has returned before
+        self._queue.end(context.type)
 
-    def _unpark(self, type: str) -> None:
-        """Have the next one of this type tried again."""
-        if self._parked.get(type):
-            self._ready.put(heapq.heappop(self._parked[type]))
+    # -- timers
 
-    # -- what is done later ------------------------------------------------
-
-    def tick(self) -> Optional[float]:
-        """Do what is due; return the seconds until there is more, None for never."""
-        self._timers.changed.clear()
-        while True:
-            with self._lock:
-                timer, wait = self._timers.take()
-            if timer is None:
-                return wait
-            timer.do(*timer.what)
-
-    def await_tick(self, patience: Optional[float]) -> bool:
-        """Wait so many seconds, or until something may be due; False at the end."""
-        self._timers.changed.wait(patience)
-        return not self._halted
-
-    def _time_out(self, context: Context) -> None:
-        """A run took too long."""
+    def tick(self) -> float:
+        """Do what is due; return the seconds until the next call at the latest."""
+        abandoned = []
         with self._lock:
-            if self._running.get(context.task_id) is context:
-                self._stop(context, TIMED_OUT)
-
-    def _lose(self, context: Context) -> None:
-        """A run does not stop: its task ends, and the handler may go on as it likes."""
-        with self._lock:
-            if self._running.get(context.task_id) is not context:
-                return
-            task = self._end(context, Outcome(CANCELLED))
-            self._tell_if_done()
-        message = "is %s, but its handler does not stop; %d are stuck"
-        log_run(logging.ERROR, context, message, task.status, self.stuck())
-        self.on_stuck(context)
-
-    def _regularly(self, seconds: float, do: Callable[[], None]) -> None:
-        """Do something now, and again each time so many seconds have passed."""
-        with self._lock:
-            self._timers.plan(do, seconds, self._regularly, seconds, do)
-        do()
-
-    def _follow_wall_clock(self) -> None:
-        """Where the wall clock was set, look again at what an earlier process delayed.
-
-        After a start with a clock that is behind, such as before NTP has set it, they
-        would wait for as long as it was wrong.
-        """
-        with self._lock:
-            before, self._offset = self._offset, self._clock() - self._monotonic()
-            if abs(self._offset - before) < 1:
-                return
-            self._delayed_before = set(filter(self._timers.has, self._delayed_before))
-            for task_id in self._delayed_before:
-                self._beyond.discard(task_id)
-                self._enqueue(self._current(task_id))
-
-    def _emit_progress(self) -> None:
-        """Have those runs tell their progress that could not at once."""
-        with self._lock:
+            for context in self._timers.take_due():
+                if context.cancelled:
+                    task, _ = self._end(context, Outcome(CANCELLED))
+                    abandoned.append((context, task.status))
+                else:
+                    self._stop_run(context, TIMED_OUT)
+            self._evict()
+            self._check_drained()
             running = list(self._running.values())
+            wait = self._timers.rest(min(PROGRESS_INTERVAL, self._queue.release_due()))
         for context in running:
             context.emit_progress()
+        for context, status in abandoned:
+            message = "is %s, but its handler does not stop; %d are stuck"
+            log_run(logging.ERROR, context, message, status, self.stuck())
+            self.on_stuck(context)
+        return wait
 
-    # -- deciding, writing, showing; all of these assume the lock ----------
+    def await_tick(self, timeout: float) -> bool:
+        """Wait until tick() is to be called; False when it need not be any more."""
+        self._timers.changed.wait(timeout)
+        return not self._stopped
 
-    def _current(self, task_id: str) -> Task:
-        """The task by the latest decision, be it on disk or not."""
-        if task_id in self._deciding:
-            return self._deciding[task_id][0]
-        return self._tasks[task_id]
+    # -- decided, written, shown; all of these assume the lock
 
-    def _decide(self, task: Task, keep: bool = True) -> Optional[Batch]:
-        """Settle on a task's next state; what is returned tells when it is on disk.
-
-        `keep` is for what has happened, and has to be written however often it is
-        tried. What is only asked for is tried once.
-        """
+    def _decide(
+        self, task: Task, on_durable: Optional[Callable[[Task], Any]] = None
+    ) -> Commit:
+        """Make this the task's latest state; return the commit that writes it."""
         if self._journal is None:
-            self._publish(task)
-            if task.finished:
-                self._drop_old(task.ended_at or 0)
-            return None
-        batch = self._journal.append(keep, task)
-        self._deciding[task.id] = task, batch
-        return batch
+            self._apply(task)
+            self._evict()
+            return _DURABLE
+        call = functools.partial(on_durable, task) if on_durable else None
+        commit = self._journal.append(task, on_durable=call)
+        self._unwritten[task.id] = task, commit
+        return commit
 
-    def _publish(self, task: Task) -> None:
-        """Show a task as it now is, and set going what follows from that."""
-        before = self._tasks.get(task.id)
-        if before:
-            self._add(before, -1)
-        self._tasks[task.id] = task
-        self._add(task, 1)
+    def _settle(self, commit: Commit) -> None:
+        """Show what is on disk now, or drop new tasks that are not. Takes the lock."""
+        with self._lock:
+            for task in commit.new:
+                self._new -= 1
+                self._new_bytes -= task.weight
+                if commit.error:
+                    del self._unwritten[task.id]
+            for record in () if commit.error else commit.records:
+                if isinstance(record, Removal):
+                    self._remove(record)
+                    continue
+                if self._unwritten[record.id][0] is record:
+                    del self._unwritten[record.id]
+                self._apply(record)
+            self._evict()
+            self._check_drained()
+        for call in () if commit.error else commit.on_durable:
+            call()
+
+    def _apply(self, task: Task) -> None:
+        """Show a task as it is now, and do what follows from that."""
+        self._results.put(task)
         if self.events.followed:
-            self.events.publish(
-                task.id, "status", task._replace(params=b"", result=None)
-            )
-        if task.status == PENDING:
-            self._enqueue(task)
-            return
-        self._timers.drop(task.id)
-        self._beyond.discard(task.id)
-        if task.finished:
-            if before:
-                self._counters.end(task)
-            self._ended.append(task.id)
+            shown = task._replace(params=b"", result=None)
+            self.events.publish(task.id, "status", shown)
+        # Unless it was cancelled since.
+        if task.status == PENDING and task.id not in self._unwritten:
+            self._timers.look_in(self._queue.add(task))
+        elif task.finished:
+            self._counters.end(task)
             for done in self._waiting.pop(task.id, ()):
                 done.set()
 
-    def _enqueue(self, task: Task) -> None:
-        rank = -task.options.priority
-        wait = (task.due_at or task.created_at) - self._clock()
-        since = self._monotonic() + wait
-        entry = Entry(rank, task.seq, task.id, task.type, task.attempt, since)
-        if task.due_at is None or wait <= 0:
-            self._ready.put(entry)
-            return
-        self._timers.plan(task.id, wait, self._ready.put, entry)
-        if since > self._drained_by:
-            self._beyond.add(task.id)
+    def _remove(self, removed: Record) -> None:
+        """Remove a finished task, unless another one has its id by now."""
+        task = self._results.get(removed.id)
+        if task and task.seq == removed.seq:
+            self._results.remove(task)
+            self.events.remove(task.id)
 
-    def _prune_queue(self) -> None:
-        """Drop entries of tasks that wait no longer, when most are such."""
-        # The queue's own lock is needed only to change it: workers take from it, but a
-        # few entries more or less make no difference to how many are too many.
-        for entries in [self._ready.queue, *self._parked.values()]:
-            if len(entries) > 2 * (self._counts[PENDING] + 100):
-                with self._ready.mutex:
-                    stale = {e for e in entries if not self._still_waits(e)} - {_LAST}
-                    entries[:] = set(entries) - stale
-                    heapq.heapify(entries)
-                for entry in stale if entries is self._ready.queue else ():
-                    self._unpark(entry.type)  # in its place
+    def _evict(self) -> None:
+        """Remove finished tasks beyond the limits."""
+        for task in self._results.evict():
+            self.events.remove(task.id)
+            if self._journal:
+                self._journal.append(Removal(task.seq, task.id))
 
-    def _add(self, task: Task, one: int) -> None:
-        """Count a task in, or out where `one` is -1."""
-        status = task.status
-        self._counts[status] += one
-        if status == PENDING:
-            self._queued += one * task.weight
-        elif status != PROCESSING:
-            self._held += one * task.weight
+    def _emit(self, context: Context, kind: str, payload: Any) -> bool:
+        """Publish what a handler emits, as long as its task is its own.
 
-    def _written(self, records: Sequence[Record]) -> None:
-        """Show what has reached the disk; called by the journal, without the lock."""
-        durable = []
-        with self._lock:
-            for record in records:
-                if self._on_durable.get(record.id, (None,))[0] is record:
-                    durable.append(self._on_durable.pop(record.id))
-                if isinstance(record, Gone):
-                    task = self._tasks.get(record.id)
-                    if task and task.seq == record.seq:
-                        self._forget(task)
-                    continue
-                if self._deciding.get(record.id, (None,))[0] is record:
-                    del self._deciding[record.id]
-                self._end_submitting(record.id)
-                self._publish(record)
-            self._drop_old(self._clock())
-            self._tell_if_done()
-        for task, on_durable in durable:
-            on_durable(task)
-
-    def _tell(self, context: Context, kind: str, payload: Any) -> bool:
-        """Pass on what a handler tells of its task, as long as it is its run."""
-        if os.getpid() != self._pid:
-            return (
-                False  # a forked child, which lacks the thread that may hold the lock
-            )
+        Returns whether a client follows the lines of a log. Takes the lock.
+        """
+        if os.getpid() != self._pid:  # a forked child lacks the thread that may hold it
+            return False
         with self._lock:
             if self._running.get(context.task_id) is not context:
                 return False
@@ -3942,30 +3919,31 @@ class TaskStore:
             self.events.publish(context.task_id, kind, context.progress_document())
             return False
 
-    # -- looking -----------------------------------------------------------
+    # -- reading
 
     def get(self, task_id: str) -> Task:
-        """Return the task as it is now; raises UnknownTask or ForgottenTask."""
-        # Read without the lock: a dict's get is one step, with the GIL and without
-        # it, and what it returns never changes. Only a task whose time may be over
-        # needs the lock, to be let go.
-        task = self._tasks.get(task_id)
-        if task is not None and not self._too_old(task, self._clock()):
+        """Return a task as it is now; raises UnknownTask, GoneTask or DamagedTask."""
+        task = self._results.get(task_id)
+        if task is not None:
             return task
         with self._lock:
-            self._drop_old(self._clock())
             return self._find(task_id)
 
+    def _find(self, task_id: str) -> Task:
+        """Do as get(), but assume the lock."""
+        self._evict()
+        return self._results.find(task_id)
+
     def wait(
-        self, task_id: str, patience: float, done: Optional[threading.Event] = None
+        self, task_id: str, timeout: float, done: Optional[threading.Event] = None
     ) -> Task:
         """Return the task once it is finished, or after so many seconds as it is then.
 
-        Returns at once when the service drains, or when somebody else sets `done`,
+        Returns at once when the service drains, or when another thread sets `done`,
         which must be new. Raises as get() does.
         """
         task = self.get(task_id)
-        if task.finished or patience <= 0:
+        if task.finished or timeout <= 0:
             return task
         done = done or threading.Event()
         with self._lock:
@@ -3973,29 +3951,26 @@ class TaskStore:
             if task.finished or self.draining:
                 return task
             self._waiting.setdefault(task_id, set()).add(done)
-        done.wait(min(patience, threading.TIMEOUT_MAX))
+        done.wait(min(timeout, threading.TIMEOUT_MAX))
         task = self.get(task_id)
         if not task.finished:
             with self._lock:
                 self._waiting.get(task_id, set()).discard(done)
         return task
 
-    def watch(
+    def subscribe(
         self, task_id: str, after: Optional[int] = None
-    ) -> Tuple[Optional[Task], Subscription, bool]:
-        """Follow a task, or all with "": return the task as it is, and Feed.watch()."""
-        with self._lock:  # so that no move falls between the two
-            task = self._find(task_id) if task_id else None
-            return (task, *self.events.watch(task_id, after))
+    ) -> Tuple[Optional[Task], Subscription]:
+        """Return a task as it is now, None for "", and what Events.subscribe() returns.
 
-    @property
-    def draining(self) -> bool:
-        """Whether the service is about to end."""
-        # Two flags that are only ever set: right without the lock, if perhaps late.
-        return self._halted or self._when_done is not None
+        No move comes between the two.
+        """
+        with self._lock:
+            task = self._find(task_id) if task_id else None
+            return task, self.events.subscribe(task_id, after)
 
     def context(self, task_id: str) -> Optional[Context]:
-        """Return the context of a running task, None of any other."""
+        """Return the context of a task that runs, None for any other."""
         return self._running.get(task_id)  # without the lock, as in get()
 
     def page(
@@ -4008,74 +3983,60 @@ class TaskStore:
     ) -> Tuple[List[Task], Optional[int]]:
         """Return up to `limit` tasks in the order of submission, and where to go on.
 
-        `after` is the seq behind which to start; what comes back second is the
-        `after` of the next page, None when this was the last. Empty filters let
-        everything through. With `newest_first` it goes the other way.
+        The page begins behind the seq `after`. The second value is the `after` of the
+        next page, None when this was the last. Empty filters select all tasks. With
+        `newest_first`, the order is reversed.
         """
         with self._lock:
-            self._drop_old(self._clock())
-            tasks = list(self._tasks.values())
-        if newest_first:  # a task begins with its seq
-            tasks = tasks[: bisect_left(tasks, (after or math.inf,))][::-1]
-        else:
-            tasks = tasks[bisect_left(tasks, (after + 1,)) :]
-        found: List[Task] = []
-        for task in tasks:
-            if status in ("", task.status) and type in ("", task.type):
-                if len(found) == limit:
-                    return found, found[-1].seq
-                found.append(task)
-        return found, None
+            self._evict()
+            return self._results.page(limit, after, status, type, newest_first)
 
     def counts(self) -> Counts:
-        """How many tasks wait, run and have finished."""
+        """Return how many tasks there are."""
         with self._lock:
-            return self._count()
-
-    def _count(self) -> Counts:
-        pending, processing = self._counts[PENDING], self._counts[PROCESSING]
-        return Counts(pending, processing, len(self._tasks) - pending - processing)
+            return self._results.counts()
 
     def totals(self) -> Dict[str, int]:
-        """How many tasks have each of the statuses."""
+        """Return how many tasks there are in each status."""
         with self._lock:
-            return dict(self._counts)
+            return self._results.totals()
 
     def stuck(self) -> int:
-        """How many handlers run on though their tasks have ended."""
+        """Return how many handlers still run whose tasks have ended."""
         with self._lock:
-            return self._stuck()
+            return len(self._active) - len(self._running)
 
-    def _stuck(self) -> int:
-        return len(self._active) - len(self._running)
-
-    def measure(self) -> Snapshot:
-        """Return what is to be told of all of it."""
+    def snapshot(self) -> Snapshot:
+        """Return what has been counted, all at one moment."""
         with self._lock:
             times = {key: kept.copy() for key, kept in self._counters.times.items()}
-            ended = self._counters.ended.copy()
-            return Snapshot(self._count(), self._stuck(), ended, times, self._journal)
+            return Snapshot(
+                self._results.counts(),
+                len(self._active) - len(self._running),
+                dict(self._counters.ended),
+                times,
+                self._journal,
+            )
 
     def check_open(self) -> None:
-        """Raise what submit() would raise now: a TaskError or nothing."""
+        """Raise QueueFull, Draining or Unavailable if submit() would."""
         with self._lock:
-            self._check_open()
+            self._check_open(1)
 
-    def _check_open(self, more: int = 1) -> None:
+    def _check_open(self, more: int) -> None:
         if self.draining:
             raise Draining("the service is shutting down")
         self._check_journal()
-        waiting = self._counts[PENDING] + len(self._submitting)
+        waiting = self._results.counts().pending + self._new
+        size = self._results.pending_bytes + self._new_bytes
         if more > self.limits.queue:
             text = " holds %d tasks, more than may wait, %d"
             raise Invalid([((), text % (more, self.limits.queue))])
         if waiting + more > self.limits.queue:
-            text = "the queue is full: %s waiting"
-            raise QueueFull(text % counted(waiting, "task"))
-        if self._queued >= self.limits.queue_bytes:
-            text = "the queue is full: %s waiting"
-            raise QueueFull(text % counted(self._queued, "byte"))
-        stuck = self._stuck()
+            raise QueueFull("the queue is full: %s waiting" % counted(waiting, "task"))
+        if size >= self.limits.queue_bytes:
+            raise QueueFull("the queue is full: %s waiting" % counted(size, "byte"))
+        stuck = len(self._active) - len(self._running)
         if stuck >= self.limits.stuck:
             text = "too many handlers do not stop (%d); restart the service"
             raise Unavailable(text % stuck)
@@ -4085,138 +4046,123 @@ class TaskStore:
         if error:
             raise Unavailable("nothing can be written: " + error)
 
-    def _find(self, task_id: str) -> Task:
-        """Return the task or say truly why there is none. Assumes the lock."""
-        if task_id in self._tasks:
-            return self._tasks[task_id]
-        if task_id in self._forgotten:
-            raise GoneTask("task %s was deleted or has expired" % task_id)
-        if self._journal and task_id in self._journal.damaged:
-            text = "task %s is damaged in the file: its row fails its checksum"
-            raise DamagedTask(text % task_id)
-        raise UnknownTask("there is no task %s" % quote(task_id))
-
-    def responds(self, patience: float) -> bool:
-        """Whether the ledger's lock is to be had within so many seconds."""
-        if self._lock.acquire(timeout=patience):
+    def responds(self, timeout: float) -> bool:
+        """Return whether the store's lock can be taken within so many seconds."""
+        if self._lock.acquire(timeout=timeout):
             self._lock.release()
             return True
         return False
 
-    # -- forgetting --------------------------------------------------------
+    # -- the end
 
-    def expire(self) -> None:
-        """Let go of finished tasks past the limits; without it, the next call does."""
-        with self._lock:
-            self._drop_old(self._clock())
+    @property
+    def draining(self) -> bool:
+        """Whether the service is about to end."""
+        # Two flags that are only ever set: right without the lock, if perhaps late.
+        return self._stopped or self._on_drained is not None
 
-    def _too_old(self, task: Task, now: float) -> bool:
-        ttl = self.limits.result_ttl
-        if task.ended_at is None or now - task.ended_at <= ttl:
-            return False
-        # Perhaps the clock was set: no task is older than the process that took it in.
-        return task.seq <= self._first_seq or self._monotonic() - self._begun > ttl
+    def drain(self, on_drained: Callable[[], None], timeout: float = 0) -> List[str]:
+        """Accept no more tasks; call `on_drained` once the rest is done, perhaps twice.
 
-    def _drop_old(self, now: float) -> None:
-        """Drop finished tasks past the limits, oldest first. Assumes the lock."""
-        if len(self._ended) > 2 * (len(self._tasks) + 100):  # mostly deleted ids
-            self._ended = deque(i for i in self._ended if i in self._tasks)
-        while self._ended:
-            task = self._tasks.get(self._ended[0])
-            if task is not None and task.finished:
-                if not self._too_old(task, now) and not self._too_many():
-                    return
-                self._forget(task)
-                if self._journal:
-                    self._journal.append(True, Gone(task.seq, task.id))
-            self._ended.popleft()
-
-    def _too_many(self) -> bool:
-        counts, limits = self._counts, self.limits
-        finished = len(self._tasks) - counts[PENDING] - counts[PROCESSING]
-        if finished > limits.results:
-            return True
-        # The last one may be larger than all should be.
-        return finished > 1 and self._held > limits.result_bytes
-
-    def _forget(self, task: Task) -> None:
-        self._add(self._tasks.pop(task.id), -1)
-        self.events.forget(task.id)
-        self._remember(task.id)
-
-    def _remember(self, task_id: str) -> None:
-        """Keep the id of a task that is gone; there are limits to that, too."""
-        self._forgotten[task_id] = None
-        if len(self._forgotten) > self.limits.forgotten:
-            self._forgotten.popitem(last=False)
-
-    # -- the end -----------------------------------------------------------
-
-    def drain(self, when_done: Callable[[], None], patience: float = 0) -> List[str]:
-        """Take in no more; call `when_done`, perhaps twice, once all is done.
-
-        All is done when nothing runs, and nothing waits either that could be run within
-        so many seconds, unless it is kept in a journal. Returns the ids of what runs
-        now. Who waits for a task is answered. `when_done` must not wait.
+        That is when no task runs, and without a journal none waits that could start
+        within so many seconds. Returns the ids of the tasks that run now. Clients that
+        wait for a task are answered. `on_drained` must not wait.
         """
         with self._lock:
-            self._when_done = when_done
-            self._drained_by = self._monotonic() + patience
-            late = self._timers.later_than(self._drained_by)
-            self._beyond.update(key for key in late if key in self._tasks)
+            self._on_drained = on_drained
+            self._drained_by = self._monotonic() + timeout
             if not self._may_start():
-                self._ready.put(_LAST)
-            self._wake_all()
-            self._tell_if_done()
+                self._queue.close()
+            self._wake_waiting()
+            self._check_drained()
             return list(self._running)
 
-    def _wake_all(self) -> None:
+    def stop(self) -> None:
+        """Start no more tasks, and ask all handlers to stop."""
+        with self._lock:
+            self._stopped = True
+            for context in self._running.values():
+                context.cancel(SHUTDOWN)
+            self._wake_waiting()
+            self._queue.close()
+            self._timers.changed.set()
+            self._check_drained()
+
+    def abandon(self) -> List[Task]:
+        """Put back the tasks that still run; return all that are not finished."""
+        with self._lock:
+            for context in list(self._running.values()):
+                self._end(context, Outcome(CANCELLED))
+            tasks, _ = self._results.page(sys.maxsize, 0, "", "", False)
+            latest = [self._unwritten.get(task.id, (task,))[0] for task in tasks]
+            return [task for task in latest if not task.finished]
+
+    def _wake_waiting(self) -> None:
         for done in set().union(*self._waiting.values()):
             done.set()
         self._waiting.clear()
 
-    def halt(self) -> None:
-        """Start no more, and tell what runs to stop."""
-        with self._lock:
-            self._halted = True
-            for context in self._running.values():
-                context.cancel(SHUTDOWN)
-            self._wake_all()
-            self._ready.put(_LAST)
-            self._timers.changed.set()
-            self._tell_if_done()
-
-    def give_up(self) -> List[Task]:
-        """Put back what still runs; return all that is not finished."""
-        with self._lock:
-            for context in list(self._running.values()):
-                self._end(context, Outcome(CANCELLED))
-            latest = map(self._current, self._tasks)
-            return [task for task in latest if not task.finished]
-
     def _may_start(self) -> bool:
-        keeps = (
-            self._journal is not None
-        )  # then what waits can do so until the next start
-        return not self._halted and not (keeps and self._when_done)
+        # With a journal, what waits can do so until the next start.
+        return not self._stopped and not (self._journal and self._on_drained)
 
-    def _tell_if_done(self) -> None:
-        """Say that the drain is over, if it is. Assumes the lock."""
-        if not self._when_done:
+    def _check_drained(self) -> None:
+        """Report that the drain is over, if it is. Assumes the lock."""
+        if not self._on_drained:
             return
-        busy: Any = self._running or self._deciding or self._submitting
+        busy: Any = self._running or self._unwritten
         if busy and self._journal and self._journal.error:
-            # The disk is not waited for, nor is a run that waits for it to begin.
-            busy = any(self._tasks[i].status == PROCESSING for i in self._running)
+            # A drain does not wait for the disk, nor for a run that waits for it.
+            tasks = map(self._results.find, self._running)
+            busy = any(task.status == PROCESSING for task in tasks)
         if busy:
             return
-        waiting = self._counts[PENDING] - len(self._beyond)
-        if not (self._may_start() and waiting):
-            self._when_done()
+        if not (self._may_start() and self._queue.waits_until(self._drained_by)):
+            self._on_drained()
+
+
+def after_run(
+    task: Task, reason: str, outcome: Outcome, rules: Rules, now: float
+) -> Task:
+    """Return a task after a run that ended so, and was asked to stop for that reason.
+
+    A handler that completes has won. One that was asked to stop and did not complete
+    has stopped, whatever it returned or raised.
+    """
+    if outcome.status == COMPLETED:
+        return ended(task, COMPLETED, now, result=outcome.result, error=None)
+    if task.cancel_requested:
+        return ended(task, CANCELLED, now, error=CANCELLED_RUNNING)
+    if reason == SHUTDOWN:
+        return task.put_back()
+    if reason == TIMED_OUT:
+        error = "timed out after %.12g s" % timeout_of(task, rules)
+        return ended(task, FAILED, now, error=error)
+    if outcome.status != PENDING:  # else the handler itself asks for another run
+        retries = task.options.retries
+        retries = rules.retries if retries is None else retries
+        task = task._replace(failures=task.failures + 1)
+        if task.failures > retries or outcome.final:
+            return ended(task, FAILED, now, error=outcome.error)
+    wait = outcome.after
+    if wait is None:
+        wait = backoff(rules.backoff, task.failures or task.attempt)
+    return task.put_back(error=outcome.error, due_at=now + wait)
+
+
+def ended(task: Task, status: str, now: float, **changes: Any) -> Task:
+    """Return a task at its end, not before its start though a clock was set."""
+    ended_at = max(now, task.started_at or task.created_at)
+    return task.moved_to(status, ended_at=ended_at, due_at=None, **changes)
+
+
+def timeout_of(task: Task, rules: Rules) -> float:
+    """Return the seconds that a run may take, 0 for any time."""
+    return task.options.timeout or rules.timeout
 
 
 def same_request(task: Task, wanted: Submission) -> bool:
-    """Whether a task was submitted like this, in whatever order its params are."""
+    """Return whether a task was submitted like this, in any order of its params."""
 
     def canonical(params: Any) -> str:
         return json.dumps(params, sort_keys=True)
@@ -4227,10 +4173,10 @@ def same_request(task: Task, wanted: Submission) -> bool:
 
 
 def backoff(first: float, failures: int) -> float:
-    """Return the seconds until a retry: doubled each time, an hour at most.
+    """Return the seconds until a retry: doubled each time, up to an hour.
 
-    Somewhat less by chance, up to a half, so that what failed together does not come
-    back together.
+    Up to half of it is taken off at random, so that tasks that failed together do not
+    come back together.
     """
     longest: float = min(3600.0, first * 2.0 ** min(failures - 1, 30))
     return longest * random.uniform(0.5, 1)  # noqa: S311 (no secret)
@@ -4258,27 +4204,22 @@ def run_one(task: Task, context: Context, handlers: Mapping[str, Handler]) -> Ou
     except Cancelled:
         if context.cancelled:
             return Outcome(CANCELLED)
-        return Outcome(
-            FAILED, error="Cancelled: raised, though nobody had asked for it"
-        )
+        error = "Cancelled: raised, though nobody had asked for it"
+        return Outcome(FAILED, error=error)
     except Retry as error:
         return Outcome(PENDING, error=describe(error), after=_seconds(error.after))
     except DamagedTask as error:
         return Outcome(FAILED, error=str(error))
     except BaseException as error:  # SystemExit too: it must not end the worker
         if not isinstance(error, Failure):
-            _log_raised(context)
+            with contextlib.suppress(BaseException):  # traceback fails on odd errors
+                log_run(logging.WARNING, context, "raised", exc_info=True)
         final = isinstance(error, BadResult)
         return Outcome(FAILED, error=describe(error), final=final)
 
 
-def _log_raised(context: Context) -> None:
-    with contextlib.suppress(BaseException):  # traceback can fail, too, on odd errors
-        log_run(logging.WARNING, context, "raised", exc_info=True)
-
-
 class WorkerPool:
-    """Up to `count` threads that run the ledger's tasks, and one that keeps time."""
+    """Up to `count` threads that run tasks, and one that keeps time."""
 
     def __init__(
         self, store: TaskStore, handlers: Mapping[str, Handler], count: int
@@ -4286,14 +4227,15 @@ class WorkerPool:
         self._store = store
         self._handlers = handlers
         self._count = count
-        # The lock guards what follows. While a thread more may be started, one is
-        # always idle: it waits for the next task. Who takes one sees to that, before it
-        # waits for the disk to have it. A thread whose handler does not stop counts no
-        # longer, so that another one can take its place; it ends when its handler does.
+        # The lock guards what follows. A thread that has it may take the store's.
+        # While the pool may grow, one worker is always idle: it waits for a task. A
+        # worker that takes one sees to that, before it waits for the disk. A worker
+        # whose handler does not stop is not counted any more, so that another one can
+        # take its place; it ends when its handler returns.
         self._lock = threading.Lock()
         self._threads = 0
         self._idle = 0
-        self._busy: Set[Context] = set()  # what the other threads have taken
+        self._busy: Set[Context] = set()  # what the other threads run
         store.on_stuck = self._replace
 
     def start(self) -> None:
@@ -4306,8 +4248,9 @@ class WorkerPool:
         self.timer = threading.Thread(target=self._keep_time, name="timer", daemon=True)
         self.timer.start()
 
+    # -- threads; these assume the lock, but for _replace()
+
     def _start_thread(self) -> None:
-        """Start one worker. Assumes the lock."""
         name = "worker-%d" % (self._threads + 1)
         thread = threading.Thread(target=self._work, name=name, daemon=True)
         try:
@@ -4318,42 +4261,37 @@ class WorkerPool:
             self._threads += 1
             self._idle += 1
 
-    def _start_if_needed(self) -> bool:
-        """See that one is idle, if there may be another. Assumes the lock.
-
-        Returns False when the system has no thread for it.
-        """
+    def _grow(self) -> bool:
+        """Have a worker idle, if the pool may grow; return False to be called again."""
         if not self._idle and self._threads < self._count:
             self._start_thread()
         return self._idle > 0 or self._threads >= self._count
 
+    def _refill(self) -> bool:
+        """Do as _grow(), unless too many handlers are stuck."""
+        return self._store.stuck() > self._store.limits.stuck or self._grow()
+
     def _replace(self, context: Context) -> None:
-        """Count a worker no longer whose handler does not stop."""
+        """Stop counting a worker whose handler does not stop. Takes the lock."""
         with self._lock:
-            if context in self._busy:  # else it has just come back
+            if context in self._busy:  # else it has just returned
                 self._busy.remove(context)
                 self._threads -= 1
                 self._refill()
 
-    def _refill(self) -> bool:
-        """See that one is idle, unless too many are stuck. Assumes the lock.
-
-        Returns False when that is to be tried again.
-        """
-        stuck = self._store.stuck()
-        return stuck > self._store.limits.stuck or self._start_if_needed()
+    # -- what the threads do
 
     def _keep_time(self) -> None:
-        patience: Optional[float] = 0
-        while self._store.await_tick(patience):
+        wait = 0.0
+        while self._store.await_tick(wait):
             try:
-                patience = self._store.tick()
+                wait = self._store.tick()
             except Exception:
                 log.exception("a timer failed; the others go on")
-                patience = 1.0
+                wait = 1.0
             with self._lock:
                 if not self._refill():
-                    patience = 1.0  # the system may have a thread again then
+                    wait = min(1.0, wait)  # the system may have a thread again then
 
     def _work(self) -> None:
         while True:
@@ -4365,7 +4303,7 @@ class WorkerPool:
                     return
                 task, context = claimed
                 self._busy.add(context)
-                self._start_if_needed()
+                self._grow()
             if self._store.begin(task, context):
                 self._run(task, context)
             with self._lock:
@@ -4381,22 +4319,23 @@ class WorkerPool:
         """Run a task and record how that ended, whatever it was."""
         log_run(logging.DEBUG, context, "attempt %d started", task.attempt)
         outcome = run_one(task, context, self._handlers)
+        seconds = time.monotonic() - context.began
+        log_end = functools.partial(self._log_end, context, seconds)
         try:
-            took = time.monotonic() - context.began
-            tell = functools.partial(self._log_end, context, took)
-            self._store.finish(context, outcome, tell)
+            self._store.finish(context, outcome, log_end)
         except IllegalMove:
-            log_run(logging.WARNING, context, "its handler came back late")
+            log_run(logging.WARNING, context, "its handler returned after its end")
 
-    def _log_end(self, context: Context, took: float, ended: Task) -> None:
+    @staticmethod
+    def _log_end(context: Context, seconds: float, task: Task) -> None:
         """Log what became of a task by a run."""
-        word = ended.status
-        if word == PENDING:
-            word = "failed, to be run again," if ended.due_at else "put back"
-        more: Dict[str, Any] = {"duration": round(took, 3)}
-        if word.startswith(FAILED) and ended.error:
-            more["error"] = first_line(ended.error)
-        log_run(logging.INFO, context, word, **more)
+        state = task.status
+        if state == PENDING:
+            state = "failed, to be run again," if task.due_at else "put back"
+        more: Dict[str, Any] = {"duration": round(seconds, 3)}
+        if state.startswith(FAILED) and task.error:
+            more["error"] = first_line(task.error)
+        log_run(logging.INFO, context, state, **more)
 
 
 def first_line(error: str) -> str:
@@ -4886,48 +4825,50 @@ def event_stream(app: App, request: Request, after: Optional[int]) -> Iterator[b
     """
     events = app.store.events
     encode = functools.partial(encode_event, events.life)
-    task, watch, gap = app.store.watch(request.task_id, after)
-    request.client_left = watch.told  # the stream then sends a comment, which fails
+    task, subscription = app.store.subscribe(request.task_id, after)
+    request.client_left = subscription.ready  # the stream then sends a comment
     try:
         yield b""
         yield b"retry: 1000\n\n"
-        if gap:
+        over, resumes = False, after is not None and not subscription.gap
+        if subscription.gap:
             yield b'event: gap\ndata: {"detail": "some events are no longer kept"}\n\n'
-        yield from map(encode, watch.missed)
-        over = task is not None and any(map(ends_stream, watch.missed))
-        # The task as it was at the subscription: after missed events, before new ones.
-        if task and not over and (task.finished or after is None or gap):
+        elif task and task.finished:
+            missed = events.take(subscription, 0)
+            yield from map(encode, missed)
+            over = any(map(ends_stream, missed))
+        if task and not over and (task.finished or not resumes):
             text = status_json(task, app.store.context(task.id))
             yield b"event: status\ndata: %b\n\n" % text.encode()
             over = task.finished
         while not over:
             # Read before take(), so that what was published before the end is sent:
             #   this thread                 the thread that ends the service
-            #   reads over: False           publishes an event, sets over
+            #   reads over: False           publishes an event, sets closed
             #   takes the event, sends it
             #   reads over: True, ends
-            over = watch.over
-            news = watch.take(0 if over else KEEP_ALIVE)
-            yield from map(encode, news) if news else [b":\n\n"]
-            over = over or (task is not None and any(map(ends_stream, news)))
+            over = subscription.closed
+            found = events.take(subscription, 0 if over else KEEP_ALIVE)
+            yield from map(encode, found) if found else [b":\n\n"]
+            over = over or (task is not None and any(map(ends_stream, found)))
     finally:
         request.client_left = None
-        events.leave(request.task_id, watch)
+        events.unsubscribe(subscription)
 
 
 def ends_stream(event: Event) -> bool:
     """Whether this is the last event of a task."""
-    return event.kind == "gone" or (event.kind == "status" and event.what.finished)
+    return event.kind == "gone" or (event.kind == "status" and event.payload.finished)
 
 
 def encode_event(life: str, event: Event) -> bytes:
     """Return an event as it is sent."""
     if event.kind == "status":
-        data = status_json(event.what).encode()
+        data = status_json(event.payload).encode()
     elif event.kind == "log":
-        data = to_json({"id": event.task_id, "line": event.what})
+        data = to_json({"id": event.task_id, "line": event.payload})
     else:
-        data = to_json(dict(event.what or {}, id=event.task_id))
+        data = to_json(dict(event.payload or {}, id=event.task_id))
     head = "id: %s-%d\nevent: %s\ndata: " % (life, event.number, event.kind)
     return head.encode() + data + b"\n\n"
 
@@ -5035,7 +4976,7 @@ def show_metrics(app: App, request: Request) -> Reply:
 # fmt: off
 def service_metrics(app: App) -> List[Row]:
     """Return the metrics of tasks, the journal and HTTP."""
-    counts, stuck, ended, times, journal = app.store.measure()
+    counts, stuck, ended, times, journal = app.store.snapshot()
     requests, connections, limit = app.traffic()
     none = {(type, status): 0 for type in app.handlers for status in FINISHED}
     waiting = {key[1:]: times[key] for key in times if key[0] == "waiting"}
@@ -7237,11 +7178,11 @@ class Service:
         if event != DRAINED:
             reason = "second signal" if event else "time is up"
             log.warning("%s: handlers are told to stop", reason)
-        self.store.halt()  # after a drain, too: no task that is given up may start
+        self.store.stop()  # after a drain, too: no task that is given up may start
         if event is None:
             event = self._next_event(self.settings["GRACE"])
-        left = self.store.give_up()
-        self.store.events.wake(over=True)
+        left = self.store.abandon()
+        self.store.events.wake(close=True)
         if event in (None, DRAINED):  # else a second signal: clients are not awaited
             self.server.shutdown()
             while self.acceptor.is_alive() and event in (None, DRAINED):

@@ -3666,6 +3666,8 @@ def test_a_worker_that_could_not_be_replaced_is_replaced_later(gate, monkeypatch
 
 # -- programs --------------------------------------------------------------
 
+has_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc")
+
 
 def program(line):
     return longtasks.Program(line)
@@ -3675,18 +3677,16 @@ ANY_SCRIPT = "t=sh -c 'eval \"$1\"' sh {script}"
 
 
 class Listener(Context):
-    """A context that keeps what it is told."""
+    """A context that keeps the lines of a program."""
 
-    def __init__(self):
+    def __init__(self, follows=False):
         super().__init__("id", 1, self.hear)
-        self.told = []
+        self.follows = follows
         self.lines = []
         self.dropped = 0
         self.grace = 0.2
-        self.follows = False
 
     def hear(self, context, kind, payload):
-        self.told.append((kind, payload))
         if kind == "lines":
             assert len(payload[0]) <= 1000  # the store's lock is held meanwhile
             self.lines += payload[0]
@@ -3728,77 +3728,59 @@ def test_a_line_that_is_no_program_is_one_line_and_code_2(line, why, capsys):
 @pytest.mark.parametrize(
     "line",
     [
-        "sh -c 'ls {dir}'",
         "sh -c {dir}",
-        "sh -c 'ls {dir=/}'",
-        "/bin/bash -lc 'ls {dir}'",
-        "bash -euo pipefail -c 'ls {dir}'",
+        "/bin/bash -euo pipefail -lc 'ls {dir=/}'",
         "bash -c -x +O extglob -- 'ls {dir}'",
-        "env A=1 sh -ec 'ls {dir}'",
-        "timeout 5 nice -n 9 sh -c 'ls {dir}'",
-        "env sudo -u app busybox sh -c 'ls {dir}'",
+        "timeout 5 sudo -u app busybox sh -c 'ls {dir}'",
         "find . -exec sh -c 'ls {dir}' sh {{}} +",
         "env -u A -S 'sh -c \"ls {dir}\"'",
         "env awk -F , -v n=1 '$1 == {n}' a.csv",
         "env psql -d app -c 'SELECT {n}'",
         "env mysql app --execute='SELECT {n}'",
-        "env python3.12 -Ic 'print({dir})'",
-        "env python3 -X dev -W error -c 'print({dir})'",
+        "env python3.12 -X dev -W error -Ic 'print({dir})'",
         "env python3 -c'print({dir})'",
-        "env perl -I lib -MFile::Find -lane 'print {dir}'",
-        "env perl -e 'print 1;' -e 'print {dir}'",
+        "env perl -I lib -MFile::Find -e 'print 1;' -lane 'print {dir}'",
         "env ruby -rjson -e 'puts {dir}'",
-        "env node -e 'f({dir})'",
-        "env node -r ./a.js --print 'f({dir})'",
-        "env node --input-type module -e 'f({dir})'",
+        "env node -r ./a.js --input-type module --print 'f({dir})'",
         "env nodejs --eval='f({dir})'",
     ],
 )
 def test_a_placeholder_in_code_is_refused_with_the_right_form(line):
-    with pytest.raises(HandlerError, match="run as part of the code") as caught:
-        program("t=" + line)
-    assert "sh -c 'ls \"$1\" | wc -l' sh {dir}" in str(caught.value)
+    right = re.escape("sh -c 'ls \"$1\" | wc -l' sh {dir}")
+    with pytest.raises(HandlerError, match="run as part of the code .*" + right):
+        program("t=timeout 5 " + line)
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "sh -c 'ls \"$1\" | wc -l' sh {dir}",
         "sh -c 'echo {{}}' sh {dir} -c {dir}",
-        "sh -e backup.sh -c {dir}",
-        "bash -o pipefail backup.sh -c {dir}",
-        "env python3 -u train.py -c {dir}",
+        "bash -e -o pipefail backup.sh -c {dir}",
+        "env python3 -u -Wignore train.py -c {dir}",
         "env python3 -m train -c {dir}",
-        "env python3 -Wignore train.py -c {dir}",
         "env perl -i.bak -pe 's/a/b/' {dir}",
         "env node --max-old-space-size={mb} app.js -e {dir}",
         "env ssh -c {cipher} host tar -c {dir}",
-        "env {dir} -c {dir}",
         "env awk -v n={n} 'NR == n' {dir}",
         "env awk -f a.awk {dir}",
         "env psql -v n={n} -f a.sql",
-        "tar -c {dir}",
     ],
 )
 def test_a_placeholder_beside_code_is_a_word_like_any_other(line):
     assert "required" in program("t=" + line).schema
 
 
+SIGNS = ["|", "||", "&&", "&", "<", ">>", "2>&1", ">{a}", "<a.txt", "2>/dev/null"]
+
+
 @pytest.mark.parametrize(
-    "word", ["|", "||", "&&", "&", "<", ">>", "2>&1", ">{a}", "<a.txt", "2>/dev/null"]
+    "word", [*SIGNS, "a|b", "<b>", "a>b", ";", "1>2 3", "-", "{a}&b"]
 )
 def test_a_sign_for_a_shell_is_warned_of_once(word, registry):
     with records() as kept:
         longtasks.register_command("t=echo {a} '%s' b '%s'" % (word, word))
-    (record,) = kept
-    assert 'no shell sees its "%s"' % word in record.getMessage()
-
-
-@pytest.mark.parametrize("word", ["a|b", "<b>", "a>b", ";", "1>2 3", "-", "{a}&b"])
-def test_a_word_that_is_no_sign_for_a_shell_is_not_warned_of(word, registry):
-    with records() as kept:
-        longtasks.register_command("t=echo '%s'" % word)
-    assert not kept
+    found = ['no shell sees its "%s"' % word in each.getMessage() for each in kept]
+    assert found == [True] * (word in SIGNS)
 
 
 def test_the_recipe_for_a_pipe_works(registry, tmp_path):
@@ -3890,58 +3872,42 @@ def test_a_value_stays_within_its_word_and_no_shell_sees_it():
     made = program("t=echo -- {a} 'x {b=1} y' {a}{b=1} {{}}")
     words = ["--", "$(id) ; ls | *", "x 1 y", "$(id) ; ls | *1", "{}"]
     assert made.arguments({"a": "$(id) ; ls | *"})[1:] == words
-    outcome, _ = run_program("t=printf '%s|' {a} {b}", {"a": "{b}", "b": "$HOME `id`"})
-    assert json.loads(outcome.result) == {"exit_code": 0, "output": "{b}|$HOME `id`|\n"}
-
-
-def test_a_brace_is_written_twice():
-    outcome, _ = run_program("t=awk 'BEGIN {{ print \"{{}}\" }}'")
-    assert json.loads(outcome.result)["output"] == "{}\n"
+    outcome, _ = run_program("t=printf '%s|' {a} {{}}", {"a": "{b} $HOME `id`"})
+    expected = {"exit_code": 0, "output": "{b} $HOME `id`|{}|\n"}
+    assert json.loads(outcome.result) == expected
 
 
 @pytest.mark.parametrize(
-    "line, params, good",
+    "line, value, reason",
     [
-        ("t=echo {a}", {"a": "-rf"}, False),
-        ("t=echo {a}.txt", {"a": "-rf"}, False),
-        ("t=echo {a=}{b}", {"b": "-rf"}, False),
-        ("t=echo x{a} {a}", {"a": "-rf"}, False),
-        ("t=echo x{a}", {"a": "-rf"}, True),
-        ("t=echo {{{a}}}", {"a": "-rf"}, True),
-        ("t=echo --to={a}", {"a": "-1"}, True),
-        ("t=echo {a}", {"a": "a\0b"}, False),
-        ("t=echo {a}", {"a": "a\nb -c"}, True),
-        ("t=echo {a}", {"a": "\ud800"}, False),
-        ("t=echo {a}", {"a": "x" * 4096}, True),
-        ("t=echo {a}", {"a": "x" * 4097}, False),
-        ("t=echo {a}", {"a": 1}, False),
-        ("t=echo {a}", {"a": ""}, True),
-        ("t=echo {a}", {"b": "x"}, False),
-        ("t=echo -n -- x {a}", {"a": "-rf"}, True),
-        ("t=echo {a} -- {a}", {"a": "-rf"}, False),
-        ("t=echo --- {a}", {"a": "-rf"}, False),
+        ("t=echo {a}", "-rf", "does not begin with -"),
+        ("t=echo {a}.txt", "-rf", "does not begin with -"),
+        ("t=echo {b=}{a}", "-rf", "does not begin with -"),
+        ("t=echo x{a} {a}", "-rf", "does not begin with -"),
+        ("t=echo {a} -- {a}", "-rf", "does not begin with -"),
+        ("t=echo --- {a}", "-rf", "does not begin with -"),
+        ("t=echo -n -- x {a}", "-rf", None),
+        ("t=echo x{a}", "-rf", None),
+        ("t=echo {{{a}}}", "-rf", None),
+        ("t=echo --to={a}", "-1", None),
+        ("t=echo {a}", "a\nb -c", None),
+        ("t=echo {a}", "", None),
+        ("t=echo {a}", "x" * 4096, None),
+        ("t=echo {a}", "x" * 4097, "of at most 4096 characters"),
+        ("t=echo {a}", "a\0b", "without NUL"),
+        ("t=echo {a}", "\ud800", r'not "\ud800"'),
+        ("t=echo {a}", 5, "not 5"),
+        ("t=echo {a}", None, "not null"),
     ],
 )
-def test_a_value_that_could_be_an_option_is_refused(line, params, good):
-    assert longtasks.Validator(program(line).schema).is_valid(params) == good
-
-
-@pytest.mark.parametrize(
-    "value, reason",
-    [
-        (5, "not 5"),
-        (None, "not null"),
-        ("-" * 5000, "of at most 4096 characters"),
-        ("-\0", "without NUL"),
-        ("\ud800", r'not "\ud800"'),
-        ("-rf", "does not begin with -"),
-    ],
-)
-def test_a_wrong_value_is_refused_with_the_reason_that_applies(value, reason):
-    with pytest.raises(longtasks.Invalid) as raised:
-        longtasks.Validator(program("t=echo {a}").schema).validate({"a": value})
+def test_a_value_that_a_program_could_misread_is_refused(line, value, reason):
+    validator = longtasks.Validator(program(line).schema)
+    if reason is None:
+        validator.validate({"a": value})
+        return
+    with pytest.raises(longtasks.Invalid, match=re.escape(reason)) as raised:
+        validator.validate({"a": value})
     assert raised.value.problems[0][0] == ("a",)
-    assert reason in str(raised.value)
 
 
 def test_its_output_is_the_log_and_its_tail_the_result():
@@ -4021,8 +3987,7 @@ def test_of_a_flood_the_end_is_kept_and_the_rest_counted():
 
 @pytest.mark.parametrize("by", ["a follower", "debug"])
 def test_each_line_of_a_flood_comes_to_those_who_want_it(by, monkeypatch):
-    context = Listener()
-    context.follows = by == "a follower"
+    context = Listener(follows=by == "a follower")
     if by == "debug":
         monkeypatch.setattr(longtasks, "log_run", lambda *arguments: None)
     with records("DEBUG" if by == "debug" else "INFO"):
@@ -4034,8 +3999,7 @@ def test_each_line_of_a_flood_comes_to_those_who_want_it(by, monkeypatch):
 @pytest.mark.parametrize("follows", [False, True])
 @pytest.mark.parametrize("piece", [b"\r1% of it", b"1% of it\r", b"."])
 def test_the_work_for_a_piece_does_not_grow_with_those_before_it(piece, follows):
-    context = Listener()
-    context.follows = follows
+    context = Listener(follows)
     output = longtasks.ProgramOutput(context)
     begin = time.process_time()
     for each in [b"begun\n"] + [piece] * 20_000:
@@ -4114,7 +4078,7 @@ def children_of(parent):
     return found
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@has_proc
 @pytest.mark.parametrize("line", [STUBBORN, OBEDIENT, GROUPED % 1000])
 def test_a_program_and_its_children_end_when_the_task_is_to_stop(line):
     context = Listener()
@@ -4128,7 +4092,7 @@ def test_a_program_and_its_children_end_when_the_task_is_to_stop(line):
     until(lambda: not any(map(alive, pids)))
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@has_proc
 @pytest.mark.parametrize(
     "line", ["t=sh -c 'sleep 1000 & echo $!'", GROUPED % "1000 * (pid == 0)"]
 )
@@ -4138,7 +4102,7 @@ def test_a_program_leaves_no_child_behind(line):
     until(lambda: not alive(pid))
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@has_proc
 @pytest.mark.parametrize(
     "line, number, reaper_dies",
     [
@@ -4168,7 +4132,7 @@ def no_thread(thread):
     raise RuntimeError("can't start new thread")
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@has_proc
 def test_a_program_is_stopped_and_killed_when_there_is_no_thread_left(monkeypatch):
     context = Listener()
     done = background(lambda: run_program(STUBBORN, context=context))
@@ -9441,6 +9405,7 @@ def orphan(how: str, ctx: Context):
 
 @handler("family", isolated=True)
 def family(ctx: Context, seconds: int = 1000):
+    ctx.log("pid %d" % os.getpid())
     for method in multiprocessing.get_all_start_methods():
         start = multiprocessing.get_context(method).Process
         child = start(target=time.sleep, args=(seconds,))
@@ -9518,29 +9483,24 @@ def test_an_isolated_handler_may_say_badly_when_to_run_it_again(after, text, iso
     "type, params, error",
     [
         ("bad", {}, "ValueError: no"),
-        ("leave", {}, "its process ended before it was done: exit code 7"),
-        (
-            "crash",
-            {"number": 11},
-            "its process ended before it was done: killed by SIGSEGV",
-        ),
-        (
-            "crash",
-            {"number": 9},
-            "its process ended before it was done: killed by SIGKILL",
-        ),
+        ("leave", {}, "exit code 7"),
+        ("crash", {"number": signal.SIGSEGV}, "killed by SIGSEGV"),
+        ("crash", {"number": signal.SIGKILL}, "killed by SIGKILL"),
+        ("flood", {}, "killed by SIGKILL"),  # sends more than is read
     ],
 )
 def test_a_crash_of_an_isolated_handler_fails_its_task_and_nothing_else(
     type, params, error, isolated
 ):
-    assert outcome(isolated, type, params)["error"] == error
+    crash = "its process ended before it was done: "
+    expected = error if type == "bad" else crash + error
+    assert outcome(isolated, type, params)["error"] == expected
     if type == "bad":
         assert "ValueError: no" in isolated.logged("  ValueError: no")
     assert outcome(isolated, "told", {"n": 1})["status"] == "completed"
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@has_proc
 @pytest.mark.parametrize("how", ["fork", "start", "start with all files"])
 def test_a_crash_is_seen_and_ends_what_the_isolated_handler_left(how, isolated):
     done = outcome(isolated, "orphan", {"how": how})
@@ -9565,11 +9525,6 @@ def test_a_result_that_is_too_large_does_not_leave_the_isolated_process(isolated
     assert outcome(isolated, "large", {"n": 8 << 20})["error"] == error
 
 
-def test_of_what_an_isolated_process_sends_no_more_is_read_than_may_be(isolated):
-    error = outcome(isolated, "flood")["error"]
-    assert error == "its process ended before it was done: killed by SIGKILL"
-
-
 @pytest.mark.parametrize("fraction", [0.5, None])
 def test_an_isolated_handler_hears_that_it_is_to_stop(fraction, isolated):
     task_id = submitted(isolated.port, "told", {"n": -1, "fraction": fraction})
@@ -9581,7 +9536,7 @@ def test_an_isolated_handler_hears_that_it_is_to_stop(fraction, isolated):
     assert b"heard" in call(isolated, "GET", path + "/log").body
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@has_proc
 def test_an_isolated_handler_that_does_not_listen_is_killed(isolated):
     for timeout in (0.5, 3, 10):  # a busy host may take so long to start a process
         done = outcome(isolated, "burn", timeout=timeout)
@@ -9603,19 +9558,10 @@ def test_an_isolated_handler_is_stopped_even_while_its_process_starts(isolated):
     assert not [line for line in isolated.lines if "stuck" in line]
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
-def test_isolated_handlers_end_with_the_service_that_is_killed(tmp_path):
-    with process("--handlers", write(tmp_path, ISOLATED)) as running:
-        pid = pid_of(running, submitted(running.port, "burn"))
-        assert alive(pid)
-        running.process.kill()
-        until(lambda: not alive(pid))
-
-
 def family_of(running, task_id):
-    """The processes that a handler has started, by every method there is."""
+    """A handler's process, and those that it has started by every method there is."""
     path = "/api/v1/tasks/%s/log" % task_id
-    count = len(multiprocessing.get_all_start_methods())
+    count = 1 + len(multiprocessing.get_all_start_methods())
     until(lambda: len(call(running.port, "GET", path).body.split()) == 2 * count)
     return [int(pid) for pid in call(running.port, "GET", path).body.split()[1::2]]
 
@@ -9624,7 +9570,7 @@ def test_an_isolated_handler_may_use_processes_of_its_own(isolated):
     assert outcome(isolated, "family", {"seconds": 0})["result"] == [1, 2]
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@has_proc
 def test_what_an_isolated_handler_has_started_ends_with_its_task(isolated):
     task_id = submitted(isolated.port, "family")
     pids = family_of(isolated, task_id)
@@ -9634,27 +9580,20 @@ def test_what_an_isolated_handler_has_started_ends_with_its_task(isolated):
     until(lambda: not any(map(alive, pids)))
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_what_an_isolated_handler_has_started_ends_with_the_service(number, tmp_path):
+@has_proc
+@pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM", "a second signal"])
+def test_what_an_isolated_handler_has_started_ends_with_the_service(by, tmp_path):
     flags = ["--handlers", write(tmp_path, ISOLATED), "--drain-timeout", "0"]
+    flags += ["--grace", "1000"] if by == "a second signal" else []
     with process(*flags) as running:
-        pids = family_of(running, submitted(running.port, "family"))
+        task_id = submitted(running.port, "family")
+        pids = family_of(running, task_id)
         assert all(map(alive, pids))
-        running.signal(number)
-        assert running.wait() == (1 if number == signal.SIGTERM else -9)
-        until(lambda: not any(map(alive, pids)))
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
-def test_after_a_second_signal_nobody_waits_for_isolated_handlers(tmp_path):
-    flags = ["--drain-timeout", "0", "--grace", "1000"]
-    with process("--handlers", write(tmp_path, ISOLATED), *flags) as running:
-        pids = family_of(running, submitted(running.port, "family"))
-        running.signal()
-        running.logged("told to stop")
-        running.signal()
-        assert running.wait() == 1
+        running.signal(signal.SIGKILL if by == "SIGKILL" else signal.SIGTERM)
+        if by == "a second signal":
+            running.logged("told to stop")
+            running.signal()
+        assert running.wait() == (-9 if by == "SIGKILL" else 1)
         until(lambda: not any(map(alive, pids)))
 
 
@@ -9781,7 +9720,7 @@ def test_a_pool_of_processes_ends_with_its_handler(forking):
     assert [result_of(forking, id)["result"] for id in ids] == [[1, 2, 3]] * 60
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@has_proc
 def test_a_forked_child_that_survives_the_service_is_in_nobodys_way(tmp_path):
     flags = ["--handlers", write(tmp_path, FORKING), "--db", str(tmp_path / "tasks.db")]
     flags += ["--command", "program=sh -c 'echo pid $$; sleep 1000'"]

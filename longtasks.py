@@ -1388,6 +1388,7 @@ class Context:
         # so a handler has to bear being run twice.
         self.attempt = attempt
         self.grace = 1.5  # seconds from the request to stop until a process is killed
+        self.kill_at = math.inf  # on the monotonic clock, once it is to stop
         self.max_result = sys.maxsize  # bytes
         self.began = 0.0  # on the monotonic clock
         self.reason = ""  # why the run is to stop
@@ -1463,9 +1464,11 @@ class Context:
         The handler wakes from sleep(), and is raised Cancelled.
         """
         with self._lock:
-            self.reason = self.reason or reason
-            self._stop.set()
-            self.on_stop(self._on_stop)
+            if not self._stop.is_set():
+                self.reason = reason
+                self.kill_at = time.monotonic() + self.grace
+                self._stop.set()
+                self.on_stop(self._on_stop)
 
     def on_stop(self, function: Optional[Callable[[], Any]]) -> None:
         """Call this function when the task is to stop, or now if it already is.
@@ -1737,7 +1740,6 @@ class ManagedProcess:
         """Start it with these options of Popen; raises OSError."""
         subprocess = lazy_import("subprocess")
         self._ctx = ctx
-        self._kill_at = math.inf
         with starting_a_child():
             self._process = subprocess.Popen(
                 argv, cwd=FOLDER, start_new_session=True, **options
@@ -1800,11 +1802,8 @@ class ManagedProcess:
 
         It is not reaped, where the system allows that.
         """
-        if self._ctx.cancelled:
-            now = time.monotonic()
-            self._kill_at = min(self._kill_at, now + self._ctx.grace)
-            if now >= self._kill_at:
-                kill_session(self._process.pid)
+        if time.monotonic() >= self._ctx.kill_at:
+            kill_session(self._process.pid)
         if not hasattr(os, "waitid"):
             return self._process.poll() is not None
         how = os.WEXITED | os.WNOWAIT | os.WNOHANG

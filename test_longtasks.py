@@ -5088,6 +5088,8 @@ def test_a_task_is_followed_by_its_events_to_the_end(registry):
             assert [event["data"]["status"] for event in stream.rest()] == ["completed"]
         with Stream(service, path, Last_Event_ID=progress["id"]) as stream:
             assert [event["event"] for event in stream.rest()] == ["log", "status"]
+        with Stream(service, path, Last_Event_ID=end["id"]) as stream:
+            assert [stream.block().get("event") for _ in range(2)] == [None, "status"]
         answer = call(service, "GET", path)
         assert answer.media == "text/event-stream"
         log = call(service, "GET", TASKS + "/%s/log" % task_id)
@@ -5126,11 +5128,12 @@ def test_a_client_that_comes_back_misses_no_event_of_all_tasks(service):
 def test_a_client_that_comes_back_too_late_learns_of_the_gap(last, service):
     last = last.format(life=service.store.events.life)
     with Stream(service, "/api/v1/events", Last_Event_ID=last) as stream:
-        assert stream.event()["event"] == "gap"
+        assert [stream.block().get("event") for _ in range(2)] == [None, "gap"]
     task_id = submitted(service, "long_computation", {"duration": 99})
     path = TASKS + "/%s/events" % task_id
     with Stream(service, path, Last_Event_ID=last) as stream:
-        assert [stream.event()["event"] for _ in range(2)] == ["gap", "status"]
+        found = [stream.block().get("event") for _ in range(3)]
+        assert found == [None, "gap", "status"]
 
 
 def follower(service, task_id=""):

@@ -6411,7 +6411,14 @@ class APIServer(ThreadingHTTPServer):
         """Evict the clients that have kept us waiting longest. Assumes the lock.
 
         Idle ones first, for their clients can connect again without a loss, then those
-        that are slow to send or to read. A few at once, to search less often.
+        that are slow to send or to read. A few at once, to search less often. A request
+        that comes just then is still answered:
+
+            this thread                     the connection's thread
+            finds it IDLE
+                                            receives a request
+            evicted = True, SHUT_RD
+                                            answers it, with Connection: close
         """
         now = time.monotonic()
         if now >= self._warn_at:
@@ -6422,7 +6429,6 @@ class APIServer(ThreadingHTTPServer):
         for connection in found[: self._few - len(self._evicted)]:
             connection.evicted = True
             self._evicted.add(connection.socket)
-            # A request that has just come is still answered.
             sending = connection.state == SENDING
             how = socket.SHUT_RDWR if sending else socket.SHUT_RD
             with contextlib.suppress(OSError):

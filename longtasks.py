@@ -7210,7 +7210,8 @@ class Service:
             wait = min(0.25, end - time.monotonic())
             try:
                 # Until Python 3.10, get(timeout=0) may never return.
-                event = self._events.get(wait > 0.001, max(0, wait))
+                block = wait > 0.001
+                event = self._events.get(block, wait if block else None)
             except queue.Empty:
                 if wait < 0.25:
                     return None

@@ -7540,9 +7540,9 @@ def _end_children() -> None:
 # ======================================================================
 # 13. The page
 #
-# What a browser is given at GET /: a client of the API like any other.
-# Whatever the service tells is put there as text, never as HTML, and the
-# browser is told to run nothing but what stands here.
+# What a browser gets at GET /: a client of the API like any other. It shows
+# all texts from the service as text, never as HTML, and the browser runs no
+# script but the one in it.
 # ======================================================================
 
 PAGE = r"""<!doctype html>
@@ -8094,7 +8094,7 @@ $("form").onsubmit = async (event) => {
   event.submitter.disabled = false;
 };
 
-// -- live updates: an event says that something has changed, the list says what
+// -- live updates: an event only says that something has changed; the list says what
 
 let loads = 0, loaded = 0; // the numbers of the latest list requested, and shown
 let timer = 0;

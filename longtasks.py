@@ -6586,8 +6586,9 @@ class Client:
             with contextlib.closing(self._connect()) as connection:
                 sent = True
                 connection.request(method, self._prefix + path, body, headers)
-                response = connection.getresponse()
-                text = response.read().decode("utf-8", "replace").rstrip()
+                # Closed here: Ctrl-C in a finalizer would be ignored.
+                with connection.getresponse() as response:
+                    text = response.read().decode("utf-8", "replace").rstrip()
         except (OSError, HTTPException, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error).strip()
             failure = ClientError(

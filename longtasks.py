@@ -3462,9 +3462,12 @@ class TaskQueue:
 
     def _unpark(self, type: str) -> None:
         """Make the next parked entry of this type ready, to be tried again."""
-        parked = self._parked.get(type)
-        if parked:
-            self._ready.put(heapq.heappop(parked))
+        parked = self._parked.get(type, [])
+        while parked:
+            entry = heapq.heappop(parked)
+            if self._is_live(entry):
+                self._ready.put(entry)
+                return
 
     def _prune(self) -> None:
         """Drop stale entries where most are stale: it may take long until they come up.

@@ -7584,7 +7584,11 @@ def test_params_are_words_json_or_a_whole_object(
         (["run", "echo", "--params", "@/none"], "--params @/none: No such file"),
         (["run", "no\x1b", "a=b"], 'type must be one of "echo", "long_computation", '),
         (["run", "typed", "number=x"], 'params.number must be a number, not "x"'),
-        (["run", "show", "path=-5"], "params.path must be a string "),
+        (
+            ["run", "show", "path=-5"],
+            "params.path must be a string of at most 4096 characters, without NUL, "
+            'that does not begin with -, not "-5"',
+        ),
         (["run", "echo", "--id", "x"], "the id must be a UUID, such as "),
         (["run", "echo", "--retries", "x"], "retries must be a whole number from 0 to"),
         (["list", "--limit", "0"], "limit must be a whole number from 1 to 1000"),

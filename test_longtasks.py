@@ -4913,6 +4913,12 @@ def test_a_submit_may_wait_too(service):
     assert (answer.status, answer.json["status"]) == (200, "completed")
 
 
+def test_a_task_that_expires_while_its_submit_waits_is_acknowledged(registry):
+    with serving(RESULT_LIMIT=0) as service:
+        answer = call(service, "POST", TASKS + "?wait=20", ONE)
+        assert (answer.status, answer.json["status"]) == (202, "pending")
+
+
 def test_waiting_is_capped(gate):
     with serving(MAX_WAIT=0.01) as service:
         path = TASKS + "/" + submitted(service, "gate")

@@ -2489,12 +2489,17 @@ def _to_task(row: Sequence[Any]) -> Task:
 
 def _is_plausible(row: Sequence[Any]) -> bool:
     """Whether a row of a version without checksums can be that of a task."""
-    try:
-        task = _to_task([*row[:-1], checksum(row)])
-    except (struct.error, TypeError, AttributeError, UnicodeError):
-        return False
-    known = task.status in EXITS and _UUID.fullmatch(task.id)
-    return bool(known) and task.finished == (task.ended_at is not None)
+    for value, (_, kind, optional) in zip(row, COLUMNS):
+        stored = str if kind is bytes else kind
+        if type(value) is not stored and not (value is None and optional):
+            return False
+        if isinstance(value, (int, float)) and not -(2**53) < value < 2**53:
+            return False
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            return False  # it was not UTF-8
+    row_id, status, ended_at = (row[_PLACES[n]] for n in ("id", "status", "ended_at"))
+    known = _UUID.fullmatch(row_id) and status in EXITS
+    return bool(known) and (status in FINISHED) == (ended_at is not None)
 
 
 class JournalError(SettingsError):

@@ -3037,6 +3037,7 @@ def test_a_file_of_the_first_version_is_taken_up(tmp_path):
         "attempt = 'x'",
         "params = x'00'",
         BAD_TEXT,
+        "attempt = 1 << 60",
     ],
 )
 def test_an_older_file_is_given_checksums_but_for_rows_that_cannot_be(change, tmp_path):

@@ -6358,10 +6358,12 @@ class APIServer(ThreadingHTTPServer):
         """Register a connection; raises HTTPError if it is not to be served."""
         client = connection.socket
         with self._changed:
+            if self._is_full() and len(self._evicted) >= self._few:
+                self._changed.wait(
+                    0.1
+                )  # for one to end, so that another can be evicted
             if self._is_full():
                 self._evict(str(self.over_limit()))
-                if self._is_full() and len(self._evicted) >= self._few:
-                    self._changed.wait(0.1)  # for an evicted one to end
             connection.over_limit = self._is_full()
             self.connections[client] = connection
             # Its client may have left, and a flood of such must not hold up others.

@@ -2558,6 +2558,9 @@ class Commit:
         self._next: Optional[Commit] = None  # the commit that has the moves of this one
         self._tried = threading.Event()
 
+    def __len__(self) -> int:
+        return len(self.new) + len(self.moves)
+
     @property
     def records(self) -> List[Record]:
         """All records, in the order in which they are to be written and shown."""
@@ -2823,12 +2826,12 @@ class Journal:
     def _run(self) -> None:
         """Write one commit after the other; after close() what is left, if possible."""
         closing = False
-        while not closing or (self._open.records and not self.error):
+        while not closing or (len(self._open) and not self.error):
             with self._changed:
                 if self.error:
                     self._changed.wait_for(lambda: self._closing, self.retry_after)
                 else:
-                    self._changed.wait_for(lambda: self._closing or self._open.records)
+                    self._changed.wait_for(lambda: self._closing or len(self._open))
                 commit, self._open = self._open, Commit()
                 closing = self._closing
             self._try(commit)

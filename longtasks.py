@@ -597,7 +597,7 @@ class Task(NamedTuple):
         """
         if self.status != PROCESSING:
             return self
-        task = self._replace(interruptions=self.interruptions + 1)
+        task = self._replace(interruptions=self.interruptions + crashed)
         now = max(now, task.started_at or now)
         if task.cancel_requested:
             return task.moved_to(CANCELLED, ended_at=now, error=CANCELLED_RUNNING)

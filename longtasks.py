@@ -168,7 +168,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
     def check(text: str) -> str:
         if text.lower() not in words:
-            raise ValueError("one of " + ", ".join(words))
+            raise ValueError("one of " + ", ".join(filter(None, words)))
         return text.lower()
 
     return check
@@ -2103,7 +2103,7 @@ class Program:
         try:
             self.words = shlex.split(command)
         except ValueError as error:
-            raise HandlerError("its quotes don't fit: %s" % error) from None
+            raise HandlerError("its quotes don't match: %s" % error) from None
         if not equals or not self.words:
             raise HandlerError("write NAME=PROGRAM ARGUMENTS")
         for text in program_texts(self.words):
@@ -4901,7 +4901,7 @@ def show_index(app: App, request: Request) -> Reply:
     if not re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII):
         host = "localhost"
     types = ["  %-20s %s" % (n, h.description) for n, h in sorted(app.handlers.items())]
-    routes = ["  %-6s %-28s %s" % (r.method, r.path, r.help) for r in ROUTES]
+    routes = ["  %-6s %-30s %s" % (r.method, r.path, r.help) for r in ROUTES]
     parts = {"types": "\n".join(types), "routes": "\n".join(routes)}
     parts.update(url="%s://%s" % (app.scheme, host), curl=app.access.curl)
     return text_reply(INDEX % parts)
@@ -5368,7 +5368,7 @@ def find_route(request: Request) -> Route:
             request.task_id = task_id.lower()
             path = above + "{id}" + slash + below
     if path not in _ROUTES:
-        raise HTTPError(404, "no such path: %s; GET / lists all" % request.path)
+        raise HTTPError(404, "no such path: %s; GET / lists all routes" % request.path)
     request.label = path
     route = _ROUTES[path].get(request.method)
     if route is None:
@@ -5487,7 +5487,7 @@ class Access:
         if not (self.local or self.token or self.insecure):
             raise SettingsError(
                 "HOST %s lets other hosts connect: set API_TOKEN or API_TOKEN_FILE "
-                "to the token that clients must send, or --insecure to insist" % host
+                "to the token that clients must send, or --insecure for none" % host
             )
 
     def check(self, request: Request) -> None:
@@ -6068,7 +6068,7 @@ def tls_context(settings: Settings) -> Any:
     """Return an ssl.SSLContext, or None for plain HTTP; raises SettingsError."""
     cert, key = settings["TLS_CERT"], settings["TLS_KEY"]
     if key and not cert:
-        raise SettingsError("TLS_KEY needs TLS_CERT beside it")
+        raise SettingsError("TLS_KEY needs TLS_CERT as well")
     if not cert:
         return None
     try:
@@ -6939,7 +6939,7 @@ _JSON = ("--json", "", "print JSON, for scripts")
 _URL = ("--url", "URL", "of the service [LONGTASKS_URL=http://127.0.0.1:PORT]")
 _TASK = (
     ("type", "TYPE", "the task's type; `types` lists them"),
-    ("words", "key=value", "a param, or key:=JSON for any other value than a word"),
+    ("words", "key=value", "a param; key:=JSON always reads JSON"),
     ("--params", "JSON", "all params as an object, @FILE to read it, or - for stdin"),
     ("--timeout", "SECONDS", "limit of each run"),
     ("--retries", "N", "how often it is run again after an error"),

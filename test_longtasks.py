@@ -3713,7 +3713,7 @@ def run_program(line, params=None, context=None):
         ("backup", "write NAME=PROGRAM"),
         ("backup=", "write NAME=PROGRAM"),
         ("=ls", "a task type's name is"),
-        ("backup=ls 'x", "its quotes don't fit"),
+        ("backup=ls 'x", "its quotes don't match"),
         ("backup=no-such-program x", 'there is no program "no-such-program"'),
         ("backup={program} x", "there is no program"),
         ("backup=echo {a=1} {a=2}", "{a} has two defaults"),
@@ -4642,7 +4642,8 @@ def test_the_list_pages_and_filters(registry):
     ],
 )
 def test_an_invalid_query_is_refused(query, word, service):
-    assert_problem(call(service, "GET", TASKS + "?" + query), 400, word)
+    problem = assert_problem(call(service, "GET", TASKS + "?" + query), 400, word)
+    assert not problem["detail"].endswith(", ")
 
 
 def test_the_submission_of_a_task_submits_it_again(registry):
@@ -7401,7 +7402,7 @@ def test_a_pair_that_cannot_be_used_is_one_line_and_code_2(
 
 def test_a_key_needs_a_certificate(capsys):
     assert longtasks.main(["--port=0", "--tls-key", "x"]) == 2
-    assert capsys.readouterr().err == "longtasks: TLS_KEY needs TLS_CERT beside it\n"
+    assert capsys.readouterr().err == "longtasks: TLS_KEY needs TLS_CERT as well\n"
 
 
 # ======================================================================
@@ -11099,7 +11100,7 @@ def test_the_lines_about_steering_in_the_readme_do_what_they_say(registry):
 @pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl here")
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_lines_about_who_may_in_the_readme_do_what_they_say(number, tmp_path):
-    start, use = blocks("Who may", "sh")[2 * number : 2 * number + 2]
+    start, use = blocks("Access control", "sh")[2 * number : 2 * number + 2]
     start = start.replace("0.0.0.0", "127.0.0.1")
     start = start.replace("python3 longtasks.py", '"$PYTHON" "$SCRIPT" --port 0')
     start = start.replace('"$PYTHON"', 'exec "$PYTHON"')

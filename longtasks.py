@@ -1995,7 +1995,6 @@ FLOOD = 64 << 10  # bytes of output that are kept of more than twice as many
 SECRETS = frozenset(["API_TOKEN", "API_TOKEN_FILE", "TLS_KEY"])
 
 _BRACES = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?:=([^{}]*))?\}|\{\{|\}\}|[{}]")
-_FOR_A_SHELL = re.compile(r"\|[|&]?|&&?|([0-9&]?>>?|<)(&[0-9]|[\w./{}=-]+)?")
 _WORD: Dict[str, Any] = {
     "type": "string",
     "maxLength": MAX_ARGUMENT,
@@ -2010,12 +2009,9 @@ _FIRST_WORD = dict(
 
 # Programs that run a word as code: their names, the options before that word (awk has
 # it first), and the options before another value.
+# fmt: off
 _INTERPRETERS = (
-    (
-        "(ba|rba|da|a|k|mk|z|fi|c|tc)?sh",
-        r"-\w*c|--command",
-        r"[-+]\w*[oO]|--(rc|init-)file",
-    ),
+    ("(r?ba|d?a|m?k|z|fi|t?c)?sh", r"-\w*c|--command", r"[-+]\w*[oO]|--(rc|init-)file"),
     ("python|pypy", "-[bBdEiIOPqRsSuvx]*c", "-[WX]"),
     ("perl", r"-\w*[eE]", "-I"),
     ("ruby", r"-\w*e", "-[rIEC]"),
@@ -2024,6 +2020,7 @@ _INTERPRETERS = (
     ("psql|mysql|mariadb", r"-\w*[ce]|--command|--execute", r"\w+|-\w|--\w+"),
     ("env", r"-\w*S|--split-string", "-[uC]|--unset|--chdir"),
 )
+# fmt: on
 _AS_ARGUMENT = """sh -c 'ls "$1" | wc -l' sh {dir}"""
 
 
@@ -2060,39 +2057,16 @@ def _code_words(words: Sequence[str], code: str, valued: str) -> Iterator[str]:
 
 
 def find_program(word: str) -> str:
-    """Return the absolute path of a program; raises HandlerError if it can't be run."""
-    folder = FOLDER or ""
-    name = os.path.join(folder, word) if os.path.dirname(word) else word
-    found = shutil.which(name)
-    if found:
-        fault = exec_fault(found)
-        if fault:
-            raise HandlerError("%s %s" % (quote(found), fault))
-        return os.path.join(folder, found)
-    found = shutil.which(name, os.F_OK)
-    if found:
-        raise HandlerError("%s is not executable: chmod +x %s" % (quote(found), found))
-    hint = ""
-    if name == word and os.path.exists(os.path.join(folder, word)):
-        hint = " on the PATH; for the file in this folder write ./" + word
-    raise HandlerError("there is no program %s%s" % (quote(word), hint))
-
-
-def exec_fault(path: str) -> str:
-    """Say what the first line of an executable file has that keeps it from running.
-
-    Of a missing interpreter the system says only that the file itself isn't there.
-    """
-    line = b"\0"
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        line = file.readline(4096)
-    if line[:2] != b"#!":
-        binary = b"\0" in line
-        return "" if binary else "does not begin with a #! line, such as #!/bin/sh"
-    name = re.split("[ \t\n]", os.fsdecode(line[2:]).strip(" \t"))[0]
-    if shutil.which(name):
-        return ""
-    return "needs the interpreter %s, which can't be found or run" % quote(name)
+    """Return the absolute path of a program; raises HandlerError if there is none."""
+    folder, hint = FOLDER or "", ""
+    if os.path.dirname(word):
+        found = shutil.which(os.path.join(folder, word))
+    else:
+        found = shutil.which(word)
+        hint = " on the PATH (a file in this folder is ./%s)" % word
+    if not found:
+        raise HandlerError("there is no executable %s%s" % (quote(word), hint))
+    return os.path.join(folder, found)
 
 
 class Program:
@@ -2163,9 +2137,8 @@ class Program:
         try:
             process = ManagedProcess(ctx, self.arguments(params), env=environ, **pipes)
         except OSError as error:
-            reason = exec_fault(self.words[0]) or error.strerror
-            text = "can't run %s: %s" % (quote(self.words[0]), reason)
-            raise Failure(text) from None
+            text = "can't run %s, or the interpreter that its first line names: %s"
+            raise Failure(text % (quote(self.words[0]), error.strerror)) from None
         output = ProgramOutput(ctx)
         with process:
             ctx.on_stop(process.terminate)
@@ -2289,13 +2262,8 @@ def register_command(line: str) -> None:
         _check_name(program.name)
     except HandlerError as error:
         raise HandlerError("--command %s: %s" % (quote(line), error)) from None
-    lost = list(filter(_FOR_A_SHELL.fullmatch, program.words))
-    if lost:
-        text = "--command %s: no shell sees its %s; for that write %s"
-        log.warning(text, quote(program.name), quote(lost[0]), _AS_ARGUMENT)
-    name = program.name
-    params = Validator(program.schema)
-    REGISTRY[name] = Handler(name, program, params, whole=True, context="ctx")
+    made = program, Validator(program.schema)
+    REGISTRY[program.name] = Handler(program.name, *made, whole=True, context="ctx")
 
 
 # -- executors -------------------------------------------------------------

@@ -407,6 +407,16 @@ def escape(text: str) -> str:
     return _CONTROLS.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
+def start_thread(name: str, function: Callable[[], Any]) -> threading.Thread:
+    """Run a function in a new thread; raises SettingsError if the system has none."""
+    thread = threading.Thread(target=function, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise SettingsError("thread %s: %s" % (name, error), temporary=True) from None
+    return thread
+
+
 def within(seconds: float, function: Callable[[], Any]) -> bool:
     """Call a function that may fail or hang, but wait at most so many seconds for it.
 
@@ -418,10 +428,9 @@ def within(seconds: float, function: Callable[[], Any]) -> bool:
         with contextlib.suppress(BaseException):  # it may run code of libraries
             function()
 
-    thread = threading.Thread(target=run, name="within", daemon=True)
     try:
-        thread.start()
-    except RuntimeError:  # the system has no thread left
+        thread = start_thread("within", run)
+    except SettingsError:
         return False
     thread.join(seconds)
     return not thread.is_alive()
@@ -2757,8 +2766,7 @@ class Journal:
         """
         self._on_settled = on_settled
         sign_lock(self._lock, RUNS)
-        self._writer = threading.Thread(target=self._run, name="journal", daemon=True)
-        self._writer.start()
+        self._writer = start_thread("journal", self._run)
 
     def append(
         self,
@@ -4218,13 +4226,12 @@ class WorkerPool:
 
     def start(self) -> None:
         """Start the first worker; raises SettingsError if not even that is possible."""
+        self.timer = start_thread("timer", self._keep_time)
         with self._lock:
-            self._start_thread()
+            self._grow()
             if not self._threads:
                 text = "no thread can be started; tasks would never run"
                 raise SettingsError(text, temporary=True)
-        self.timer = threading.Thread(target=self._keep_time, name="timer", daemon=True)
-        self.timer.start()
 
     # -- threads; these assume the lock, but for _replace()
 
@@ -6553,13 +6560,11 @@ class Client:
         self._scheme, self._host, self._prefix, self._socket = match.groups("")
         self._headers = {"Authorization": "Bearer " + token} if token else {}
 
-    def request(
-        self, method: str, path: str, document: Any = None, accept: str = JSON
-    ) -> str:
-        """Send a request, with a document as JSON; return the body of the response."""
+    def request(self, method: str, path: str, document: Any = None) -> str:
+        """Send a request, with a document as JSON; return the JSON of the response."""
         from http.client import HTTPException
 
-        headers = {**self._headers, "Accept": accept, "Connection": "close"}
+        headers = {**self._headers, "Accept": JSON, "Connection": "close"}
         body, sent = None, False
         if document is not None:
             body, headers["Content-Type"] = to_json(document), JSON
@@ -6578,7 +6583,7 @@ class Client:
             failure.temporary, failure.sent = True, sent
             raise failure from None
         media = response.headers.get_content_type()
-        if 200 <= response.status < 300 and media == accept:
+        if 200 <= response.status < 300 and media == JSON:
             return str(text)
         raise self._refusal(response, text if media == PROBLEM else "")
 
@@ -6696,16 +6701,14 @@ def read_json(name: str, source: str) -> Any:
 
 
 def parse_value(text: str, schema: Schema) -> Any:
-    """Return the value of a word: a string if the schema allows one, else its JSON.
+    """Return the value of a word: a string if the schema allows it, else its JSON.
 
     The service refuses a value that does not fit the schema, and says why.
     """
-    try:
-        value = from_json(text.encode("utf-8", "surrogateescape"))
-    except Malformed:
-        return text
-    is_text = isinstance(schema, dict) and schema.get("type") == "string"
-    return text if is_text or Validator(schema).is_valid(text) else value
+    if not Validator(schema).is_valid(text):
+        with contextlib.suppress(Malformed):
+            return from_json(text.encode("utf-8", "surrogateescape"))
+    return text
 
 
 def read_task(client: Client, args: Any) -> Dict[str, Any]:
@@ -6791,16 +6794,12 @@ def follow(client: Client, task_id: str) -> None:
 
 def print_result(client: Client, task_id: str) -> None:
     """Print the result of a finished task; raises ClientError with its error."""
-    path = task_path(task_id, "/result")
-    try:
-        print_text(client.request("GET", path, accept="text/plain"))
+    document = client.get(task_path(task_id, "/result"), "status")
+    if "error" not in document:
+        print_text(to_json(document["result"]).decode())
         return
-    except ClientError as error:
-        if error.status != 406:  # the task has no result but an error, which is JSON
-            raise
-    document = client.get(path, "error")
     first, *others = document["error"].splitlines() or [""]
-    code = {FAILED: 1, CANCELLED: 3}[document["status"]]
+    code = 1 if document["status"] == FAILED else 3
     raise ClientError(code, "%s: %s" % (document["status"], first), *others)
 
 
@@ -6871,6 +6870,9 @@ def list_command(client: Client, args: Any) -> None:
 def types_command(client: Client, args: Any) -> None:
     """List the task types, with the defaults of their params."""
     document = client.get("/api/v1/types", "types")
+    if args.json:
+        print_text(to_json(document).decode())
+        return
     rows = [("TYPE", "PARAMS", "DESCRIPTION")]
     for each in document["types"]:
         params = each["params"].get("properties", {}).items()
@@ -6880,28 +6882,15 @@ def types_command(client: Client, args: Any) -> None:
             if schema is not False
         ]
         rows.append((each["type"], " ".join(words), each["description"]))
-    if args.json:
-        print_text(to_json(document).decode())
-    else:
-        print_table(rows)
+    print_table(rows)
 
 
 def help_command(client: Client, args: Any) -> None:
-    """List the commands, or explain one."""
-    if args.command:
-        print_text(client_parser(args.command).format_help().rstrip())
-    else:
-        print_table([(name, command.help) for name, command in CLIENT.items()])
+    """List the commands."""
+    print_table([(name, run.__doc__ or "") for name, (run, _) in CLIENT.items()])
 
 
-class Command(NamedTuple):
-    """One row of CLIENT."""
-
-    run: Callable[[Client, Any], None]
-    help: str
-    arguments: Sequence[Tuple[str, str, str]]  # name, placeholder of the value, help
-
-
+# Arguments of commands: the name, the placeholder of the value, and the help.
 _ID = ("id", "ID", "the task's id")
 _JSON = ("--json", "", "print JSON, for scripts")
 _URL = ("--url", "URL", "of the service [LONGTASKS_URL=http://127.0.0.1:PORT]")
@@ -6924,17 +6913,17 @@ _LIST = (
     _JSON,
 )
 _RESULT = (_ID, ("--wait", "", "wait until the task has ended"))
-_HELP = [("command", "COMMAND", "the command to explain")]
 
-CLIENT = {
-    "run": Command(run_command, "submit a task, follow it, print its result", _TASK),
-    "submit": Command(submit_command, "submit a task, print its id", _TASK),
-    "status": Command(status_command, "print a task's status", [_ID]),
-    "result": Command(result_command, "print a task's result", _RESULT),
-    "cancel": Command(cancel_command, "cancel a task", [_ID]),
-    "list": Command(list_command, "list tasks, newest first", _LIST),
-    "types": Command(types_command, "list the task types", [_JSON]),
-    "help": Command(help_command, "list the commands, or explain one", _HELP),
+# The commands; their docstrings are their help.
+CLIENT: Dict[str, Tuple[Callable[[Client, Any], None], Any]] = {
+    "run": (run_command, _TASK),
+    "submit": (submit_command, _TASK),
+    "status": (status_command, [_ID]),
+    "result": (result_command, _RESULT),
+    "cancel": (cancel_command, [_ID]),
+    "list": (list_command, _LIST),
+    "types": (types_command, [_JSON]),
+    "help": (help_command, []),
 }
 
 
@@ -6946,15 +6935,13 @@ def client_parser(name: str) -> Any:
     parser = make_parser(
         "; %s --help explains it" % name,
         prog="longtasks.py " + name,
-        description=CLIENT[name].help.capitalize() + ".",
+        description=CLIENT[name][0].__doc__,
         epilog="Exit codes: %s." % ". ".join("%d: %s" % e for e in EXIT_CODES.items()),
     )
-    for argument, placeholder, text in (*CLIENT[name].arguments, _URL):
+    for argument, placeholder, text in (*CLIENT[name][1], _URL):
         options: Dict[str, Any] = {"metavar": placeholder}
         if argument == "words":
             options.update(nargs="*", default=[])
-        elif argument == "command":
-            options.update(nargs="?")
         elif not placeholder:
             options = {"action": "store_true"}
         parser.add_argument(argument, help=text, **options)
@@ -6969,7 +6956,7 @@ def client_main(name: str, argv: Sequence[str]) -> int:
         settings = read_settings([], {name: os.environ.get(name, "") for name in names})
         local = "http://127.0.0.1:%d" % settings["PORT"]
         url = args.url or os.environ.get("LONGTASKS_URL") or local
-        CLIENT[name].run(Client(url, read_token(settings)), args)
+        CLIENT[name][0](Client(url, read_token(settings)), args)
         return 0
     except KeyboardInterrupt:
         if on_terminal():
@@ -7074,7 +7061,6 @@ class Service:
         app = App(self.store, handlers, access, settings["MAX_WAIT"], scheme)
         self.server = self._listen(app)
         self.server.tls = tls
-        self.acceptor = threading.Thread(target=self._serve, name="server", daemon=True)
         self._events: EventQueue = queue.SimpleQueue()
         self._end = self._report_at = 0.0  # when a drain ends; when a report is due
         # Last, so that a start that is refused leaves the file as it is.
@@ -7113,8 +7099,10 @@ class Service:
             log.warning(text + "; set TLS_CERT, or put a TLS proxy in front", host)
         if self.journal:
             self._log_journal(self.journal)
+        # In this order: where no thread is left for a worker, none is for a client, so
+        # that no task is accepted or begun by a start that fails.
+        self.acceptor = start_thread("server", self._serve)
         self.pool.start()
-        self.acceptor.start()
         self.manager.notify("READY=1")
 
     def _log_journal(self, journal: Journal) -> None:
@@ -7192,8 +7180,7 @@ class Service:
             wait = min(0.25, end - time.monotonic())
             try:
                 # Until Python 3.10, get(timeout=0) may never return.
-                block = wait > 0.001
-                event = self._events.get(block, wait if block else None)
+                event = self._events.get(timeout=max(0.001, wait))
             except queue.Empty:
                 if wait < 0.25:
                     return None
@@ -7300,7 +7287,7 @@ class LogWriter(logging.Handler):
         # Characters and lines that were counted by emit(), and by the thread.
         self._queued = self._dropped = 0
         self._written = self._reported = 0
-        threading.Thread(target=self._run, name="log", daemon=True).start()
+        start_thread("log", self._run)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue a record's lines; called by logging."""

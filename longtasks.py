@@ -1373,10 +1373,9 @@ SHUTDOWN = "the service stops"
 
 PROGRESS_INTERVAL = 1.0  # seconds until progress is published that came too fast
 
-# Publishes an event of a run. Its kind is "progress", whose payload the context has;
-# "log", with a line; or "lines", with a pair: lines, and how many were dropped before
-# them. Returns whether a client follows the task.
-Emit = Callable[["Context", str, Any], Any]
+# Publishes an event of a run: "progress", which the context has, or "log", with lines
+# and how many were dropped before them.
+Emit = Callable[["Context", str, Any], None]
 
 
 class Context:
@@ -1429,28 +1428,27 @@ class Context:
             # Two threads may do so at once, without harm: each one publishes what is
             # the latest at that moment.
             self._published, self._published_at = self._progress, time.monotonic()
-            self._emit(self, "progress", "")
+            self._emit(self, "progress", None)
 
     def log(self, text: str, level: int = logging.INFO) -> None:
         """Add lines to the task's log, and to the service's."""
         log_run(level, self, "%s", text)
-        for line in str(text).splitlines() or [""]:
-            self._emit(self, "log", line)
+        self._emit_lines(str(text).splitlines() or [""])
 
-    def log_output(self, lines: Sequence[str], dropped: int) -> bool:
+    def log_output(self, lines: Sequence[str], dropped: int) -> None:
         """Add lines of a program's output to the task's log.
 
         They go to the service's log for debugging. `dropped` is the number of lines
-        before them that were not kept. Returns whether each line has a reader.
+        before them that were not kept.
         """
-        debug = log.isEnabledFor(logging.DEBUG)
-        for line in lines if debug else ():
-            log_run(logging.DEBUG, self, "%s", line)
-        followed = False
+        if log.isEnabledFor(logging.DEBUG):
+            for line in lines:
+                log_run(logging.DEBUG, self, "%s", line)
+        self._emit_lines(lines, dropped)
+
+    def _emit_lines(self, lines: Sequence[str], dropped: int = 0) -> None:
         for at in range(0, len(lines), 1000):  # a lock is held for each piece
-            payload = lines[at : at + 1000], 0 if at else dropped
-            followed = self._emit(self, "lines", payload)
-        return debug or bool(followed)
+            self._emit(self, "log", (lines[at : at + 1000], 0 if at else dropped))
 
     def sleep(self, seconds: float) -> None:
         """Wait; raises Cancelled at once when the task is to stop."""
@@ -1940,9 +1938,12 @@ def isolated_main() -> None:
             with lock:
                 service.sendall(kind.encode() + b" " + payload + b"\n")
 
-    def emit(ctx: Context, kind: str, line: str) -> None:
-        progress = ctx.progress_document() if kind == "progress" else None
-        send(kind, to_json(progress or line[-MAX_MESSAGE:]))
+    def emit(ctx: Context, kind: str, payload: Any) -> None:
+        if kind == "progress":
+            send(kind, to_json(ctx.progress_document()))
+            return
+        for line in payload[0]:
+            send(kind, to_json(line[-MAX_MESSAGE:]))
 
     def load() -> None:
         for file in files:
@@ -2174,7 +2175,6 @@ class ProgramOutput:
     """Turns what a program prints into lines of the log, progress, and the result.
 
     This happens ten times a second, so that a flood costs little: only its end is kept.
-    Where each line has a reader, each one is passed on.
     """
 
     def __init__(self, ctx: Context) -> None:
@@ -2183,16 +2183,13 @@ class ProgramOutput:
         self._new = bytearray()  # not passed on yet; a line that has no end stays here
         self._dropped = 0  # lines before that
         self._due = 0.0  # when to pass it on
-        self._followed = log.isEnabledFor(logging.DEBUG)
         self._fraction: Optional[float] = None
         self._message = ""
 
     def take(self, data: bytes) -> None:
         """Take in what has been printed, or pass on what is due if that is nothing."""
         self._new += data
-        if self._followed and b"\n" in data:
-            self._pass_lines(self._new.rfind(b"\n") + 1)
-        elif len(self._new) > 2 * FLOOD:
+        if len(self._new) > 2 * FLOOD:
             cut = self._new.find(b"\n", -FLOOD) + 1 or len(self._new) - FLOOD
             self._dropped += self._new.count(b"\n", 0, cut)
             del self._new[:cut]
@@ -2231,7 +2228,7 @@ class ProgramOutput:
         if "\r" in text:
             lines = list(map(visible, lines))
         self.tail = (self.tail + "\n".join(lines) + "\n")[-MAX_OUTPUT:]
-        self._followed = self._ctx.log_output(lines, self._dropped)
+        self._ctx.log_output(lines, self._dropped)
         self._dropped = 0
 
     def _note_progress(self, line: str) -> None:
@@ -3074,11 +3071,11 @@ class Events:
                 subscription.closed = subscription.closed or close
                 subscription.ready.set()
 
-    def log(self, task_id: str, *lines: str, dropped: int = 0) -> bool:
+    def log(self, task_id: str, *lines: str, dropped: int = 0) -> None:
         """Add lines to a task's log, after `dropped` more that are lost.
 
-        Returns whether a client follows the task. Lines after such a loss are events
-        only if so, but that there is a gap always is.
+        The loss is an event. Lines after it are events only if a client follows the
+        task now: a flood would leave no room for the events of other tasks.
         """
         lines = tuple(line[: self.line_length] for line in lines)
         with self._lock:
@@ -3091,7 +3088,6 @@ class Events:
             self.publish(task_id, "gap", {"detail": "%d lines are lost" % dropped})
         for line in lines if followed or not dropped else ():
             self.publish(task_id, "log", line)
-        return followed
 
     def log_of(self, task_id: str) -> Tuple[List[str], int]:
         """Return the lines that are kept of a task's log, and how many are not."""
@@ -3887,23 +3883,21 @@ class TaskStore:
             if self._journal:
                 self._journal.append(Removal(task.seq, task.id))
 
-    def _emit(self, context: Context, kind: str, payload: Any) -> bool:
+    def _emit(self, context: Context, kind: str, payload: Any) -> None:
         """Publish what a handler emits, as long as its task is its own.
 
-        Returns whether a client follows the lines of a log. Takes the lock.
+        Takes the lock.
         """
         if os.getpid() != self._pid:  # a forked child lacks the thread that may hold it
-            return False
+            return
         with self._lock:
             if self._running.get(context.task_id) is not context:
-                return False
-            if kind == "lines":
-                lines, dropped = payload
-                return self.events.log(context.task_id, *lines, dropped=dropped)
+                return
             if kind == "log":
-                return self.events.log(context.task_id, payload)
-            self.events.publish(context.task_id, kind, context.progress_document())
-            return False
+                lines, dropped = payload
+                self.events.log(context.task_id, *lines, dropped=dropped)
+            else:
+                self.events.publish(context.task_id, kind, context.progress_document())
 
     # -- reading
 

@@ -1286,25 +1286,26 @@ def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submiss
 
 # -- handlers files --------------------------------------------------------
 
-# The loaded files, for child processes; and their source, for those of an executor.
-LOADED: Dict[str, str] = {}
+# The loaded files. Other processes load them as well, an executor's from their source.
+LOADED: Dict[str, Optional[str]] = {}
 
 
-def load_handlers(file: str) -> None:
+def load_handlers(file: str, source: Optional[str] = None) -> None:
     """Run a Python file that registers task types; raises HandlerError.
 
     `import longtasks` in it yields this very module, even when it runs as __main__.
-    The file can import modules from its own directory.
+    The file can import modules from its own directory. It is not read if its source is
+    given.
     """
-    _load_file("--handlers", file)
-    LOADED[file] = ""
+    _load_file("--handlers", file, source)
+    LOADED[file] = source
 
 
 # What a handlers file may raise; a KeyboardInterrupt comes from Ctrl-C instead.
 _NOT_LOADED = (Exception, SystemExit, GeneratorExit, Cancelled)
 
 
-def _load_file(flag: str, file: str) -> Any:
+def _load_file(flag: str, file: str, source: Optional[str] = None) -> Any:
     """Run a Python file and return it as a module."""
     sys.modules["longtasks"] = sys.modules[__name__]
     folder = os.path.dirname(os.path.abspath(file))
@@ -1317,7 +1318,10 @@ def _load_file(flag: str, file: str) -> Any:
         spec.has_location = True
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         with UserCode():
-            loader.exec_module(module)
+            if source is None:
+                loader.exec_module(module)
+            else:
+                exec(compile(source, file, "exec"), vars(module))  # noqa: S102
     except _NOT_LOADED as error:
         message = _load_error(error, file)
         raise HandlerError("%s %s: %s" % (flag, file, message)) from None
@@ -1870,7 +1874,7 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
     with ours, process:
         ctx.on_stop(lambda: ours.shutdown(socket.SHUT_WR))
         with contextlib.suppress(OSError):  # it has ended
-            ours.sendall(to_json([list(LOADED), job]) + b"\n")
+            ours.sendall(to_json([LOADED, job]) + b"\n")
         reply = _follow_child(process.read(ours), ctx)
     if reply:
         return result_of(ctx, *reply)
@@ -1945,10 +1949,6 @@ def isolated_main() -> None:
         for line in payload[0]:
             send(kind, to_json(line[-MAX_MESSAGE:]))
 
-    def load() -> None:
-        for file in files:
-            load_handlers(file)
-
     def await_stop() -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(service, selectors.EVENT_READ)
@@ -1958,19 +1958,27 @@ def isolated_main() -> None:
 
     ctx = Context(job["task_id"], job["attempt"], emit)
     threading.Thread(target=await_stop, daemon=True).start()
-    reply = _reply_of(load, job, ctx)
+    reply = _reply_of(files, job, ctx)
     flush_output()
     with contextlib.suppress(OSError):  # the service is gone
         send(*reply)
     os._exit(0)  # the handler may have left threads
 
 
+_loading = threading.Lock()
+
+
 def _reply_of(
-    load: Callable[[], None], job: Dict[str, Any], ctx: Context
+    files: Dict[str, Optional[str]], job: Dict[str, Any], ctx: Context
 ) -> Tuple[str, bytes]:
     """Load the handlers, run one, and return a word and JSON on how that ended."""
     try:
-        load()
+        with _loading:
+            if files != LOADED:
+                REGISTRY.clear()
+                LOADED.clear()
+                for file, source in files.items():
+                    load_handlers(file, source)
         value = REGISTRY[job["name"]].run_here(job["params"], ctx)
         return "result", encode_result(value, job["max_result"])
     except Cancelled:
@@ -2287,7 +2295,6 @@ if name not in sys.modules:
     sys.modules.setdefault(name, module)
 reply = sys.modules[name].run_remote(files, job)
 """
-_loading = threading.Lock()
 
 
 def load_executor(text: str) -> None:
@@ -2341,24 +2348,9 @@ def run_on_executor(job: Dict[str, Any], ctx: Context) -> bytes:
     return result_of(ctx, *future.result())
 
 
-def run_remote(files: Dict[str, str], job: Dict[str, Any]) -> Tuple[str, bytes]:
-    """Run a handler in a process of the executor, by the text of its files."""
-
-    def load() -> None:
-        with _loading:
-            if files == LOADED:
-                return
-            REGISTRY.clear()
-            sys.modules["longtasks"] = sys.modules[__name__]
-            for number, (file, text) in enumerate(files.items()):
-                name = "longtasks_handlers_%d" % number
-                spec = importlib.machinery.ModuleSpec(name, None, origin=file)
-                sys.modules[name] = importlib.util.module_from_spec(spec)
-                exec(compile(text, file, "exec"), vars(sys.modules[name]))  # noqa: S102
-            LOADED.clear()
-            LOADED.update(files)
-
-    return _reply_of(load, job, Context(job["task_id"], job["attempt"]))
+def run_remote(files: Dict[str, Optional[str]], job: Dict[str, Any]) -> Any:
+    """Run a handler in a process of the executor, and return its reply."""
+    return _reply_of(files, job, Context(job["task_id"], job["attempt"]))
 
 
 def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> bytes:

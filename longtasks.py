@@ -1665,7 +1665,8 @@ def kill_session(session: int) -> None:
 class Reaper:
     """A small process that kills sessions if the service dies, however it dies.
 
-    It is sent the sessions, and learns of the service's death by the end of its input.
+    Each line that it is sent has all of them. The end of its input is the service's
+    death.
     """
 
     SOURCE = """
@@ -1674,7 +1675,8 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 sessions = set()
 for line in sys.stdin:
-    (sessions.add if line[0] == "+" else sessions.discard)(int(line[1:]))
+    if line.endswith("\\n"):
+        sessions = set(map(int, line.split()))
 for session in sessions:
     try:
         os.killpg(session, signal.SIGKILL)
@@ -1698,26 +1700,24 @@ for pid in map(int, filter(str.isdigit, names)):
         """Have a session killed if the service dies."""
         with self._lock:
             self._sessions.add(session)
-            self._write("+%d\n" % session)
+            self._send()
 
     def remove(self, session: int) -> None:
         """Leave a session alone: it has ended, and another one may get its number."""
         with self._lock:
             self._sessions.discard(session)
-            self._write("-%d\n" % session)
+            self._send()
 
-    def _write(self, text: str) -> None:
-        """Write to the process; start it again if it has died. Assumes the lock."""
+    def _send(self) -> None:
+        """Send the sessions; start the process if it has died. Assumes the lock."""
+        line = " ".join(map(str, self._sessions)) + "\n"
         for _ in range(2):
             try:
-                if self._process.poll() is not None:
-                    raise OSError("it has died")
-                self._process.stdin.write(text.encode())
+                self._process.stdin.write(line.encode())
                 self._process.stdin.flush()
                 return
             except (AttributeError, OSError):
                 self._start()
-                text = "".join("+%d\n" % session for session in self._sessions)
         log.error("no reaper can be started: programs outlive a killed service")
 
     def _start(self) -> None:
@@ -1785,13 +1785,14 @@ class ManagedProcess:
         A process that has left the session may hold the file open and write on. So
         once this one has ended, no more is read than a pipe can hold.
         """
-        ended, look_at, left, pause = False, 0.0, LEFT_OVER, 0.5
-        patience = max(0.01, self._ctx.grace / 4)  # until it sees a request to stop
+        left = LEFT_OVER
+        poll = max(0.01, min(0.5, self._ctx.grace / 4))  # to see when it must be killed
+        pause = poll
         with selectors.DefaultSelector() as selector:
             selector.register(file, selectors.EVENT_READ)
             while left > 0:
-                data = b""
-                if selector.select(0 if ended else min(pause, patience)):
+                ended, data = self._has_ended(), b""
+                if selector.select(0 if ended else pause):
                     data = os.read(file.fileno(), 65536)
                     if not data:
                         break
@@ -1799,13 +1800,10 @@ class ManagedProcess:
                     break
                 left -= len(data) if ended else 0
                 yield data
-                pause = 0.1 if data else 0.5
-                if time.monotonic() >= look_at:
-                    ended = self._has_ended()  # then look once more what there is
-                    look_at = time.monotonic() + min(0.05, patience)
+                pause = min(0.1, poll) if data else poll
         pause = 0.001
         while not self._has_ended():  # it has only closed its output
-            time.sleep(min(pause, patience))
+            time.sleep(min(pause, poll))
             pause = min(2 * pause, 0.1)
 
     def _has_ended(self) -> bool:

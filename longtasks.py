@@ -5690,6 +5690,7 @@ def _head_form(status: int, media: str, sized: bool, connection: str) -> str:
 # -- connections -----------------------------------------------------------
 
 BUSY, IDLE, READING, SENDING = "busy", "idle", "reading", "sending"
+QUICK = 0.001  # seconds; several replies that took less are sent in one piece
 
 
 class Connection:
@@ -5708,6 +5709,7 @@ class Connection:
         self.over_limit = self.evicted = False
         self.woken: Optional[threading.Event] = None  # by the server, for a half-close
         self.buffer = b""  # received, but not parsed
+        self.unsent = b""  # replies that are sent together with the next
         self.overhead = 0  # bytes of a chunked body that are no data
         self.bare = False  # the request is a HEAD: its reply has no body
         self.streamed = 0  # bytes, of a stream
@@ -5771,7 +5773,7 @@ class Connection:
         keep = keep and not (self.over_limit or self.evicted or self.server.closing)
         self._send_reply(reply, request, keep)
         request.body = b""  # the request is kept for its head
-        return keep and not (self.buffer and self._has_left())
+        return keep
 
     def _check(self, request: Request) -> None:
         """Raise HTTPError if a request is refused for its head."""
@@ -5788,6 +5790,8 @@ class Connection:
     def _reply_to(self, request: Request) -> Reply:
         if self.over_limit and request.path not in ("/healthz", "/readyz"):
             return refusal(self.server.over_limit())
+        if request.query_text or "prefer" in request.headers:
+            self._flush()  # since this one may wait
         return respond(self.server.app, request)
 
     # -- waiting
@@ -5907,6 +5911,7 @@ class Connection:
 
     def _receive(self, size: int = PIECE) -> bytes:
         """Read more of a request that has begun; raises HTTPError."""
+        self._flush()
         try:
             self._wait(READING, self.server.request_timeout)
             data: bytes = self.socket.recv(size)
@@ -5935,11 +5940,16 @@ class Connection:
     # -- sending
 
     def _send_reply(self, reply: Reply, request: Optional[Request], keep: bool) -> None:
-        """Send a reply in as few pieces as can be, and log it."""
+        """Send a reply, or keep it for the next one, and log it."""
         version = request.version if request else "1.1"
-        head = encode_head(reply, self.server.date(), version, keep)
+        data = encode_head(reply, self.server.date(), version, keep)
+        if not self.bare:
+            data += reply.body
         try:
-            self._send(head if self.bare else head + reply.body)
+            if keep and self.buffer and self._is_quick(reply):
+                self.unsent += data
+                return
+            self._send(data)
             for part in () if self.bare else reply.more:
                 self._send(part)
             if reply.stream is not None:
@@ -5948,8 +5958,21 @@ class Connection:
             if log.isEnabledFor(logging.DEBUG):
                 self._log(reply, request)
 
+    def _is_quick(self, reply: Reply) -> bool:
+        """Whether the next reply, to a request that is here already, may come with it.
+
+        Slow ones are sent at once: a client that has left does not get many of them.
+        """
+        small = not reply.more and len(self.unsent) + len(reply.body) < LARGE
+        return small and time.monotonic() - self.began < QUICK
+
+    def _flush(self) -> None:
+        if self.unsent:
+            self._send(b"")
+
     def _send(self, data: bytes) -> None:
         """Send all of this, or raise OSError when the client is too slow to take it."""
+        data, self.unsent = self.unsent + data, b""
         self.state, self.since, sent = SENDING, time.monotonic(), 0
         if self.timeout is None and len(data) <= LARGE:
             sent = self.socket.send(data)  # the kernel limits the time of this one
@@ -5969,11 +5992,6 @@ class Connection:
                     return  # a client with the new one may come back
                 self.socket.sendall(data)
                 self.streamed += len(data)
-
-    def _has_left(self) -> bool:
-        """Whether the client is known to have left; a reply finds that out."""
-        found = closed_by_peer([self.socket.fileno()])
-        return any(events & select.POLLHUP for events in found.values())
 
     def _log(self, reply: Reply, request: Optional[Request]) -> None:
         """Log a reply and its request; its query and headers may be secret."""

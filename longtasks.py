@@ -211,18 +211,14 @@ def switch(text: str) -> bool:
 
 
 try:
-    FOLDER: Optional[str] = os.getcwd()  # where the service was started
+    FOLDER = os.getcwd()  # where the service was started
 except OSError:
-    FOLDER = None  # it was removed
+    FOLDER = ""  # it was removed
 
 
 def path(text: str) -> str:
     """Return a path as absolute, since a handler may change the working directory."""
-    if not text or os.path.isabs(text):
-        return text
-    if FOLDER is None:
-        raise ValueError("absolute, since the working directory was removed")
-    return os.path.join(FOLDER, text)
+    return os.path.join(FOLDER, text) if text else ""
 
 
 class Setting(NamedTuple):
@@ -963,8 +959,6 @@ def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]
     takes_all = list(properties) == required == ["params"] and not others
     if takes_all and properties["params"].get("type") == "object":
         return properties["params"], True, context
-    if context and others:
-        properties[context] = False  # no param can have this name
     schema = {"type": "object", "properties": properties, "required": required}
     return {**schema, "additionalProperties": others}, False, context
 
@@ -1037,30 +1031,25 @@ def schema_of(annotation: Any) -> Dict[str, Any]:
         annotation = annotation.__supertype__
     if annotation in (Any, object, inspect.Parameter.empty):
         return {}
-    origin, args = (
-        typing.get_origin(annotation) or annotation,
-        typing.get_args(annotation),
-    )
+    origin = typing.get_origin(annotation) or annotation
     # Python 3.8's bare List and Dict have a TypeVar as argument.
+    args = typing.get_args(annotation)
     args = tuple(Any if isinstance(arg, typing.TypeVar) else arg for arg in args)
     if origin is Union or type(annotation).__name__ == "UnionType":  # int | None: 3.10
         return {"anyOf": [schema_of(arg) for arg in args]}
-    if origin is typing.Literal and {str, int, bool, type(None)}.issuperset(
-        map(type, args)
-    ):
+    literal = {str, int, bool, type(None)}.issuperset(map(type, args))
+    if origin is typing.Literal and literal:
         return {"enum": list(args)}
-    name = (
-        _TYPE_NAMES.get(origin) if isinstance(origin, collections.abc.Hashable) else ""
-    )
+    hashable = isinstance(origin, collections.abc.Hashable)
+    name = _TYPE_NAMES.get(origin) if hashable else None
     if name == "array" and args:
         return {"type": "array", "items": schema_of(args[0])}
     if name == "object" and args and args[0] in (str, Any):
         return {"type": "object", "additionalProperties": schema_of(args[1])}
     if not name or args:
         message = "the annotation %s has no counterpart in JSON; use a type that has "
-        raise HandlerError(
-            (message + "one, such as str, and convert it") % (annotation,)
-        )
+        message += "one, such as str, and convert it"
+        raise HandlerError(message % (annotation,))
     return {"type": name}
 
 
@@ -1109,10 +1098,8 @@ class Validator:
         name = self.schema.get("type", "")
         self._types, _ = _JSON_TYPES[name]
         self._options = [Validator(below) for below in self.schema.get("anyOf", ())]
-        self._properties = {
-            name: None if below is False else Validator(below)
-            for name, below in self.schema.get("properties", {}).items()
-        }
+        properties = self.schema.get("properties", {})
+        self._properties = {key: Validator(properties[key]) for key in properties}
         others = name in _MEMBERS and self.schema.get(_MEMBERS[name], True)
         self._others = None if others is False else Validator(others)
         self._is_container = name in _MEMBERS
@@ -1173,9 +1160,8 @@ class Validator:
         for name, item in value.items() if is_object else enumerate(value):
             below = self._properties.get(name, self._others)
             if below is None:
-                known = ", ".join(filter(self._properties.get, self._properties))
-                message = "is unknown; known here: " + (known or "none")
-                problems.append(((*path, name), message))
+                known = ", ".join(self._properties) or "none"
+                problems.append(((*path, name), "is unknown; known here: " + known))
             elif type(item) in below._plain:  # saves a call for most of them
                 converted[name] = item
             else:
@@ -1554,9 +1540,8 @@ def encode_result(value: Any, limit: int) -> bytes:
             if _DOUBTFUL.search(text) or _too_deep(text):
                 parse_json(text)
     except BaseException as error:  # an object of the handler's may raise anything
-        raise BadResult(
-            "the result does not fit into JSON: " + describe(error)
-        ) from None
+        text = "the result does not fit into JSON: " + describe(error)
+        raise BadResult(text) from None
     if len(result) > limit:
         text = "the result has %d bytes, more than the %d that are kept"
         raise BadResult(text % (len(result), limit))
@@ -1753,10 +1738,11 @@ class ManagedProcess:
         self._ctx = ctx
         with starting_a_child():
             self._process = subprocess.Popen(
-                argv, cwd=FOLDER, start_new_session=True, **options
+                argv, cwd=FOLDER or None, start_new_session=True, **options
             )
             self.output = self._process.stdout
-            PRIVATE.update(filter(None, [self.output]))
+            if self.output:
+                PRIVATE.add(self.output)
         pid = self._process.pid
         REAPER.add(pid)
         # Where memory runs out, Linux is to take it before the service (proc(5)).
@@ -1833,7 +1819,7 @@ def exit_status(code: int) -> str:
 # is a socket: the service sends the job as a line of JSON, and gets back lines of a
 # word and JSON. The end of its input requests the handler to stop.
 
-FILE = os.path.join(FOLDER or "", globals().get("__file__", ""))
+FILE = os.path.join(FOLDER, globals().get("__file__", ""))
 CHILD = """
 import sys
 file, sys.path[:] = sys.argv[1], sys.argv[2:]
@@ -1877,9 +1863,8 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
     if reply:
         return result_of(ctx, *reply)
     ctx.check()
-    raise Failure(
-        "its process ended before it was done: " + exit_status(process.returncode)
-    )
+    how = exit_status(process.returncode)
+    raise Failure("its process ended before it was done: " + how)
 
 
 def _follow_child(data: Iterator[bytes], ctx: Context) -> Optional[Tuple[str, bytes]]:
@@ -1948,10 +1933,8 @@ def isolated_main() -> None:
             send(kind, to_json(line[-MAX_MESSAGE:]))
 
     def await_stop() -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(service, selectors.EVENT_READ)
-            while not selector.select(PROGRESS_INTERVAL):
-                ctx.emit_progress()
+        while not select.select([service], [], [], PROGRESS_INTERVAL)[0]:
+            ctx.emit_progress()
         ctx.cancel()
 
     ctx = Context(job["task_id"], job["attempt"], emit)
@@ -2074,15 +2057,15 @@ def _code_words(words: Sequence[str], code: str, valued: str) -> Iterator[str]:
 
 def find_program(word: str) -> str:
     """Return the absolute path of a program; raises HandlerError if there is none."""
-    folder, hint = FOLDER or "", ""
+    hint = ""
     if os.path.dirname(word):
-        found = shutil.which(os.path.join(folder, word))
+        found = shutil.which(os.path.join(FOLDER, word))
     else:
         found = shutil.which(word)
         hint = " on the PATH (a file in this folder is ./%s)" % word
     if not found:
         raise HandlerError("there is no executable %s%s" % (quote(word), hint))
-    return os.path.join(folder, found)
+    return os.path.join(FOLDER, found)
 
 
 class Program:

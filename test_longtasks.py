@@ -334,13 +334,6 @@ def test_a_path_is_relative_to_where_the_service_was_started(name, monkeypatch):
         assert found in (expected, [expected])
 
 
-def test_a_relative_path_needs_a_working_directory(monkeypatch):
-    monkeypatch.setattr(longtasks, "FOLDER", None)
-    with pytest.raises(longtasks.SettingsError, match="must be absolute, since"):
-        longtasks.read_settings([], {"DB": "x"})
-    assert longtasks.read_settings([], {"DB": "/x"})["DB"] == "/x"
-
-
 @pytest.mark.parametrize(
     "name, texts",
     [
@@ -736,7 +729,7 @@ def test_a_whole_number_with_a_point_is_an_integer(registry):
     assert repr(wanted.options.retries) == "1"
 
 
-def test_a_handler_may_take_params_of_any_names_but_that_of_its_context(registry):
+def test_a_handler_may_take_params_of_any_names(registry):
     @handler("one dict")
     def one_dict(params: dict, ctx: Context):
         return [params, ctx.task_id]
@@ -749,9 +742,6 @@ def test_a_handler_may_take_params_of_any_names_but_that_of_its_context(registry
         longtasks.check_submission({"type": name, "params": params}, registry)
     assert run(registry, "one dict", {"x": [1]}) == [{"x": [1]}, "id"]
     assert run(registry, "keywords", {"n": 1, "x": 2}) == [1, {"x": 2}]
-    document = {"type": "keywords", "params": {"n": 1, "ctx": 2}}
-    with pytest.raises(longtasks.Invalid, match=r"params\.ctx is unknown"):
-        longtasks.check_submission(document, registry)
 
 
 def test_the_registry_is_a_dict_and_the_function_stays_itself(registry):

@@ -4757,7 +4757,9 @@ def test_a_waiting_retry_a_delay_and_a_priority_are_shown(registry):
         assert status["next_attempt_at"] > status["created_at"]
 
 
-@pytest.mark.parametrize("error", [longtasks.Retry("not yet", after=0.01), None])
+@pytest.mark.parametrize(
+    "error", [longtasks.Retry("not yet", after=0.01), longtasks.Retry(after="x"), None]
+)
 def test_a_handler_may_ask_to_be_run_again(error, registry):
     class Later(longtasks.Retry):
         def __init__(self):
@@ -8369,7 +8371,7 @@ def names():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="there is no /proc")
-@pytest.mark.parametrize("closed", [[0], [1], [0, 1], [0, 1, 2]])
+@pytest.mark.parametrize("closed", [[1], [0, 1, 2]])
 def test_nothing_takes_the_place_of_a_standard_file_that_is_closed(closed, tmp_path):
     path, db = str(tmp_path / "socket"), str(tmp_path / "tasks.db")
     words = [sys.executable, SCRIPT, "--unix-socket", path, "--db", db]
@@ -8408,23 +8410,14 @@ def lacking(*names):
 MISSING = "sqlite3", "ssl", "multiprocessing", "ctypes", "curses", "fcntl", "argparse"
 
 
-def test_a_python_without_some_modules_does_what_does_not_need_them():
-    env = {"COMMANDS": "say=echo {word}"}
+def test_a_python_without_some_modules_does_what_does_not_need_them(tmp_path):
+    env = {"COMMANDS": "say=echo {word}", "HANDLERS": write(tmp_path, APART)}
     with process(command=lacking(*MISSING), env=env) as running:
+        assert outcome(running, "apart")["result"] == 1
         done = outcome(running, "long_computation", {"duration": 0})
         assert done["status"] == "completed"
         assert outcome(running, "say", {"word": "hi"})["result"]["output"] == "hi\n"
         assert running.stop() == 0
-
-
-@pytest.mark.parametrize("executor", [False, True])
-def test_isolated_handlers_need_no_multiprocessing(executor, tmp_path):
-    flags = ["--handlers", write(tmp_path, APART)]
-    if executor:
-        text = "from concurrent.futures import ThreadPoolExecutor\n"
-        flags += ["--executor", write(tmp_path, text, "f.py") + ":ThreadPoolExecutor"]
-    with process(*flags, command=lacking("multiprocessing")) as running:
-        assert outcome(running, "apart")["result"] == 1
 
 
 def test_what_needs_a_missing_module_is_one_line_and_code_2(tmp_path):
@@ -8750,10 +8743,9 @@ def test_sighup_drains_unless_it_is_ignored_and_does_not_hurry_a_drain(
 
 
 @has_sighup
-@pytest.mark.parametrize("action", [signal.SIG_DFL, signal.SIG_IGN])
-def test_a_reload_does_not_hurry_a_drain(action, tmp_path, held):
+def test_a_reload_does_not_hurry_a_drain_even_under_nohup(tmp_path, held):
     flags = [*held, "--api-token-file", write(tmp_path, TOKEN, "token")]
-    with inherited(signal.SIGHUP, action), process(*flags) as running:
+    with inherited(signal.SIGHUP, signal.SIG_IGN), process(*flags) as running:
         document = {"type": "deaf", "params": {"name": "a"}}
         call(running, "POST", "/api/v1/tasks", document, Authorization=BEARER)
         began(tmp_path, "a")
@@ -8819,7 +8811,7 @@ def test_a_signal_is_heard_while_clients_come_and_go():
             while True:  # until the service is gone
                 call(port, "GET", "/healthz")
 
-    for _ in range(5):
+    for _ in range(2):
         with concurrent.futures.ThreadPoolExecutor(4) as pool, process() as running:
             for _ in range(4):
                 pool.submit(come_and_go, running.port)
@@ -9148,23 +9140,6 @@ def test_a_request_is_logged_at_debug_without_a_secret(registry):
     assert any(re.search(words, text) for text in texts)
 
 
-SHOUT = """
-from longtasks import Context, handler
-
-@handler("shout", isolated=True)
-def shout(ctx: Context):
-    ctx.log("beware", 30)
-"""
-
-
-def test_what_an_isolated_handler_logs_is_in_the_log_once(tmp_path):
-    flags = ["--handlers", write(tmp_path, SHOUT), "--log-format", "json"]
-    with process(*flags) as running:
-        outcome(running, "shout")
-        running.logged("completed")
-        assert [json.loads(line)["message"] for line in running.lines if "bew" in line]
-
-
 # -- a service manager -----------------------------------------------------
 
 
@@ -9186,16 +9161,18 @@ class Manager:
         return next(line for line in self.heard if word in line)
 
 
-@pytest.fixture(params=["path", "abstract"])
+@pytest.fixture
 def manager(request, tmp_path):
     if not sys.platform.startswith("linux"):
         pytest.skip("systemd is for Linux")
     name = "\0longtasks-test-%d" % os.getpid()
-    manager = Manager(name if request.param == "abstract" else str(tmp_path / "s"))
+    kind = getattr(request, "param", "path")
+    manager = Manager(name if kind == "abstract" else str(tmp_path / "s"))
     with manager.socket:
         yield manager
 
 
+@pytest.mark.parametrize("manager", ["path", "abstract"], indirect=True)
 def test_a_service_manager_gets_readiness_counts_and_the_stop(manager, tmp_path, held):
     env = {**manager.env, "DRAIN_TIMEOUT": "60"}
     with process(*held, env=env) as running:
@@ -9348,15 +9325,12 @@ def test_a_socket_for_another_process_is_left_alone():
 ISOLATED = """
 import multiprocessing, os, signal, socket, subprocess, time
 from concurrent.futures import ProcessPoolExecutor
-from datetime import timedelta
-from typing import Optional
 from longtasks import Context, Retry, handler
 
 @handler("told", isolated=True)
-def told(n: int, ctx: Context, fraction: Optional[float] = 0.5):
+def told(n: int, ctx: Context):
     ctx.log("pid %d" % os.getpid())
-    ctx.progress(0.4)
-    ctx.progress(fraction, "half")
+    ctx.progress(0.5, "half")
     while not ctx.cancelled and n < 0:
         time.sleep(0.001)
     if ctx.cancelled:
@@ -9369,14 +9343,6 @@ def again(ctx: Context):
     if ctx.attempt < 2:
         raise Retry("later", after=0.01)
     return ctx.attempt
-
-class Later(Retry):
-    def __str__(self):
-        return "later" if isinstance(self.after, timedelta) else self.text
-
-@handler("vague", isolated=True, backoff=1000)
-def vague(after: str):
-    raise Later(after=timedelta(1) if after == "timedelta" else after)
 
 @handler("bad", isolated=True)
 def bad():
@@ -9460,19 +9426,11 @@ def pid_of(running, task_id):
 def test_an_isolated_handler_runs_in_a_process_of_its_own(isolated):
     done = outcome(isolated, "told", {"n": 3})
     assert done["result"] == {"n": 3, "attempt": 1}
-    assert pid_of(isolated, done["task_id"]) != isolated.process.pid
+    pid = pid_of(isolated, done["task_id"])
+    assert pid != isolated.process.pid
+    lines = [line for line in isolated.lines if line.endswith("pid %d\n" % pid)]
+    assert len(lines) == 1, "what it logs is in the log once"
     assert outcome(isolated, "again")["result"] == 2
-
-
-@pytest.mark.parametrize(
-    "after, text", [("timedelta", "later"), ("soon", "(its text can't be read)")]
-)
-def test_an_isolated_handler_may_say_badly_when_to_run_it_again(after, text, isolated):
-    path = "/api/v1/tasks/" + submitted(isolated.port, "vague", {"after": after})
-    until(lambda: call(isolated, "GET", path).json.get("last_error"))
-    status = call(isolated, "GET", path).json
-    assert (status["status"], status["last_error"]) == ("pending", "Retry: " + text)
-    cancel(isolated, status["id"])
 
 
 @pytest.mark.parametrize(
@@ -9521,11 +9479,10 @@ def test_a_result_that_is_too_large_does_not_leave_the_isolated_process(isolated
     assert outcome(isolated, "large", {"n": 8 << 20})["error"] == error
 
 
-@pytest.mark.parametrize("fraction", [0.5, None])
-def test_an_isolated_handler_hears_that_it_is_to_stop(fraction, isolated):
-    task_id = submitted(isolated.port, "told", {"n": -1, "fraction": fraction})
+def test_an_isolated_handler_learns_that_it_is_to_stop(isolated):
+    task_id = submitted(isolated.port, "told", {"n": -1})
     path = "/api/v1/tasks/" + task_id
-    expected = {"percent": 50.0, "message": "half"} if fraction else {"message": "half"}
+    expected = {"percent": 50.0, "message": "half"}
     until(lambda: call(isolated.port, "GET", path).json.get("progress") == expected)
     assert cancel(isolated, task_id).status == 202
     assert result_of(isolated.port, task_id)["status"] == "cancelled"
@@ -9577,10 +9534,10 @@ def test_what_an_isolated_handler_has_started_ends_with_its_task(isolated):
 
 
 @has_proc
-@pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM", "a second signal"])
+@pytest.mark.parametrize("by", ["SIGKILL", "a second signal"])
 def test_what_an_isolated_handler_has_started_ends_with_the_service(by, tmp_path):
     flags = ["--handlers", write(tmp_path, ISOLATED), "--drain-timeout", "0"]
-    flags += ["--grace", "1000"] if by == "a second signal" else []
+    flags += ["--grace", "1000"]
     with process(*flags) as running:
         task_id = submitted(running.port, "family")
         pids = family_of(running, task_id)
@@ -9798,7 +9755,6 @@ def test_a_fork_waits_while_another_child_is_started(monkeypatch):
 
 ELSEWHERE = """
 import concurrent.futures, os, threading, time
-from datetime import timedelta
 from longtasks import Context, Retry, handler
 
 def processes():
@@ -9842,17 +9798,6 @@ def again():
         raise Retry("later", after=0.01)
     return len(TRIED)
 
-class Later(Retry):
-    def __init__(self):
-        pass
-
-@handler("vague", isolated=True, backoff=0.01)
-def vague():
-    TRIED.append(1)
-    if len(TRIED) < 5:
-        raise Later() if len(TRIED) < 4 else Retry("later", after=timedelta(1))
-    return len(TRIED)
-
 @handler("here")
 def here():
     return os.getpid()
@@ -9885,7 +9830,6 @@ def test_isolated_handlers_run_where_the_executor_says(factory, tmp_path):
         assert outcome(running, "bad")["error"] == "ValueError: no"
         if factory == "threads":  # processes would not share what was tried
             assert outcome(running, "again")["result"] == 2
-            assert outcome(running, "vague")["result"] == 5
         cancelled = outcome(running, "double", {"n": 1, "wait": 3}, timeout=0.1)
         assert cancelled["error"] == "timed out after 0.1 s"
         assert not [line for line in running.lines if "stuck" in line]
@@ -10090,7 +10034,7 @@ def check_spread(port, *instances):
 
 # -- with a journal, for real ----------------------------------------------
 
-CRASHES = int(os.environ.get("LONGTASKS_CRASHES", "30"))
+CRASHES = int(os.environ.get("LONGTASKS_CRASHES", "10"))
 
 MARKED = """
 import os

@@ -2276,22 +2276,25 @@ if name not in sys.modules:
     sys.modules.setdefault(name, module)
 reply = sys.modules[name].run_remote(files, job)
 """
+_boot_values: Dict[str, Any] = {}  # what BOOT needs besides the job
 
 
 def load_executor(text: str) -> None:
     """Make the executor that FILE:FACTORY stands for; raises HandlerError."""
-    file, _, name = text.rpartition(":")
-    if not (file and name):
+    path, _, name = text.rpartition(":")
+    if not (path and name):
         raise HandlerError("--executor %s: write FILE:FACTORY" % quote(text))
-    factory = getattr(_load_file("--executor", file), name, None)
+    factory = getattr(_load_file("--executor", path), name, None)
     if not any(known.isolated for known in REGISTRY.values()):
         log.warning("--executor %s has nothing to run: no handler is isolated", text)
     try:
         if not callable(factory):
-            raise HandlerError("%s has no function %s" % (file, quote(name)))
+            raise HandlerError("%s has no function %s" % (path, quote(name)))
         for handlers_file in LOADED:
             with tokenize.open(handlers_file) as opened:
                 LOADED[handlers_file] = opened.read()
+        with open(FILE, "rb") as file:
+            source = file.read()
         with UserCode():
             executor = factory()
         if not callable(getattr(executor, "submit", None)):
@@ -2299,31 +2302,23 @@ def load_executor(text: str) -> None:
     except _NOT_LOADED as error:
         reason = str(error) if isinstance(error, HandlerError) else describe(error)
         raise HandlerError("--executor %s: %s" % (text, reason)) from None
-    # Threads and forked processes have loaded all files already.
-    sys.modules[_this_file()["name"]] = sys.modules[__name__]
-    EXECUTOR[:] = [executor]
-
-
-@functools.lru_cache(maxsize=None)
-def _this_file() -> Dict[str, Any]:
-    """Return what BOOT needs to load this file."""
-    with open(FILE, "rb") as file:
-        source = file.read()
     name = "longtasks_%08x" % zlib.crc32(source)
-    return {"name": name, "file": FILE, "source": zlib.compress(source)}
+    # Threads and forked processes have loaded all files already.
+    sys.modules[name] = sys.modules[__name__]
+    _boot_values.update(name=name, file=FILE, source=zlib.compress(source))
+    EXECUTOR[:] = [executor]
 
 
 def run_on_executor(job: Dict[str, Any], ctx: Context) -> bytes:
     """Run a handler by the executor, as if it ran here."""
-    values = {"boot": BOOT, "scope": dict(_this_file(), files=dict(LOADED), job=job)}
+    values = {"boot": BOOT, "scope": dict(_boot_values, files=dict(LOADED), job=job)}
     future = EXECUTOR[0].submit(eval, "(exec(boot, scope), scope['reply'])[1]", values)
     done = threading.Event()
     future.add_done_callback(lambda _: done.set())
     ctx.on_stop(done.set)
     done.wait()
-    if not future.done():
-        future.cancel()
-    if not future.done() or future.cancelled():
+    future.cancel()  # does nothing once it is done
+    if future.cancelled() or not future.done():
         ctx.check()  # what runs there may go on; its end is ignored
         raise Failure("the executor has cancelled it")
     return result_of(ctx, *future.result())

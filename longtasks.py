@@ -1363,8 +1363,8 @@ SHUTDOWN = "the service stops"
 
 PROGRESS_INTERVAL = 1.0  # seconds until progress is published that came too fast
 
-# Publishes an event of a run: "progress", which the context has, or "log", with lines
-# and how many were dropped before them.
+# Publishes an event of a run: "progress", with fraction and message, or "log", with
+# lines and how many were dropped before them.
 Emit = Callable[["Context", str, Any], None]
 
 
@@ -1418,7 +1418,7 @@ class Context:
             # Two threads may do so at once, without harm: each one publishes what is
             # the latest at that moment.
             self._published, self._published_at = self._progress, time.monotonic()
-            self._emit(self, "progress", None)
+            self._emit(self, "progress", self._published)
 
     def log(self, text: str, level: int = logging.INFO) -> None:
         """Add lines to the task's log, and to the service's."""
@@ -1876,21 +1876,16 @@ def _follow_child(data: Iterator[bytes], ctx: Context) -> Optional[Tuple[str, by
             *lines, rest = rest.split(b"\n")
             for line in lines:
                 kind, _, payload = bytes(line).partition(b" ")
-                if kind not in (b"log", b"progress"):
+                if kind == b"log":
+                    ctx.log(json.loads(payload))
+                elif kind == b"progress":
+                    with contextlib.suppress(Cancelled):
+                        ctx.progress(*json.loads(payload))
+                else:
                     return kind.decode(), payload
-                _pass_on(ctx, kind.decode(), json.loads(payload))
         if len(rest) > ctx.max_result + 10 * MAX_MESSAGE:
             break
     return None
-
-
-def _pass_on(ctx: Context, kind: str, payload: Any) -> None:
-    if kind == "log":
-        ctx.log(payload)
-        return
-    percent = payload.get("percent")
-    with contextlib.suppress(Cancelled):
-        ctx.progress(percent and percent / 100, payload["message"])
 
 
 def result_of(ctx: Context, kind: str, payload: bytes) -> bytes:
@@ -1927,7 +1922,7 @@ def isolated_main() -> None:
 
     def emit(ctx: Context, kind: str, payload: Any) -> None:
         if kind == "progress":
-            send(kind, to_json(ctx.progress_document()))
+            send(kind, to_json(payload))
             return
         for line in payload[0]:
             send(kind, to_json(line[-MAX_MESSAGE:]))
@@ -2183,42 +2178,37 @@ class ProgramOutput:
             self._dropped += self._new.count(b"\n", 0, cut)
             del self._new[:cut]
         if self._new and time.monotonic() >= self._due:
-            self._pass_on()
+            self._pass_on(self._new.rfind(b"\n") + 1)
             self._due = time.monotonic() + 0.1
 
     def end(self) -> None:
         """Pass on all that is left, of a program that has ended."""
-        self._pass_on()
-        if self._new:
-            self._pass_lines(len(self._new))
+        self._pass_on(len(self._new))
 
-    def _pass_on(self) -> None:
-        """Pass on whole lines, and the progress that the latest ones show."""
-        end = self._new.rfind(b"\n") + 1
+    def _pass_on(self, end: int) -> None:
+        """Pass on the lines up to `end`, and the progress that the latest ones show."""
         # Of a line that is drawn again and again, the latest is enough.
         redrawn = self._new.rstrip(b"\r").rfind(b"\r", end)
-        if redrawn > 0:
+        if redrawn > end:
             del self._new[end:redrawn]
         if len(self._new) - end > FLOOD:
             end = len(self._new)
-        if end:
-            self._pass_lines(end)
-        self._note_progress(self._new[:4000].decode("utf-8", "ignore"))
-        if self._message:
-            with contextlib.suppress(Cancelled):
-                self._ctx.progress(self._fraction, self._message)
-
-    def _pass_lines(self, end: int) -> None:
         text = self._new[:end].decode("utf-8", "replace")
         del self._new[:end]
-        lines = (text[:-1] if text.endswith("\n") else text).split("\n")
-        for line in lines[-100:]:
+        *lines, rest = text.split("\n")
+        if rest:
+            lines.append(rest)
+        for line in [*lines[-100:], self._new[:4000].decode("utf-8", "ignore")]:
             self._note_progress(line)
         if "\r" in text:
             lines = list(map(visible, lines))
-        self.tail = (self.tail + "\n".join(lines) + "\n")[-MAX_OUTPUT:]
-        self._ctx.log_output(lines, self._dropped)
-        self._dropped = 0
+        if lines:
+            self.tail = (self.tail + "\n".join(lines) + "\n")[-MAX_OUTPUT:]
+            self._ctx.log_output(lines, self._dropped)
+            self._dropped = 0
+        if self._message:
+            with contextlib.suppress(Cancelled):
+                self._ctx.progress(self._fraction, self._message)
 
     def _note_progress(self, line: str) -> None:
         self._message = visible(line).strip() or self._message

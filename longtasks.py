@@ -6494,7 +6494,7 @@ REFUSED, NO_ANSWER, INTERRUPTED = 2, 4, 130
 REQUEST_TIMEOUT = 30.0  # seconds without a byte from the service that end a request
 RETRY_TIMEOUT = 300.0  # seconds for which a request without an answer is repeated
 RETRY_PAUSE = 1.0  # seconds between two attempts
-POLL_INTERVAL = 1.0  # seconds between two looks at a task that is followed
+POLL_INTERVAL = 1.0  # seconds between two requests for the status of a task
 LINE_INTERVAL = 10.0  # seconds between two lines about progress, not on a terminal
 
 
@@ -7122,7 +7122,7 @@ class Service:
         event = self._next_event(timeout)
         if event != DRAINED:
             reason = "second signal" if event else "time is up"
-            log.warning("%s: handlers are told to stop", reason)
+            log.warning("%s: handlers are asked to stop", reason)
         self.store.stop()  # after a drain, too: no task that is given up may start
         if event is None:
             event = self._next_event(self.settings["GRACE"])
@@ -7400,15 +7400,6 @@ def import_ahead(settings: Settings) -> None:
             lazy_import(name)
 
 
-def load_all(files: Sequence[str]) -> None:
-    """Run these files of handlers; raises HandlerError."""
-    for file in files:
-        before = len(REGISTRY)
-        load_handlers(file)
-        if len(REGISTRY) == before:
-            log.warning("--handlers %s has no @handler: no task type is in it", file)
-
-
 def _start(argv: Sequence[str], signals: Signals) -> Service:
     """Start the service; raises SettingsError or HandlerError."""
     signals.install()
@@ -7419,7 +7410,11 @@ def _start(argv: Sequence[str], signals: Signals) -> Service:
     manager = ServiceManager(os.environ)
     if settings["HANDLERS"] or settings["EXECUTOR"]:
         import_ahead(settings)
-    load_all(settings["HANDLERS"])
+    for file in settings["HANDLERS"]:
+        before = len(REGISTRY)
+        load_handlers(file)
+        if len(REGISTRY) == before:
+            log.warning("--handlers %s has no @handler: no task type is in it", file)
     for line in settings["COMMANDS"]:
         register_command(line)
     if settings["EXECUTOR"]:
@@ -7856,11 +7851,12 @@ class Row {
       age: span(now() - seconds(created)) + " ago",
       outcome: ["failed", "cancelled"].includes(task.status) ? "Error" : "Result",
     };
+    this.element.open = opened === task.id;
     for (const each of this.texts) {
+      if (!this.element.open && this.details.contains(each)) continue; // can't be seen
       const name = each.dataset.text, text = texts[name];
       put(each, text && name.endsWith("_at") ? local.format(Date.parse(text)) : text);
     }
-    this.element.open = opened === task.id;
     this.status.className = "status " + task.status;
     this.bar.hidden = percent === undefined;
     this.bar.value = percent ?? 0;
@@ -7916,9 +7912,9 @@ function sample(metrics) {
 function drawChart(name) {
   const first = Math.floor(now() / SLOT) - SLOTS + 1;
   for (const slot of slots.keys()) if (slot < first) slots.delete(slot);
-  const most = Math.max(1, ...[...slots.values()].map(({ [name]: n }) => n));
+  const highest = Math.max(1, ...[...slots.values()].map(({ [name]: n }) => n));
   const path = [...slots].map(([slot, { [name]: n }]) =>
-    n ? `M${slot - first + .5} 20v${-19 * n / most}` : "");
+    n ? `M${slot - first + .5} 20v${-19 * n / highest}` : "");
   $(name + "-chart").setAttribute("d", path.join(""));
 }
 

@@ -2590,7 +2590,7 @@ def test_whatever_a_handler_says_whose_time_is_up_it_has_timed_out(outcome):
 
 
 def lost_run(store, clock, status="failed"):
-    """A run that was told to stop and did not."""
+    """A run that was asked to stop and did not."""
     task = store.submit("t", b"{}")
     context = begun(store)[1]
     if status == "cancelled":
@@ -7733,7 +7733,7 @@ def test_a_service_that_answers_early_is_not_asked_all_the_time(client, monkeypa
     assert "?wait=60 HTTP" in server.asked[3]
 
 
-# -- when no good answer comes ---------------------------------------------
+# -- errors and retries ------------------------------------------------------
 
 
 def test_a_service_that_is_not_there_is_reported_in_one_line_with_code_4(client):
@@ -7841,7 +7841,7 @@ def test_a_request_is_not_repeated_for_ever(client, monkeypatch):
         assert ran.complaints[-1].startswith("no answer from ")
 
 
-# -- where the service is, and who asks ------------------------------------
+# -- URLs, TLS and tokens ----------------------------------------------------
 
 
 def test_a_url_is_that_of_the_flag_or_of_the_environment(client, monkeypatch):
@@ -7950,7 +7950,7 @@ class Command:
     def err(self):
         return self.text.decode("utf-8", "replace").replace("\r\n", "\n")
 
-    def told(self, word):
+    def wait_for(self, word):
         until(lambda: word in self.err, "the word " + word)
 
     def interrupt(self):
@@ -7990,7 +7990,7 @@ def a_run_of(type, tmp_path, held, **options):
         running.port, "run", type, "name=a", **options
     ) as run:
         began(tmp_path, "a")
-        run.told("task ")
+        run.wait_for("task ")
         yield running, run
 
 
@@ -8013,7 +8013,7 @@ def test_ctrl_c_does_not_take_away_a_result(tmp_path, held):
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, held):
     with a_run_of("deaf", tmp_path, held, terminal=True) as (service, run):
         run.interrupt()
-        run.told("Ctrl-C again")
+        run.wait_for("Ctrl-C again")
         run.interrupt()
         assert run.end() == (130, "")
         assert run.err.endswith("\r\x1b[K\x1b[?7l\x1b[?7h")  # no half line is left
@@ -8052,7 +8052,7 @@ def test_output_that_nobody_reads_is_no_error(service):
         assert run.err == ""
 
 
-def test_what_is_told_to_nobody_does_not_change_the_end(service):
+def test_messages_that_nobody_reads_do_not_change_the_exit_code(service):
     port = service.server.server_port
     with command(port, "run", "long_computation", "duration=0.1") as run:
         os.dup2(os.open(os.devnull, os.O_RDONLY), run.ours)  # nobody reads stderr
@@ -8077,7 +8077,7 @@ def test_a_terminal_shows_one_line_that_changes(service, gate):
         return gate()
 
     with command(service.server.server_port, "run", "odd", terminal=True) as run:
-        run.told("50%")
+        run.wait_for("50%")
         gate.release.set()
         assert run.end() == (0, "1\n")
     first, second, *drawn, last = run.err.split("\r\x1b[K")[1:]
@@ -8226,7 +8226,7 @@ def begin(running, tmp_path, type, name="a"):
 
 has_sighup = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
 
-# -- the start -------------------------------------------------------------
+# -- start -------------------------------------------------------------------
 
 WITHOUT_THREAD = """
 import runpy, sys, threading
@@ -8348,14 +8348,6 @@ def test_it_listens_on_ipv6_too(registry):
         pytest.skip(str(error))
 
 
-def test_a_file_without_a_handler_is_a_warning(tmp_path):
-    file = write(tmp_path, "def count():\n    return 1\n")
-    with records("WARNING") as kept:
-        longtasks.load_all([file])
-    (record,) = kept
-    assert "--handlers %s has no @handler" % file in record.getMessage()
-
-
 PRINTING = """
 import os, sys
 from longtasks import handler
@@ -8391,7 +8383,7 @@ def test_nothing_takes_the_place_of_a_standard_file_that_is_closed(closed, tmp_p
         started.wait()
 
 
-# -- hosts that lack something ---------------------------------------------
+# -- limited hosts -----------------------------------------------------------
 
 LACKING = """
 import runpy, sys
@@ -8410,7 +8402,7 @@ def lacking(*names):
 MISSING = "sqlite3", "ssl", "multiprocessing", "ctypes", "curses", "fcntl", "argparse"
 
 
-def test_a_python_without_some_modules_does_what_does_not_need_them(tmp_path):
+def test_a_python_that_lacks_modules_does_all_that_does_not_need_them(tmp_path):
     env = {"COMMANDS": "say=echo {word}", "HANDLERS": write(tmp_path, APART)}
     with process(command=lacking(*MISSING), env=env) as running:
         assert outcome(running, "apart")["result"] == 1
@@ -8420,7 +8412,7 @@ def test_a_python_without_some_modules_does_what_does_not_need_them(tmp_path):
         assert running.stop() == 0
 
 
-def test_what_needs_a_missing_module_is_one_line_and_code_2(tmp_path):
+def test_a_setting_that_needs_a_missing_module_is_one_line_and_code_2(tmp_path):
     command = [*lacking("sqlite3"), "--port=0", "--db", str(tmp_path / "x")]
     done = subprocess.run(command, stderr=subprocess.PIPE, timeout=LONG)
     line = b"longtasks: DB needs Python's sqlite3, which is missing\n"
@@ -8486,7 +8478,7 @@ def test_64_mib_are_enough_whatever_clients_do_with_the_limits_of_the_readme():
         assert call(running.port, "GET", "/healthz").status == 200
 
 
-# -- the stop --------------------------------------------------------------
+# -- shutdown ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -8739,7 +8731,7 @@ def test_sighup_drains_unless_it_is_ignored_and_does_not_hurry_a_drain(
         running.signal(signal.SIGHUP)  # some terminals send it twice
         (tmp_path / "a").touch()
         assert running.wait() == 0
-        assert not running.has_logged("told to stop")
+        assert not running.has_logged("asked to stop")
 
 
 @has_sighup
@@ -8755,7 +8747,7 @@ def test_a_reload_does_not_hurry_a_drain_even_under_nohup(tmp_path, held):
         running.logged("SIGHUP: ")
         (tmp_path / "a").touch()
         assert running.wait() == 0
-        assert not running.has_logged("told to stop")
+        assert not running.has_logged("asked to stop")
 
 
 SLOW_START = """
@@ -8789,9 +8781,11 @@ def test_a_signal_ends_a_start_in_order_even_that_of_pid_1(below, number, tmp_pa
 def test_a_signal_that_a_handlers_file_swallows_ends_the_service_all_the_same(tmp_path):
     text = "try:\n    %s\nexcept BaseException:\n    pass\n"
     text %= "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
-    with process("--handlers", write(tmp_path, text)) as running:
+    file = write(tmp_path, text)
+    with process("--handlers", file) as running:
         assert running.wait() == 0
         running.logged("SIGTERM: draining")
+        running.logged("--handlers %s has no @handler" % file)
 
 
 def test_a_signal_while_a_start_is_refused_does_not_interrupt_that(monkeypatch):
@@ -8841,7 +8835,7 @@ print(*map(int, map(getsignal, [SIGCHLD, SIGTERM])))'
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="not POSIX")
 @pytest.mark.parametrize("by", ["its parent", "a handlers file"])
-def test_signals_are_what_they_have_to_be_whatever_was_done_to_them(by, tmp_path):
+def test_signals_are_set_whatever_was_done_to_them(by, tmp_path):
     flags = ["--command", SHOW_SIGNALS % sys.executable]
     command = [sys.executable, "-c", SIGNALS + INHERITING, SCRIPT]
     if by == "a handlers file":
@@ -8963,7 +8957,7 @@ def nap():
 """
 
 
-def test_what_a_library_does_to_the_whole_process_does_not_reach_the_service(tmp_path):
+def test_a_library_that_changes_the_process_does_not_harm_the_service(tmp_path):
     for name in ("base64", "hashlib", "hmac", "subprocess", "uuid"):
         write(tmp_path, "raise SystemExit(name)", name + ".py")
     flags = ["--handlers", write(tmp_path, GLOBALS), "--command", "say=echo {word}"]
@@ -9151,14 +9145,14 @@ class Manager:
         self.socket.settimeout(LONG)
         self.socket.bind(path)
         self.env = {"NOTIFY_SOCKET": path.replace("\0", "@")}
-        self.heard = []
+        self.received = []
 
-    def hear(self, word):
+    def receive(self, word):
         end = time.monotonic() + LONG
-        while not any(word in line for line in self.heard):
-            assert time.monotonic() < end, self.heard
-            self.heard += self.socket.recv(65536).decode().split("\n")
-        return next(line for line in self.heard if word in line)
+        while not any(word in line for line in self.received):
+            assert time.monotonic() < end, self.received
+            self.received += self.socket.recv(65536).decode().split("\n")
+        return next(line for line in self.received if word in line)
 
 
 @pytest.fixture
@@ -9176,15 +9170,15 @@ def manager(request, tmp_path):
 def test_a_service_manager_gets_readiness_counts_and_the_stop(manager, tmp_path, held):
     env = {**manager.env, "DRAIN_TIMEOUT": "60"}
     with process(*held, env=env) as running:
-        manager.hear("READY=1")
+        manager.receive("READY=1")
         assert call(running.port, "GET", "/readyz").status == 200
-        assert manager.hear("STATUS=") == "STATUS=0 running, 0 waiting, 0 finished"
-        assert "WATCHDOG=1" not in manager.heard  # nobody asked for it
+        assert manager.receive("STATUS=") == "STATUS=0 running, 0 waiting, 0 finished"
+        assert "WATCHDOG=1" not in manager.received  # nobody asked for it
         begin(running, tmp_path, "deaf")
         running.signal()
-        manager.hear("STOPPING=1")
-        manager.hear("STATUS=draining, 1 running, 0 waiting, 0 finished")
-        manager.hear("EXTEND_TIMEOUT_USEC=30000000")
+        manager.receive("STOPPING=1")
+        manager.receive("STATUS=draining, 1 running, 0 waiting, 0 finished")
+        manager.receive("EXTEND_TIMEOUT_USEC=30000000")
         (tmp_path / "a").touch()
         assert running.wait() == 0
 
@@ -9193,7 +9187,7 @@ def test_programs_do_not_take_themselves_for_the_service(manager):
     names = [*manager.env, "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"]
     env = dict.fromkeys([*names, "LISTEN_FDNAMES"], "0")
     with process("--command", "env=env", env={**env, **manager.env}) as running:
-        manager.hear("READY=1")
+        manager.receive("READY=1")
         output = outcome(running, "env")["result"]["output"]
         assert "LONGTASKS_TASK_ID=" in output
         assert not [name for name in env if name + "=" in output]
@@ -9203,9 +9197,9 @@ def test_the_watchdog_is_fed_in_time(manager):
     with process(env={**manager.env, "WATCHDOG_USEC": "300000"}):
         for _ in range(4):
             begin = time.monotonic()
-            manager.hear("WATCHDOG=1")
+            manager.receive("WATCHDOG=1")
             assert time.monotonic() - begin < 4  # before the five seconds of a status
-            del manager.heard[:]
+            del manager.received[:]
 
 
 @contextlib.contextmanager
@@ -9214,7 +9208,7 @@ def managed(manager, **env):
     settings = longtasks.read_settings(["--port=0"], {})
     talk = longtasks.ServiceManager({**manager.env, "WATCHDOG_USEC": "9", **env})
     with running_service(longtasks.Service(settings, longtasks.REGISTRY, talk)) as it:
-        manager.hear("READY=1")
+        manager.receive("READY=1")
         yield it
 
 
@@ -9301,7 +9295,7 @@ def test_clients_of_a_socket_that_was_passed_wait_for_the_next_service(registry)
 
 
 @pytest.mark.parametrize("kind", ["a connection", "two", "no socket"])
-def test_what_cannot_be_listened_on_is_one_line(kind, tmp_path, monkeypatch):
+def test_a_passed_socket_that_is_of_no_use_is_refused(kind, tmp_path, monkeypatch):
     with socket.socket() as bound, open(str(tmp_path / "file"), "w") as file:
         bound.bind(("127.0.0.1", 0))
         if kind == "two":
@@ -9456,7 +9450,7 @@ def test_a_crash_of_an_isolated_handler_fails_its_task_and_nothing_else(
 
 @has_proc
 @pytest.mark.parametrize("how", ["fork", "start", "start with all files"])
-def test_a_crash_is_seen_and_ends_what_the_isolated_handler_left(how, isolated):
+def test_a_crash_ends_the_processes_that_an_isolated_handler_left(how, isolated):
     done = outcome(isolated, "orphan", {"how": how})
     assert done["error"] == "its process ended before it was done: exit code 3"
     pid = pid_of(isolated, done["task_id"])
@@ -9464,7 +9458,7 @@ def test_a_crash_is_seen_and_ends_what_the_isolated_handler_left(how, isolated):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/oom_score_adj"), reason="not Linux")
-def test_where_memory_runs_out_a_task_goes_before_the_service(isolated):
+def test_the_oom_killer_prefers_an_isolated_task_to_the_service(isolated):
     task_id = submitted(isolated.port, "burn")
     score = "/proc/%d/oom_score_adj"
     assert Path(score % pid_of(isolated, task_id)).read_text() == "1000\n"
@@ -9524,7 +9518,7 @@ def test_an_isolated_handler_may_use_processes_of_its_own(isolated):
 
 
 @has_proc
-def test_what_an_isolated_handler_has_started_ends_with_its_task(isolated):
+def test_processes_of_an_isolated_handler_end_with_its_task(isolated):
     task_id = submitted(isolated.port, "family")
     pids = family_of(isolated, task_id)
     assert all(map(alive, pids))
@@ -9535,7 +9529,7 @@ def test_what_an_isolated_handler_has_started_ends_with_its_task(isolated):
 
 @has_proc
 @pytest.mark.parametrize("by", ["SIGKILL", "a second signal"])
-def test_what_an_isolated_handler_has_started_ends_with_the_service(by, tmp_path):
+def test_processes_of_an_isolated_handler_end_with_the_service(by, tmp_path):
     flags = ["--handlers", write(tmp_path, ISOLATED), "--drain-timeout", "0"]
     flags += ["--grace", "1000"]
     with process(*flags) as running:
@@ -9544,7 +9538,7 @@ def test_what_an_isolated_handler_has_started_ends_with_the_service(by, tmp_path
         assert all(map(alive, pids))
         running.signal(signal.SIGKILL if by == "SIGKILL" else signal.SIGTERM)
         if by == "a second signal":
-            running.logged("told to stop")
+            running.logged("asked to stop")
             running.signal()
         assert running.wait() == (-9 if by == "SIGKILL" else 1)
         until(lambda: not any(map(alive, pids)))
@@ -9641,27 +9635,13 @@ def test_a_child_that_comes_back_from_its_handler_ends(type, how, status, forkin
 
 @can_fork
 @pytest.mark.parametrize("type", ["plain", "isolated"])
-def test_what_is_printed_around_a_fork_is_written_once(type, tmp_path):
+def test_output_around_a_fork_is_written_once(type, tmp_path):
     flags = ["--handlers", write(tmp_path, FORKING)]
     with open(tmp_path / "out", "wb") as out, process(
         *flags, stdout=out, env={"PYTHONUNBUFFERED": ""}
     ) as running:
         assert outcome(running, type, {"how": "return"})["result"] == 0
     assert (tmp_path / "out").read_text() == "parent, child"
-
-
-@can_fork
-@pytest.mark.parametrize(
-    "forks", ["os.fork() and os.wait(), 0", "0, os.fork() and os.wait()"]
-)
-def test_a_child_that_comes_back_from_loading_a_file_ends(forks, tmp_path):
-    text = "import concurrent.futures, os\n%s\n"
-    text += (
-        "def factory():\n    %s\n    return concurrent.futures.ThreadPoolExecutor(1)\n"
-    )
-    file = write(tmp_path, text % tuple(forks.split(", ")), "f.py")
-    with process("--executor", file + ":factory") as running:
-        assert running.logged("listening").endswith("pid %d\n" % running.process.pid)
 
 
 @has_proc
@@ -9683,7 +9663,9 @@ def test_a_pool_of_processes_ends_with_its_handler(forking):
 
 
 @has_proc
-def test_a_forked_child_that_survives_the_service_is_in_nobodys_way(tmp_path):
+def test_a_forked_child_that_survives_the_service_does_not_keep_its_port_or_file(
+    tmp_path,
+):
     flags = ["--handlers", write(tmp_path, FORKING), "--db", str(tmp_path / "tasks.db")]
     flags += ["--command", "program=sh -c 'echo pid $$; sleep 1000'"]
     with contextlib.ExitStack() as ends:
@@ -9719,7 +9701,7 @@ def test_a_signal_that_comes_during_a_fork_reaches_the_child(monkeypatch):
 
 
 @can_fork
-def test_what_a_forked_child_tells_of_its_task_waits_for_no_lock():
+def test_ctx_in_a_forked_child_waits_for_no_lock():
     store = longtasks.TaskStore()
     context = Context("id", 1, store._emit, "t")
     with store._lock:
@@ -10177,9 +10159,7 @@ def test_a_torn_journal_lacks_only_what_was_never_acknowledged(tmp_path):
         assert len(found) <= len(sizes)
 
 
-def test_a_drain_leaves_what_waits_in_the_file_and_the_next_start_runs_it(
-    tmp_path, held
-):
+def test_a_drain_leaves_waiting_tasks_to_the_next_start(tmp_path, held):
     path = tmp_path / "tasks.db"
     flags = [*held, "--db", str(path), "--worker-count", "1"]
     with process(*flags) as running:
@@ -10198,7 +10178,7 @@ def test_a_drain_leaves_what_waits_in_the_file_and_the_next_start_runs_it(
 
 
 @pytest.mark.parametrize("type", ["deaf", "polite"])
-def test_past_the_drain_timeout_what_runs_is_put_back(type, tmp_path, held):
+def test_past_the_drain_timeout_running_tasks_are_put_back(type, tmp_path, held):
     path = tmp_path / "tasks.db"
     flags = [*held, "--db", str(path)]
     flags += ["--drain-timeout", "0", "--grace", "0.3"]
@@ -10646,7 +10626,7 @@ return id.getBoundingClientRect().left >= type.getBoundingClientRect().right;
 """
 
 
-def test_whatever_comes_from_the_service_is_shown_as_text(browser, gate, service):
+def test_the_page_shows_all_that_comes_from_the_service_as_text(browser, gate, service):
     tags = "<script>hacked = 1</script><img src=x onerror='hacked = 1'>"
     odd, shown = tags + "\x01\x9b", tags + "\\x01\\x9b"
     runs_left = tags + " \u05d0\u05d1"  # and would take the digits that follow along

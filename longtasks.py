@@ -1627,9 +1627,6 @@ if hasattr(os, "register_at_fork"):
 # Programs and isolated handlers run in child processes, which can really be stopped.
 # Each has a session of its own, and ends with all that it has started.
 
-TERM = getattr(signal, "SIGTERM", 15)
-KILL = getattr(signal, "SIGKILL", 9)
-HANGUP = getattr(signal, "SIGHUP", None)
 LEFT_OVER = 1 << 20  # bytes that a pipe or a socket may hold when its writer has ended
 
 
@@ -1639,12 +1636,12 @@ def kill_session(session: int) -> None:
     Shells with job control, and programs such as timeout, make groups of their own.
     """
     with contextlib.suppress(OSError):
-        os.killpg(session, KILL)
+        os.killpg(session, signal.SIGKILL)
     for _ in range(2 if sys.platform == "linux" else 0):  # one may just start another
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             with contextlib.suppress(OSError):
                 if os.getsid(pid) == session:
-                    os.kill(pid, KILL)
+                    os.kill(pid, signal.SIGKILL)
 
 
 class Reaper:
@@ -1763,7 +1760,7 @@ class ManagedProcess:
 
     def terminate(self) -> None:
         """Send SIGTERM to its process group; raises OSError."""
-        os.killpg(self._process.pid, TERM)
+        os.killpg(self._process.pid, signal.SIGTERM)
 
     def read(self, file: Any) -> Iterator[bytes]:
         """Yield what it writes into a file until it has ended, and b"" now and then.
@@ -6952,6 +6949,7 @@ EXIT_TIMEOUT = 5.0  # seconds for the last commit, for the log, and for child pr
 
 EventQueue = Any  # a queue.SimpleQueue of signal numbers, and of this one:
 DRAINED = "no task is left"
+HANGUP = getattr(signal, "SIGHUP", None)  # there is none on Windows
 
 
 class ServiceManager:
@@ -7335,8 +7333,8 @@ class Signals:
     def install(self, reloads: bool = False) -> None:
         """Set all signals, whatever the parent process or a handlers file has set."""
         # A terminal signals forked children, too, whose tasks are to finish.
-        IN_CHILDREN.update({TERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_IGN})
-        # Under nohup, which ignores SIGHUP, a closed terminal must not end the service.
+        IN_CHILDREN[signal.SIGTERM] = signal.SIG_DFL
+        IN_CHILDREN[signal.SIGINT] = signal.SIG_IGN
         if HANGUP and (reloads or signal.getsignal(HANGUP) != signal.SIG_IGN):
             IN_CHILDREN[HANGUP] = signal.SIG_IGN
         for number in IN_CHILDREN:

@@ -4764,27 +4764,27 @@ def event_stream(app: App, request: Request, after: Optional[int]) -> Iterator[b
     try:
         yield b""
         yield b"retry: 1000\n\n"
-        over, resumes = False, after is not None and not subscription.gap
+        ended, resumes = False, after is not None and not subscription.gap
         if subscription.gap:
             yield b'event: gap\ndata: {"detail": "some events are no longer kept"}\n\n'
         elif task and task.finished:
-            missed = events.take(subscription, 0)
-            yield from map(encode, missed)
-            over = any(map(ends_stream, missed))
-        if task and not over and (task.finished or not resumes):
+            found = events.take(subscription, 0)
+            yield from map(encode, found)
+            ended = any(map(ends_stream, found))
+        if task and not ended and (task.finished or not resumes):
             text = status_json(task, app.store.context(task.id))
             yield b"event: status\ndata: %b\n\n" % text.encode()
-            over = task.finished
-        while not over:
+            ended = task.finished
+        while not ended:
             # Read before take(), so that what was published before the end is sent:
             #   this thread                 the thread that ends the service
-            #   reads over: False           publishes an event, sets closed
+            #   reads closed: False         publishes an event, sets closed
             #   takes the event, sends it
-            #   reads over: True, ends
-            over = subscription.closed
-            found = events.take(subscription, 0 if over else KEEP_ALIVE)
+            #   reads closed: True, ends
+            ended = subscription.closed
+            found = events.take(subscription, 0 if ended else KEEP_ALIVE)
             yield from map(encode, found) if found else [b":\n\n"]
-            over = over or (task is not None and any(map(ends_stream, found)))
+            ended = ended or (task is not None and any(map(ends_stream, found)))
     finally:
         request.client_left = None
         events.unsubscribe(subscription)
@@ -5384,15 +5384,6 @@ class Access:
         self.insecure = insecure
         self.local = False  # only clients on this host can connect
         self.path = ""  # of the Unix socket
-        self.token = b""
-        if token:
-            self.set_token(token)
-
-    def set_token(self, token: str) -> None:
-        """Require this token from now on."""
-        from hmac import compare_digest  # costs start-up time
-
-        self._equal = compare_digest  # takes the same time wherever they differ
         self.token = token.encode()
 
     @property
@@ -5437,7 +5428,9 @@ class Access:
         if scheme.lower() != "bearer":
             detail = "send the token, as the header Authorization: Bearer TOKEN"
             raise HTTPError(401, detail, WWW_Authenticate=challenge)
-        if not self._equal(given.strip(" ").encode("latin-1"), self.token):
+        # Its comparison takes the same time wherever the two differ.
+        hmac = lazy_import("hmac")
+        if not hmac.compare_digest(given.strip(" ").encode("latin-1"), self.token):
             challenge += ', error="invalid_token"'
             raise HTTPError(401, "this is not the token", WWW_Authenticate=challenge)
 
@@ -5491,7 +5484,7 @@ def parse_head(head: bytes) -> Request:
     """
     line, _, block = head.decode("latin-1").partition("\r\n")
     method, target, version, authority = parse_request_line(line)
-    check_line_ends(head, len(line))
+    check_line_ends(head)
     # Long ones are not cached: a few odd ones would fill megabytes.
     headers = (_headers if len(block) <= PIECE else _headers.__wrapped__)(block)
     host = headers.get("host")
@@ -5533,20 +5526,14 @@ def parse_request_line(line: str) -> Tuple[str, str, str, str]:
     return method, target, "1.0" if minor == "0" else "1.1", authority
 
 
-def check_start(head: bytes, checked: int) -> int:
-    """Raise HTTPError if no head begins like this, for then it has no end to wait for.
-
-    Returns how many bytes need not be checked again when more has come.
-    """
-    end = head.find(b"\r\n")
-    if end < 0:
-        if b"\n" in head or not _START.fullmatch(head[:64]):
-            raise no_request_line()
-        return 0
-    if not checked:
-        parse_request_line(head[:end].decode("latin-1"))
-    check_line_ends(head, max(checked, end))
-    return len(head)
+def check_start(head: bytes) -> None:
+    """Raise HTTPError for what can't become a head, rather than wait for its end."""
+    line, end, _ = head.partition(b"\r\n")
+    if end:
+        parse_request_line(line.decode("latin-1"))
+        check_line_ends(head)
+    elif b"\n" in head or not _START.fullmatch(head[:64]):
+        raise no_request_line()
 
 
 def no_request_line() -> HTTPError:
@@ -5562,9 +5549,9 @@ def too_long(head: bytes) -> HTTPError:
     return HTTPError(414, "the target is longer than %d bytes" % MAX_TARGET)
 
 
-def check_line_ends(head: bytes, start: int) -> None:
-    """Raise HTTPError for a line that ends behind `start`, and not in CR LF."""
-    if head.count(b"\n", start) != head.count(b"\r\n", max(0, start - 1)):
+def check_line_ends(text: bytes) -> None:
+    """Raise HTTPError for a line that does not end in CR LF."""
+    if text.count(b"\n") != text.count(b"\r\n"):
         raise HTTPError(400, "lines must end in CR LF")
 
 
@@ -5812,14 +5799,13 @@ class Connection:
             self.buffer += self._receive()
         if self.buffer.startswith(b"\r\n"):  # some clients send it (RFC 9112, 2.2)
             self.buffer = self.buffer[2:]
-        checked = 0
         while True:
             self.bare = self.buffer.startswith(b"HEAD ")  # also of what is refused
             head, end, rest = self.buffer.partition(b"\r\n\r\n")
             if end and len(head) <= MAX_HEAD:
                 self.buffer = rest
                 return head
-            checked = check_start(head, checked)
+            check_start(head)
             if end or len(head) > MAX_HEAD + 3:  # of the end, 3 bytes may be there
                 raise too_long(head)
             self.buffer += self._receive()
@@ -5853,7 +5839,7 @@ class Connection:
         """Read a line of a body in chunks; raises HTTPError."""
         while True:
             line, end, rest = self.buffer.partition(b"\r\n")
-            check_line_ends(line, 0)
+            check_line_ends(line)
             if self.overhead + len(line) > MAX_HEAD:  # tiny chunks cost much time
                 detail = "sizes and extensions of chunks have more than %d bytes"
                 raise HTTPError(431, detail % MAX_HEAD)
@@ -6070,8 +6056,7 @@ def socket_place(path: str) -> Iterator[None]:
         removes it, binds, listens
                                       removes the living one, binds, listens
     """
-    import fcntl
-
+    fcntl = lazy_import("fcntl")
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     umask = os.umask(0o177)
     try:
@@ -6122,9 +6107,7 @@ def give_back_memory() -> None:
     kept for each thread, megabytes once something large was freed: hence mallopt(3).
     """
     with contextlib.suppress(Exception):  # no ctypes, or another C library
-        import ctypes
-
-        libc = ctypes.CDLL(None)
+        libc = lazy_import("ctypes").CDLL(None)
         libc.mallopt(-1, 1 << 16)  # M_TRIM_THRESHOLD of malloc.h
         libc.mallopt(-2, 1 << 14)  # M_TOP_PAD
         libc.malloc_trim(0)
@@ -6154,6 +6137,7 @@ class APIServer(ThreadingHTTPServer):
     reserve = 32  # connections over the limit, which get a 503 or are probes
     half_closed_limit = 32  # connections served whose clients had already closed
     idle_grace, slow_grace = 0.1, 0.3  # seconds before such a client may be evicted
+    eviction_wait = 0.1  # seconds that accepting waits for an evicted client to end
     wake_interval = 0.25  # seconds between looks for clients that have left
     trim_after = 100  # connections that end until memory is given back,
     trim_interval = 10.0  # but not more often than in so many seconds
@@ -6230,9 +6214,8 @@ class APIServer(ThreadingHTTPServer):
         """Where clients reach this server."""
         if not self.server_port:
             return "unix:" + self.server_name
-        host = (
-            "[%s]" % self.server_name if ":" in self.server_name else self.server_name
-        )
+        host = "[%s]" if ":" in self.server_name else "%s"
+        host %= self.server_name
         return "%s://%s:%d" % (self.app.scheme, host, self.server_port)
 
     # -- accepting
@@ -6304,9 +6287,7 @@ class APIServer(ThreadingHTTPServer):
         client = connection.socket
         with self._changed:
             if self._is_full() and len(self._evicted) >= self._few:
-                self._changed.wait(
-                    0.1
-                )  # for one to end, so that another can be evicted
+                self._changed.wait(self.eviction_wait)  # to be able to evict another
             if self._is_full():
                 self._evict(str(self.over_limit()))
             connection.over_limit = self._is_full()
@@ -6399,7 +6380,7 @@ class APIServer(ThreadingHTTPServer):
         """Evict a few clients, and wait a little for a connection to end."""
         with self._changed:
             self._evict(reason)
-            self._changed.wait(0.1)
+            self._changed.wait(self.eviction_wait)
 
     def _wake_abandoned(self) -> None:
         """Wake threads that wait for a task on behalf of clients that have left.
@@ -7186,7 +7167,7 @@ class Service:
             log.error("SIGHUP: nothing is changed: %s", error)
             return
         if token:
-            self.server.app.access.set_token(token)
+            self.server.app.access.token = token.encode()
             self.store.events.wake()  # streams check their token again
         self.server.tls = tls
         log.info("SIGHUP: the token and the certificate are read again")

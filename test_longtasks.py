@@ -4514,7 +4514,8 @@ def test_only_finished_tasks_are_deleted(gate):
     + [TASKS + below for below in ("/", "//", "//events", "//result", "/x/y")]
     + ["/x", "/api/v1", "/healthz/", "//", "/api/v1/../v1/tasks", "/api%2fv1/tasks"],
 )
-def test_a_task_or_path_that_does_not_exist_is_404(path, service):
+def test_a_task_or_path_that_does_not_exist_is_404(path, service, monkeypatch):
+    monkeypatch.setattr(longtasks, "KEEP_ALIVE", 2 * LONG)  # to fail if it is a stream
     assert_problem(call(service, "GET", path), 404)
 
 
@@ -6359,7 +6360,7 @@ def test_quick_replies_to_pipelined_requests_are_sent_together(service, monkeypa
         assert client.recv(1 << 16).count(b"HTTP/1.1 200 OK\r\n") == 50
 
 
-WAITS = b"GET /api/v1/tasks/%b%b HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
+FOLLOWING = b"GET /api/v1/tasks/%b%b HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
 
 
 @pytest.mark.parametrize(
@@ -6368,7 +6369,7 @@ WAITS = b"GET /api/v1/tasks/%b%b HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
 def test_a_quick_reply_does_not_wait_for_the_next(query, header, gate, monkeypatch):
     monkeypatch.setattr(longtasks, "QUICK", LONG)
     with serving() as service:
-        request = WAITS % (submitted(service, "gate").encode(), query, header)
+        request = FOLLOWING % (submitted(service, "gate").encode(), query, header)
         for following in request, request[:-2]:  # one that waits, an incomplete one
             with connect(service, GET + b"\r\n" + following) as client:
                 assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 OK\r\n")
@@ -6578,6 +6579,27 @@ def test_only_a_few_are_evicted_until_they_have_left(registry, impatient):
         assert answers == [200] * 3 + [503] * 2
         assert sum(each.evicted for each in connections(service)) == 3
         service.server.connections.clear()
+
+
+def test_a_newcomer_waits_until_an_evicted_client_has_ended(
+    registry, impatient, monkeypatch
+):
+    monkeypatch.setattr(longtasks.APIServer, "eviction_wait", LONG)
+    ends, shutdown = threading.Event(), longtasks.APIServer.shutdown_request
+
+    def slowly(server, client):
+        if client is first:
+            assert ends.wait(LONG)
+        shutdown(server, client)
+
+    with serving(MAX_CONNECTIONS=1) as service, held_by(service, b""):
+        (first,) = service.server.connections
+        monkeypatch.setattr(longtasks.APIServer, "shutdown_request", slowly)
+        with connect(service, GET + b"\r\n") as second:
+            assert second.recv(65536).startswith(b"HTTP/1.1 200 ")
+            threading.Timer(0.2, ends.set).start()
+            assert call(service, "GET", "/api/v1/types").status == 200
+            assert second.recv(1) == b""
 
 
 def test_evictions_are_logged_now_and_then(registry, impatient):
@@ -8683,8 +8705,10 @@ def test_streams_outlast_a_reload_but_not_their_token(registry, monkeypatch, tmp
             service.reload()
             assert stream.block() is None
         access = service.server.app.access
-        late = "one-more-" + TOKEN  # comes while a request with the last one is let in
-        monkeypatch.setattr(access, "check", lambda request: access.set_token(late))
+        late = b"one-more-token"  # comes while a request with the last one is let in
+        monkeypatch.setattr(
+            access, "check", lambda request: setattr(access, "token", late)
+        )
         with Stream(service, "/api/v1/events") as stream:
             assert stream.response.read() == b""
 

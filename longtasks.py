@@ -1638,7 +1638,10 @@ def kill_session(session: int) -> None:
     with contextlib.suppress(OSError):
         os.killpg(session, signal.SIGKILL)
     for _ in range(2 if sys.platform == "linux" else 0):  # one may just start another
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        names: List[str] = []
+        with contextlib.suppress(OSError):  # not mounted, or too many files are open
+            names = os.listdir("/proc")
+        for pid in map(int, filter(str.isdigit, names)):
             with contextlib.suppress(OSError):
                 if os.getsid(pid) == session:
                     os.kill(pid, signal.SIGKILL)
@@ -1664,7 +1667,7 @@ for session in sessions:
         os.killpg(session, signal.SIGKILL)
     except OSError:
         pass
-names = os.listdir("/proc") if sessions and sys.platform == "linux" else ()
+names = os.listdir("/proc") if sessions and os.path.isdir("/proc/self") else ()
 for pid in map(int, filter(str.isdigit, names)):
     try:
         if os.getsid(pid) in sessions:
@@ -1850,6 +1853,8 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
     with NO_FORK:
         ours, theirs = socket.socketpair()
         PRIVATE.add(ours)
+        for end in (ours, theirs):
+            end.setblocking(True)  # whatever socket.setdefaulttimeout() has been told
         with theirs:
             process = ManagedProcess(ctx, argv, stdin=theirs)
     with ours, process:

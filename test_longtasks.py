@@ -3980,6 +3980,15 @@ def test_what_a_program_left_in_another_session_does_not_keep_its_task(command):
     assert time.monotonic() - begin < 3
 
 
+def test_a_program_runs_where_no_process_can_be_listed(monkeypatch):
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "listdir", missing)
+    outcome, _ = run_program("t=echo done")
+    assert outcome.status == "completed", outcome.error
+
+
 STUBBORN = (
     "t=sh -c 'trap : TERM; echo $$; sleep 1000 & echo $!; while :; do wait; done'"
 )
@@ -8954,8 +8963,8 @@ def spoils():
     spoil()
 
 @handler("apart", isolated=True)
-def apart():
-    return 1
+def apart(text: str):
+    return len(text)
 
 @handler("nap")
 def nap():
@@ -8974,10 +8983,11 @@ def test_a_library_that_changes_the_process_does_not_harm_the_service(tmp_path):
     with open(tmp_path / "out", "wb") as out, process(
         *flags, env=env, stdout=out
     ) as running:
+        params = {"say": {"word": "hi"}, "apart": {"text": "more than a pipe" * 40_000}}
 
         def submit_all(types, status):
             for type in types:
-                body = {"type": type, "params": {"word": "hi"} if type == "say" else {}}
+                body = {"type": type, "params": params.get(type, {})}
                 path = "/api/v1/tasks" + ("?wait=20" if status == "completed" else "")
                 key = "%s-%d" % (type, len(types))
                 for _ in range(2):

@@ -95,8 +95,8 @@ from weakref import WeakSet
 __version__ = "1.0.0"
 __all__ = ["Cancelled", "Context", "HandlerError", "Retry", "handler", "main"]
 
-# Not one of those that logging knows of: libraries switch these off, by dictConfig()
-# with its default disable_existing_loggers, or by disable().
+# logging does not know this logger. Libraries switch off those that it knows, by
+# dictConfig() with its default disable_existing_loggers, or by disable().
 log = logging.Manager(logging.root).getLogger("longtasks")
 
 _imported: Dict[str, Any] = {}
@@ -192,8 +192,9 @@ token = matching("|[!-~]{16,255}", "16 to 255 visible ASCII characters")
 
 def seconds(text: str) -> float:
     """Return the time that a text such as 30 or 0.5 stands for."""
-    valid = "a time in seconds, such as 30 or 0.5"
-    return float(matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", valid)(text))
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise ValueError("a time in seconds, such as 30 or 0.5")
+    return float(text)
 
 
 def size(text: str) -> int:
@@ -222,7 +223,7 @@ def path(text: str) -> str:
 
 
 class Setting(NamedTuple):
-    """One row of SETTINGS: NAME in the environment, --name on the command line."""
+    """A setting: NAME in the environment, --name on the command line."""
 
     name: str
     default: str
@@ -1350,9 +1351,8 @@ def _seconds(value: Any) -> Optional[float]:
 # ======================================================================
 # 4. Execution
 #
-# How a task's handler is run, wherever that is: in a worker's thread, in a
-# child process (isolated handlers and programs), or on an executor. Each
-# handler that asks for it is given a Context.
+# A handler runs in a worker's thread, in a child process (isolated handlers
+# and programs), or on an executor. Wherever it runs, it can have a Context.
 # ======================================================================
 
 
@@ -1369,7 +1369,7 @@ Emit = Callable[["Context", str, Any], None]
 
 
 class Context:
-    """A run of a task, as its handler sees it: what it is, and how to report on it."""
+    """A run of a task, as its handler sees it."""
 
     is_task_context = True  # the registry looks for it in annotations
 
@@ -1415,8 +1415,7 @@ class Context:
     def emit_progress(self) -> None:
         """Publish the latest progress, unless that has been done."""
         if self._published is not self._progress:
-            # Two threads may do so at once, without harm: each one publishes what is
-            # the latest at that moment.
+            # Two threads may do so at once: each publishes what is the latest then.
             self._published, self._published_at = self._progress, time.monotonic()
             self._emit(self, "progress", self._published)
 
@@ -1745,7 +1744,7 @@ class ManagedProcess:
                 PRIVATE.add(self.output)
         pid = self._process.pid
         REAPER.add(pid)
-        # Where memory runs out, Linux is to take it before the service (proc(5)).
+        # When memory runs out, Linux is to kill it before the service (proc(5)).
         score = "/proc/%d/oom_score_adj" % pid
         with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
             file.write("1000")
@@ -1831,8 +1830,7 @@ sys.modules["longtasks"] = module
 loader.exec_module(module)
 module.isolated_main()
 """
-# As it was before a handlers file changed it, which the child loads as well.
-_SYS_PATH = list(sys.path)
+_SYS_PATH = list(sys.path)  # before handlers files change it, as they do in the child
 
 MAX_MESSAGE = 64 << 10  # characters of a log line or a message from a child process
 
@@ -1987,7 +1985,7 @@ def print_at_once() -> None:
 MAX_ARGUMENT = 4096  # characters of a placeholder's value
 MAX_OUTPUT = 16 << 10  # characters of a program's output that go into its result
 FLOOD = 64 << 10  # bytes of output that are kept of more than twice as many
-# Of the environment, what no program may have: secrets, and the files of them.
+# Variables that no program gets: they hold secrets, or name their files.
 SECRETS = frozenset(["API_TOKEN", "API_TOKEN_FILE", "TLS_KEY"])
 
 _BRACES = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?:=([^{}]*))?\}|\{\{|\}\}|[{}]")

@@ -9664,10 +9664,8 @@ def test_output_around_a_fork_is_written_once(type, tmp_path):
 
 @has_proc
 def test_a_forked_child_has_nothing_of_the_service(forking):
-    waiting = submitted(
-        forking.port, "waits"
-    )  # its process has a socket to the service
-    pid_of(forking, waiting)
+    waiting = submitted(forking.port, "waits")
+    pid_of(forking, waiting)  # this process has a socket to the service
     opened, mask, signals = outcome(forking, "kept")["result"]
     assert not [name for name in opened if re.match(r"socket:|.*\.lock$", name)]
     assert (mask, signals) == ([], [signal.SIG_DFL, signal.SIG_IGN])

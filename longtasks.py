@@ -2133,12 +2133,8 @@ class Program:
             properties[name] = dict(_FIRST_WORD if name in first else _WORD)
             if default is not None:
                 properties[name]["default"] = default
-        return {
-            "type": "object",
-            "properties": properties,
-            "required": [name for name in defaults if defaults[name] is None],
-            "additionalProperties": False,
-        }
+        required = [name for name in defaults if defaults[name] is None]
+        return dict(_closed(**properties), required=required)
 
     def arguments(self, params: Mapping[str, str]) -> List[str]:
         """Return the words with the params in their places."""
@@ -2319,8 +2315,8 @@ def load_executor(text: str) -> None:
         if not callable(getattr(executor, "submit", None)):
             raise HandlerError("it made no Executor")
     except _NOT_LOADED as error:
-        reason = str(error) if isinstance(error, HandlerError) else describe(error)
-        raise HandlerError("--executor %s: %s" % (text, reason)) from None
+        message = _load_error(error, path)
+        raise HandlerError("--executor %s: %s" % (text, message)) from None
     name = "longtasks_%08x" % zlib.crc32(source)
     # Threads and forked processes have loaded all files already.
     sys.modules[name] = sys.modules[__name__]

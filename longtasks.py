@@ -5076,8 +5076,6 @@ STRING: Dict[str, Any] = {"type": "string"}
 COUNT: Dict[str, Any] = {"type": "integer", "minimum": 0}
 TIME: Dict[str, Any] = {"type": "string", "format": "date-time"}
 ID = {"type": "string", "format": "uuid"}
-
-
 WAIT = {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?$"}
 LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}
 AFTER = {"type": "integer", "minimum": 0, "maximum": 10**17, "default": 0}
@@ -5536,7 +5534,7 @@ PIECE = 4 << 10  # bytes that are read at once from a client that has sent littl
 _TCHARS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(r"(%s) (\S+) HTTP/([0-9])\.([0-9])" % _TCHARS)
 _START = re.compile(rb"(%s( .*)?)?" % _TCHARS.encode(), re.DOTALL)  # of such a line
-_ABSOLUTE = re.compile(r"https?://([^/?#]+)(/?)(.*)", re.IGNORECASE)
+_ABSOLUTE = re.compile(r"https?://([^/?#]+)/?(.*)", re.IGNORECASE)
 _TARGET = re.compile(r'/[^\x00-\x20"#<>\\^`{|}\x7f-\xff]*')
 # The line before a chunk: its size, and extensions, which are ignored.
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
@@ -5593,7 +5591,7 @@ def parse_request_line(line: str) -> Tuple[str, str, str, str]:
         raise HTTPError(414, "the target is longer than %d bytes" % MAX_TARGET)
     authority, absolute = "", _ABSOLUTE.fullmatch(target)
     if absolute:
-        authority, target = absolute.group(1), "/" + absolute.group(3)
+        authority, target = absolute.group(1), "/" + absolute.group(2)
         if authority.startswith(":") or not _HOST.fullmatch(authority):
             raise HTTPError(400, "the target names no host")
     if not _TARGET.fullmatch(target) and (method, target) != ("OPTIONS", "*"):
@@ -5734,7 +5732,7 @@ class Connection:
         self.socket, self.address, self.server = client, address, server
         self.state = BUSY
         self.since = self.began = time.monotonic()
-        self.over_limit = self.evicted = False
+        self.over_limit = self.half_closed = self.evicted = False
         self.woken: Optional[threading.Event] = None  # by the server, for a half-close
         self.buffer = b""  # received, but not parsed
         self.unsent = b""  # replies that are sent together with the next
@@ -5837,14 +5835,6 @@ class Connection:
         if self.server.closing:
             self.socket.shutdown(socket.SHUT_RD)
 
-    def _await_request(self) -> bool:
-        """Wait for the first bytes of a request; False when none come."""
-        self._set_timeout(self.idle_timeout)
-        self._become_idle()
-        self.buffer = self.socket.recv(PIECE)
-        self.state = BUSY
-        return bool(self.buffer)
-
     def _set_timeout(self, seconds: Optional[float]) -> None:
         """Limit the socket's next calls; None: only the kernel's timeouts apply."""
         if seconds != self.timeout:  # it is a system call
@@ -5867,8 +5857,13 @@ class Connection:
 
     def _read_head(self) -> Optional[bytes]:
         """Read up to the empty line that ends a head; None when nothing comes."""
-        if not self.buffer and not self._await_request():
-            return None
+        if not self.buffer:
+            self._set_timeout(self.idle_timeout)
+            self._become_idle()
+            self.buffer = self.socket.recv(PIECE)
+            self.state = BUSY
+            if not self.buffer:
+                return None
         self.began = self.since = time.monotonic()
         self.bare = False
         if self.buffer == b"\r":
@@ -6225,8 +6220,6 @@ class APIServer(ThreadingHTTPServer):
         # Guards the connections; notifies when one has ended.
         self._changed = threading.Condition()
         self.connections: Dict[socket.socket, Connection] = {}
-        self._evicted: Set[socket.socket] = set()  # which have not ended yet
-        self._half_closed: Set[socket.socket] = set()
         self._few = min(self.reserve, 1 + max_connections // 32)  # evicted at once
         self._warn_at = self._trim_at = self._wake_at = 0.0  # not before then
         self._ended = 0  # connections, since memory was given back
@@ -6348,7 +6341,7 @@ class APIServer(ThreadingHTTPServer):
         """Register a connection; raises HTTPError if it is not to be served."""
         client = connection.socket
         with self._changed:
-            if self._is_full() and len(self._evicted) >= self._few:
+            if self._is_full() and self._count_evicted() >= self._few:
                 self._changed.wait(self.eviction_wait)  # to be able to evict another
             if self._is_full():
                 self._evict(str(self.over_limit()))
@@ -6356,8 +6349,9 @@ class APIServer(ThreadingHTTPServer):
             self.connections[client] = connection
             # Its client may have left, and a flood of such must not hold up others.
             if closed_by_peer([client.fileno()]):
-                self._half_closed.add(client)
-                if len(self._half_closed) > self.half_closed_limit:
+                connection.half_closed = True
+                half_closed = sum(c.half_closed for c in self.connections.values())
+                if half_closed > self.half_closed_limit:
                     detail = "too many clients did not wait for their answers"
                     raise HTTPError(503, detail, Retry_After="1")
             if len(self.connections) > self.max_connections + self.reserve:
@@ -6390,8 +6384,6 @@ class APIServer(ThreadingHTTPServer):
         super().shutdown_request(client)
         with self._changed:
             self.connections.pop(client, None)
-            self._evicted.discard(client)
-            self._half_closed.discard(client)
             self._ended += 1
             self._changed.notify_all()
 
@@ -6403,7 +6395,12 @@ class APIServer(ThreadingHTTPServer):
 
     def _is_full(self) -> bool:
         """Whether the limit is reached. Assumes the lock."""
-        return len(self.connections) - len(self._evicted) >= self.max_connections
+        over = len(self.connections) - self.max_connections
+        return over >= 0 and over >= self._count_evicted()
+
+    def _count_evicted(self) -> int:
+        """Return how many evicted ones have not ended yet. Assumes the lock."""
+        return sum(connection.evicted for connection in self.connections.values())
 
     def _evict(self, reason: str) -> None:
         """Evict the clients that have kept us waiting longest. Assumes the lock.
@@ -6424,9 +6421,8 @@ class APIServer(ThreadingHTTPServer):
             log.warning("evicting idle and slow clients: %s", reason)
         found = [c for c in self.connections.values() if self._is_evictable(c, now)]
         found.sort(key=lambda c: (c.state != IDLE, c.since))
-        for connection in found[: self._few - len(self._evicted)]:
+        for connection in found[: self._few - self._count_evicted()]:
             connection.evicted = True
-            self._evicted.add(connection.socket)
             sending = connection.state == SENDING
             how = socket.SHUT_RDWR if sending else socket.SHUT_RD
             with contextlib.suppress(OSError):

@@ -2287,7 +2287,9 @@ BOOT = """
 import sys, types, zlib
 if name not in sys.modules:
     module = types.ModuleType(name)
-    exec(compile(zlib.decompress(source), file, "exec"), module.__dict__)
+    # Without the future statements of the module whose eval() runs this.
+    code = compile(zlib.decompress(source), file, "exec", dont_inherit=True)
+    exec(code, module.__dict__)
     sys.modules.setdefault(name, module)
 reply = sys.modules[name].run_remote(files, job)
 """

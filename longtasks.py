@@ -4464,7 +4464,7 @@ def _quality(accept: str, offer: str) -> float:
 
 
 class Reply(NamedTuple):
-    """What an endpoint returns."""
+    """A reply, as an endpoint returns it."""
 
     status: int
     body: bytes = b""
@@ -4636,7 +4636,7 @@ class Traffic(NamedTuple):
 
 
 class App(NamedTuple):
-    """What the endpoints work with."""
+    """The parts of the service that endpoints use."""
 
     store: TaskStore
     handlers: Mapping[str, Handler]
@@ -4933,7 +4933,7 @@ Routes:
 
 @functools.lru_cache(maxsize=None)
 def page_policy() -> str:
-    """Return the Content-Security-Policy: only what is in the page runs."""
+    """Return the Content-Security-Policy: only the page's own script and style run."""
     base64, hashlib = lazy_import("base64"), lazy_import("hashlib")
     inline = ""
     for tag in ("script", "style"):
@@ -4959,7 +4959,7 @@ def show_readiness(app: App, request: Request) -> Reply:
 
 
 def show_options(app: App, request: Request) -> Reply:
-    """List the methods that a path supports or, for *, that any path supports."""
+    """List the methods that a path supports."""
     return Reply(204, headers={"Allow": allowed_methods(request.label)})
 
 
@@ -5097,7 +5097,7 @@ PARAMETERS = {
         ("Last-Event-ID", "header", STRING, "The id of the last event received."),
     )
 }
-# What checks and converts a parameter of a query; others are any text.
+# Functions that check and convert query parameters; the others are any text.
 QUERY_READERS: Dict[str, Callable[[str], Any]] = {
     "wait": seconds,
     "status": one_of(*EXITS, ""),
@@ -5331,10 +5331,10 @@ ROUTES = (
 )
 # fmt: on
 
-_OPTIONS = Route("OPTIONS", "*", show_options, {204: ""})  # of every path, too
+_OPTIONS = Route("OPTIONS", "", show_options, {204: ""})  # of every path
 
 # path -> method -> route, with HEAD wherever there is GET
-_ROUTES: Dict[str, Dict[str, Route]] = {"*": {"OPTIONS": _OPTIONS}}
+_ROUTES: Dict[str, Dict[str, Route]] = {}
 for _route in ROUTES:
     _methods = _ROUTES.setdefault(_route.path, {"OPTIONS": _OPTIONS})
     _methods[_route.method] = _route
@@ -5343,9 +5343,8 @@ for _route in ROUTES:
 
 
 def allowed_methods(path: str) -> str:
-    """Return the value of the header Allow for a route's path, or for *."""
-    methods = _ROUTES[path] if path != "*" else set().union(*_ROUTES.values())
-    return ", ".join(sorted(methods))
+    """Return the value of the header Allow for a route's path."""
+    return ", ".join(sorted(_ROUTES[path]))
 
 
 def find_route(request: Request) -> Route:
@@ -5392,8 +5391,8 @@ def read_query(text: str, known: Sequence[str]) -> Dict[str, Any]:
             raise HTTPError(400, "the query parameter %s occurs twice" % name)
         try:
             query[name] = QUERY_READERS.get(name, str)(value)
-        except ValueError as right:
-            raise HTTPError(400, "%s must be %s" % (name, right)) from None
+        except ValueError as expected:
+            raise HTTPError(400, "%s must be %s" % (name, expected)) from None
     return query
 
 
@@ -5448,7 +5447,7 @@ _LOOPBACK = re.compile(
 
 
 class Access:
-    """Decides who is served: clients with the token or, without one, local clients."""
+    """Lets in clients that send the token or, without one, clients on this host."""
 
     def __init__(self, token: str = "", insecure: bool = False) -> None:
         self.insecure = insecure
@@ -5590,7 +5589,7 @@ def parse_request_line(line: str) -> Tuple[str, str, str, str]:
         authority, target = absolute.group(1), "/" + absolute.group(2)
         if authority.startswith(":") or not _HOST.fullmatch(authority):
             raise HTTPError(400, "the target names no host")
-    if not _TARGET.fullmatch(target) and (method, target) != ("OPTIONS", "*"):
+    if not _TARGET.fullmatch(target):
         detail = "the target must be a path, with special characters in it as %XX"
         raise HTTPError(400, detail)
     return method, target, "1.0" if minor == "0" else "1.1", authority
@@ -6231,7 +6230,7 @@ class APIServer(ThreadingHTTPServer):
     # -- listening
 
     def server_bind(self) -> None:
-        """Bind, without the look-up of the host's name that could take seconds."""
+        """Bind; unlike HTTPServer, don't look up the host's name, which takes time."""
         if self._listener:
             self.socket.close()
             self.socket = self._listener
@@ -6247,7 +6246,7 @@ class APIServer(ThreadingHTTPServer):
     def _bind_unix(self, path: str) -> None:
         with NO_FORK, socket_place(path):
             self.socket.bind(path)
-            self.server_activate()  # before another process may look
+            self.server_activate()  # before another process can find it dead
             self._file = os.lstat(path)
         self.server_name, self.server_port = path, 0
         self.app.access.path = os.path.abspath(path)
@@ -6272,7 +6271,7 @@ class APIServer(ThreadingHTTPServer):
     # -- accepting
 
     def serve_forever(self, poll_interval: float = poll_interval) -> None:
-        """Accept clients until close(); looks for that every so many seconds."""
+        """Accept clients until close(), which takes up to so many seconds to notice."""
         use_one_cpu()
         super().serve_forever(poll_interval)
 
@@ -6305,7 +6304,7 @@ class APIServer(ThreadingHTTPServer):
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; called by socketserver."""
         try:
-            with NO_FORK:  # until a forked child would give up its copy
+            with NO_FORK:  # until PRIVATE has it, a forked child would keep a copy
                 client, address = super().get_request()
                 client.setblocking(True)
                 if self.tls:
@@ -6359,8 +6358,8 @@ class APIServer(ThreadingHTTPServer):
             try:
                 # Not Thread.start(), which waits until the thread has begun: where many
                 # threads are ready to run, all new clients would wait for that.
-                about = connection.socket, connection.address
-                _thread.start_new_thread(self.process_request_thread, about)
+                client = connection.socket, connection.address
+                _thread.start_new_thread(self.process_request_thread, client)
                 return
             except RuntimeError as error:
                 self._evict_and_wait(str(error))
@@ -6399,7 +6398,7 @@ class APIServer(ThreadingHTTPServer):
         return sum(connection.evicted for connection in self.connections.values())
 
     def _evict(self, reason: str) -> None:
-        """Evict the clients that have kept us waiting longest. Assumes the lock.
+        """Evict the clients that the service waits for longest. Assumes the lock.
 
         Idle ones first, for their clients can connect again without a loss, then those
         that are slow to send or to read. A few at once, to search less often. A request

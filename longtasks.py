@@ -1547,7 +1547,13 @@ def encode_result(value: Any, limit: int) -> bytes:
 # service has, without its threads, and must not act as a second service.
 
 # Held while this process forks, and while a descriptor is open that a forked child
-# must not get but that is not in PRIVATE.
+# must not get but that is not in PRIVATE:
+#
+#     this thread                        a handler's thread
+#     Popen() makes a pipe
+#                                        fork() copies both its ends
+#     adds its end to PRIVATE
+#     waits for the end of the pipe      its child holds that pipe open
 NO_FORK = threading.RLock()
 
 # Owners of descriptors that only this process may hold. As long as a child had one,
@@ -1557,24 +1563,6 @@ PRIVATE: "WeakSet[Any]" = WeakSet()
 # What forked children do with the signals that the service handles.
 IN_CHILDREN: Dict[int, Any] = {}
 _masks: List[Any] = []  # of the thread that forks; NO_FORK guards it
-
-
-@contextlib.contextmanager
-def starting_a_child() -> Iterator[None]:
-    """Keep other threads from forking, and have programs start with no signal blocked.
-
-    this thread                        a handler's thread
-    Popen() makes a pipe
-                                       fork() copies both its ends
-    adds its end to PRIVATE
-    waits for the end of the pipe      its child holds that pipe open
-    """
-    with NO_FORK:
-        mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _before_fork() -> None:
@@ -1733,7 +1721,7 @@ for pid in map(int, filter(str.isdigit, names)):
 
     def _start(self) -> None:
         subprocess = lazy_import("subprocess")
-        with contextlib.suppress(OSError), starting_a_child():
+        with contextlib.suppress(OSError), NO_FORK:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", self.SOURCE],
                 stdin=subprocess.PIPE,
@@ -1762,7 +1750,7 @@ class ManagedProcess:
         """Start it with these options of Popen; raises OSError."""
         subprocess = lazy_import("subprocess")
         self._ctx = ctx
-        with starting_a_child():
+        with NO_FORK:
             self._process = subprocess.Popen(
                 argv, cwd=FOLDER or None, start_new_session=True, **options
             )
@@ -7374,7 +7362,7 @@ class Signals:
         for number in IN_CHILDREN:
             signal.signal(number, self._record)
         if hasattr(signal, "pthread_sigmask"):  # not on Windows
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, IN_CHILDREN)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # programs inherit it
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or exit statuses are lost
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # sent if a client is gone
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # sent if a file may not grow

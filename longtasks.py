@@ -6993,7 +6993,7 @@ class ServiceManager:
         environ.pop("LISTEN_FDNAMES", None)
         self._path = "\0" + path[1:] if path.startswith("@") else path  # abstract
         self._watchdog = usec.isdecimal() and watched in ("", pid)
-        # Seconds between reports, for the watchdog to miss two of them.
+        # Seconds between reports: at most a third of what the watchdog allows.
         self.interval = min(5.0, int(usec) / 3e6) if self._watchdog else 5.0
         passed = owner == pid and count != "0"
         self.listener = self._take_listener(count) if passed else None

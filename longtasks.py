@@ -379,6 +379,9 @@ def _argument_parser() -> Any:
     return parser
 
 
+# -- for all rooms ---------------------------------------------------------
+
+
 def quote(value: Any) -> str:
     """Format a value for a message: as JSON, on one line, at most 80 characters."""
     try:
@@ -1094,9 +1097,9 @@ class Validator:
         self._options = [Validator(below) for below in self.schema.get("anyOf", ())]
         properties = self.schema.get("properties", {})
         self._properties = {key: Validator(properties[key]) for key in properties}
-        others = name in _MEMBERS and self.schema.get(_MEMBERS[name], True)
-        self._others = None if others is False else Validator(others)
         self._is_container = name in _MEMBERS
+        others = self._is_container and self.schema.get(_MEMBERS[name], True)
+        self._others = None if others is False else Validator(others)
         # Types whose values are all valid: a short way, since most values have one.
         self._plain = set(self._types)
         if self._options:

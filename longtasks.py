@@ -799,7 +799,7 @@ class Retry(Exception):
 
 
 def flush_output() -> None:
-    """Write what is printed but has no end of line yet."""
+    """Write printed text that has no end of line yet."""
     for stream in (sys.stdout, sys.stderr, sys.__stdout__):
         with contextlib.suppress(Exception):  # there is none, or it is closed
             stream.flush()  # type: ignore[union-attr]
@@ -1000,7 +1000,7 @@ def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
         raise HandlerError("parameter %s: %s" % (param.name, error)) from None
     if param.default is param.empty:
         return schema
-    # `x: int = None` means Optional[int]; typing said so itself before Python 3.11.
+    # `x: int = None` means Optional[int]; typing made it that before Python 3.11.
     if param.default is None and not Validator(schema).is_valid(None):
         schema = {"anyOf": [schema, {"type": "null"}]}
     with contextlib.suppress(TypeError, ValueError, RecursionError):
@@ -1238,7 +1238,7 @@ _SUBMISSION = Validator(SUBMISSION)
 def check_submission(
     document: Any, handlers: Mapping[str, Handler], path: Path = ()
 ) -> Submission:
-    """Return what a submitted document asks for; raises Invalid."""
+    """Return the task that a document submits; raises Invalid."""
     wanted = _SUBMISSION.validate(document, path)
     name, params = wanted.pop("type"), wanted.pop("params")
     if name not in handlers:
@@ -1249,7 +1249,7 @@ def check_submission(
 
 
 def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submission]:
-    """Return what an array of documents asks for; raises Invalid."""
+    """Return the tasks that an array of documents submits; raises Invalid."""
     if not 0 < len(documents) <= MAX_BATCH:
         message = "must hold 1 to %d tasks, not %d" % (MAX_BATCH, len(documents))
         raise Invalid([((), message)])
@@ -1569,7 +1569,7 @@ _masks: List[Any] = []  # of the thread that forks; NO_FORK guards it
 
 
 def _before_fork() -> None:
-    flush_output()  # or the child has a copy of what is printed but not yet written
+    flush_output()  # or the child would write buffered output again
     NO_FORK.acquire()
     if IN_CHILDREN:  # a signal that came before the child takes it would be lost
         _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, IN_CHILDREN))
@@ -1582,10 +1582,10 @@ def _after_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """Give up what is the service's. The child has none of its threads.
+    """Give up the service's descriptors and signals in a child.
 
     Private descriptors are redirected to standard input. Closing their files would
-    flush what is the parent's, and wait for locks of threads that are not here. SQLite
+    flush the parent's data, and wait for locks of threads that are not here. SQLite
     is left alone: a fork does not inherit its locks, and no call is safe there.
     """
     use_all_cpus()
@@ -1886,7 +1886,7 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
 
 
 def _follow_child(data: Iterator[bytes], ctx: Context) -> Optional[Tuple[str, bytes]]:
-    """Pass on what a child process reports; return its reply, None if it has none."""
+    """Pass on a child process's log and progress; return its reply, None for none."""
     rest = bytearray()
     for piece in data:
         rest += piece
@@ -1927,7 +1927,7 @@ def isolated_main() -> None:
     PRIVATE.add(service)
     with open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
-    log.disabled = True  # the service logs what it is sent
+    log.disabled = True  # the service logs the lines that it is sent
     print_at_once()
     with service.makefile("rb") as lines:
         files, job = json.loads(lines.readline())
@@ -2165,7 +2165,7 @@ def _placeholders(word: str) -> Iterator["re.Match[str]"]:
 
 
 class ProgramOutput:
-    """Turns what a program prints into lines of the log, progress, and the result.
+    """Turns a program's output into lines of the log, progress, and the result.
 
     This happens ten times a second, so that a flood costs little: only its end is kept.
     """
@@ -2180,7 +2180,7 @@ class ProgramOutput:
         self._message = ""
 
     def take(self, data: bytes) -> None:
-        """Take in what has been printed, or pass on what is due if that is nothing."""
+        """Add output, b"" for none, and pass it on if that is due."""
         self._new += data
         if len(self._new) > 2 * FLOOD:
             cut = self._new.find(b"\n", -FLOOD) + 1 or len(self._new) - FLOOD
@@ -2320,7 +2320,7 @@ def run_on_executor(job: Dict[str, Any], ctx: Context) -> bytes:
     done.wait()
     future.cancel()  # does nothing once it is done
     if future.cancelled() or not future.done():
-        ctx.check()  # what runs there may go on; its end is ignored
+        ctx.check()  # the run there may go on; its end is ignored
         raise Failure("the executor has cancelled it")
     return result_of(ctx, *future.result())
 

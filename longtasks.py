@@ -5719,6 +5719,7 @@ class Connection:
         self.state = BUSY
         self.since = self.began = time.monotonic()
         self.over_limit = self.half_closed = self.evicted = False
+        self.counts: Counter[Tuple[str, str, int]] = Counter()  # of its replies
         self.woken: Optional[threading.Event] = None  # by the server, for a half-close
         self.buffer = b""  # received, but not parsed
         self.unsent = b""  # replies that are sent together with the next
@@ -5775,12 +5776,13 @@ class Connection:
             if request.length or request.chunked:
                 request.body = self._read_body(request)
         except HTTPError as error:
-            self.server.count(OTHER, OTHER, error.status)
+            self.counts[OTHER, OTHER, error.status] += 1
             self._send_reply(refusal(error), request, False)
             self._linger()
             return False
         reply = self._reply_to(request)
-        self.server.count(request.method, request.label, reply.status)
+        method = request.method if request.method in METHODS else OTHER
+        self.counts[method, request.label, reply.status] += 1
         keep = request.keep and reply.stream is None
         keep = keep and not (self.over_limit or self.evicted or self.server.closing)
         self._send_reply(reply, request, keep)
@@ -5980,7 +5982,8 @@ class Connection:
 
     def _send(self, data: bytes) -> None:
         """Send all of this, or raise OSError when the client is too slow to take it."""
-        data, self.unsent = self.unsent + data, b""
+        if self.unsent:
+            data, self.unsent = self.unsent + data, b""
         self.state, self.since, sent = SENDING, time.monotonic(), 0
         if self.timeout is None and len(data) <= LARGE:
             sent = self.socket.send(data)  # the kernel limits the time of this one
@@ -6201,10 +6204,9 @@ class APIServer(ThreadingHTTPServer):
         self.closing = False
         self._listener = listener
         self._file: Optional[os.stat_result] = None  # the Unix socket
-        self._counts_lock = threading.Lock()
-        self._counts: Counter[Tuple[str, str, int]] = Counter()
-        # Guards the connections; notifies when one has ended.
+        # Guards the connections and the counts; notifies when a connection has ended.
         self._changed = threading.Condition()
+        self._counts: Counter[Tuple[str, str, int]] = Counter()  # of those that ended
         self.connections: Dict[socket.socket, Connection] = {}
         self._few = min(self.reserve, 1 + max_connections // 32)  # evicted at once
         self._warn_at = self._trim_at = self._wake_at = 0.0  # not before then
@@ -6317,7 +6319,7 @@ class APIServer(ThreadingHTTPServer):
             self._start(connection)
         except HTTPError as error:
             reply = refusal(error)
-            self.count(OTHER, OTHER, reply.status)
+            connection.counts[OTHER, OTHER, reply.status] += 1
             client.setblocking(False)  # this is the thread that accepts
             with contextlib.suppress(OSError):
                 client.send(encode_head(reply, self.date(), "1.1", False) + reply.body)
@@ -6369,7 +6371,9 @@ class APIServer(ThreadingHTTPServer):
         """Close a connection that has ended; called by socketserver, too."""
         super().shutdown_request(client)
         with self._changed:
-            self.connections.pop(client, None)
+            connection = self.connections.pop(client, None)
+            if connection:
+                self._counts.update(connection.counts)
             self._ended += 1
             self._changed.notify_all()
 
@@ -6448,15 +6452,13 @@ class APIServer(ThreadingHTTPServer):
 
     # -- counting
 
-    def count(self, method: str, route: str, status: int) -> None:
-        """Count a reply."""
-        with self._counts_lock:
-            self._counts[method if method in METHODS else OTHER, route, status] += 1
-
     def traffic(self) -> Traffic:
         """Return the counts of replies, and of connections that are open."""
-        with self._counts_lock:
+        with self._changed:
             counts = self._counts.copy()
+            for connection in self.connections.values():
+                # A copy is made in one step, while that connection's thread counts.
+                counts.update(connection.counts.copy())
         return Traffic(counts, len(self.connections), self.max_connections)
 
     def date(self) -> str:

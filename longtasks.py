@@ -40,10 +40,33 @@ Without curl, the same file is the client: submit, follow and collect in one lin
 
     python3 longtasks.py run long_computation duration=5
 
-The rooms of this house, each using only those above it: settings, tasks and
-their states, handlers, journal, ledger, workers, requests and replies, the API,
-the server, the client, command line and main. The page for browsers, which is a
-client of the API, comes last.
+The file is a house of rooms. A room uses only the rooms above it, and begins at this
+line:
+
+      140  1. Settings
+      460  2. Tasks and their states
+      779  3. Task registry
+     1368  4. Execution
+     2383  5. Journal
+     2931  6. Events
+     3112  7. Result store and task queue
+     4205  8. Worker pool
+     4390  9. HTTP API
+     5468  10. HTTP server
+     6544  11. Client
+     7010  12. Main
+     7544  13. The page
+
+Three things hold throughout:
+
+1. One place decides a move. TaskStore takes a task from one status to the next, under
+   its lock and by the table EXITS. If a cancel and an end race, they do so there.
+2. Nothing is shown that a crash could take back. With a journal, clients see a task
+   as it is on disk, and a request that changes one is answered once that is on disk.
+3. User code never runs under a lock, nor does a wait for a disk or a client.
+
+The order of locks: WorkerPool, then TaskStore, then one of Events, Journal, a run's
+Context and the task queue's own. Reaper, then NO_FORK. All others are taken alone.
 """
 
 import _thread
@@ -3482,8 +3505,215 @@ _DURABLE = Commit()
 _DURABLE.settle()
 
 
-class TaskStore:
-    """All tasks, from submission until they are removed.
+class TaskReader:
+    """What clients read of all tasks, and the lock that guards their state."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float],
+        types: Container[str],
+    ) -> None:
+        self.limits = limits
+        self.events = Events()
+        self._pid = os.getpid()
+        # The lock guards everything below.
+        self._lock = threading.Lock()
+        self._journal: Optional[Journal] = None
+        # What clients see: with a journal, each task as it is on disk. New tasks and
+        # later moves that are not on disk yet, and the commits that have them:
+        self._results = ResultStore(limits, clock, monotonic)
+        self._unwritten: Dict[str, Tuple[Task, Commit]] = {}
+        self._new = 0  # tasks that no client can see yet
+        self._new_bytes = 0
+        self._running: Dict[str, Context] = {}  # by task id
+        self._active: Set[Context] = set()  # those, and stuck handlers
+        self._waiting: Dict[str, Set[threading.Event]] = {}  # to set at a task's end
+        self._counters = Counters(types)
+        self._on_drained: Optional[Callable[[], None]] = None  # set: draining
+        self._stopped = False  # handlers were asked to stop
+
+    def get(self, task_id: str) -> Task:
+        """Return a task as it is now; raises UnknownTask, GoneTask or DamagedTask."""
+        task = self._results.get(task_id)
+        if task is not None:
+            return task
+        with self._lock:
+            return self._find(task_id)
+
+    def _find(self, task_id: str) -> Task:
+        """Do as get(), but assume the lock."""
+        self._evict()
+        return self._results.find(task_id)
+
+    def _evict(self) -> None:
+        """Remove finished tasks beyond the limits."""
+        for task in self._results.evict():
+            self.events.remove(task.id)
+            if self._journal:
+                self._journal.append(Removal(task.seq, task.id))
+
+    def _remove(self, removed: Record) -> None:
+        """Remove a finished task, unless another one has its id by now."""
+        task = self._results.get(removed.id)
+        if task and task.seq == removed.seq:
+            self._results.remove(task)
+            self.events.remove(task.id)
+
+    def _emit(self, context: Context, kind: str, payload: Any) -> None:
+        """Publish what a handler emits, as long as its task is its own.
+
+        Takes the lock.
+        """
+        if os.getpid() != self._pid:  # a forked child lacks the thread that may hold it
+            return
+        with self._lock:
+            if self._running.get(context.task_id) is not context:
+                return
+            if kind == "log":
+                lines, dropped = payload
+                self.events.log(context.task_id, *lines, dropped=dropped)
+            else:
+                self.events.publish(context.task_id, kind, context.progress_document())
+
+    def wait(
+        self, task_id: str, timeout: float, done: Optional[threading.Event] = None
+    ) -> Task:
+        """Return the task once it is finished, or after so many seconds as it is then.
+
+        Returns at once when the service drains, or when another thread sets `done`,
+        which must be new. Raises as get() does.
+        """
+        task = self.get(task_id)
+        if task.finished or timeout <= 0:
+            return task
+        done = done or threading.Event()
+        with self._lock:
+            task = self._find(task_id)
+            if task.finished or self.draining:
+                return task
+            self._waiting.setdefault(task_id, set()).add(done)
+        done.wait(min(timeout, threading.TIMEOUT_MAX))
+        task = self.get(task_id)
+        if not task.finished:
+            with self._lock:
+                self._waiting.get(task_id, set()).discard(done)
+        return task
+
+    def subscribe(
+        self, task_id: str, after: Optional[int] = None
+    ) -> Tuple[Optional[Task], Subscription]:
+        """Return a task as it is now, None for "", and what Events.subscribe() returns.
+
+        No move comes between the two.
+        """
+        with self._lock:
+            task = self._find(task_id) if task_id else None
+            return task, self.events.subscribe(task_id, after)
+
+    def context(self, task_id: str) -> Optional[Context]:
+        """Return the context of a task that runs, None for any other."""
+        return self._running.get(task_id)  # without the lock, as in get()
+
+    def page(
+        self,
+        limit: int,
+        after: int = 0,
+        status: str = "",
+        type: str = "",
+        newest_first: bool = False,
+    ) -> Tuple[List[Task], Optional[int]]:
+        """Return up to `limit` tasks in the order of submission, and where to go on.
+
+        The page begins behind the seq `after`. The second value is the `after` of the
+        next page, None when this was the last. Empty filters select all tasks. With
+        `newest_first`, the order is reversed.
+        """
+        with self._lock:
+            self._evict()
+            return self._results.page(limit, after, status, type, newest_first)
+
+    def counts(self) -> Counts:
+        """Return how many tasks there are."""
+        with self._lock:
+            return self._results.counts()
+
+    def totals(self) -> Dict[str, int]:
+        """Return how many tasks there are in each status."""
+        with self._lock:
+            return self._results.totals()
+
+    def stuck(self) -> int:
+        """Return how many handlers still run whose tasks have ended."""
+        with self._lock:
+            return len(self._active) - len(self._running)
+
+    def snapshot(self) -> Snapshot:
+        """Return what has been counted, all at one moment."""
+        with self._lock:
+            times = {key: kept.copy() for key, kept in self._counters.times.items()}
+            return Snapshot(
+                self._results.counts(),
+                len(self._active) - len(self._running),
+                dict(self._counters.ended),
+                times,
+                self._journal,
+            )
+
+    def check_open(self) -> None:
+        """Raise QueueFull, Draining or Unavailable if submit() would."""
+        with self._lock:
+            self._check_open(1)
+
+    def _check_open(self, more: int) -> None:
+        if self.draining:
+            raise Draining("the service is shutting down")
+        self._check_journal()
+        waiting = self._results.counts().pending + self._new
+        size = self._results.pending_bytes + self._new_bytes
+        if more > self.limits.queue:
+            text = " holds %d tasks, more than may wait, %d"
+            raise Invalid([((), text % (more, self.limits.queue))])
+        if waiting + more > self.limits.queue:
+            raise QueueFull("the queue is full: %s waiting" % counted(waiting, "task"))
+        if size >= self.limits.queue_bytes:
+            raise QueueFull("the queue is full: %s waiting" % counted(size, "byte"))
+        stuck = len(self._active) - len(self._running)
+        if stuck >= self.limits.stuck:
+            text = "too many handlers do not stop (%d); restart the service"
+            raise Unavailable(text % stuck)
+
+    def _check_journal(self) -> None:
+        error = self._journal and self._journal.error
+        if error:
+            raise Unavailable("nothing can be written: " + error)
+
+    def responds(self, timeout: float) -> bool:
+        """Return whether the store's lock can be taken within so many seconds."""
+        if self._lock.acquire(timeout=timeout):
+            self._lock.release()
+            return True
+        return False
+
+    @property
+    def draining(self) -> bool:
+        """Whether the service is about to end."""
+        # Two flags that are only ever set: right without the lock, if perhaps late.
+        return self._stopped or self._on_drained is not None
+
+    def _wake_waiting(self) -> None:
+        for done in set().union(*self._waiting.values()):
+            done.set()
+        self._waiting.clear()
+
+    def _may_start(self) -> bool:
+        # With a journal, what waits can do so until the next start.
+        return not self._stopped and not (self._journal and self._on_drained)
+
+
+class TaskStore(TaskReader):
+    """All tasks, from submission until they are removed: this is where they move.
 
     `clock` gives the time in seconds since 1970, and `monotonic` one that is never set.
     `rules` gives the rules of a type; `types` are counted apart. With a journal, the
@@ -3499,30 +3729,13 @@ class TaskStore:
         monotonic: Callable[[], float] = time.monotonic,
         types: Container[str] = REGISTRY,
     ) -> None:
-        self.limits = limits
-        self.events = Events()
+        super().__init__(limits, clock, monotonic, types)
         self.on_stuck: Callable[[Context], None] = lambda context: None
         self._clock, self._monotonic, self._rules = clock, monotonic, rules
-        self._pid = os.getpid()
-        # The lock guards everything below.
-        self._lock = threading.Lock()
-        self._journal: Optional[Journal] = None
-        # What clients see: with a journal, each task as it is on disk. New tasks and
-        # later moves that are not on disk yet, and the commits that have them:
-        self._results = ResultStore(limits, clock, monotonic)
-        self._unwritten: Dict[str, Tuple[Task, Commit]] = {}
-        self._new = 0  # tasks that no client can see yet
-        self._new_bytes = 0
-        # By the latest decisions.
+        # What follows the latest decisions, written or not; the lock guards it.
         self._queue = TaskQueue(clock, monotonic)
         self._timers = Timers(monotonic)  # by run
-        self._running: Dict[str, Context] = {}  # by task id
-        self._active: Set[Context] = set()  # those, and stuck handlers
-        self._waiting: Dict[str, Set[threading.Event]] = {}  # to set at a task's end
-        self._counters = Counters(types)
-        self._on_drained: Optional[Callable[[], None]] = None  # set: draining
         self._drained_by = math.inf  # on the monotonic clock
-        self._stopped = False  # handlers were asked to stop
         # Tasks that were processing when the last process died, as they go on.
         self.interrupted: List[Task] = []
         # Up to this one, tasks may have killed the last process: see begin().
@@ -3543,30 +3756,15 @@ class TaskStore:
                     self._queue.add(task, inherited=True)
                 else:
                     processing.append(task)
-            commit = self._resume(processing, not journal.stopped)
+            commit = _DURABLE
+            for task in after_crash(processing, self._clock(), not journal.stopped):
+                self.interrupted.append(task)
+                commit = self._decide(task)
             if not journal.stopped:
                 self._suspect_seq = self._results.last_seq
         journal.start(self._settle)
         with contextlib.suppress(Unavailable):
             commit.check()  # then they are in the queue before a worker looks there
-
-    def _resume(self, tasks: Sequence[Task], crashed: bool) -> Commit:
-        """Decide how tasks go on that were processing when the last process ended.
-
-        After a crash they start one after the other, first those that saw the fewest
-        crashes. So a task that kills the process is found out, and does not take those
-        along that ran beside it.
-        """
-        now, pause = self._clock(), min(1.0, 30.0 / max(1, len(tasks)))
-        resumed = [task.after_crash(now, crashed) for task in tasks]
-        resumed.sort(key=operator.attrgetter("interruptions"))
-        commit, wait = _DURABLE, 0.0
-        for task in resumed:
-            due_at = now + wait if wait and task.status == PENDING else None
-            wait += pause if crashed and task.status == PENDING else 0.0
-            self.interrupted.append(task._replace(due_at=due_at))
-            commit = self._decide(self.interrupted[-1])
-        return commit
 
     # -- the life of a task
 
@@ -3613,8 +3811,7 @@ class TaskStore:
         self._check_open(len(wanted))
         now, tasks = self._clock(), []
         for task_id, (type, params, options) in wanted:
-            self._results.last_seq += 1
-            seq = self._results.last_seq
+            seq = self._results.last_seq = self._results.last_seq + 1
             task = Task(seq, task_id, type, params, PENDING, now)
             if options is not NO_OPTIONS:
                 due = now + options.delay if options.delay else None
@@ -3864,177 +4061,7 @@ class TaskStore:
             for done in self._waiting.pop(task.id, ()):
                 done.set()
 
-    def _remove(self, removed: Record) -> None:
-        """Remove a finished task, unless another one has its id by now."""
-        task = self._results.get(removed.id)
-        if task and task.seq == removed.seq:
-            self._results.remove(task)
-            self.events.remove(task.id)
-
-    def _evict(self) -> None:
-        """Remove finished tasks beyond the limits."""
-        for task in self._results.evict():
-            self.events.remove(task.id)
-            if self._journal:
-                self._journal.append(Removal(task.seq, task.id))
-
-    def _emit(self, context: Context, kind: str, payload: Any) -> None:
-        """Publish what a handler emits, as long as its task is its own.
-
-        Takes the lock.
-        """
-        if os.getpid() != self._pid:  # a forked child lacks the thread that may hold it
-            return
-        with self._lock:
-            if self._running.get(context.task_id) is not context:
-                return
-            if kind == "log":
-                lines, dropped = payload
-                self.events.log(context.task_id, *lines, dropped=dropped)
-            else:
-                self.events.publish(context.task_id, kind, context.progress_document())
-
-    # -- reading
-
-    def get(self, task_id: str) -> Task:
-        """Return a task as it is now; raises UnknownTask, GoneTask or DamagedTask."""
-        task = self._results.get(task_id)
-        if task is not None:
-            return task
-        with self._lock:
-            return self._find(task_id)
-
-    def _find(self, task_id: str) -> Task:
-        """Do as get(), but assume the lock."""
-        self._evict()
-        return self._results.find(task_id)
-
-    def wait(
-        self, task_id: str, timeout: float, done: Optional[threading.Event] = None
-    ) -> Task:
-        """Return the task once it is finished, or after so many seconds as it is then.
-
-        Returns at once when the service drains, or when another thread sets `done`,
-        which must be new. Raises as get() does.
-        """
-        task = self.get(task_id)
-        if task.finished or timeout <= 0:
-            return task
-        done = done or threading.Event()
-        with self._lock:
-            task = self._find(task_id)
-            if task.finished or self.draining:
-                return task
-            self._waiting.setdefault(task_id, set()).add(done)
-        done.wait(min(timeout, threading.TIMEOUT_MAX))
-        task = self.get(task_id)
-        if not task.finished:
-            with self._lock:
-                self._waiting.get(task_id, set()).discard(done)
-        return task
-
-    def subscribe(
-        self, task_id: str, after: Optional[int] = None
-    ) -> Tuple[Optional[Task], Subscription]:
-        """Return a task as it is now, None for "", and what Events.subscribe() returns.
-
-        No move comes between the two.
-        """
-        with self._lock:
-            task = self._find(task_id) if task_id else None
-            return task, self.events.subscribe(task_id, after)
-
-    def context(self, task_id: str) -> Optional[Context]:
-        """Return the context of a task that runs, None for any other."""
-        return self._running.get(task_id)  # without the lock, as in get()
-
-    def page(
-        self,
-        limit: int,
-        after: int = 0,
-        status: str = "",
-        type: str = "",
-        newest_first: bool = False,
-    ) -> Tuple[List[Task], Optional[int]]:
-        """Return up to `limit` tasks in the order of submission, and where to go on.
-
-        The page begins behind the seq `after`. The second value is the `after` of the
-        next page, None when this was the last. Empty filters select all tasks. With
-        `newest_first`, the order is reversed.
-        """
-        with self._lock:
-            self._evict()
-            return self._results.page(limit, after, status, type, newest_first)
-
-    def counts(self) -> Counts:
-        """Return how many tasks there are."""
-        with self._lock:
-            return self._results.counts()
-
-    def totals(self) -> Dict[str, int]:
-        """Return how many tasks there are in each status."""
-        with self._lock:
-            return self._results.totals()
-
-    def stuck(self) -> int:
-        """Return how many handlers still run whose tasks have ended."""
-        with self._lock:
-            return len(self._active) - len(self._running)
-
-    def snapshot(self) -> Snapshot:
-        """Return what has been counted, all at one moment."""
-        with self._lock:
-            times = {key: kept.copy() for key, kept in self._counters.times.items()}
-            return Snapshot(
-                self._results.counts(),
-                len(self._active) - len(self._running),
-                dict(self._counters.ended),
-                times,
-                self._journal,
-            )
-
-    def check_open(self) -> None:
-        """Raise QueueFull, Draining or Unavailable if submit() would."""
-        with self._lock:
-            self._check_open(1)
-
-    def _check_open(self, more: int) -> None:
-        if self.draining:
-            raise Draining("the service is shutting down")
-        self._check_journal()
-        waiting = self._results.counts().pending + self._new
-        size = self._results.pending_bytes + self._new_bytes
-        if more > self.limits.queue:
-            text = " holds %d tasks, more than may wait, %d"
-            raise Invalid([((), text % (more, self.limits.queue))])
-        if waiting + more > self.limits.queue:
-            raise QueueFull("the queue is full: %s waiting" % counted(waiting, "task"))
-        if size >= self.limits.queue_bytes:
-            raise QueueFull("the queue is full: %s waiting" % counted(size, "byte"))
-        stuck = len(self._active) - len(self._running)
-        if stuck >= self.limits.stuck:
-            text = "too many handlers do not stop (%d); restart the service"
-            raise Unavailable(text % stuck)
-
-    def _check_journal(self) -> None:
-        error = self._journal and self._journal.error
-        if error:
-            raise Unavailable("nothing can be written: " + error)
-
-    def responds(self, timeout: float) -> bool:
-        """Return whether the store's lock can be taken within so many seconds."""
-        if self._lock.acquire(timeout=timeout):
-            self._lock.release()
-            return True
-        return False
-
     # -- the end
-
-    @property
-    def draining(self) -> bool:
-        """Whether the service is about to end."""
-        # Two flags that are only ever set: right without the lock, if perhaps late.
-        return self._stopped or self._on_drained is not None
 
     def drain(self, on_drained: Callable[[], None], timeout: float = 0) -> List[str]:
         """Accept no more tasks; call `on_drained` once the rest is done, perhaps twice.
@@ -4072,15 +4099,6 @@ class TaskStore:
             latest = [self._unwritten.get(task.id, (task,))[0] for task in tasks]
             return [task for task in latest if not task.finished]
 
-    def _wake_waiting(self) -> None:
-        for done in set().union(*self._waiting.values()):
-            done.set()
-        self._waiting.clear()
-
-    def _may_start(self) -> bool:
-        # With a journal, what waits can do so until the next start.
-        return not self._stopped and not (self._journal and self._on_drained)
-
     def _check_drained(self) -> None:
         """Report that the drain is over, if it is. Assumes the lock."""
         if not self._on_drained:
@@ -4093,6 +4111,24 @@ class TaskStore:
             return
         if not (self._may_start() and self._queue.waits_until(self._drained_by)):
             self._on_drained()
+
+
+def after_crash(tasks: Sequence[Task], now: float, crashed: bool) -> List[Task]:
+    """Return how tasks go on that were processing when the last process ended.
+
+    If it crashed, they start one after the other, first those that saw the fewest
+    crashes. So a task that kills the process is found out, and does not take those
+    along that ran beside it.
+    """
+    pause, wait = min(1.0, 30.0 / max(1, len(tasks))), 0.0
+    resumed = [task.after_crash(now, crashed) for task in tasks]
+    resumed.sort(key=operator.attrgetter("interruptions"))
+    for place, task in enumerate(resumed):
+        if crashed and task.status == PENDING:
+            if wait:
+                resumed[place] = task._replace(due_at=now + wait)
+            wait += pause
+    return resumed
 
 
 def after_run(

@@ -10967,6 +10967,46 @@ def names_used(table):
     return used.union(*map(names_used, table.get_children()))
 
 
+def source_of(file):
+    return Path(file).read_text(encoding="utf-8")
+
+
+def lengths(kind):
+    """The lines of each function or class of longtasks.py, by where and what it is."""
+    nodes = ast.walk(ast.parse(source_of(SCRIPT)))
+    return {
+        "line %d: %s" % (node.lineno, node.name): node.end_lineno - node.lineno + 1
+        for node in nodes
+        if isinstance(node, kind)
+    }
+
+
+def longer(lengths, limit):
+    return {name: lines for name, lines in lengths.items() if lines > limit}
+
+
+def test_the_file_is_one_that_can_be_read():
+    functions = lengths((ast.FunctionDef, ast.AsyncFunctionDef))
+    in_order = sorted(functions.values())
+    assert longer(lengths(ast.ClassDef), 400) == {}
+    assert longer(functions, 50) == {}
+    assert in_order[len(in_order) // 2] <= 8, "the median function"
+    assert in_order[len(in_order) * 95 // 100] <= 25, "the 95th percentile"
+    lines = source_of(SCRIPT).count("\n")
+    assert source_of(__file__).count("\n") <= 1.4 * lines
+
+
+def test_the_map_of_the_rooms_is_true_to_the_line():
+    found = [
+        "%d  %s" % (number, line[2:])
+        for number, line in enumerate(source_of(SCRIPT).splitlines(), 1)
+        if re.match(r"# \d+\. ", line)
+    ]
+    front_door = ast.get_docstring(ast.parse(source_of(SCRIPT)))
+    shown = re.findall(r"^ *(\d+  \d+\. .*)$", front_door, re.MULTILINE)
+    assert shown == found, "the map would be:\n" + "\n".join(found)
+
+
 def test_a_room_uses_only_those_above_it():
     source = Path(SCRIPT).read_text(encoding="utf-8")
     heads = [match.start() for match in re.finditer(r"^# \d+\. ", source, re.MULTILINE)]

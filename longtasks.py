@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       140  1. Settings
-      460  2. Tasks and their states
-      779  3. Task registry
-     1368  4. Execution
-     2383  5. Journal
-     2931  6. Events
-     3112  7. Result store and task queue
-     4205  8. Worker pool
-     4390  9. HTTP API
-     5468  10. HTTP server
-     6544  11. Client
-     7010  12. Main
-     7544  13. The page
+      463  2. Tasks and their states
+      782  3. Task registry
+     1371  4. Execution
+     2374  5. Journal
+     2922  6. Events
+     3103  7. Result store and task queue
+     4196  8. Worker pool
+     4381  9. HTTP API
+     5458  10. HTTP server
+     6536  11. Client
+     7002  12. Main
+     7536  13. The page
 
 Three things hold throughout:
 

@@ -2388,7 +2388,7 @@ _TYPES = {str: "TEXT", bytes: "TEXT", int: "INTEGER", float: "REAL"}
 
 def _columns() -> Iterator[Tuple[str, type, bool]]:
     """Yield name, type and whether it may be NULL, for each field of a task."""
-    for fields in (typing.get_type_hints(Task), typing.get_type_hints(Options)):
+    for fields in (Task.__annotations__, Options.__annotations__):
         for name, hint in fields.items():
             args = typing.get_args(hint)
             if hint is not Options:

@@ -9786,7 +9786,8 @@ def test_a_fork_waits_while_another_child_is_started(monkeypatch):
 # -- executors -------------------------------------------------------------
 
 ELSEWHERE = """
-import concurrent.futures, os, threading, time
+from __future__ import annotations
+import concurrent.futures, os, re, sys, threading, time
 from longtasks import Context, Retry, handler
 
 def processes():
@@ -9794,6 +9795,15 @@ def processes():
 
 def threads():
     return concurrent.futures.ThreadPoolExecutor(4)
+
+def fresh(function, *args):
+    for name in [n for n in sys.modules if re.fullmatch("longtasks_[0-9a-f]{8}", n)]:
+        del sys.modules[name]  # as in a process that has not loaded it yet
+    return function(*args)
+
+class Fresh(concurrent.futures.ThreadPoolExecutor):
+    def submit(self, function, *args):
+        return super().submit(fresh, function, *args)
 
 def broken():
     raise OSError("no scheduler")
@@ -9847,12 +9857,12 @@ def text_of_factories(text):
     return text.partition("def helper")[0]
 
 
-@pytest.mark.parametrize("factory", ["processes", "threads"])
+@pytest.mark.parametrize("factory", ["processes", "threads", "Fresh"])
 def test_isolated_handlers_run_where_the_executor_says(factory, tmp_path):
     with process(*elsewhere(tmp_path, factory)) as running:
         done = outcome(running, "double", {"n": 21})["result"]
         assert done["n"] == 42
-        assert (done["pid"] == running.process.pid) == (factory == "threads")
+        assert (done["pid"] == running.process.pid) == (factory != "processes")
         assert outcome(running, "here")["result"] == running.process.pid
         assert outcome(running, "whole", {"a": [1]})["result"] == [{"a": [1]}, 36]
         assert outcome(running, "bad")["error"] == "ValueError: no"

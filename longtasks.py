@@ -5738,7 +5738,7 @@ def _head_form(status: int, media: str, sized: bool, connection: str) -> str:
 # -- connections -----------------------------------------------------------
 
 BUSY, IDLE, READING, SENDING = "busy", "idle", "reading", "sending"
-QUICK = 0.001  # seconds; several replies that took less are sent in one piece
+QUICK = 0.0001  # seconds; several replies that took less are sent in one piece
 
 
 class Connection:

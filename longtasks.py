@@ -3745,22 +3745,23 @@ class TaskStore(TaskReader):
 
     def take_up(self, journal: Journal) -> None:
         """Go on with the tasks in a journal; from now on all of them are kept there."""
-        processing = []
+        suspects, crashed = [], not journal.stopped
         with self._lock:
             self._journal, self._results.damaged = journal, journal.damaged
             loaded = self._results.load(journal.load(), journal.load_removed())
             for task in loaded:
                 if task.finished:
                     journal.append(Removal(task.seq, task.id))
-                elif task.status == PENDING:
-                    self._queue.add(task, inherited=True)
+                elif task.status == PROCESSING or (crashed and task.interruptions):
+                    suspects.append(task)
                 else:
-                    processing.append(task)
+                    self._queue.add(task, inherited=True)
             commit = _DURABLE
-            for task in after_crash(processing, self._clock(), not journal.stopped):
-                self.interrupted.append(task)
+            for before, task in after_crash(suspects, self._clock(), crashed):
                 commit = self._decide(task)
-            if not journal.stopped:
+                if before.status == PROCESSING:
+                    self.interrupted.append(task)
+            if crashed:
                 self._suspect_seq = self._results.last_seq
         journal.start(self._settle)
         with contextlib.suppress(Unavailable):
@@ -4113,20 +4114,22 @@ class TaskStore(TaskReader):
             self._on_drained()
 
 
-def after_crash(tasks: Sequence[Task], now: float, crashed: bool) -> List[Task]:
-    """Return how tasks go on that were processing when the last process ended.
+def after_crash(
+    tasks: Sequence[Task], now: float, crashed: bool
+) -> List[Tuple[Task, Task]]:
+    """Return tasks that a process left, each with how it goes on.
 
-    If it crashed, they start one after the other, first those that saw the fewest
-    crashes. So a task that kills the process is found out, and does not take those
-    along that ran beside it.
+    They were processing when it ended, or have been interrupted before. After a crash
+    they start one after the other, first those with the fewest interruptions. So a task
+    that kills the process is found out, and those that ran beside it complete.
     """
     pause, wait = min(1.0, 30.0 / max(1, len(tasks))), 0.0
-    resumed = [task.after_crash(now, crashed) for task in tasks]
-    resumed.sort(key=operator.attrgetter("interruptions"))
-    for place, task in enumerate(resumed):
+    resumed = [(task, task.after_crash(now, crashed)) for task in tasks]
+    resumed.sort(key=lambda pair: pair[1].interruptions)
+    for place, (before, task) in enumerate(resumed):
         if crashed and task.status == PENDING:
-            if wait:
-                resumed[place] = task._replace(due_at=now + wait)
+            due_at = max(now + wait, task.due_at or 0.0)
+            resumed[place] = before, task._replace(due_at=due_at if wait else None)
             wait += pause
     return resumed
 

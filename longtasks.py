@@ -50,12 +50,12 @@ line:
      2374  5. Journal
      2922  6. Events
      3103  7. Result store and task queue
-     4196  8. Worker pool
-     4381  9. HTTP API
-     5458  10. HTTP server
-     6536  11. Client
-     7002  12. Main
-     7536  13. The page
+     4199  8. Worker pool
+     4384  9. HTTP API
+     5461  10. HTTP server
+     6539  11. Client
+     7005  12. Main
+     7539  13. The page
 
 Three things hold throughout:
 

@@ -43,19 +43,19 @@ Without curl, the same file is the client: submit, follow and collect in one lin
 The file is a house of rooms. A room uses only the rooms above it, and begins at this
 line:
 
-      140  1. Settings
-      463  2. Tasks and their states
-      782  3. Task registry
-     1371  4. Execution
-     2374  5. Journal
-     2922  6. Events
-     3103  7. Result store and task queue
-     4199  8. Worker pool
-     4384  9. HTTP API
-     5461  10. HTTP server
-     6539  11. Client
-     7005  12. Main
-     7539  13. The page
+      139  1. Settings
+      462  2. Tasks and their states
+      781  3. Task registry
+     1370  4. Execution
+     2373  5. Journal
+     2920  6. Events
+     3101  7. Result store and task queue
+     4197  8. Worker pool
+     4382  9. HTTP API
+     5459  10. HTTP server
+     6537  11. Client
+     7003  12. Main
+     7537  13. The page
 
 Three things hold throughout:
 
@@ -128,8 +128,7 @@ _imported: Dict[str, Any] = {}
 def lazy_import(name: str) -> Any:
     """Import a costly module where it is first needed, and keep it.
 
-    A handlers file or a handler may change sys.modules and sys.path. main() calls this
-    before one runs for each module that the service needs afterwards.
+    main() does so ahead, since a handlers file may change sys.modules and sys.path.
     """
     if name not in _imported:
         _imported[name] = importlib.import_module(name)
@@ -2751,8 +2750,7 @@ class Journal:
     def start(self, on_settled: Callable[[Commit], None]) -> None:
         """Start to write.
 
-        `on_settled` is called with each commit that was tried, before the threads that
-        wait for it go on.
+        Calls `on_settled` with each commit after a try, before waiting threads go on.
         """
         self._on_settled = on_settled
         sign_lock(self._lock, RUNS)

@@ -47,15 +47,15 @@ line:
       462  2. Tasks and their states
       781  3. Task registry
      1370  4. Execution
-     2373  5. Journal
-     2920  6. Events
-     3101  7. Result store and task queue
-     4197  8. Worker pool
-     4382  9. HTTP API
-     5459  10. HTTP server
-     6537  11. Client
-     7003  12. Main
-     7537  13. The page
+     2394  5. Journal
+     2941  6. Events
+     3122  7. Result store and task queue
+     4218  8. Worker pool
+     4414  9. HTTP API
+     5491  10. HTTP server
+     6570  11. Client
+     7036  12. Main
+     7570  13. The page
 
 Three things hold throughout:
 
@@ -1408,6 +1408,7 @@ class Context:
         self.max_result = sys.maxsize  # bytes
         self.began = 0.0  # on the monotonic clock
         self.waits_for_disk = False  # the handler does not run yet
+        self.thread = 0  # native id of its thread while that is bound to one CPU
         self.reason = ""  # why the run is to stop
         self._emit = emit
         self._progress: Optional[Tuple[Optional[float], str]] = None
@@ -1637,36 +1638,56 @@ if hasattr(os, "register_at_fork"):
 LEFT_OVER = 1 << 20  # bytes that a pipe or a socket may hold when its writer has ended
 
 
-def _allowed_cpus() -> List[int]:
-    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-    return (
-        sorted(os.sched_getaffinity(0))
-        if has_gil and hasattr(os, "sched_setaffinity")
-        else []
-    )
-
-
 # Threads that share the GIL never run at the same time, and passing it to a thread on
 # another CPU takes longer than most of what they do. So the service's own threads stay
-# on one CPU, which one being left to chance. Runs that last have all of them.
-CPUS = _allowed_cpus()
+# on one CPU, which one being left to chance, and so do runs of task types whose runs
+# are short. Runs that last have all CPUs, and whatever a handler starts.
+CPUS: List[int] = []
+if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
+    CPUS += sorted(os.sched_getaffinity(0))
 _ONE_CPU = random.sample(CPUS, min(1, len(CPUS)))
+_bound = threading.local()  # its `context`: the run of a thread that is on one CPU
 
 
 def use_one_cpu() -> None:
     """Keep this thread, and those that it starts, on the CPU of the service."""
-    _use_cpus(_ONE_CPU)
+    _use_cpus(0, _ONE_CPU)
 
 
-def use_all_cpus() -> None:
-    """Let this thread, and all that it starts, run on any CPU that Python may use."""
-    _use_cpus(CPUS)
+def use_all_cpus(thread: int = 0) -> None:
+    """Let a thread (its native id; this one) and what it starts run on any CPU."""
+    _use_cpus(thread, CPUS)
 
 
-def _use_cpus(cpus: Sequence[int]) -> None:
+def _use_cpus(thread: int, cpus: Sequence[int]) -> None:
     if len(CPUS) > 1:
         with contextlib.suppress(OSError):  # forbidden: the service is slower then
-            os.sched_setaffinity(0, cpus)
+            os.sched_setaffinity(thread, cpus)
+
+
+def run_on_one_cpu(ctx: Context, run: Callable[[], Any]) -> Any:
+    """Call a function on one CPU, unless ctx.thread is 0 afterwards.
+
+    Then it has started a thread or a process, or use_all_cpus() was called for it.
+    """
+    ctx.thread, _bound.context = threading.get_native_id(), ctx
+    try:
+        return run()
+    finally:
+        _bound.context = None
+
+
+def free_children(event: str, arguments: Any) -> None:
+    """Let what a run starts have all CPUs: an audit hook (PEP 578)."""
+    if event in ("subprocess.Popen", "os.posix_spawn", "os.fork") or "thread" in event:
+        ctx = getattr(_bound, "context", None)
+        if ctx:
+            ctx.thread = 0
+            use_all_cpus()
+
+
+if len(CPUS) > 1:
+    sys.addaudithook(free_children)
 
 
 def kill_session(session: int) -> None:
@@ -4306,6 +4327,7 @@ class WorkerPool:
                 log.exception("a timer failed; the others go on")
                 wait = 1.0
             with self._lock:
+                self._free_long_runs()
                 if not self._refill():
                     wait = min(1.0, wait)  # the system may have a thread again then
 
@@ -4344,21 +4366,31 @@ class WorkerPool:
             log_run(logging.WARNING, context, "its handler returned after its end")
 
     def _run_on_cpus(self, task: Task, context: Context) -> Outcome:
-        """Run a task on all CPUs, or on one if runs of its type have been short.
-
-        A run that leaves threads behind counts as one that lasts.
-        """
-        lasted, threads = self._lasted.get(task.type, 1.0), threading.active_count()
-        begin = time.perf_counter()
+        """Run a task on one CPU if runs of its type have been short, or on all."""
+        lasted, begin = self._lasted.get(task.type, 1.0), time.perf_counter()
         if lasted >= self.short_run:
             use_all_cpus()
-        outcome = run_one(task, context, self._handlers)
-        if lasted >= self.short_run:
+            outcome = run_one(task, context, self._handlers)
+            seconds = time.perf_counter() - begin
+        else:
+            run = functools.partial(run_one, task, context, self._handlers)
+            outcome = run_on_one_cpu(context, run)
+            seconds = time.perf_counter() - begin if context.thread else 1.0
+        if lasted >= self.short_run or not context.thread:
             use_one_cpu()
-        more = threading.active_count() > threads
-        seconds = 1.0 if more else time.perf_counter() - begin
         self._lasted[task.type] = 0.8 * lasted + 0.2 * min(1.0, seconds)
         return outcome
+
+    def _free_long_runs(self) -> None:
+        """Let runs have all CPUs that last although others did not. Assumes the lock.
+
+        A run that ends at this very moment is bound again by the next one.
+        """
+        since = time.monotonic() - 0.1
+        for context in self._busy:
+            if context.thread and context.began < since:
+                thread, context.thread = context.thread, 0
+                use_all_cpus(thread)
 
     @staticmethod
     def _log_end(context: Context, seconds: float, task: Task) -> None:
@@ -5841,8 +5873,9 @@ class Connection:
     def _reply_to(self, request: Request) -> Reply:
         if self.over_limit and request.path not in ("/healthz", "/readyz"):
             return refusal(self.server.over_limit())
-        if request.query_text or "prefer" in request.headers:
-            self._flush()  # since this one may wait
+        waits = request.query_text or "prefer" in request.headers
+        if waits or request.method not in ("GET", "HEAD"):
+            self._flush()  # since this one may take a while
         return respond(self.server.app, request)
 
     # -- waiting

@@ -3631,37 +3631,30 @@ def test_workers_run_together_however_slow_the_disk_is(gate, tmp_path):
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity here")
 @pytest.mark.skipif(len(longtasks.CPUS) < 2, reason="one CPU, or no GIL")
 def test_short_runs_stay_on_one_cpu_and_lasting_ones_have_all(registry):
-    started = []
+    cpus, program = len(longtasks.CPUS), [sys.executable, "-c"]
+    program.append("import os; print(len(os.sched_getaffinity(0)))")
 
-    @handler("short")
-    def short():
+    @handler("work")
+    def work(lasts: bool = False, starts: bool = False):
+        if starts:
+            return int(subprocess.check_output(program))
+        end = time.monotonic() + LONG * lasts
+        while len(os.sched_getaffinity(0)) < cpus and time.monotonic() < end:
+            pass
         return len(os.sched_getaffinity(0))
 
-    @handler("starts threads")
-    def start_threads(last: bool):
-        work = threading.Event()
-        started.append(work)
-        threading.Thread(target=work.wait, daemon=True).start()
-        return len(os.sched_getaffinity(0))
-
-    @handler("lasting")
-    def last():
-        threading.Event().wait(0.001)
-        return len(os.sched_getaffinity(0))
-
-    cpus = len(longtasks.CPUS)
-    with serving(WORKER_COUNT=1) as service:
-        batch = [{"type": "short", "params": {}}] * 200
+    def results(service, **params):
+        batch = [{"type": "work", "params": params}] * (1 if params else 200)
         answer = call(service, "POST", "/api/v1/tasks", batch)
-        ids = [task["id"] for task in answer.json]
-        assert result_of(service, ids[0])["result"] == cpus
-        assert result_of(service, ids[-1])["result"] == 1
-        for type, params in [("lasting", {}), ("starts threads", {"last": True})]:
-            batch = [{"type": type, "params": params}] * 60
-            ids = call(service, "POST", "/api/v1/tasks", batch).json
-            assert result_of(service, ids[-1]["id"])["result"] == cpus
-    for work in started:
-        work.set()
+        return [result_of(service, task["id"])["result"] for task in answer.json]
+
+    with serving(WORKER_COUNT=1) as service:
+        first = results(service)
+        assert first[0] == cpus
+        assert first[-1] == 1
+        assert results(service, lasts=True) == [cpus], "it takes long all the same"
+        results(service)
+        assert results(service, starts=True) == [cpus]
 
 
 def test_a_worker_count_of_5000_costs_nothing_until_used(registry):

@@ -46,16 +46,16 @@ line:
       139  1. Settings
       462  2. Tasks and their states
       781  3. Task registry
-     1370  4. Execution
-     2394  5. Journal
-     2941  6. Events
-     3122  7. Result store and task queue
-     4218  8. Worker pool
-     4414  9. HTTP API
-     5491  10. HTTP server
-     6570  11. Client
-     7036  12. Main
-     7570  13. The page
+     1376  4. Execution
+     2433  5. Journal
+     2983  6. Events
+     3164  7. Result store and task queue
+     4260  8. Worker pool
+     4456  9. HTTP API
+     5541  10. HTTP server
+     6620  11. Client
+     7091  12. Main
+     7625  13. The page
 
 Three things hold throughout:
 
@@ -998,8 +998,14 @@ def _parameters_of(function: Any) -> List[inspect.Parameter]:
     def annotated() -> None:
         pass
 
+    options: Dict[str, Any] = {}
+    if sys.version_info >= (3, 14):
+        import annotationlib
+
+        # Otherwise all of them are evaluated, that of the return value, too.
+        options["annotation_format"] = annotationlib.Format.FORWARDREF
     try:
-        params = list(inspect.signature(function).parameters.values())
+        params = list(inspect.signature(function, **options).parameters.values())
         annotated.__annotations__ = {param.name: param.annotation for param in params}
         # Names in annotations are globals of the innermost function.
         while hasattr(function, "__wrapped__") or not inspect.isroutine(function):
@@ -1501,10 +1507,9 @@ class Context:
 
     def progress_document(self) -> Optional[Dict[str, Any]]:
         """Return the latest progress as a status document has it, None at first."""
-        latest = self._progress
-        if latest is None:
+        fraction, message = self._progress or (None, None)
+        if message is None:
             return None
-        fraction, message = latest
         if fraction is None:
             return {"message": message}
         return {"percent": round(fraction * 100, 1), "message": message}
@@ -2050,6 +2055,7 @@ FLOOD = 64 << 10  # bytes of output that are kept of more than twice as many
 SECRETS = frozenset(["API_TOKEN", "API_TOKEN_FILE", "TLS_KEY"])
 
 _BRACES = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?:=([^{}]*))?\}|\{\{|\}\}|[{}]")
+_FOR_A_SHELL = re.compile(r"\|[|&]?|&&?|([0-9&]?>>?|<)(&[0-9]|[\w./{}=-]+)?")
 _WORD: Dict[str, Any] = {
     "type": "string",
     "maxLength": MAX_ARGUMENT,
@@ -2111,12 +2117,39 @@ def _code_words(words: Sequence[str], code: str, valued: str) -> Iterator[str]:
             return
 
 
-def _check_program(word: str) -> None:
-    """See that a program can be found; raises HandlerError."""
-    is_path = bool(os.path.dirname(word))
-    if not shutil.which(os.path.join(FOLDER, word) if is_path else word):
-        hint = "" if is_path else " on the PATH (a file in this folder is ./%s)" % word
-        raise HandlerError("there is no executable %s%s" % (quote(word), hint))
+def find_program(word: str) -> str:
+    """Return the absolute path of a program; raises HandlerError if it can't be run."""
+    name = os.path.join(FOLDER, word) if os.path.dirname(word) else word
+    found = shutil.which(name)
+    if found:
+        fault = exec_fault(found)
+        if fault:
+            raise HandlerError("%s %s" % (quote(found), fault))
+        return os.path.join(FOLDER, found)
+    found = shutil.which(name, os.F_OK)
+    if found:
+        raise HandlerError("%s is not executable: chmod +x %s" % (quote(found), found))
+    hint = ""
+    if name == word and os.path.exists(os.path.join(FOLDER, word)):
+        hint = " on the PATH; for the file in this folder write ./" + word
+    raise HandlerError("there is no program %s%s" % (quote(word), hint))
+
+
+def exec_fault(path: str) -> str:
+    """Say what the first line of an executable file has that keeps it from running.
+
+    Of a missing interpreter the system says only that the file itself isn't there.
+    """
+    line = b"\0"
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        line = file.readline(4096)
+    if line[:2] != b"#!":
+        binary = b"\0" in line
+        return "" if binary else "does not begin with a #! line, such as #!/bin/sh"
+    name = re.split("[ \t\n]", os.fsdecode(line[2:]).strip(" \t"))[0]
+    if shutil.which(name):
+        return ""
+    return "needs the interpreter %s, which can't be found or run" % quote(name)
 
 
 class Program:
@@ -2138,7 +2171,7 @@ class Program:
                 raise HandlerError(detail % values)
         if not hasattr(os, "killpg"):
             raise HandlerError("this system has no process groups")
-        _check_program(self.words[0])
+        self.words[0] = find_program(self.words[0])
         self.__doc__ = command.strip()
         self.schema = self._schema()
 
@@ -2183,8 +2216,9 @@ class Program:
         try:
             process = ManagedProcess(ctx, self.arguments(params), env=environ, **pipes)
         except OSError as error:
-            text = "can't run %s, or the interpreter that its first line names: %s"
-            raise Failure(text % (quote(self.words[0]), error.strerror)) from None
+            reason = exec_fault(self.words[0]) or error.strerror
+            text = "can't run %s: %s" % (quote(self.words[0]), reason)
+            raise Failure(text) from None
         output = ProgramOutput(ctx)
         with process:
             ctx.on_stop(process.terminate)
@@ -2299,8 +2333,13 @@ def register_command(line: str) -> None:
         _check_name(program.name)
     except HandlerError as error:
         raise HandlerError("--command %s: %s" % (quote(line), error)) from None
-    made = program, Validator(program.schema)
-    REGISTRY[program.name] = Handler(program.name, *made, whole=True, context="ctx")
+    lost = list(filter(_FOR_A_SHELL.fullmatch, program.words))
+    if lost:
+        text = "--command %s: no shell sees its %s; for that write %s"
+        log.warning(text, quote(program.name), quote(lost[0]), _AS_ARGUMENT)
+    name = program.name
+    params = Validator(program.schema)
+    REGISTRY[name] = Handler(name, program, params, whole=True, context="ctx")
 
 
 # -- executors -------------------------------------------------------------
@@ -2632,6 +2671,9 @@ class Journal:
 
     def _exists(self) -> bool:
         """Whether there is a journal; raises JournalError if it is something else."""
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            raise JournalError("DB %s: there is no folder %s" % (self.path, folder))
         if not os.path.exists(self.path):
             return False
         if not os.path.isfile(self.path):
@@ -5019,7 +5061,7 @@ def show_readiness(app: App, request: Request) -> Reply:
 
 
 def show_options(app: App, request: Request) -> Reply:
-    """List the methods that a path supports."""
+    """List the methods that a path supports or, for *, that any path does."""
     return Reply(204, headers={"Allow": allowed_methods(request.label)})
 
 
@@ -5391,10 +5433,10 @@ ROUTES = (
 )
 # fmt: on
 
-_OPTIONS = Route("OPTIONS", "", show_options, {204: ""})  # of every path
+_OPTIONS = Route("OPTIONS", "*", show_options, {204: ""})  # of every path, too
 
 # path -> method -> route, with HEAD wherever there is GET
-_ROUTES: Dict[str, Dict[str, Route]] = {}
+_ROUTES: Dict[str, Dict[str, Route]] = {"*": {"OPTIONS": _OPTIONS}}
 for _route in ROUTES:
     _methods = _ROUTES.setdefault(_route.path, {"OPTIONS": _OPTIONS})
     _methods[_route.method] = _route
@@ -5403,8 +5445,9 @@ for _route in ROUTES:
 
 
 def allowed_methods(path: str) -> str:
-    """Return the value of the header Allow for a route's path."""
-    return ", ".join(sorted(_ROUTES[path]))
+    """Return the value of the header Allow for a path; * stands for all paths."""
+    methods = _ROUTES[path] if path != "*" else set().union(*_ROUTES.values())
+    return ", ".join(sorted(methods))
 
 
 def find_route(request: Request) -> Route:
@@ -5456,16 +5499,23 @@ def read_query(text: str, known: Sequence[str]) -> Dict[str, Any]:
     return query
 
 
+_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _PREFER_WAIT = re.compile(
     r'(?:^|,)[ \t]*wait[ \t]*=[ \t]*"?([0-9]{1,9})"?[ \t]*(?:[,;]|$)', re.IGNORECASE
 )
+
+
+def _without_text(quoted: "re.Match[str]") -> str:
+    """Return a quoted value of Prefer if it is a number; no other one matters."""
+    return quoted.group() if quoted.group(1).isdigit() else '""'
 
 
 def requested_wait(request: Request) -> float:
     """Return the seconds of ?wait= or of the header Prefer: wait= (RFC 7240, 4.3)."""
     if "wait" in request.query:
         return request.query["wait"]  # type: ignore[no-any-return]
-    preferred = _PREFER_WAIT.search(request.headers.get("prefer", ""))
+    header = _QUOTED.sub(_without_text, request.headers.get("prefer", ""))
+    preferred = _PREFER_WAIT.search(header)
     return float(preferred.group(1)) if preferred else 0.0
 
 
@@ -5649,7 +5699,7 @@ def parse_request_line(line: str) -> Tuple[str, str, str, str]:
         authority, target = absolute.group(1), "/" + absolute.group(2)
         if authority.startswith(":") or not _HOST.fullmatch(authority):
             raise HTTPError(400, "the target names no host")
-    if not _TARGET.fullmatch(target):
+    if not _TARGET.fullmatch(target) and (method, target) != ("OPTIONS", "*"):
         detail = "the target must be a path, with special characters in it as %XX"
         raise HTTPError(400, detail)
     return method, target, "1.0" if minor == "0" else "1.1", authority
@@ -6950,7 +7000,10 @@ def types_command(client: Client, args: Any) -> None:
 
 
 def help_command(client: Client, args: Any) -> None:
-    """List the commands."""
+    """List the commands, or show the help of one."""
+    if args.command:
+        print_text(client_parser(args.command).format_help().rstrip())
+        return
     print_table([(name, run.__doc__ or "") for name, (run, _) in CLIENT.items()])
 
 
@@ -6987,7 +7040,7 @@ CLIENT: Dict[str, Tuple[Callable[[Client, Any], None], Any]] = {
     "cancel": (cancel_command, [_ID]),
     "list": (list_command, _LIST),
     "types": (types_command, [_JSON]),
-    "help": (help_command, []),
+    "help": (help_command, [("command", "COMMAND", "to show the help of")]),
 }
 
 
@@ -7006,6 +7059,8 @@ def client_parser(name: str) -> Any:
         options: Dict[str, Any] = {"metavar": placeholder}
         if argument == "words":
             options.update(nargs="*", default=[])
+        elif argument == "command":
+            options.update(nargs="?")
         elif not placeholder:
             options = {"action": "store_true"}
         parser.add_argument(argument, help=text, **options)

@@ -1311,7 +1311,7 @@ def test_a_file_that_is_not_a_sound_journal_is_refused_and_stays(
     "path, why",
     [
         ("/proc/tasks.db", "No such file|Permission denied"),  # not even for root
-        ("missing/tasks.db", "/missing/tasks.db: No such file"),
+        ("missing/tasks.db", "/tasks.db: there is no folder /.*/missing"),
         (".", "is not a regular file"),
     ],
 )
@@ -3758,8 +3758,8 @@ def run_program(line, params=None, context=None):
         ("backup=", "write NAME=PROGRAM"),
         ("=ls", "a task type's name is"),
         ("backup=ls 'x", "its quotes don't match"),
-        ("backup=no-such-program x", 'there is no executable "no-such-program"'),
-        ("backup={program} x", "there is no executable"),
+        ("backup=no-such-program x", 'there is no program "no-such-program"'),
+        ("backup={program} x", "there is no program"),
         ("backup=echo {a=1} {a=2}", "{a} has two defaults"),
         ("backup=awk '{print $1}'", '{ in "{print $1}": a placeholder is {NAME} or'),
         ("backup=echo {", '{ in "{": a placeholder is {NAME} or {NAME=DEFAULT}'),
@@ -3819,6 +3819,19 @@ def test_a_placeholder_beside_code_is_a_word_like_any_other(line):
     assert "required" in program("t=" + line).schema
 
 
+SIGNS = ["|", "||", "&&", "&", "<", ">>", "2>&1", ">{a}", "<a.txt", "2>/dev/null"]
+
+
+@pytest.mark.parametrize(
+    "word", [*SIGNS, "a|b", "<b>", "a>b", ";", "1>2 3", "-", "{a}&b"]
+)
+def test_a_sign_for_a_shell_is_warned_of_once(word, registry):
+    with records() as kept:
+        longtasks.register_command("t=echo {a} '%s' b '%s'" % (word, word))
+    found = ['no shell sees its "%s"' % word in each.getMessage() for each in kept]
+    assert found == [True] * (word in SIGNS)
+
+
 def test_the_recipe_for_a_pipe_works(registry, tmp_path):
     (tmp_path / "-l").touch()
     (tmp_path / "$(id)").touch()
@@ -3828,30 +3841,63 @@ def test_the_recipe_for_a_pipe_works(registry, tmp_path):
     assert json.loads(outcome.result)["output"].strip() == "2"
 
 
-def executable(folder, mode=0o755):
+def executable(folder, content, mode=0o755):
     path = folder / "backup"
-    path.write_text("#!/no/sh\n")
+    path.write_bytes(content)
     path.chmod(mode)
     return str(path)
 
 
+@pytest.mark.parametrize("word", ["%s", "backup"])
+@pytest.mark.parametrize(
+    "content, mode, reason",
+    [
+        (b"#!/bin/sh\n", 0o644, "is not executable: chmod +x %s"),
+        (b"echo 1\n", 0o755, "does not begin with a #! line, such as #!/bin/sh"),
+        (b"", 0o755, "does not begin with a #! line, such as #!/bin/sh"),
+        (b"#!/no/sh -e\n", 0o755, 'needs the interpreter "/no/sh", which can\'t be'),
+        (b"#! \t/no/sh\t-e", 0o755, 'needs the interpreter "/no/sh", which can\'t be'),
+        (b"#!/etc/passwd\n", 0o755, 'needs the interpreter "/etc/passwd", which'),
+        (b"#!/bin/sh\r\n", 0o755, 'needs the interpreter "/bin/sh\\r", which'),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_refused_with_the_reason(
+    content, mode, reason, word, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = executable(tmp_path, content, mode)
+    with pytest.raises(HandlerError) as caught:
+        program("t=" + word.replace("%s", path))
+    expected = '"%s" %s' % (path, reason.replace("%s", path))
+    assert str(caught.value).startswith(expected)
+
+
 def test_a_program_in_this_folder_is_found_by_its_path_only(tmp_path, monkeypatch):
-    path = executable(tmp_path)
+    path = executable(tmp_path, b"#!/bin/sh\n")
     monkeypatch.setattr(longtasks, "FOLDER", str(tmp_path))
-    program("t=./backup")
-    with pytest.raises(HandlerError, match=r"on the PATH \(.* is \./backup"):
+    with pytest.raises(HandlerError, match=r"on the PATH; .* write \./backup"):
         program("t=backup")
-    executable(tmp_path, 0o644)
-    for word in ("./backup", path, str(tmp_path)):
-        with pytest.raises(HandlerError, match="there is no executable"):
-            program("t=" + word)
+    assert os.path.samefile(program("t=./backup").words[0], path)
+    with pytest.raises(HandlerError, match="there is no program"):
+        program("t=%s" % tmp_path)
 
 
-def test_a_program_that_the_system_cannot_start_fails_its_task(tmp_path):
-    path = executable(tmp_path)
-    expected = '"%s", or the interpreter .*: No such file or directory' % path
-    with pytest.raises(longtasks.Failure, match=expected):
-        program("t=" + path)({}, Context("id"))
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"#!/no/sh", 'needs the interpreter "/no/sh", which can\'t be found or run'),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_program_that_became_unrunnable_fails_its_task(content, reason, tmp_path):
+    path = executable(tmp_path, b"#!/bin/sh\n")
+    made = program("t=" + path)
+    os.remove(path)
+    if content:
+        executable(tmp_path, content)
+    with pytest.raises(longtasks.Failure) as caught:
+        made({}, Context("id"))
+    assert str(caught.value) == 'can\'t run "%s": %s' % (path, reason)
 
 
 def test_commands_come_from_repeated_flags_or_lines():
@@ -4875,6 +4921,15 @@ def test_a_client_may_wait_instead_of_polling(gate, waiters):
         assert "Preference-Applied" not in waiting[0].result().headers
 
 
+def test_options_of_the_whole_server_lists_every_method(service):
+    answer = raw(
+        service, b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    )
+    assert answer.startswith(b"HTTP/1.1 204 No Content\r\n")
+    assert b"\r\nAllow: DELETE, GET, HEAD, OPTIONS, POST, PUT\r\n" in answer
+    assert_problem(call(service, "OPTIONS", "/nowhere"), 404)
+
+
 def test_a_client_may_prefer_to_wait(service):
     path = TASKS + "/" + submitted(service, "long_computation", {"duration": 0})
     result_of(service, path.rpartition("/")[2])
@@ -4884,6 +4939,7 @@ def test_a_client_may_prefer_to_wait(service):
         'handling=lenient; a="b", wait="20"': "wait=20",
         "wait=9999": "wait=300",
         "respond-async; wait=20": None,
+        'a="b, wait=20, c", b="3"': None,
         "await=20": None,
         "wait": None,
         "wait=-1": None,
@@ -8171,6 +8227,7 @@ def test_each_command_has_help_and_all_are_listed(client, service, capsys):
         text = " ".join(capsys.readouterr().out.split())
         found, description = line.split(maxsplit=1)
         assert (found, description in text) == (name, True)
+        assert text == " ".join(client(service, "help", name).out.split())
         for code, meaning in longtasks.EXIT_CODES.items():
             assert "%d: %s." % (code, meaning) in text
         for argument, placeholder, about in row[1]:

@@ -53,9 +53,9 @@ line:
      4260  8. Worker pool
      4456  9. HTTP API
      5541  10. HTTP server
-     6620  11. Client
-     7091  12. Main
-     7625  13. The page
+     6627  11. Client
+     7098  12. Main
+     7632  13. The page
 
 Three things hold throughout:
 
@@ -6084,6 +6084,8 @@ class Connection:
                 self._send(part)
             if reply.stream is not None:
                 self._send_stream(reply.stream)
+            elif self.buffer and self._has_gone():
+                raise ConnectionResetError("its other requests are not answered")
         finally:
             if log.isEnabledFor(logging.DEBUG):
                 self._log(reply, request)
@@ -6095,6 +6097,11 @@ class Connection:
         """
         small = not reply.more and len(self.unsent) + len(reply.body) < LARGE
         return small and time.monotonic() - self.began < QUICK
+
+    def _has_gone(self) -> bool:
+        """Whether the client has closed its socket, so that the send was refused."""
+        events = closed_by_peer([self.socket.fileno()]).values()
+        return any(event & (select.POLLHUP | select.POLLERR) for event in events)
 
     def _flush(self) -> None:
         if self.unsent:

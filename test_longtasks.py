@@ -3186,14 +3186,15 @@ def test_what_follows_an_end_waits_until_it_is_on_disk(outcome, tmp_path):
 
 
 def test_a_task_is_logged_as_completed_once_that_is_on_disk(
-    registry, tmp_path, monkeypatch
+    gate, tmp_path, monkeypatch
 ):
-    handler("t")(lambda: 1)
     monkeypatch.setattr(longtasks, "Journal", HeldJournal)
     with records("INFO") as kept, serving(DB=str(tmp_path / "tasks.db")) as service:
         for _ in range(2):  # the submission and the start
             service.journal.let.release()
-        task_id = submitted(service, "t")
+        task_id = submitted(service, "gate")
+        until(lambda: service.store.get(task_id).status == "processing")
+        gate.release.set()
         for _ in range(3):
             service.journal.wait_held()
         assert not any(is_end(record, task_id) for record in kept)

@@ -6308,7 +6308,7 @@ class APIServer(ThreadingHTTPServer):
     linger_timeout = 2.0  # seconds to read a refusal
 
     reserve = 32  # connections over the limit, which get a 503 or are probes
-    half_closed_limit = 32  # connections served whose clients had already closed
+    half_closed_limit = 16  # connections served whose clients had already closed
     idle_grace, slow_grace = 0.1, 0.3  # seconds before such a client may be evicted
     eviction_wait = 0.1  # seconds that accepting waits for an evicted client to end
     wake_interval = 0.25  # seconds between looks for clients that have left

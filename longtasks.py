@@ -46,16 +46,16 @@ line:
       139  1. Settings
       462  2. Tasks and their states
       781  3. Task registry
-     1376  4. Execution
-     2433  5. Journal
-     2983  6. Events
-     3164  7. Result store and task queue
-     4260  8. Worker pool
-     4456  9. HTTP API
-     5541  10. HTTP server
-     6627  11. Client
-     7098  12. Main
-     7632  13. The page
+     1386  4. Execution
+     2443  5. Journal
+     2993  6. Events
+     3174  7. Result store and task queue
+     4270  8. Worker pool
+     4466  9. HTTP API
+     5551  10. HTTP server
+     6637  11. Client
+     7109  12. Main
+     7643  13. The page
 
 Three things hold throughout:
 
@@ -962,7 +962,8 @@ def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]
     """Return the schema of a function's params, and Handler's `whole` and `context`."""
     if not callable(function) or inspect.isclass(function):
         raise HandlerError("a handler is a function")
-    for called in (function, function.__call__):
+    inner: Any = getattr(function, "func", function)  # of a functools.partial
+    for called in (function, inner.__call__):
         if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
             raise HandlerError("a handler can't be async")
         if inspect.isgeneratorfunction(called):
@@ -1170,6 +1171,8 @@ class Validator:
             value = int(value) if abs(value) <= 2**53 else value
         if self._options or not self._fits(value):
             wanted = _in_words(self.schema)
+            if kind is str and "pattern" in self.schema:
+                wanted += " " + _broken_rule(self.schema, value)
             problems.append((path, "must be %s, not %s" % (wanted, quote(value))))
         return value
 
@@ -1212,12 +1215,19 @@ class Validator:
         return True
 
 
+def _broken_rule(schema: Dict[str, Any], text: str) -> str:
+    """Return the rule that a string breaks which a pattern refuses."""
+    if len(text) > schema["maxLength"]:
+        return "of at most %d characters" % schema["maxLength"]
+    if _SURROGATE.search(text):
+        return "without lone surrogates"
+    return "without NUL" if "\0" in text else "that does not begin with -"
+
+
 def _in_words(schema: Dict[str, Any]) -> str:
     """Describe the values that a schema accepts."""
     if "enum" in schema:
         return "one of " + ", ".join(map(quote, schema["enum"]))
-    if "pattern" in schema:
-        return "a string %s" % schema["description"]
     if "anyOf" in schema:
         return " or ".join(_in_words(option) for option in schema["anyOf"])
     _, words = _JSON_TYPES[schema.get("type", "")]
@@ -6826,7 +6836,8 @@ def parse_value(text: str, schema: Schema) -> Any:
 
     The service refuses a value that does not fit the schema, and says why.
     """
-    if not Validator(schema).is_valid(text):
+    is_string = isinstance(schema, dict) and schema.get("type") == "string"
+    if not (is_string or Validator(schema).is_valid(text)):
         with contextlib.suppress(Malformed):
             return from_json(text.encode("utf-8", "surrogateescape"))
     return text

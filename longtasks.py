@@ -47,15 +47,15 @@ line:
       462  2. Tasks and their states
       781  3. Task registry
      1386  4. Execution
-     2443  5. Journal
-     2993  6. Events
-     3174  7. Result store and task queue
-     4270  8. Worker pool
-     4466  9. HTTP API
-     5551  10. HTTP server
-     6637  11. Client
-     7109  12. Main
-     7643  13. The page
+     2445  5. Journal
+     2995  6. Events
+     3176  7. Result store and task queue
+     4272  8. Worker pool
+     4468  9. HTTP API
+     5553  10. HTTP server
+     6639  11. Client
+     7111  12. Main
+     7645  13. The page
 
 Three things hold throughout:
 
@@ -1854,7 +1854,9 @@ class ManagedProcess:
             while left > 0:
                 ended, data = self._has_ended(), b""
                 if selector.select(0 if ended else pause):
-                    data = os.read(file.fileno(), 65536)
+                    # It may be killed before it has read what was sent to it.
+                    with contextlib.suppress(ConnectionResetError):
+                        data = os.read(file.fileno(), 65536)
                     if not data:
                         break
                 elif ended:

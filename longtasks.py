@@ -4438,7 +4438,7 @@ class WorkerPool:
     def _free_long_runs(self) -> None:
         """Let runs have all CPUs that last although others did not. Assumes the lock.
 
-        A run that ends at this very moment is bound again by the next one.
+        If one ends at this very moment, its thread may keep all CPUs for a while.
         """
         since = time.monotonic() - 0.1
         for context in self._busy:

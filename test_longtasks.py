@@ -5275,6 +5275,7 @@ def test_metrics_show_tasks_and_the_process(gate):
         for _ in range(3):
             submitted(service, "gate")
         gate.wait_started()
+        until(lambda: not service.server.traffic().connections)
         found = metrics_of(service)
     name = 'longtasks_tasks_finished_total{type="%s",status="%s"}'
     build = 'longtasks_build_info{version="%s",python="%d.%d.%d"}'

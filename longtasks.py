@@ -45,17 +45,17 @@ line:
 
       139  1. Settings
       462  2. Tasks and their states
-      781  3. Task registry
-     1386  4. Execution
-     2445  5. Journal
-     2995  6. Events
-     3176  7. Result store and task queue
-     4272  8. Worker pool
-     4468  9. HTTP API
-     5553  10. HTTP server
-     6639  11. Client
-     7111  12. Main
-     7645  13. The page
+      784  3. Task registry
+     1392  4. Execution
+     2451  5. Journal
+     3010  6. Events
+     3191  7. Result store and task queue
+     4287  8. Worker pool
+     4483  9. HTTP API
+     5568  10. HTTP server
+     6654  11. Client
+     7127  12. Main
+     7661  13. The page
 
 Three things hold throughout:
 
@@ -486,6 +486,7 @@ MAX_DIGITS = 1000  # of a number in JSON, since parsing takes quadratic time
 MAX_BATCH = 1000  # tasks in one request
 MAX_PROBLEMS = 20  # that are reported for one request
 MAX_ERROR = 4000  # characters of a failed task's error
+MAX_LABEL = 200  # characters
 MAX_INTERRUPTIONS = 3  # runs during which the process died, until the task fails
 
 Path = Tuple[Union[str, int], ...]  # the way from a document's top to a place in it
@@ -563,6 +564,7 @@ class Options(NamedTuple):
     retries: Optional[int] = None  # how many times it is run again after an error
     delay: float = 0.0  # seconds until the first run
     priority: int = 0  # higher ones first
+    label: Optional[str] = None  # tells the task from others
 
 
 NO_OPTIONS = Options()
@@ -594,6 +596,7 @@ class Task(NamedTuple):
     failures: int = 0  # how many runs ended with an error
     due_at: Optional[float] = None  # when a pending task may start
     cancel_requested: int = 0  # 1 when a client wants a processing task to stop
+    retry_of: Optional[str] = None  # the id of the task that this one repeats
     options: Options = NO_OPTIONS
 
     @property
@@ -1221,6 +1224,8 @@ def _broken_rule(schema: Dict[str, Any], text: str) -> str:
         return "of at most %d characters" % schema["maxLength"]
     if _SURROGATE.search(text):
         return "without lone surrogates"
+    if not text.strip():
+        return "that is not blank"
     return "without NUL" if "\0" in text else "that does not begin with -"
 
 
@@ -1268,6 +1273,7 @@ SUBMISSION = _closed(
     retries={"type": "integer", "minimum": 0, "maximum": 1000},
     delay=_DURATION,
     priority={"type": "integer", "minimum": -1000, "maximum": 1000},
+    label={"type": "string", "pattern": r"\S", "maxLength": MAX_LABEL},
 )
 SUBMISSION["required"] = ["type", "params"]
 _SUBMISSION = Validator(SUBMISSION)
@@ -2452,7 +2458,7 @@ def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> bytes:
 # ======================================================================
 
 APPLICATION_ID = 0x6C6F6E67  # "long", in the file's header (sqlite.org/fileformat.html)
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _TYPES = {str: "TEXT", bytes: "TEXT", int: "INTEGER", float: "REAL"}
 
@@ -2476,12 +2482,19 @@ _PARTS = ("-wal", "-shm", "-journal")  # files that SQLite leaves beside its own
 _SET_VERSION = "PRAGMA user_version = %d" % SCHEMA_VERSION
 _JSON_PLACES = [place for place, column in enumerate(COLUMNS) if column[1] is bytes]
 
-# NULL in a column of numbers is summed as a number that never occurs, and -0.0 as 0.0,
-# which SQLite makes of it.
-_KINDS = [_TYPES[kind] for _, kind, _ in COLUMNS]
-_numbers_of = operator.itemgetter(*[p for p, k in enumerate(_KINDS) if k != "TEXT"])
-_texts_of = operator.itemgetter(*[p for p, k in enumerate(_KINDS) if k == "TEXT"])
+# Columns that version 3 lacked. They are Optional, and summed only where they aren't
+# NULL, so the rows of its files keep their checksums.
+_ADDED = ("retry_of", "label")
+_ADDED_PLACES = [
+    (p, column[0]) for p, column in enumerate(COLUMNS) if column[0] in _ADDED
+]
+
+# NULL in the other columns of numbers is summed as a number that never occurs, and -0.0
+# as 0.0, which SQLite makes of it.
+_KINDS = ["" if name in _ADDED else _TYPES[kind] for name, kind, _ in COLUMNS]
 _FORMATS = [{"INTEGER": "q", "REAL": "d"}.get(kind, "") for kind in _KINDS]
+_numbers_of = operator.itemgetter(*[p for p, form in enumerate(_FORMATS) if form])
+_texts_of = operator.itemgetter(*[p for p, k in enumerate(_KINDS) if k == "TEXT"])
 _pack = struct.Struct("<" + "".join(_FORMATS)).pack
 _NULL = -(2**63)
 
@@ -2493,8 +2506,9 @@ def checksum(row: Sequence[Any]) -> str:
     Raises struct.error or TypeError if a column of numbers holds something else.
     """
     numbers = [_NULL if n is None else n + 0 for n in _numbers_of(row)]
+    added = [(name, row[p]) for p, name in _ADDED_PLACES if row[p] is not None]
     # ascii(), since what repr() escapes differs between versions of Python.
-    texts = ascii(_texts_of(row)).encode()
+    texts = ascii((*_texts_of(row), *added)).encode()
     return "%08x %s" % (zlib.crc32(_pack(*numbers), zlib.crc32(texts)), row[1])
 
 
@@ -2725,7 +2739,7 @@ class Journal:
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         with contextlib.closing(self._sqlite.connect(new, isolation_level=None)) as db:
             db.execute("CREATE TABLE tasks (seq INTEGER PRIMARY KEY)")
-            self._migrate(db)
+            self._migrate(db, 0)
             db.execute("PRAGMA application_id = %d" % APPLICATION_ID)
             db.execute(_SET_VERSION)
             db.execute("PRAGMA journal_mode = WAL")
@@ -2758,13 +2772,13 @@ class Journal:
         db.execute("PRAGMA journal_size_limit = %d" % (16 << 20))
         db.execute("BEGIN IMMEDIATE")
         if version < SCHEMA_VERSION:
-            self._migrate(db)
+            self._migrate(db, version)
         db.execute(_SET_VERSION)  # so that a read-only file is noticed now
         db.execute("COMMIT")
         return db
 
     @staticmethod
-    def _migrate(db: Any) -> None:
+    def _migrate(db: Any, version: int) -> None:
         """Add what older versions lack: columns, checksums, the table `gone`."""
         there = {row[1] for row in db.execute("PRAGMA table_info(tasks)")}
         missing = [column for column in COLUMNS if column[0] not in there]
@@ -2774,9 +2788,10 @@ class Journal:
             default = " NOT NULL DEFAULT " + ("''" if _TYPES[kind] == "TEXT" else "0")
             column = "%s %s%s" % (name, _TYPES[kind], "" if optional else default)
             db.execute("ALTER TABLE tasks ADD COLUMN " + column)
-        rows = db.execute(_SELECT + " WHERE checksum = ''")
-        sums = [(checksum(row), row[0]) for row in rows if _is_plausible(row)]
-        db.executemany("UPDATE tasks SET checksum = ? WHERE seq = ?", sums)
+        if version < 3:  # its rows have no checksums
+            rows = db.execute(_SELECT)
+            sums = [(checksum(row), row[0]) for row in rows if _is_plausible(row)]
+            db.executemany("UPDATE tasks SET checksum = ? WHERE seq = ?", sums)
         # The id twice, as in a task's row with its checksum.
         columns = "number INTEGER PRIMARY KEY, id TEXT NOT NULL, again TEXT NOT NULL"
         db.execute("CREATE TABLE IF NOT EXISTS gone (%s)" % columns)
@@ -7039,6 +7054,7 @@ _TASK = (
     ("--retries", "N", "how often it is run again after an error"),
     ("--delay", "SECONDS", "until it may start"),
     ("--priority", "N", "higher ones run first; default 0"),
+    ("--label", "TEXT", "tells the task from others of its type"),
     ("--id", "UUID", "an id of your own: submitted twice, it is still one task"),
 )
 _LIST = (

@@ -1189,7 +1189,7 @@ def test_the_file_is_private_and_says_what_it_is(tmp_path):
                 db.execute("PRAGMA " + name).fetchone()[0]
                 for name in ("application_id", "user_version", "journal_mode")
             ]
-    assert found == [0x6C6F6E67, 3, "wal"]
+    assert found == [0x6C6F6E67, 4, "wal"]
     # A change here needs another SCHEMA_VERSION.
     assert rows_of(path, "*") == []
     assert (
@@ -1208,10 +1208,12 @@ def test_the_file_is_private_and_says_what_it_is(tmp_path):
         ("failures", int, False),
         ("due_at", float, True),
         ("cancel_requested", int, False),
+        ("retry_of", str, True),
         ("timeout", float, True),
         ("retries", int, True),
         ("delay", float, False),
         ("priority", int, False),
+        ("label", str, True),
     ) == longtasks.COLUMNS
 
 
@@ -1291,7 +1293,7 @@ def corrupt(path):
             ),
             "is not a file of longtasks",
         ),
-        (newer, "has version 99; this longtasks knows up to version 3"),
+        (newer, "has version 99; this longtasks knows up to version 4"),
         (corrupt, "is corrupt|malformed"),
     ],
 )
@@ -3016,7 +3018,7 @@ def test_a_file_of_the_first_version_is_taken_up(tmp_path):
         with journalled(path) as store:
             assert store.get(task.id) == task
             with contextlib.closing(sqlite3.connect(str(path))) as db:
-                assert db.execute("PRAGMA user_version").fetchone() == (3,)
+                assert db.execute("PRAGMA user_version").fetchone() == (4,)
 
 
 @pytest.mark.parametrize(
@@ -3040,6 +3042,48 @@ def test_an_older_file_is_given_checksums_but_for_rows_that_cannot_be(change, tm
             assert store.get(sound.id) == sound
             with pytest.raises(longtasks.DamagedTask):
                 store.get(spoilt.id)
+
+
+ID_3 = "0b5ae2a4-9c4e-4d1c-8f6e-0d6b6f3c7f10"
+ROW_3 = {
+    "seq INTEGER PRIMARY KEY": "7",
+    "id, type, params": "'%s', 't', '{}'" % ID_3,
+    "status, created_at, started_at, ended_at": "'failed', 1.7e9, 1.7e9, 1.7e9",
+    "attempt, result, error": "2, NULL, 'no space'",
+    "interruptions, failures, due_at, cancel_requested": "0, 1, NULL, 0",
+    "timeout, retries, delay, priority": "30.0, NULL, 1.5, -1",
+    "checksum": "'%s'" % ("d77af5df " + ID_3),
+}
+
+
+def version_3(path):
+    """Make it a file of version 3, with a row as that version wrote it."""
+    longtasks.Journal(str(path)).close(LONG)
+    row = "(%s)" % ", ".join(ROW_3), "(%s)" % ", ".join(ROW_3.values())
+    tables = "DROP TABLE tasks", "CREATE TABLE tasks %s" % row[0]
+    row = "INSERT INTO tasks VALUES " + row[1]
+    foreign(path, *tables, row, "PRAGMA user_version = 3")
+
+
+def test_a_file_of_version_3_is_taken_up_with_its_checksums(tmp_path):
+    path = tmp_path / "tasks.db"
+    version_3(path)
+    for _ in range(2):
+        with journalled(path) as store:
+            task = store.get(ID_3)
+            assert (task.error, task.options) == ("no space", (30, None, 1.5, -1, None))
+    damage(path, ID_3, "label = ''")
+    with journalled(path) as store:
+        assert answer_of(store, ID_3) == "DamagedTask"
+
+
+@pytest.mark.parametrize("change", SPOILT)
+def test_a_damaged_row_of_version_3_stays_damaged(change, tmp_path):
+    path = tmp_path / "tasks.db"
+    version_3(path)
+    damage(path, ID_3, change)
+    with journalled(path) as store:
+        assert answer_of(store, ID_3) == "DamagedTask"
 
 
 # -- found by those who tried to break it ----------------------------------

@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       139  1. Settings
-      462  2. Tasks and their states
-      784  3. Task registry
-     1392  4. Execution
-     2451  5. Journal
-     3010  6. Events
-     3191  7. Result store and task queue
-     4287  8. Worker pool
-     4483  9. HTTP API
-     5568  10. HTTP server
-     6654  11. Client
-     7127  12. Main
-     7661  13. The page
+      464  2. Tasks and their states
+      786  3. Task registry
+     1433  4. Execution
+     2533  5. Journal
+     3092  6. Events
+     3273  7. Result store and task queue
+     4369  8. Worker pool
+     4565  9. HTTP API
+     5656  10. HTTP server
+     6742  11. Client
+     7203  12. Main
+     7739  13. The page
 
 Three things hold throughout:
 
@@ -258,7 +258,7 @@ class Setting(NamedTuple):
     @property
     def flag(self) -> str:
         """The flag, such as --worker-count for WORKER_COUNT; "" for a secret."""
-        name = "COMMAND" if self.name == "COMMANDS" else self.name
+        name = {"COMMANDS": "COMMAND", "RULES": "RULE"}.get(self.name, self.name)
         return "" if self.secret else "--" + name.lower().replace("_", "-")
 
     def read(self, text: str) -> Any:
@@ -290,6 +290,8 @@ SETTINGS = (
             separator=os.pathsep),
     Setting("COMMANDS", "", str, "program to register as a task type", "NAME=LINE",
             separator="\n"),
+    Setting("RULES", "", str, "rules of a task type, over those of its handler",
+            "RULE", separator="\n"),
     Setting("EXECUTOR", "", path, "where to run isolated handlers", "FILE:FACTORY"),
     Setting("DB", "", path, "SQLite file to keep tasks in, created if missing"),
     Setting("TASK_TIMEOUT", "0", seconds,
@@ -861,6 +863,8 @@ class Rules(NamedTuple):
     retries: int = 0  # how many times a task is run again after an error
     backoff: float = 1.0  # seconds until the first retry; doubled for each further one
     max_running: int = 0  # how many may run at once; 0: as many as there are workers
+    exit_codes: Optional[Sequence[int]] = None  # with which a program completes
+    cwd: Optional[str] = None  # the directory in which a program runs
 
 
 class Handler(NamedTuple):
@@ -871,7 +875,7 @@ class Handler(NamedTuple):
     params: "Validator"
     whole: bool = False  # the function takes all params as one dict
     context: Optional[str] = None  # the parameter that receives the Context
-    rules: Mapping[str, float] = {}  # the fields of Rules that it sets
+    rules: Mapping[str, Any] = {}  # the fields of Rules that it sets
     isolated: bool = False  # runs in a child process
 
     @property
@@ -955,7 +959,7 @@ def _check_name(name: str) -> None:
 def rules_of(handlers: Mapping[str, Handler], timeout: float, type: str) -> Rules:
     """Return the rules of a type; `timeout` applies to types without their own."""
     own = handlers[type].rules if type in handlers else {}
-    return Rules(**{"timeout": timeout, **own})  # type: ignore[arg-type]
+    return Rules(**{"timeout": timeout, **own})
 
 
 # -- from a signature to a schema ------------------------------------------
@@ -1256,15 +1260,20 @@ _LIMITS = {
     "type": "object",
     "additionalProperties": _closed(minimum=_BOUND, maximum=_BOUND),
 }
+# The rules that a type may have; exit_codes and cwd are for programs.
+RULES: Dict[str, Schema] = {
+    "timeout": _DURATION,
+    "retries": _COUNT,
+    "backoff": _DURATION,
+    "max_running": _COUNT,
+    "exit_codes": {"type": "array", "items": {**_COUNT, "maximum": 255}},
+    "cwd": {"type": "string"},
+}
+_ANY_RULES = Validator(_closed(**RULES))
+PROGRAM_RULES = {"exit_codes", "cwd"}
+_HANDLER_RULES = {name: RULES[name] for name in RULES if name not in PROGRAM_RULES}
 _HANDLER_OPTIONS = Validator(
-    _closed(
-        timeout=_DURATION,
-        retries=_COUNT,
-        backoff=_DURATION,
-        max_running=_COUNT,
-        isolated={"type": "boolean"},
-        limits=_LIMITS,
-    )
+    _closed(**_HANDLER_RULES, isolated={"type": "boolean"}, limits=_LIMITS)
 )
 SUBMISSION = _closed(
     type={"type": "string"},
@@ -1309,6 +1318,38 @@ def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submiss
     if problems:
         raise Invalid(problems)
     return submissions
+
+
+def parse_value(text: str, schema: Schema) -> Any:
+    """Return the value of a word: a string if the schema allows it, else its JSON.
+
+    Validation refuses a value that does not fit the schema, and says why.
+    """
+    is_string = isinstance(schema, dict) and schema.get("type") == "string"
+    if not (is_string or Validator(schema).is_valid(text)):
+        with contextlib.suppress(Malformed):
+            return from_json(text.encode("utf-8", "surrogateescape"))
+    return text
+
+
+def read_rules(line: str) -> Tuple[str, Dict[str, Any]]:
+    """Return the type and the rules in a line such as "backup timeout=60 retries=2".
+
+    Raises ValueError or Invalid.
+    """
+    name, *words = shlex.split(line) or [""]
+    pairs = [(rule, text) for rule, _, text in (word.partition("=") for word in words)]
+    if not pairs or not all(text for _, text in pairs):
+        raise ValueError("write TYPE RULE=VALUE ..., as in backup timeout=3600")
+    values = [(rule, _rule_value(RULES.get(rule, {}), text)) for rule, text in pairs]
+    rules: Dict[str, Any] = _ANY_RULES.validate(_read_object(values))
+    return name, rules
+
+
+def _rule_value(schema: Any, text: str) -> Any:
+    if schema.get("type") == "array":
+        return [parse_value(part, schema["items"]) for part in text.split(",")]
+    return parse_value(text, schema)
 
 
 # -- handlers files --------------------------------------------------------
@@ -1819,7 +1860,7 @@ class ManagedProcess:
         self._ctx = ctx
         with NO_FORK:
             self._process = subprocess.Popen(
-                argv, cwd=FOLDER or None, start_new_session=True, **options
+                argv, start_new_session=True, **{"cwd": FOLDER or None, **options}
             )
             self.output = self._process.stdout
             if self.output:
@@ -2173,6 +2214,8 @@ def exec_fault(path: str) -> str:
 class Program:
     """A program as a task type. Raises HandlerError for a line that can't be one."""
 
+    rules = Rules()  # set before the service starts
+
     def __init__(self, line: str) -> None:
         self.name, equals, command = line.partition("=")
         try:
@@ -2225,16 +2268,19 @@ class Program:
         return [self.words[0], *words]
 
     def __call__(self, params: Mapping[str, str], ctx: Context) -> Dict[str, Any]:
-        """Run it to its end; raises Failure unless it exits with 0."""
+        """Run it to its end; raises Failure unless its exit code is a good one."""
         subprocess = lazy_import("subprocess")
         environ = {k: v for k, v in os.environ.items() if k not in SECRETS}
         environ["LONGTASKS_TASK_ID"] = ctx.task_id
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
         pipes["stderr"] = subprocess.STDOUT
+        options = dict(pipes, env=environ, cwd=self.rules.cwd or FOLDER or None)
         try:
-            process = ManagedProcess(ctx, self.arguments(params), env=environ, **pipes)
+            process = ManagedProcess(ctx, self.arguments(params), **options)
         except OSError as error:
             reason = exec_fault(self.words[0]) or error.strerror
+            if error.filename == self.rules.cwd:
+                reason = "%s: %s" % (quote(self.rules.cwd), error.strerror)
             text = "can't run %s: %s" % (quote(self.words[0]), reason)
             raise Failure(text) from None
         output = ProgramOutput(ctx)
@@ -2243,8 +2289,8 @@ class Program:
             for data in process.read(process.output):
                 output.take(data)
         output.end()
-        if process.returncode == 0:
-            return {"exit_code": 0, "output": output.tail}
+        if process.returncode in (self.rules.exit_codes or [0]):
+            return {"exit_code": process.returncode, "output": output.tail}
         ctx.check()
         how = exit_status(process.returncode)
         raise Failure((how + "\n" + output.tail[-MAX_ERROR + 100 :]).strip())
@@ -2358,6 +2404,42 @@ def register_command(line: str) -> None:
     name = program.name
     params = Validator(program.schema)
     REGISTRY[name] = Handler(name, program, params, whole=True, context="ctx")
+
+
+def set_rules(line: str) -> None:
+    """Set rules of a registered type by a line such as "backup timeout=60 retries=2".
+
+    They win over those that its handler sets. Raises HandlerError.
+    """
+    try:
+        name, rules = read_rules(line)
+        if name not in REGISTRY:
+            known = ", ".join(sorted(REGISTRY))
+            raise HandlerError("no task type %s; known: %s" % (quote(name), known))
+        REGISTRY[name] = _with_rules(REGISTRY[name], rules)
+    except (HandlerError, Invalid, ValueError) as error:
+        raise HandlerError("--rule %s: %s" % (quote(line), error)) from None
+
+
+def _with_rules(known: Handler, rules: Dict[str, Any]) -> Handler:
+    """Return a handler with more rules; raises HandlerError for those of programs."""
+    is_program = isinstance(known.function, Program)
+    if not is_program and not PROGRAM_RULES.isdisjoint(rules):
+        raise HandlerError("exit_codes and cwd are for programs (--command)")
+    if "cwd" in rules:
+        rules["cwd"] = find_folder(rules["cwd"])
+    known = known._replace(rules={**known.rules, **rules})
+    if is_program:
+        known.function.rules = Rules(**known.rules)  # type: ignore[attr-defined]
+    return known
+
+
+def find_folder(text: str) -> str:
+    """Return the absolute path of a folder; raises HandlerError if none can enter."""
+    folder = path(text)
+    if not (os.path.isdir(folder) and os.access(folder, os.X_OK)):
+        raise HandlerError("cwd: there is no folder %s to run in" % quote(folder))
+    return folder
 
 
 # -- executors -------------------------------------------------------------
@@ -3819,7 +3901,7 @@ class TaskStore(TaskReader):
     ) -> None:
         super().__init__(limits, clock, monotonic, types)
         self.on_stuck: Callable[[Context], None] = lambda context: None
-        self._clock, self._monotonic, self._rules = clock, monotonic, rules
+        self._clock, self._monotonic, self.rules = clock, monotonic, rules
         # What follows the latest decisions, written or not; the lock guards it.
         self._queue = TaskQueue(clock, monotonic)
         self._timers = Timers(monotonic)  # by run
@@ -3927,7 +4009,7 @@ class TaskStore(TaskReader):
             if entry is None:
                 return None
             with self._lock:
-                limit = self._rules(entry.type).max_running
+                limit = self.rules(entry.type).max_running
                 if self._may_start() and self._queue.start(entry, limit):
                     return self._start(entry)
 
@@ -3967,7 +4049,7 @@ class TaskStore(TaskReader):
             if self._running.get(task.id) is not context:
                 self._release(context)
                 return False
-            timeout = timeout_of(task, self._rules(task.type))
+            timeout = timeout_of(task, self.rules(task.type))
             if timeout and not context.cancelled:
                 self._timers.schedule(context, timeout)
             return True
@@ -4057,7 +4139,7 @@ class TaskStore(TaskReader):
         task = self._results.find(context.task_id)
         task = self._unwritten.get(task.id, (task, None))[0]
         self._counters.add("running", task, self._monotonic() - context.began)
-        rules = self._rules(task.type)
+        rules = self.rules(task.type)
         task = after_run(task, context.reason, outcome, rules, self._clock())
         return task, self._decide(task, on_durable)
 
@@ -5010,11 +5092,16 @@ def encode_event(life: str, event: Event) -> bytes:
 
 def list_types(app: App, request: Request) -> Reply:
     """List the task types, with the JSON Schema of their params."""
-    types = [
-        {"type": name, "description": entry.description, "params": entry.schema}
-        for name, entry in sorted(app.handlers.items())
-    ]
+    types = [type_document(app, name) for name in sorted(app.handlers)]
     return json_reply({"types": types})
+
+
+def type_document(app: App, name: str) -> Dict[str, Any]:
+    """Describe a task type, with the rules in force for it."""
+    entry, rules = app.handlers[name], app.store.rules(name)._asdict()
+    in_force = {rule: rules[rule] for rule in rules if rules[rule] is not None}
+    document = {"type": name, "description": entry.description, "params": entry.schema}
+    return {**document, "rules": in_force}
 
 
 def show_index(app: App, request: Request) -> Reply:
@@ -5266,6 +5353,7 @@ FIELDS: Dict[str, Schema] = {
     "cancel_requested": {"type": "boolean"},
     "params": {"type": "object"},
     "result": {},
+    "rules": _closed(**RULES),
 }
 DOCUMENTS: Dict[str, Schema] = {
     "Batch": {
@@ -5291,7 +5379,7 @@ DOCUMENTS: Dict[str, Schema] = {
         counts=_object(" ".join(EXITS), **dict.fromkeys(EXITS, COUNT)),
     ),
     "Submitted": SUBMISSION,
-    "Types": _object("types", types=_list(_object("type description params"))),
+    "Types": _object("types", types=_list(_object("type description params rules"))),
     "Probe": _object("status", status=STRING),
     "OpenAPI": {"type": "object"},
     "Problem": _object(
@@ -6848,18 +6936,6 @@ def read_json(name: str, source: str) -> Any:
         raise ClientError(REFUSED, "%s: %s" % (name, error)) from None
 
 
-def parse_value(text: str, schema: Schema) -> Any:
-    """Return the value of a word: a string if the schema allows it, else its JSON.
-
-    The service refuses a value that does not fit the schema, and says why.
-    """
-    is_string = isinstance(schema, dict) and schema.get("type") == "string"
-    if not (is_string or Validator(schema).is_valid(text)):
-        with contextlib.suppress(Malformed):
-            return from_json(text.encode("utf-8", "surrogateescape"))
-    return text
-
-
 def read_task(client: Client, args: Any) -> Dict[str, Any]:
     """Return the submission that the arguments of run and submit describe."""
     params = read_json("--params", args.params or "{}")
@@ -7603,6 +7679,8 @@ def _start(argv: Sequence[str], signals: Signals) -> Service:
             log.warning("--handlers %s has no @handler: no task type is in it", file)
     for line in settings["COMMANDS"]:
         register_command(line)
+    for line in settings["RULES"]:
+        set_rules(line)
     if settings["EXECUTOR"]:
         load_executor(settings["EXECUTOR"])
     check_isolated()

@@ -3887,6 +3887,73 @@ def test_the_recipe_for_a_pipe_works(registry, tmp_path):
     assert json.loads(outcome.result)["output"].strip() == "2"
 
 
+@pytest.mark.parametrize(
+    "rule, why",
+    [
+        ("backup", "write TYPE RULE=VALUE ..., as in backup timeout=3600"),
+        (" ", "write TYPE RULE=VALUE"),
+        ("backup timeout", "write TYPE RULE=VALUE"),
+        ("backup cwd=", "write TYPE RULE=VALUE"),
+        ("backup 'timeout=1", "No closing quotation"),
+        ("bakup timeout=1", 'no task type "bakup"; known: backup, long_computation'),
+        ("backup timout=1", "timout is unknown; known here: timeout, retries, "),
+        ("backup timeout=1 timeout=2", 'the key "timeout" occurs twice'),
+        ("backup timeout=NaN", "timeout must be a number from 0 to 1000000000, not "),
+        ("backup max_running=-1", "max_running must be a whole number from 0, not -1"),
+        ("backup exit_codes=0,x", "exit_codes[1] must be a whole number from 0 to 255"),
+        ("backup exit_codes=256", "exit_codes[0] must be a whole number from 0 to 255"),
+        ("backup cwd=/no-such", 'there is no folder "/no-such" to run in'),
+        ("long_computation cwd=/", "exit_codes and cwd are for programs (--command)"),
+    ],
+)
+def test_a_rule_that_can_not_be_is_one_line_and_code_2(rule, why, capsys, registry):
+    flags = ["--port", "0", "--command", "backup=echo", "--rule", rule]
+    assert longtasks.main(flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("longtasks: --rule ")
+    assert err.count("\n") == 1
+    assert why in err
+
+
+def test_rules_come_from_repeated_flags_or_lines():
+    lines = ["a timeout=1", "b retries=2"]
+    flags = ["--rule", lines[0], "--rule", lines[1]]
+    assert longtasks.read_settings(flags, {"RULES": "c x=1"})["RULES"] == lines
+    assert longtasks.read_settings([], {"RULES": "\n".join(lines)})["RULES"] == lines
+
+
+def test_a_rule_from_outside_wins_over_that_of_the_handler(registry, tmp_path):
+    handler("fails", retries=5, backoff=0.5)(raising(ValueError("no")))
+    longtasks.register_command("where=sh -c 'pwd; exit $1' sh {code}")
+    for line in ["fails retries=1", "fails backoff=0", "where exit_codes=3,4"]:
+        longtasks.set_rules(line)
+    longtasks.set_rules("where 'cwd=%s' max_running=1" % tmp_path)
+    with serving(TASK_TIMEOUT=60.0) as service:
+        types = call(service, "GET", "/api/v1/types").json["types"]
+        rules = {each["type"]: each["rules"] for each in types}
+        usual = {"timeout": 60, "retries": 0, "backoff": 1, "max_running": 0}
+        assert rules["long_computation"] == usual
+        assert rules["fails"] == {**usual, "retries": 1, "backoff": 0}
+        own = {"max_running": 1, "exit_codes": [3, 4], "cwd": str(tmp_path)}
+        assert rules["where"] == {**usual, **own}
+        task_id = submitted(service, "fails")
+        assert result_of(service, task_id)["error"] == "ValueError: no"
+        assert call(service, "GET", "/api/v1/tasks/" + task_id).json["attempt"] == 2
+        done = result_of(service, submitted(service, "where", {"code": "4"}))
+        assert done["result"] == {"exit_code": 4, "output": str(tmp_path) + "\n"}
+        failed = result_of(service, submitted(service, "where", {"code": "0"}))
+        assert failed["error"].startswith("exit code 0\n")
+
+
+def test_a_program_whose_folder_is_gone_fails_with_the_name_of_the_folder(
+    registry, tmp_path
+):
+    longtasks.register_command("t=echo")
+    longtasks.set_rules("t cwd=%s" % tmp_path)
+    tmp_path.rmdir()
+    assert '"%s": No such file' % tmp_path in outcome_of(registry).error
+
+
 def executable(folder, content, mode=0o755):
     path = folder / "backup"
     path.write_bytes(content)
@@ -4243,11 +4310,9 @@ def test_a_program_that_times_out_says_so(registry):
         answer = call(service, "POST", "/api/v1/tasks?wait=20", document)
         result = result_of(service, answer.json["id"])
         assert result["error"] == "timed out after 0.05 s"
-        assert call(service, "GET", "/api/v1/types").json["types"][1] == {
-            "type": "nap",
-            "description": "sleep {seconds}",
-            "params": registry["nap"].schema,
-        }
+        shown = call(service, "GET", "/api/v1/types").json["types"][1]
+        assert (shown["type"], shown["description"]) == ("nap", "sleep {seconds}")
+        assert shown["params"] == registry["nap"].schema
 
 
 # -- many at once
@@ -4774,6 +4839,7 @@ def test_types_are_listed_with_their_schema(service):
     duration = {"type": "number", "default": 180, "minimum": 0, "maximum": 604800}
     (known,) = call(service, "GET", "/api/v1/types").json["types"]
     assert known.pop("description").startswith("Wait so many seconds (at most a week)")
+    assert known.pop("rules")["timeout"] == 0
     assert known == {
         "type": "long_computation",
         "params": {

@@ -4280,8 +4280,10 @@ def test_programs_end_with_the_service_however_it_ends(line, number, reaper_dies
         until(lambda: len(call(running.port, "GET", path).body.split()) == 2)
         pids = [int(line) for line in call(running.port, "GET", path).body.split()]
         if reaper_dies:  # another one is started with the next program
-            for pid in children_of(running.process.pid) - set(pids):
+            reapers = children_of(running.process.pid) - set(pids)
+            for pid in reapers:
                 os.kill(pid, signal.SIGKILL)
+            until(lambda: not any(map(alive, reapers)))
             pid_of(running, submitted(running.port, "next"))
         running.signal(number)
         assert running.wait() == (1 if number == signal.SIGTERM else -9)

@@ -45,17 +45,17 @@ line:
 
       139  1. Settings
       464  2. Tasks and their states
-      786  3. Task registry
-     1433  4. Execution
-     2533  5. Journal
-     3092  6. Events
-     3273  7. Result store and task queue
-     4369  8. Worker pool
-     4565  9. HTTP API
-     5656  10. HTTP server
-     6742  11. Client
-     7203  12. Main
-     7739  13. The page
+      787  3. Task registry
+     1448  4. Execution
+     2546  5. Journal
+     3105  6. Events
+     3286  7. Result store and task queue
+     4382  8. Worker pool
+     4579  9. HTTP API
+     5670  10. HTTP server
+     6756  11. Client
+     7217  12. Main
+     7753  13. The page
 
 Three things hold throughout:
 
@@ -116,7 +116,7 @@ from urllib.parse import quote as url_quote
 from weakref import WeakSet
 
 __version__ = "1.0.0"
-__all__ = ["Cancelled", "Context", "HandlerError", "Retry", "handler", "main"]
+__all__ = ["Cancelled", "Context", "Fail", "HandlerError", "Retry", "handler", "main"]
 
 # logging does not know this logger. Libraries switch off those that it knows, by
 # dictConfig() with its default disable_existing_loggers, or by disable().
@@ -488,6 +488,7 @@ MAX_DIGITS = 1000  # of a number in JSON, since parsing takes quadratic time
 MAX_BATCH = 1000  # tasks in one request
 MAX_PROBLEMS = 20  # that are reported for one request
 MAX_ERROR = 4000  # characters of a failed task's error
+MAX_TRACE = 10_000  # characters of a traceback that is logged
 MAX_LABEL = 200  # characters
 MAX_INTERRUPTIONS = 3  # runs during which the process died, until the task fails
 
@@ -807,22 +808,29 @@ class Failure(Exception):
     """An error that this file raises itself; its text alone is the task's error."""
 
 
-class BadResult(Failure):
-    """A result that can't be stored. The task is not retried."""
+class Fail(Failure):
+    """Raised by a handler whose task fails for good, whatever its `retries`."""
 
 
 class Retry(Exception):
     """Raised by a handler that wants to be run again, `after` so many seconds.
 
     Without `after` the delay is that of a retry after an error. These retries are not
-    limited by the task's `retries`; Context.attempt counts them.
+    limited by the task's `retries`, but by `max_attempts`: a run whose number
+    (Context.attempt) has reached it is the last one, and the task fails.
     """
 
     after: Optional[float] = None  # for subclasses that don't call __init__
+    max_attempts: Optional[float] = None
 
-    def __init__(self, message: str = "", after: Optional[float] = None) -> None:
+    def __init__(
+        self,
+        message: str = "",
+        after: Optional[float] = None,
+        max_attempts: Optional[float] = None,
+    ) -> None:
         super().__init__(message)
-        self.after = after
+        self.after, self.max_attempts = after, max_attempts
 
 
 def flush_output() -> None:
@@ -1411,7 +1419,7 @@ def describe(error: BaseException) -> str:
     """Return "ValueError: text" for an exception, whatever its __str__ does."""
     name: str = type.__getattribute__(type(error), "__name__")
     text = _text_of(error)
-    if not isinstance(error, Failure):
+    if not isinstance(error, Failure) or not text:
         text = name + (": " + text if text else "")
     text = text.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
     return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 3] + "..."
@@ -1424,9 +1432,16 @@ def _text_of(error: BaseException) -> str:
         return "(its text can't be read)"
 
 
-def _seconds(value: Any) -> Optional[float]:
-    """Return the delay that a handler asked for, or None if it is no such number."""
+def _number(value: Any) -> Optional[float]:
+    """Return a delay or count that a handler gave, or None if it is no such number."""
     return float(value) if Validator(_DURATION).is_valid(value) else None
+
+
+def format_trace() -> str:
+    """Return the end of the traceback of the exception that is being handled."""
+    with contextlib.suppress(BaseException):  # traceback fails on odd errors
+        return traceback.format_exc().rstrip("\n")[-MAX_TRACE:]
+    return ""
 
 
 # ======================================================================
@@ -1518,6 +1533,11 @@ class Context:
                 log_run(logging.DEBUG, self, "%s", line)
         self._emit_lines(lines, dropped)
 
+    def log_traceback(self, trace: str) -> None:
+        """Add the traceback of what the handler raised to both logs."""
+        log_run(logging.WARNING, self, "raised", traceback=trace)
+        self._emit_lines(trace.splitlines())
+
     def _emit_lines(self, lines: Sequence[str], dropped: int = 0) -> None:
         for at in range(0, len(lines), 1000):  # a lock is held for each piece
             self._emit(self, "log", (lines[at : at + 1000], 0 if at else dropped))
@@ -1572,19 +1592,12 @@ class Context:
         return {"percent": round(fraction * 100, 1), "message": message}
 
 
-def log_run(
-    level: int,
-    ctx: Context,
-    text: str,
-    *args: Any,
-    exc_info: bool = False,
-    **fields: Any,
-) -> None:
+def log_run(level: int, ctx: Context, text: str, *args: Any, **fields: Any) -> None:
     """Log a line about a run, with fields that say which one it is, and `fields`."""
     if log.isEnabledFor(level):
         run = {"task_id": ctx.task_id, "type": ctx.type, "attempt": ctx.attempt}
         extra = {"fields": {**run, **fields}}
-        log.log(level, text, *args, exc_info=exc_info, extra=extra)
+        log.log(level, text, *args, extra=extra)
 
 
 @handler("long_computation", limits={"duration": {"minimum": 0, "maximum": 604800}})
@@ -1612,7 +1625,7 @@ _DOUBTFUL = re.compile(
 def encode_result(value: Any, limit: int) -> bytes:
     """Return a handler's result as JSON that could come in as params.
 
-    Raises BadResult for anything else, and for more than `limit` bytes.
+    Raises Fail for anything else, and for more than `limit` bytes.
     """
     try:
         result = to_json(value)
@@ -1622,10 +1635,10 @@ def encode_result(value: Any, limit: int) -> bytes:
                 parse_json(text)
     except BaseException as error:  # an object of the handler's may raise anything
         text = "the result does not fit into JSON: " + describe(error)
-        raise BadResult(text) from None
+        raise Fail(text) from None
     if len(result) > limit:
         text = "the result has %d bytes, more than the %d that are kept"
-        raise BadResult(text % (len(result), limit))
+        raise Fail(text % (len(result), limit))
     return result
 
 
@@ -2021,10 +2034,10 @@ def result_of(ctx: Context, kind: str, payload: bytes) -> bytes:
         raise Cancelled
     if kind == "retry":
         raise Retry(*json.loads(payload))
-    text, trace, is_bad_result = json.loads(payload)
-    if is_bad_result:
-        raise BadResult(text)
-    log_run(logging.WARNING, ctx, "raised in its process", traceback=trace)
+    text, trace, is_final = json.loads(payload)
+    if is_final:
+        raise Fail(text)
+    ctx.log_traceback(trace)
     raise Failure(text)
 
 
@@ -2085,10 +2098,10 @@ def _reply_of(
     except Cancelled:
         return "cancelled", b"null"
     except Retry as error:
-        return "retry", to_json([_text_of(error)[:MAX_MESSAGE], _seconds(error.after)])
+        again = _number(error.after), _number(error.max_attempts)
+        return "retry", to_json([_text_of(error)[:MAX_MESSAGE], *again])
     except BaseException as error:
-        trace = traceback.format_exc()[-10_000:]
-        failed = [describe(error), trace, isinstance(error, BadResult)]
+        failed = [describe(error), format_trace(), isinstance(error, Fail)]
         return "failed", to_json(failed)
 
 
@@ -2515,7 +2528,7 @@ def run_remote(files: Dict[str, Optional[str]], job: Dict[str, Any]) -> Any:
 def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> bytes:
     """Run a handler wherever it is to run, and return its result as JSON.
 
-    Raises BadResult, and whatever the handler raises.
+    Raises Fail for a result that can't be stored, and whatever the handler raises.
     """
     if not known.isolated:
         return encode_result(known.run_here(params, ctx), ctx.max_result)
@@ -4390,15 +4403,16 @@ def run_one(task: Task, context: Context, handlers: Mapping[str, Handler]) -> Ou
         error = "Cancelled: raised, though nobody had asked for it"
         return Outcome(FAILED, error=error)
     except Retry as error:
-        return Outcome(PENDING, error=describe(error), after=_seconds(error.after))
+        limit, after = _number(error.max_attempts), _number(error.after)
+        last = limit is not None and context.attempt >= limit
+        status = FAILED if last else PENDING
+        return Outcome(status, error=describe(error), after=after, final=last)
     except DamagedTask as error:
         return Outcome(FAILED, error=str(error))
     except BaseException as error:  # SystemExit too: it must not end the worker
         if not isinstance(error, Failure):
-            with contextlib.suppress(BaseException):  # traceback fails on odd errors
-                log_run(logging.WARNING, context, "raised", exc_info=True)
-        final = isinstance(error, BadResult)
-        return Outcome(FAILED, error=describe(error), final=final)
+            context.log_traceback(format_trace())
+        return Outcome(FAILED, error=describe(error), final=isinstance(error, Fail))
 
 
 class WorkerPool:

@@ -4997,6 +4997,36 @@ def test_a_handler_may_ask_to_be_run_again(error, registry):
         assert result_of(service, submitted(service, "twice"))["result"] == 2
 
 
+@pytest.mark.parametrize(
+    "error, text, attempts",
+    [
+        (longtasks.Retry("not yet", after=0, max_attempts=3), "Retry: not yet", 3),
+        (longtasks.Retry("not yet", max_attempts=0), "Retry: not yet", 1),
+        (longtasks.Fail("no such account"), "no such account", 1),
+        (longtasks.Fail(), "Fail", 1),
+    ],
+)
+def test_a_handler_may_end_its_retries(error, text, attempts, registry):
+    handler("t", retries=9, backoff=0)(raising(error))
+    with serving() as service:
+        task_id = submitted(service, "t")
+        result = result_of(service, task_id)
+        assert (result["status"], result["error"]) == ("failed", text)
+        path = "/api/v1/tasks/" + task_id
+        assert call(service, "GET", path).json["attempt"] == attempts
+        assert call(service, "GET", path + "/log").body == b""
+
+
+def test_the_log_of_a_task_has_the_end_of_the_traceback(registry):
+    handler("t")(raising(ValueError("x\n" * 20_000 + "\x1b")))
+    with serving() as service:
+        task_id = submitted(service, "t")
+        result_of(service, task_id)
+        log = call(service, "GET", "/api/v1/tasks/%s/log" % task_id).body
+        assert log.endswith(b"x\n\\x1b\n")
+        assert len(log) < 10_100
+
+
 # -- waiting ---------------------------------------------------------------
 
 
@@ -9535,7 +9565,7 @@ def test_a_socket_for_another_process_is_left_alone():
 ISOLATED = """
 import multiprocessing, os, signal, socket, subprocess, time
 from concurrent.futures import ProcessPoolExecutor
-from longtasks import Context, Retry, handler
+from longtasks import Context, Fail, Retry, handler
 
 @handler("told", isolated=True)
 def told(n: int, ctx: Context):
@@ -9557,6 +9587,10 @@ def again(ctx: Context):
 @handler("bad", isolated=True)
 def bad():
     raise ValueError("no")
+
+@handler("ends", isolated=True, retries=9, backoff=0)
+def ends(runs: int):
+    raise Retry("not yet", 0, max_attempts=runs) if runs > 1 else Fail("no account")
 
 @handler("crash", isolated=True)
 def crash(number: int):
@@ -9641,6 +9675,23 @@ def test_an_isolated_handler_runs_in_a_process_of_its_own(isolated):
     lines = [line for line in isolated.lines if line.endswith("pid %d\n" % pid)]
     assert len(lines) == 1, "what it logs is in the log once"
     assert outcome(isolated, "again")["result"] == 2
+
+
+def check_ends(running):
+    """Check that isolated handlers end their retries, and where their tracebacks go."""
+    for runs, error in [(1, "no account"), (2, "Retry: not yet")]:
+        ended = outcome(running, "ends", {"runs": runs})
+        path = "/api/v1/tasks/" + ended["task_id"]
+        assert (ended["status"], ended["error"]) == ("failed", error)
+        assert call(running.port, "GET", path).json["attempt"] == runs
+    path = "/api/v1/tasks/%s/log" % outcome(running, "bad")["task_id"]
+    log = call(running.port, "GET", path).body.decode()
+    assert re.match(r"Traceback \(.*, in bad\n.*\nValueError: no\n$", log, re.DOTALL)
+
+
+@needs_unix
+def test_an_isolated_handler_ends_its_retries_as_any_other_does(isolated):
+    check_ends(isolated)
 
 
 @pytest.mark.parametrize(
@@ -9952,7 +10003,7 @@ def test_a_fork_waits_while_another_child_is_started(monkeypatch):
 ELSEWHERE = """
 from __future__ import annotations
 import concurrent.futures, os, re, sys, threading, time
-from longtasks import Context, Retry, handler
+from longtasks import Context, Fail, Retry, handler
 
 def processes():
     return concurrent.futures.ProcessPoolExecutor(2)
@@ -9997,6 +10048,10 @@ def whole(params: dict, ctx: Context):
 def bad():
     raise ValueError("no")
 
+@handler("ends", isolated=True, retries=9, backoff=0)
+def ends(runs: int):
+    raise Retry("not yet", 0, max_attempts=runs) if runs > 1 else Fail("no account")
+
 @handler("again", isolated=True)
 def again():
     TRIED.append(1)
@@ -10030,6 +10085,7 @@ def test_isolated_handlers_run_where_the_executor_says(factory, tmp_path):
         assert outcome(running, "here")["result"] == running.process.pid
         assert outcome(running, "whole", {"a": [1]})["result"] == [{"a": [1]}, 36]
         assert outcome(running, "bad")["error"] == "ValueError: no"
+        check_ends(running)
         if factory == "threads":  # processes would not share what was tried
             assert outcome(running, "again")["result"] == 2
         cancelled = outcome(running, "double", {"n": 1, "wait": 3}, timeout=0.1)

@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       139  1. Settings
-      464  2. Tasks and their states
-      787  3. Task registry
-     1448  4. Execution
-     2546  5. Journal
-     3105  6. Events
-     3286  7. Result store and task queue
-     4382  8. Worker pool
-     4579  9. HTTP API
-     5670  10. HTTP server
-     6756  11. Client
-     7217  12. Main
-     7753  13. The page
+      467  2. Tasks and their states
+      790  3. Task registry
+     1451  4. Execution
+     2549  5. Journal
+     3108  6. Events
+     3289  7. Result store and task queue
+     4385  8. Worker pool
+     4582  9. HTTP API
+     5675  10. HTTP server
+     6761  11. Client
+     7222  12. Main
+     7760  13. The page
 
 Three things hold throughout:
 
@@ -384,8 +384,11 @@ def _argument_parser() -> Any:
         "list|types|help [ARGUMENT ...]",
         description="Long tasks over HTTP: submit, follow, collect the result.",
         epilog="Brackets show each setting's environment variable. %s has no flag. "
-        "The commands are a client of the service; each has --help."
-        % ", ".join(secrets),
+        "The commands are a client of the service; each has --help. A browser that "
+        "opens http://HOST:PORT/ gets a page. Exit codes: 0: stopped by a signal. 1: "
+        "the same, and tasks were given up or can't be written. 2: can't start until "
+        "somebody corrects the cause. 75: can't start now, but perhaps later: the port "
+        "or the file is in use, or the disk is full." % ", ".join(secrets),
     )
     version = "longtasks " + __version__
     parser.add_argument("--version", action="version", version=version)
@@ -5152,6 +5155,8 @@ Cancel it:
 
   %(curl)s -X POST %(url)s/api/v1/tasks/$id/cancel
 
+Or do all that in a browser: %(url)s/
+
 Task types, with their params at %(url)s/api/v1/types:
 
 %(types)s
@@ -7338,7 +7343,9 @@ class Service:
     def start(self) -> None:
         """Start the workers and accept clients; raises SettingsError."""
         workers = counted(self.settings["WORKER_COUNT"], "worker")
-        log.info("listening on %s, %s, pid %d", self.server.url, workers, os.getpid())
+        page = "; open it in a browser" if self.server.server_port else ""
+        address = self.server.url, workers, os.getpid(), page
+        log.info("listening on %s, %s, pid %d%s", *address)
         access, host = self.server.app.access, self.server.server_name
         if access.token and not (access.local or access.path or self.server.tls):
             text = "HOST %s without TLS: the token crosses the network in the clear"

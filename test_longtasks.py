@@ -473,6 +473,8 @@ def test_help_has_every_setting(capsys):
     for setting in longtasks.SETTINGS:
         assert (" %s " % setting.flag if setting.flag else setting.name) in text
         assert setting.help in text
+    assert "opens http://HOST:PORT/ gets a page" in text
+    assert "75: can't start now" in text
 
 
 # ======================================================================
@@ -4858,6 +4860,7 @@ def test_the_index_has_commands_for_this_host_and_all_types_and_routes(service):
     assert answer.media == "text/plain; charset=utf-8"
     text = answer.body.decode()
     assert 'curl "http://tasks.localhost:99/api/v1/tasks/$id/result?wait=60"' in text
+    assert "in a browser: http://tasks.localhost:99/\n" in text
     assert "long_computation" in text
     for route in longtasks.ROUTES:
         assert "  %-6s %s " % (route.method, route.path) in text
@@ -8625,6 +8628,12 @@ def test_nothing_takes_the_place_of_a_standard_file_that_is_closed(closed, tmp_p
     finally:
         started.kill()
         started.wait()
+
+
+def test_the_first_line_of_the_log_names_the_page(held):
+    with process(*held) as running:
+        url = "http://127.0.0.1:%d" % running.port
+        assert re.search(url + ", .*; open it in a browser$", running.lines[0].rstrip())
 
 
 # -- limited hosts -----------------------------------------------------------

@@ -43,19 +43,19 @@ Without curl, the same file is the client: submit, follow and collect in one lin
 The file is a house of rooms. A room uses only the rooms above it, and begins at this
 line:
 
-      139  1. Settings
-      467  2. Tasks and their states
-      790  3. Task registry
-     1451  4. Execution
-     2549  5. Journal
-     3108  6. Events
-     3289  7. Result store and task queue
-     4385  8. Worker pool
-     4582  9. HTTP API
-     5675  10. HTTP server
-     6761  11. Client
-     7222  12. Main
-     7760  13. The page
+      140  1. Settings
+      468  2. Tasks and their states
+      791  3. Task registry
+     1452  4. Execution
+     2550  5. Journal
+     3115  6. Events
+     3296  7. Result store and task queue
+     4391  8. Worker pool
+     4588  9. HTTP API
+     5681  10. HTTP server
+     6767  11. Client
+     7228  12. Main
+     7770  13. The page
 
 Three things hold throughout:
 
@@ -74,6 +74,7 @@ import collections.abc
 import contextlib
 import errno
 import functools
+import gc
 import heapq
 import importlib.machinery
 import importlib.util
@@ -2579,6 +2580,7 @@ _TRIM = "DELETE FROM gone WHERE number <= (SELECT max(number) FROM gone) - ?"
 _PARTS = ("-wal", "-shm", "-journal")  # files that SQLite leaves beside its own
 _SET_VERSION = "PRAGMA user_version = %d" % SCHEMA_VERSION
 _JSON_PLACES = [place for place, column in enumerate(COLUMNS) if column[1] is bytes]
+_REPEATED_PLACES = [Task._fields.index(name) for name in ("type", "status")]
 
 # Columns that version 3 lacked. They are Optional, and summed only where they aren't
 # NULL, so the rows of its files keep their checksums.
@@ -2632,8 +2634,13 @@ def _to_task(row: Sequence[Any]) -> Task:
     for place in _JSON_PLACES:
         if values[place] is not None:
             values[place] = values[place].encode()
+    for place in _REPEATED_PLACES:  # one object does for all tasks
+        values[place] = sys.intern(values[place])
     split = len(Task._fields) - 1
-    return Task(*values[:split], Options(*values[split:-1]))  # type: ignore
+    options = Options(*values[split:-1])
+    if options == NO_OPTIONS:
+        options = NO_OPTIONS
+    return Task(*values[:split], options)  # type: ignore
 
 
 def _is_plausible(row: Sequence[Any]) -> bool:
@@ -3445,21 +3452,9 @@ class ResultStore:
             raise DamagedTask(text % task_id)
         raise UnknownTask("there is no task %s" % quote(task_id))
 
-    def page(
-        self, limit: int, after: int, status: str, type: str, newest_first: bool
-    ) -> Tuple[List[Task], Optional[int]]:
-        """Return a page of tasks, as TaskStore.page() describes it."""
-        tasks = list(self._tasks.values())
-        if newest_first:  # a task begins with its seq
-            tasks = tasks[: bisect_left(tasks, (after or math.inf,))][::-1]
-        else:
-            tasks = tasks[bisect_left(tasks, (after + 1,)) :]
-        fits = [
-            task
-            for task in tasks
-            if status in ("", task.status) and type in ("", task.type)
-        ]
-        return fits[:limit], fits[limit - 1].seq if len(fits) > limit else None
+    def all(self) -> List[Task]:
+        """Return all tasks, in the order of submission."""
+        return list(self._tasks.values())
 
     def counts(self) -> Counts:
         """Return how many tasks there are."""
@@ -3818,7 +3813,18 @@ class TaskReader:
         """
         with self._lock:
             self._evict()
-            return self._results.page(limit, after, status, type, newest_first)
+            tasks = self._results.all()
+        if newest_first:  # a task begins with its seq
+            places = range(bisect_left(tasks, (after or math.inf,)) - 1, -1, -1)
+        else:
+            places = range(bisect_left(tasks, (after + 1,)), len(tasks))
+        fits = (
+            task
+            for task in map(tasks.__getitem__, places)
+            if status in ("", task.status) and type in ("", task.type)
+        )
+        found = list(itertools.islice(fits, limit + 1))
+        return found[:limit], found[limit - 1].seq if len(found) > limit else None
 
     def counts(self) -> Counts:
         """Return how many tasks there are."""
@@ -4282,7 +4288,7 @@ class TaskStore(TaskReader):
         with self._lock:
             for context in list(self._running.values()):
                 self._end(context, Outcome(CANCELLED))
-            tasks, _ = self._results.page(sys.maxsize, 0, "", "", False)
+            tasks = self._results.all()
             latest = [self._unwritten.get(task.id, (task,))[0] for task in tasks]
             return [task for task in latest if not task.finished]
 
@@ -7332,13 +7338,17 @@ class Service:
 
     def _open_journal(self) -> Journal:
         """Open the journal and restore the tasks in it."""
+        gc.disable()  # it would go through all tasks again and again
         try:
             journal = Journal(self.settings["DB"])
             self.store.take_up(journal)
+            gc.freeze()  # from now on it does not go through them at all
             return journal
         except BaseException:  # KeyboardInterrupt, too
             self.server.server_close()
             raise
+        finally:
+            gc.enable()
 
     def start(self) -> None:
         """Start the workers and accept clients; raises SettingsError."""

@@ -1359,6 +1359,16 @@ def test_an_error_at_the_start_says_by_the_code_whether_it_may_pass(
     assert capsys.readouterr().err.endswith(": %s\n" % os.strerror(number))
 
 
+def test_tasks_in_the_file_share_what_is_the_same(tmp_path):
+    with journalled(tmp_path / "tasks.db") as store:
+        for _ in range(2):
+            store.submit("many", b"{}")
+        one, other = store.journal.load()
+    assert one.type is other.type
+    assert one.status is other.status
+    assert one.options is other.options is longtasks.NO_OPTIONS
+
+
 def test_an_empty_file_becomes_a_journal(tmp_path):
     path = tmp_path / "tasks.db"
     path.touch()
@@ -1988,6 +1998,22 @@ def test_a_list_is_cut_into_pages_and_filtered():
     assert [t.id for t in store.page(9, status="processing")[0]] == ids[:1]
     assert [t.id for t in store.page(9, type="b")[0]] == ids[1::2]
     assert store.page(10)[1] is None
+
+
+def test_a_long_list_is_searched_without_the_lock():
+    store, free = new_ledger(), []
+    store.submit("t", b"{}")
+
+    class Probe(str):
+        def __eq__(self, other):
+            free.append(store.responds(0))
+            return False
+
+        __hash__ = str.__hash__
+
+    assert store.page(1, type=Probe("u")) == ([], None)
+    assert free
+    assert all(free)
 
 
 def test_a_list_may_begin_with_the_newest():
@@ -10617,6 +10643,31 @@ def test_a_second_process_on_the_file_reports_the_pid_of_the_first(tmp_path):
         running.wait()
     with process(*flags):
         pass  # a lock that the dead left is none
+
+
+COLLECTOR = """
+import gc
+from longtasks import handler
+
+@handler("collector")
+def collector():
+    return [gc.isenabled(), gc.get_freeze_count()]
+"""
+
+
+def test_garbage_collection_does_not_go_through_tasks_of_the_file(tmp_path):
+    path, ids = str(tmp_path / "tasks.db"), [longtasks.new_id() for _ in range(5000)]
+    journal, done = longtasks.Journal(path), longtasks.COMPLETED
+    now = time.time()
+    journal.write(
+        longtasks.Task(seq, id, "t", b"{}", done, now, now, now, 1, b"{}")
+        for seq, id in enumerate(ids, 1)
+    )
+    assert journal.close(LONG)
+    with process("--db", path, "--handlers", write(tmp_path, COLLECTOR)) as running:
+        enabled, frozen = outcome(running, "collector")["result"]
+    assert enabled
+    assert frozen > 5000
 
 
 def test_submits_are_idempotent_across_a_restart(tmp_path):

@@ -43,19 +43,19 @@ Without curl, the same file is the client: submit, follow and collect in one lin
 The file is a house of rooms. A room uses only the rooms above it, and begins at this
 line:
 
-      140  1. Settings
-      468  2. Tasks and their states
-      791  3. Task registry
-     1452  4. Execution
-     2550  5. Journal
-     3115  6. Events
-     3296  7. Result store and task queue
-     4391  8. Worker pool
-     4588  9. HTTP API
-     5681  10. HTTP server
-     6767  11. Client
-     7228  12. Main
-     7770  13. The page
+      146  1. Settings
+      476  2. Tasks and their states
+      799  3. Task registry
+     1480  4. Execution
+     2713  5. Journal
+     3278  6. Events
+     3459  7. Result store and task queue
+     4563  8. Worker pool
+     4834  9. HTTP API
+     5927  10. HTTP server
+     7013  11. Client
+     7474  12. Main
+     8018  13. The page
 
 Three things hold throughout:
 
@@ -124,15 +124,21 @@ __all__ = ["Cancelled", "Context", "Fail", "HandlerError", "Retry", "handler", "
 log = logging.Manager(logging.root).getLogger("longtasks")
 
 _imported: Dict[str, Any] = {}
+_SYS_PATH = list(sys.path)  # before handlers files change it, as they do in children
 
 
 def lazy_import(name: str) -> Any:
     """Import a costly module where it is first needed, and keep it.
 
-    main() does so ahead, since a handlers file may change sys.modules and sys.path.
+    main() does so ahead, since a handlers file may change sys.modules. What such a file
+    adds to sys.path has no effect here.
     """
     if name not in _imported:
-        _imported[name] = importlib.import_module(name)
+        path, sys.path = sys.path, _SYS_PATH
+        try:
+            _imported[name] = importlib.import_module(name)
+        finally:
+            sys.path = path
     return _imported[name]
 
 
@@ -283,6 +289,8 @@ SETTINGS = (
     Setting("TLS_CERT", "", path, "PEM file with the certificate, for TLS"),
     Setting("TLS_KEY", "", path, "PEM file with its key, unless TLS_CERT has it"),
     Setting("WORKER_COUNT", "10", whole(1, 100_000), "tasks that may run at once"),
+    Setting("ASYNC_COUNT", "1000", whole(1, 100_000),
+            "tasks with async handlers that may run at once beside those"),
     Setting("LOG_LEVEL", "info", one_of("debug", "info", "warning", "error"),
             "debug, info, warning or error", "LEVEL"),
     Setting("LOG_FORMAT", "text", one_of("text", "json"),
@@ -877,6 +885,7 @@ class Rules(NamedTuple):
     max_running: int = 0  # how many may run at once; 0: as many as there are workers
     exit_codes: Optional[Sequence[int]] = None  # with which a program completes
     cwd: Optional[str] = None  # the directory in which a program runs
+    is_async: bool = False  # they take no worker; it is known from the handler
 
 
 class Handler(NamedTuple):
@@ -889,6 +898,7 @@ class Handler(NamedTuple):
     context: Optional[str] = None  # the parameter that receives the Context
     rules: Mapping[str, Any] = {}  # the fields of Rules that it sets
     isolated: bool = False  # runs in a child process
+    is_async: bool = False  # runs on the event loop
 
     @property
     def schema(self) -> Dict[str, Any]:
@@ -902,7 +912,7 @@ class Handler(NamedTuple):
         return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
 
     def run_here(self, params: Dict[str, Any], context: Any) -> Any:
-        """Call the function in this process."""
+        """Call the function in this process; an async one returns a coroutine."""
         extra = {self.context: context} if self.context else {}
         with UserCode():
             params = {"params": params} if self.whole else params
@@ -933,7 +943,9 @@ def handler(
     again after an error, `backoff` the seconds until the first retry (doubled for each
     further one), and `max_running` how many tasks of this type may run at once. An
     `isolated` handler runs in a child process, where it may use a processor for long,
-    or crash, without harm to the service.
+    or crash, without harm to the service. An `async def` function runs on an event loop
+    that all of these share: it takes no worker, and must not block. It is stopped as an
+    asyncio task is, by CancelledError.
 
     What the function returns must be JSON and becomes the task's result; an exception
     becomes its error. Raises HandlerError for a name that is taken, an unknown option,
@@ -948,11 +960,12 @@ def handler(
             options = dict(rules, limits=limits or {}, isolated=isolated)
             _HANDLER_OPTIONS.validate(options)
             schema, whole, context = _read_signature(function)
+            is_async = _is_async(function, isolated)
             for param, limit in (limits or {}).items():
                 _narrow(schema.get("properties", {}), param, limit)
         except (HandlerError, Invalid) as error:
             raise HandlerError("task type %s: %s" % (quote(name), error)) from None
-        made = Validator(schema), whole, context, rules, isolated
+        made = Validator(schema), whole, context, rules, isolated, is_async
         REGISTRY[name] = Handler(name, function, *made)
         return function
 
@@ -970,8 +983,10 @@ def _check_name(name: str) -> None:
 
 def rules_of(handlers: Mapping[str, Handler], timeout: float, type: str) -> Rules:
     """Return the rules of a type; `timeout` applies to types without their own."""
-    own = handlers[type].rules if type in handlers else {}
-    return Rules(**{"timeout": timeout, **own})
+    if type not in handlers:  # it came from a journal
+        return Rules(timeout)
+    known = handlers[type]
+    return Rules(**{"timeout": timeout, **known.rules, "is_async": known.is_async})
 
 
 # -- from a signature to a schema ------------------------------------------
@@ -981,11 +996,8 @@ def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]
     """Return the schema of a function's params, and Handler's `whole` and `context`."""
     if not callable(function) or inspect.isclass(function):
         raise HandlerError("a handler is a function")
-    inner: Any = getattr(function, "func", function)  # of a functools.partial
-    for called in (function, inner.__call__):
-        if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
-            raise HandlerError("a handler can't be async")
-        if inspect.isgeneratorfunction(called):
+    for called in _called(function):
+        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
             raise HandlerError("a handler can't be a generator")
     params = _parameters_of(function)
     contexts = [param.name for param in params if _is_context(param)]
@@ -1000,6 +1012,22 @@ def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]
         return properties["params"], True, context
     schema = {"type": "object", "properties": properties, "required": required}
     return {**schema, "additionalProperties": others}, False, context
+
+
+def _called(function: Any) -> Tuple[Any, Any]:
+    """Return what a call of a function, a functools.partial or an object may run."""
+    return function, getattr(function, "func", function).__call__
+
+
+def _is_async(function: Any, isolated: bool) -> bool:
+    """Whether a handler is async. If so, import what is needed to run it."""
+    if not any(map(inspect.iscoroutinefunction, _called(function))):
+        return False
+    if isolated:
+        text = "an async handler can't be isolated; an ordinary one can, and may call "
+        raise HandlerError(text + "asyncio.run()")
+    lazy_import("asyncio")
+    return True
 
 
 def _is_context(param: inspect.Parameter) -> bool:
@@ -1472,6 +1500,12 @@ class Context:
     """A run of a task, as its handler sees it."""
 
     is_task_context = True  # the registry looks for it in annotations
+    # There may be many thousands of them at once.
+    __slots__ = (
+        *("task_id", "type", "attempt", "grace", "kill_at", "max_result", "began"),
+        *("waits_for_disk", "thread", "reason", "_emit", "_progress", "_published"),
+        *("_published_at", "_lock", "_wake", "_on_stop"),
+    )
 
     def __init__(
         self,
@@ -1491,13 +1525,13 @@ class Context:
         self.began = 0.0  # on the monotonic clock
         self.waits_for_disk = False  # the handler does not run yet
         self.thread = 0  # native id of its thread while that is bound to one CPU
-        self.reason = ""  # why the run is to stop
+        self.reason = ""  # why the run is to stop, "" as long as it is not
         self._emit = emit
         self._progress: Optional[Tuple[Optional[float], str]] = None
         self._published: Optional[Tuple[Optional[float], str]] = None
         self._published_at = 0.0
-        self._stop = threading.Event()
-        self._lock = threading.RLock()  # guards `reason` and _on_stop
+        self._lock = threading.RLock()  # guards `reason`, _wake and _on_stop
+        self._wake: Optional[threading.Event] = None  # for a handler that sleeps
         self._on_stop: Optional[Callable[[], Any]] = None
 
     def progress(self, fraction: Optional[float], message: str = "") -> None:
@@ -1547,18 +1581,27 @@ class Context:
             self._emit(self, "log", (lines[at : at + 1000], 0 if at else dropped))
 
     def sleep(self, seconds: float) -> None:
-        """Wait; raises Cancelled at once when the task is to stop."""
-        self._stop.wait(max(0, min(seconds, threading.TIMEOUT_MAX)))
+        """Wait; raises Cancelled at once when the task is to stop.
+
+        Raises RuntimeError in an async handler: that awaits asyncio.sleep() instead.
+        """
+        if isinstance(getattr(_bound, "context", None), EventLoop):
+            text = "ctx.sleep() would block all async handlers: "
+            raise RuntimeError(text + "write await asyncio.sleep()")
+        with self._lock:
+            wake = self._wake = self._wake or threading.Event()
+        self.check()
+        wake.wait(max(0, min(seconds, threading.TIMEOUT_MAX)))
         self.check()
 
     @property
     def cancelled(self) -> bool:
         """Whether the task is to stop."""
-        return self._stop.is_set()
+        return self.reason != ""
 
     def check(self) -> None:
         """Raise Cancelled when the task is to stop."""
-        if self._stop.is_set():
+        if self.reason:
             raise Cancelled()
 
     def cancel(self, reason: str = BY_CLIENT) -> None:
@@ -1567,10 +1610,11 @@ class Context:
         The handler wakes from sleep(), and is raised Cancelled.
         """
         with self._lock:
-            if not self._stop.is_set():
-                self.reason = reason
+            if not self.reason:
                 self.kill_at = time.monotonic() + self.grace
-                self._stop.set()
+                self.reason = reason  # threads that see it without the lock may go on
+                if self._wake:
+                    self._wake.set()
                 self.on_stop(self._on_stop)
 
     def on_stop(self, function: Optional[Callable[[], Any]]) -> None:
@@ -1582,7 +1626,7 @@ class Context:
         """
         with self._lock:
             self._on_stop = function
-            if function and self._stop.is_set():
+            if function and self.reason:
                 with contextlib.suppress(OSError):  # what is to stop has just ended
                     function()
 
@@ -1725,7 +1769,8 @@ CPUS: List[int] = []
 if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
     CPUS += sorted(os.sched_getaffinity(0))
 _ONE_CPU = random.sample(CPUS, min(1, len(CPUS)))
-_bound = threading.local()  # its `context`: the run of a thread that is on one CPU
+# Its `context`: the run of a thread that is on one CPU, or the event loop of this one.
+_bound = threading.local()
 
 
 def use_one_cpu() -> None:
@@ -1972,7 +2017,6 @@ sys.modules["longtasks"] = module
 loader.exec_module(module)
 module.isolated_main()
 """
-_SYS_PATH = list(sys.path)  # before handlers files change it, as they do in the child
 
 MAX_MESSAGE = 64 << 10  # characters of a log line or a message from a child process
 
@@ -2544,6 +2588,125 @@ def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> bytes:
         "max_result": ctx.max_result,
     }
     return run_on_executor(job, ctx) if EXECUTOR else run_isolated(job, ctx)
+
+
+# -- the event loop --------------------------------------------------------
+#
+# All async handlers run on one asyncio event loop, in a thread of its own.
+
+
+class LoopSelector(selectors.DefaultSelector):
+    """What an event loop waits in, once in each of its turns."""
+
+    on_turn: Callable[[], None]
+
+    def select(self, timeout: Optional[float] = None) -> Any:
+        """Wait for something to do, once what all handlers need has been done."""
+        self.on_turn()
+        return super().select(timeout)
+
+
+class EventLoop:
+    """An event loop in a thread of its own, which runs async handlers.
+
+    `on_end` is called in that thread when a run is over. Raises SettingsError if the
+    system has no thread left.
+    """
+
+    def __init__(self, on_end: Callable[[Context, Any], None]) -> None:
+        self._asyncio = lazy_import("asyncio")
+        self._on_end = on_end
+        # The empty set of context variables that each run begins with.
+        self._variables = lazy_import("contextvars").Context()
+        self._new: Deque[Tuple[Context, Callable[[], Any]]] = deque()  # runs to start
+        self._is_woken = False  # the loop is about to start these
+        self._runs: Dict[Any, Context] = {}  # by asyncio task
+        self._closing = False
+        self._turns = 0
+        self._seen: Tuple[int, Any] = 0, None  # a turn, and the asyncio task in it
+        self._seen_at = math.inf
+        selector = LoopSelector()
+        selector.on_turn = self._on_turn
+        self._loop = self._asyncio.SelectorEventLoop(selector)
+        self.thread = 0  # native id, 0 when it has started something: see free_children
+        self._thread = start_thread("event-loop", self._run)
+
+    def start(self, context: Context, make: Callable[[], Any]) -> None:
+        """Run the coroutine that a function makes."""
+        self._new.append((context, make))
+        if not self._is_woken:
+            self._is_woken = True
+            start_new = self._start_new
+            self._loop.call_soon_threadsafe(start_new, context=self._variables)
+
+    def close(self, timeout: float) -> None:
+        """Cancel what runs, let async generators end, and close the loop.
+
+        Waits for so many seconds. The thread goes on as long as something runs.
+        """
+        self._closing = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout)
+
+    def log_blocked(self) -> None:
+        """Log it if a handler has blocked the loop since a call a second before."""
+        seen, now = (
+            (self._turns, self._asyncio.current_task(self._loop)),
+            time.monotonic(),
+        )
+        if seen != self._seen or not seen[1]:
+            self._seen, self._seen_at = seen, now
+        elif now - self._seen_at >= 0.9:
+            self._seen_at = math.inf  # it is logged once
+            stack = sys._current_frames().get(self._thread.ident or 0)
+            trace = "".join(traceback.format_stack(stack, 5))
+            context = self._runs.get(seen[1]) or Context(
+                "?", type=str(seen[1].get_coro())
+            )
+            text = "blocks all async handlers"
+            log_run(logging.WARNING, context, text, traceback=trace)
+
+    # -- what the thread does
+
+    def _run(self) -> None:
+        _bound.context = self
+        self._user_code = UserCode()
+        with self._user_code:
+            while not self._closing:
+                with contextlib.suppress(BaseException):  # such as a task's SystemExit
+                    self._loop.run_forever()
+            with contextlib.suppress(BaseException):
+                self._loop.run_until_complete(self._end_all())
+            self._loop.close()
+
+    def _on_turn(self) -> None:
+        self._turns += 1
+        self._user_code.__exit__(None, None, None)
+        if not self.thread:
+            use_one_cpu()
+            self.thread = threading.get_native_id()
+
+    def _start_new(self) -> None:
+        self._is_woken = False
+        while self._new:
+            context, make = self._new.popleft()
+            run = self._loop.create_task(make())
+            self._runs[run] = context
+            run.add_done_callback(self._end, context=self._variables)
+            stop = functools.partial(self._loop.call_soon_threadsafe, run.cancel)
+            context.on_stop(stop)
+
+    def _end(self, run: Any) -> None:
+        context = self._runs.pop(run)
+        if not run.cancelled():  # before it could begin
+            self._on_end(context, run.result())
+
+    async def _end_all(self) -> None:
+        runs = self._asyncio.all_tasks() - {self._asyncio.current_task()}
+        for run in runs:
+            run.cancel()
+        await self._asyncio.gather(*runs, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
 
 
 # ======================================================================
@@ -3530,9 +3693,14 @@ class TaskQueue:
         self,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        rules: Callable[[str], Rules] = lambda type: Rules(),
     ) -> None:
-        self._clock, self._monotonic = clock, monotonic
-        self._ready: queue.PriorityQueue[Entry] = queue.PriorityQueue()
+        self._clock, self._monotonic, self._rules = clock, monotonic, rules
+        # Those of ordinary handlers, and of async ones.
+        self._ready: Sequence[queue.PriorityQueue[Entry]] = (
+            queue.PriorityQueue(),
+            queue.PriorityQueue(),
+        )
         self._entries: Dict[str, Entry] = {}  # those that are not stale, by task id
         self._delayed: List[Tuple[float, Entry]] = []  # a heap, by the monotonic clock
         self._inherited: List[Tuple[float, Entry]] = []  # a heap, by the wall clock
@@ -3550,33 +3718,35 @@ class TaskQueue:
         entry = Entry(rank, task.seq, task.id, task.type, due)
         self._entries[task.id] = entry
         if task.due_at is None or wait <= 0:
-            self._ready.put(entry)
+            self._make_ready(entry)
         elif inherited:
             heapq.heappush(self._inherited, (task.due_at, entry))
         else:
             heapq.heappush(self._delayed, (due, entry))
         return wait
 
-    def get(self) -> Optional[Entry]:
+    def get(self, is_async: bool = False) -> Optional[Entry]:
         """Wait for a ready entry, and take it out; None once the queue is closed."""
-        entry = self._ready.get()
+        entry = self._ready[is_async].get()
         if entry is _END_OF_QUEUE:
-            self._ready.put(entry)  # for the next worker
+            self._ready[is_async].put(entry)  # for the next worker
             return None
         return entry
 
     def close(self) -> None:
         """Let get() return None once nothing is ready."""
-        self._ready.put(_END_OF_QUEUE)
+        for ready in self._ready:
+            ready.put(_END_OF_QUEUE)
 
-    def start(self, entry: Entry, limit: int) -> bool:
+    def start(self, entry: Entry) -> bool:
         """Return whether the task of an entry can start now, and count it as running.
 
-        Otherwise the entry is stale, or parked since `limit` tasks of its type run
-        already (0 for no limit).
+        Otherwise the entry is stale, or parked since as many tasks of its type run
+        already as may.
         """
         if not self._is_live(entry):
             return False
+        limit = self._rules(entry.type).max_running
         if limit and self._running[entry.type] >= limit:
             heapq.heappush(self._parked.setdefault(entry.type, []), entry)
             return False
@@ -3602,7 +3772,7 @@ class TaskQueue:
         clocks = (self._delayed, self._monotonic()), (self._inherited, self._clock())
         for heap, now in clocks:
             while heap and heap[0][0] <= now:
-                self._ready.put(heapq.heappop(heap)[1])
+                self._make_ready(heapq.heappop(heap)[1])
             if heap:
                 wait = min(wait, heap[0][0] - now)
         return wait
@@ -3610,6 +3780,9 @@ class TaskQueue:
     def waits_until(self, moment: float) -> bool:
         """Return whether a task waits that can start by then (monotonic clock)."""
         return any(entry.since <= moment for entry in self._entries.values())
+
+    def _make_ready(self, entry: Entry) -> None:
+        self._ready[self._rules(entry.type).is_async].put(entry)
 
     def _is_live(self, entry: Entry) -> bool:
         return self._entries.get(entry.task_id) is entry
@@ -3620,7 +3793,7 @@ class TaskQueue:
         while parked:
             entry = heapq.heappop(parked)
             if self._is_live(entry):
-                self._ready.put(entry)
+                self._make_ready(entry)
                 return
 
     def _prune(self) -> None:
@@ -3631,11 +3804,11 @@ class TaskQueue:
         limit = 2 * (len(self._entries) + 100)
         if len(self._delayed) > limit:
             self._delayed = sorted(d for d in self._delayed if self._is_live(d[1]))
-        for heap in (self._ready.queue, *self._parked.values()):
+        threads, loop = self._ready
+        for heap in (threads.queue, loop.queue, *self._parked.values()):
             if len(heap) > limit:
-                with (
-                    self._ready.mutex
-                ):  # workers take entries without our caller's lock
+                # Workers take entries without our caller's lock.
+                with threads.mutex, loop.mutex:
                     live = [e for e in heap if e is _END_OF_QUEUE or self._is_live(e)]
                     heap[:] = sorted(live)
 
@@ -3925,7 +4098,7 @@ class TaskStore(TaskReader):
         self.on_stuck: Callable[[Context], None] = lambda context: None
         self._clock, self._monotonic, self.rules = clock, monotonic, rules
         # What follows the latest decisions, written or not; the lock guards it.
-        self._queue = TaskQueue(clock, monotonic)
+        self._queue = TaskQueue(clock, monotonic, rules)
         self._timers = Timers(monotonic)  # by run
         self._drained_by = math.inf  # on the monotonic clock
         # Tasks that were processing when the last process died, as they go on.
@@ -4021,18 +4194,17 @@ class TaskStore(TaskReader):
         self._new += len(tasks)
         return tasks, commit
 
-    def claim(self) -> Optional[Tuple[Task, Context]]:
+    def claim(self, is_async: bool = False) -> Optional[Tuple[Task, Context]]:
         """Wait for the next task and start it; None when none will start any more.
 
         Before its handler runs, begin() says whether it still is to.
         """
         while True:
-            entry = self._queue.get()
+            entry = self._queue.get(is_async)
             if entry is None:
                 return None
             with self._lock:
-                limit = self.rules(entry.type).max_running
-                if self._may_start() and self._queue.start(entry, limit):
+                if self._may_start() and self._queue.start(entry):
                     return self._start(entry)
 
     def _start(self, entry: Entry) -> Tuple[Task, Context]:
@@ -4399,39 +4571,76 @@ def backoff(first: float, failures: int) -> float:
 def run_one(task: Task, context: Context, handlers: Mapping[str, Handler]) -> Outcome:
     """Run a task's handler and return how it ended, whatever it does."""
     try:
-        if task.type not in handlers:  # it came from a journal
-            known = ", ".join(sorted(handlers))
-            text = "no task type %s is registered any more; known: %s"
-            raise Failure(text % (quote(task.type), known))
-        context.check()  # it may have been cancelled before it could begin
-        result = run_handler(handlers[task.type], params_of(task), context)
-        return Outcome(COMPLETED, result)
-    except Cancelled:
+        known = handler_of(task, context, handlers)
+        return Outcome(COMPLETED, run_handler(known, params_of(task), context))
+    except BaseException as error:  # SystemExit too: it must not end the worker
+        return outcome_of(error, context)
+
+
+async def run_one_async(
+    task: Task, context: Context, handlers: Mapping[str, Handler]
+) -> Outcome:
+    """Do as run_one() for an async handler."""
+    try:
+        known = handler_of(task, context, handlers)
+        result = await known.run_here(params_of(task), context)
+        return Outcome(COMPLETED, encode_result(result, context.max_result))
+    except BaseException as error:
+        if context.cancelled and isinstance(
+            error, lazy_import("asyncio").CancelledError
+        ):
+            error = Cancelled()
+        return outcome_of(error, context)
+
+
+def handler_of(
+    task: Task, context: Context, handlers: Mapping[str, Handler]
+) -> Handler:
+    """Return the handler of a task that is to run; raises Failure or Cancelled."""
+    if task.type not in handlers:  # it came from a journal
+        known = ", ".join(sorted(handlers))
+        text = "no task type %s is registered any more; known: %s"
+        raise Failure(text % (quote(task.type), known))
+    context.check()  # it may have been cancelled before it could begin
+    return handlers[task.type]
+
+
+def outcome_of(error: BaseException, context: Context) -> Outcome:
+    """Return how a run has ended that raised this error, which is being handled."""
+    if isinstance(error, Cancelled):
         if context.cancelled:
             return Outcome(CANCELLED)
-        error = "Cancelled: raised, though nobody had asked for it"
-        return Outcome(FAILED, error=error)
-    except Retry as error:
+        text = "Cancelled: raised, though nobody had asked for it"
+        return Outcome(FAILED, error=text)
+    if isinstance(error, Retry):
         limit, after = _number(error.max_attempts), _number(error.after)
         last = limit is not None and context.attempt >= limit
         status = FAILED if last else PENDING
         return Outcome(status, error=describe(error), after=after, final=last)
-    except DamagedTask as error:
+    if isinstance(error, DamagedTask):
         return Outcome(FAILED, error=str(error))
-    except BaseException as error:  # SystemExit too: it must not end the worker
-        if not isinstance(error, Failure):
-            context.log_traceback(format_trace())
-        return Outcome(FAILED, error=describe(error), final=isinstance(error, Fail))
+    if not isinstance(error, Failure):
+        context.log_traceback(format_trace())
+    return Outcome(FAILED, error=describe(error), final=isinstance(error, Fail))
 
 
 class WorkerPool:
-    """Up to `count` threads that run tasks, and one that keeps time."""
+    """Up to `count` threads that run tasks, and one that keeps time.
+
+    If there are async handlers, another one starts up to `async_count` of them.
+    """
 
     short_run = 0.0005  # seconds, below which another CPU is not worth its while
 
     def __init__(
-        self, store: TaskStore, handlers: Mapping[str, Handler], count: int
+        self,
+        store: TaskStore,
+        handlers: Mapping[str, Handler],
+        count: int,
+        async_count: int = 1000,
     ) -> None:
+        self._loop: Optional[EventLoop] = None
+        self._slots = threading.Semaphore(async_count)  # for async handlers
         self._store = store
         self._handlers = handlers
         self._count = count
@@ -4451,12 +4660,20 @@ class WorkerPool:
 
     def start(self) -> None:
         """Start the first worker; raises SettingsError if not even that is possible."""
+        if any(known.is_async for known in self._handlers.values()):
+            self._loop = EventLoop(self._end_async)
+            start_thread("async", functools.partial(self._start_async, self._loop))
         self.timer = start_thread("timer", self._keep_time)
         with self._lock:
             self._grow()
             if not self._threads:
                 text = "no thread can be started; tasks would never run"
                 raise SettingsError(text, temporary=True)
+
+    def close(self, timeout: float) -> None:
+        """End the event loop, if there is one; wait for so many seconds."""
+        if self._loop:
+            self._loop.close(timeout)
 
     # -- threads; these assume the lock, but for _replace()
 
@@ -4483,6 +4700,8 @@ class WorkerPool:
 
     def _replace(self, context: Context) -> None:
         """Stop counting a worker whose handler does not stop. Takes the lock."""
+        if self._store.rules(context.type).is_async:
+            self._slots.release()
         with self._lock:
             if context in self._busy:  # else it has just returned
                 self._busy.remove(context)
@@ -4500,6 +4719,8 @@ class WorkerPool:
             except Exception:
                 log.exception("a timer failed; the others go on")
                 wait = 1.0
+            if self._loop:
+                self._loop.log_blocked()
             with self._lock:
                 self._free_long_runs()
                 if not self._refill():
@@ -4528,16 +4749,41 @@ class WorkerPool:
                     return
                 self._idle += 1
 
+    def _start_async(self, loop: EventLoop) -> None:
+        """Have the event loop run tasks, as many as may run at once."""
+        use_one_cpu()
+        while True:
+            self._slots.acquire()
+            claimed = self._store.claim(is_async=True)
+            if claimed is None:
+                return
+            if self._store.begin(*claimed):
+                task, context = claimed
+                log_run(logging.DEBUG, context, "attempt %d started", task.attempt)
+                run = functools.partial(run_one_async, *claimed, self._handlers)
+                loop.start(context, run)
+            else:
+                self._slots.release()
+
+    def _end_async(self, context: Context, outcome: Outcome) -> None:
+        if self._end(context, outcome):  # else _replace() has done that
+            self._slots.release()
+
     def _run(self, task: Task, context: Context) -> None:
         """Run a task and record how that ended, whatever it was."""
         log_run(logging.DEBUG, context, "attempt %d started", task.attempt)
-        outcome = self._run_on_cpus(task, context)
+        self._end(context, self._run_on_cpus(task, context))
+
+    def _end(self, context: Context, outcome: Outcome) -> bool:
+        """Record how a run ended; return whether its task had not ended before."""
         seconds = time.monotonic() - context.began
         log_end = functools.partial(self._log_end, context, seconds)
         try:
             self._store.finish(context, outcome, log_end)
+            return True
         except IllegalMove:
             log_run(logging.WARNING, context, "its handler returned after its end")
+            return False
 
     def _run_on_cpus(self, task: Task, context: Context) -> Outcome:
         """Run a task on one CPU if runs of its type have been short, or on all."""
@@ -5122,7 +5368,7 @@ def list_types(app: App, request: Request) -> Reply:
 def type_document(app: App, name: str) -> Dict[str, Any]:
     """Describe a task type, with the rules in force for it."""
     entry, rules = app.handlers[name], app.store.rules(name)._asdict()
-    in_force = {rule: rules[rule] for rule in rules if rules[rule] is not None}
+    in_force = {rule: rules[rule] for rule in RULES if rules[rule] is not None}
     document = {"type": name, "description": entry.description, "params": entry.schema}
     return {**document, "rules": in_force}
 
@@ -7313,7 +7559,8 @@ class Service:
         access = Access(read_token(settings), settings["INSECURE"])
         tls = tls_context(settings)
         self.store = TaskStore(limits, rules=rules, types=handlers)
-        self.pool = WorkerPool(self.store, handlers, settings["WORKER_COUNT"])
+        counts = settings["WORKER_COUNT"], settings["ASYNC_COUNT"]
+        self.pool = WorkerPool(self.store, handlers, *counts)
         scheme = "https" if tls else "http"
         app = App(self.store, handlers, access, settings["MAX_WAIT"], scheme)
         self.server = self._listen(app)
@@ -7389,6 +7636,7 @@ class Service:
         number = self._next_event()
         self.manager.notify("STOPPING=1")
         left = self._drain(signal.Signals(number).name)
+        self.pool.close(1.0)
         if self.journal:
             saved, fate = self.journal.close(EXIT_TIMEOUT), "left for the next start"
             if not saved:

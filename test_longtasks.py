@@ -8425,12 +8425,15 @@ NAMES = {setting.name for setting in longtasks.SETTINGS}
 class Process:
     """A real `python longtasks.py` on a free port."""
 
-    def __init__(self, *flags, env=None, command=(sys.executable, SCRIPT), stdout=None):
+    def __init__(
+        self, *flags, env=None, command=(sys.executable, SCRIPT), stdout=None, cwd=None
+    ):
         environ = {k: v for k, v in os.environ.items() if k not in NAMES}
         self.lines: List[str] = []
         self.process = subprocess.Popen(
             [*command, *flags],
             stdout=stdout,
+            cwd=cwd,
             stderr=subprocess.PIPE,
             close_fds=False,  # inheritable files are meant to be inherited
             env={**environ, "PORT": "0", **(env or {})},
@@ -11452,6 +11455,47 @@ def test_systemd_accepts_the_unit_of_the_readme_and_rates_it_safe(tmp_path):
     assert (done.returncode, b"longtasks" in done.stderr) == (0, False), done.stderr
     safe = ["systemd-analyze", "security", "--offline=true", "--threshold=20", path]
     assert subprocess.run(safe, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def installed_for_systemd():
+    """The lines of the README that install the service, and the one that starts it."""
+    start = re.search("ExecStart=/usr/bin/(.*)", blocks("Under systemd", "ini")[0])
+    return blocks("Under systemd", "sh")[0], start.group(1).split()
+
+
+def installed_in_a_container():
+    (text,) = blocks("In a container", "dockerfile")
+    text = text.replace("WORKDIR ", "RUN mkdir /app; cd ")
+    text = text.replace("COPY ", 'RUN cp "$OLDPWD"/')
+    start = re.search("ENTRYPOINT (.*)", text).group(1)
+    return "\n".join(re.findall("^RUN (.*)", text, re.MULTILINE)), json.loads(start)
+
+
+@pytest.mark.parametrize("installed", [installed_for_systemd, installed_in_a_container])
+def test_the_readme_starts_the_service_from_bytecode_of_this_very_file(
+    installed, tmp_path
+):
+    lines, start = installed()
+    there, file = str(tmp_path / "there"), tmp_path / "there" / "__main__.py"
+    lines = lines.replace(start[-1], there)
+    shutil.copy(SCRIPT, str(tmp_path))
+    shell(lines.replace("python3", sys.executable), cwd=str(tmp_path))
+    # No file of the current folder is taken for a module, and no variable is heeded.
+    write(tmp_path, "raise SystemExit('not this one')", "json.py")
+    options = {"env": {"PYTHONPATH": str(tmp_path)}, "cwd": str(tmp_path)}
+    for version, is_cached in (("1.0.0", True), ("1.0.9", False)):
+        status = file.stat()
+        text = re.sub('(__version__ =) "1.0.0"', r'\1 "%s"' % version, source_of(file))
+        file.write_text(text, encoding="utf-8")
+        os.utime(str(file), ns=(status.st_atime_ns, status.st_mtime_ns))
+        command = [sys.executable, "-v", *start[1:-1], there, "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, **options)
+        assert done.stdout == "longtasks %s\n" % version
+        found = "code object from '%s" % os.path.join(there, "__pycache__")
+        assert (found in done.stderr) is is_cached
+    with process(command=[sys.executable, *start[1:-1], there], **options) as running:
+        task_id = submitted(running.port, "long_computation", {"duration": 0})
+        assert result_of(running.port, task_id)["status"] == "completed"
 
 
 def test_the_stop_timeouts_in_the_readme_are_longer_than_a_drain(tmp_path):

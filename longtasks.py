@@ -53,9 +53,9 @@ line:
      4563  8. Worker pool
      4834  9. HTTP API
      5927  10. HTTP server
-     7013  11. Client
-     7474  12. Main
-     8018  13. The page
+     6844  11. Client
+     7305  12. Main
+     7833  13. The page
 
 Three things hold throughout:
 
@@ -4874,8 +4874,8 @@ class Request:
         self.headers = headers
         self.body = b""
         # How the body is framed, set by the HTTP server.
-        self.keep = self.chunked = False
-        self.length = 0
+        self.keep = False
+        self.length = 0  # -1: it comes in chunks
         # Where the request leads, set by find_route().
         self.route: Optional[Route] = None
         self.label = OTHER  # the route's path, for metrics
@@ -6023,9 +6023,12 @@ MAX_HEADERS = 100
 PIECE = 4 << 10  # bytes that are read at once from a client that has sent little
 
 _TCHARS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(r"(%s) (\S+) HTTP/([0-9])\.([0-9])" % _TCHARS)
-_START = re.compile(rb"(%s( .*)?)?" % _TCHARS.encode(), re.DOTALL)  # of such a line
-_ABSOLUTE = re.compile(r"https?://([^/?#]+)/?(.*)", re.IGNORECASE)
+_REQUEST_LINE = re.compile(
+    r"(%s) (?:[Hh][Tt][Tt][Pp][Ss]?://([^/?#\s]+))?(\S*) HTTP/([0-9])\.([0-9])"
+    % _TCHARS
+)
+_START = re.compile(rb"\r?|%s( .*)?" % _TCHARS.encode(), re.DOTALL)  # of such a line
+_NOT_HTTP = 'the first line must be like "GET / HTTP/1.1", and lines end in CR LF'
 _TARGET = re.compile(r'/[^\x00-\x20"#<>\\^`{|}\x7f-\xff]*')
 # The line before a chunk: its size, and extensions, which are ignored.
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
@@ -6061,8 +6064,7 @@ def parse_head(head: bytes) -> Request:
         headers = {**headers, "host": authority}
     request = Request(method, target, version, headers)
     request.keep = keeps_alive(version, headers)
-    request.chunked = is_chunked(version, headers)
-    request.length = content_length(headers)
+    request.length = body_length(version, headers)
     return request
 
 
@@ -6074,21 +6076,20 @@ def parse_request_line(line: str) -> Tuple[str, str, str, str]:
     """
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        raise no_request_line()
-    method, target, major, minor = match.groups()
+        raise HTTPError(400, _NOT_HTTP)
+    method, authority, target, major, minor = match.groups()
     if major != "1":
         raise HTTPError(505, "this is HTTP/1.1")
     if len(target) > MAX_TARGET:
         raise HTTPError(414, "the target is longer than %d bytes" % MAX_TARGET)
-    authority, absolute = "", _ABSOLUTE.fullmatch(target)
-    if absolute:
-        authority, target = absolute.group(1), "/" + absolute.group(2)
+    if authority:
         if authority.startswith(":") or not _HOST.fullmatch(authority):
             raise HTTPError(400, "the target names no host")
+        target = target if target.startswith("/") else "/" + target
     if not _TARGET.fullmatch(target) and (method, target) != ("OPTIONS", "*"):
         detail = "the target must be a path, with special characters in it as %XX"
         raise HTTPError(400, detail)
-    return method, target, "1.0" if minor == "0" else "1.1", authority
+    return method, target, "1.0" if minor == "0" else "1.1", authority or ""
 
 
 def check_start(head: bytes) -> None:
@@ -6098,20 +6099,9 @@ def check_start(head: bytes) -> None:
         parse_request_line(line.decode("latin-1"))
         check_line_ends(head)
     elif b"\n" in head or not _START.fullmatch(head[:64]):
-        raise no_request_line()
-
-
-def no_request_line() -> HTTPError:
-    """Return the error for a first line that is not HTTP."""
-    detail = 'the first line must be like "GET / HTTP/1.1", and lines end in CR LF'
-    return HTTPError(400, detail)
-
-
-def too_long(head: bytes) -> HTTPError:
-    """Return the error for a head with more than MAX_HEAD bytes."""
-    if b"\r\n" in head[:MAX_HEAD]:
-        return HTTPError(431, "the headers have more than %d bytes" % MAX_HEAD)
-    return HTTPError(414, "the target is longer than %d bytes" % MAX_TARGET)
+        raise HTTPError(400, _NOT_HTTP)
+    elif len(head) > MAX_HEAD:
+        raise HTTPError(414, "the target is longer than %d bytes" % MAX_TARGET)
 
 
 def check_line_ends(text: bytes) -> None:
@@ -6150,10 +6140,16 @@ def keeps_alive(version: str, headers: Mapping[str, str]) -> bool:
     return "close" not in options and (version != "1.0" or "keep-alive" in options)
 
 
-def is_chunked(version: str, headers: Mapping[str, str]) -> bool:
-    """Whether the body comes in chunks (RFC 9112, 6.1); raises HTTPError."""
+def body_length(version: str, headers: Mapping[str, str]) -> int:
+    """Return the length of the body in bytes, -1 if it comes in chunks (RFC 9112, 6).
+
+    Raises HTTPError.
+    """
+    length = headers.get("content-length", "0")
     if "transfer-encoding" not in headers:
-        return False
+        if not re.fullmatch("[0-9]{1,18}", length, re.ASCII):
+            raise HTTPError(400, "Content-Length must be a number of bytes")
+        return int(length)
     if "content-length" in headers:
         raise HTTPError(400, "both Content-Length and Transfer-Encoding")
     if version == "1.0":
@@ -6163,71 +6159,56 @@ def is_chunked(version: str, headers: Mapping[str, str]) -> bool:
         raise HTTPError(400, "chunked must be the last transfer coding, and once")
     if codings != ["chunked"]:
         raise HTTPError(501, "the only transfer coding is chunked")
-    return True
+    return -1
 
 
-def content_length(headers: Mapping[str, str]) -> int:
-    """Return the Content-Length in bytes, 0 without one; raises HTTPError."""
-    length = headers.get("content-length", "0")
-    if not re.fullmatch("[0-9]{1,18}", length, re.ASCII):
-        raise HTTPError(400, "Content-Length must be a number of bytes")
-    return int(length)
+_PHRASES = {int(status): status.phrase for status in HTTPStatus}
+_date = functools.lru_cache(1)(functools.partial(formatdate, usegmt=True))
+_BODY_HEADERS = "Content-Type: %s\r\nCache-Control: no-store\r\n"
+_BODY_HEADERS += "X-Content-Type-Options: nosniff\r\n"
 
 
 def encode_head(reply: Reply, date: str, version: str, keep: bool) -> bytes:
     """Return a reply's head as it is sent to a client that speaks this version."""
-    connection = "close" if not keep else "keep-alive" if version == "1.0" else ""
-    sized = reply.stream is None and reply.status != 204
-    text = _head_form(reply.status, reply.media, sized, connection)
-    size = reply.size if reply.more else len(reply.body)
-    text %= (date, size) if sized else (date,)
+    text = "HTTP/1.1 %d %s\r\nServer: longtasks\r\nDate: %s\r\n"
+    text %= reply.status, _PHRASES[reply.status], date
+    if reply.status != 204:
+        text += _BODY_HEADERS % reply.media
+        if reply.stream is None:
+            text += "Content-Length: %d\r\n" % reply.size
+    if not keep or version == "1.0":
+        text += "Connection: keep-alive\r\n" if keep else "Connection: close\r\n"
     for header in reply.headers.items():
         text += "%s: %s\r\n" % header
     return (text + "\r\n").encode("latin-1")
 
 
-@functools.lru_cache(maxsize=256)
-def _head_form(status: int, media: str, sized: bool, connection: str) -> str:
-    lines = [
-        "HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase),
-        "Server: longtasks",
-        "Date: %s",
-    ]
-    if status != 204:
-        lines.append("Content-Type: " + media)
-        lines.append("Cache-Control: no-store")
-        lines.append("X-Content-Type-Options: nosniff")
-    if sized:
-        lines.append("Content-Length: %d")
-    if connection:
-        lines.append("Connection: " + connection)
-    return "\r\n".join(lines) + "\r\n"
-
-
 # -- connections -----------------------------------------------------------
 
 BUSY, IDLE, READING, SENDING = "busy", "idle", "reading", "sending"
-QUICK = 0.0001  # seconds; several replies that took less are sent in one piece
+LINGERING = "lingering"
 
 
 class Connection:
     """A client's connection: reads requests and answers them, one after the other.
 
-    `state` says whether it waits for its client: to begin a request (IDLE), to send
-    more of one (READING) or to take a reply (SENDING). The client's time runs from
-    `since` on, which its bytes move forward by the time that they take at the slowest
-    rate. The server reads both without a lock: slightly old values do no harm.
+    `state` says what its thread waits for: that the client begins a request (IDLE),
+    sends more of it (READING), takes a reply (SENDING) or closes after a refusal
+    (LINGERING). The client's time runs from `since` on, which its bytes move forward by
+    the time that they take at the slowest rate. Its socket has no timeout: the server
+    ends a connection whose time is up. It reads both without a lock, since slightly old
+    values do no harm.
     """
 
     def __init__(self, client: Any, address: Any, server: "APIServer") -> None:
         self.socket, self.address, self.server = client, address, server
         self.state = BUSY
         self.since = self.began = time.monotonic()
-        self.over_limit = self.half_closed = self.evicted = False
-        self.counts: Counter[Tuple[str, str, int]] = Counter()  # of its replies
+        self.over_limit = self.half_closed = False
+        self.ended: Optional[Tuple[int, str]] = None  # by the server: why
         self.woken: Optional[threading.Event] = None  # by the server, for a half-close
+        self.counts: Counter[Tuple[str, str, int]] = Counter()  # of its replies
         self.buffer = b""  # received, but not parsed
-        self.unsent = b""  # replies that are sent together with the next
         self.overhead = 0  # bytes of a chunked body that are no data
         self.bare = False  # the request is a HEAD: its reply has no body
         self.streamed = 0  # bytes, of a stream
@@ -6235,8 +6216,11 @@ class Connection:
         self.request: Any = None
         self.head: Optional[bytes] = None
         self.token = b""
-        self.timeout: Optional[float] = None  # of the socket
-        self.idle_timeout: Optional[float] = None  # None: the kernel does it
+
+    @property
+    def client_left(self) -> Optional[threading.Event]:
+        """The event to set once the client has left, while a reply waits."""
+        return self.request.client_left if self.request else None
 
     def serve(self) -> None:
         """Answer requests until one side is done."""
@@ -6244,10 +6228,8 @@ class Connection:
             self._prepare()
             while self._serve_one():
                 pass
-        except (socket.timeout, BlockingIOError):
-            log.debug("%s was too slow", self.address)
         except OSError as error:
-            log.debug("%s has left: %s", self.address, error)
+            log.debug("%s has left or was too slow: %s", self.address, error)
 
     def _prepare(self) -> None:
         with contextlib.suppress(OSError, AttributeError):  # not every system has both
@@ -6255,15 +6237,26 @@ class Connection:
             # Else the kernel keeps megabytes for each client that does not read.
             lowat = socket.TCP_NOTSENT_LOWAT
             self.socket.setsockopt(socket.IPPROTO_TCP, lowat, 2 * LARGE)
-        limit = 1.0 if self.over_limit else math.inf
-        idle_timeout = min(self.server.idle_timeout, limit)
-        if not set_kernel_timeouts(self.socket, idle_timeout, self.server.send_timeout):
-            self.idle_timeout = idle_timeout
         if self.server.tls:
             # Not in the thread that accepts: a silent client must not hold up others.
-            self._become_idle()
-            self._set_timeout(min(self.server.request_timeout, limit))
+            self.state = IDLE
             self.socket.do_handshake()
+
+    def end(self, status: int, detail: str) -> None:
+        """Wake the thread if it waits for its client; called by the server.
+
+        A request that comes just then is still answered:
+
+            the server                      this thread
+            finds it IDLE
+                                            receives a request
+            sets `ended`, SHUT_RD
+                                            answers it, with Connection: close
+        """
+        self.ended = status, detail
+        how = socket.SHUT_RDWR if self.state == SENDING else socket.SHUT_RD
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(how)
 
     def _serve_one(self) -> bool:
         """Read one request and answer it; False when it was the last."""
@@ -6278,18 +6271,21 @@ class Connection:
                 self._check(request)
                 self.head = head
             request = self.request
-            if request.length or request.chunked:
+            if request.length:
                 request.body = self._read_body(request)
         except HTTPError as error:
             self.counts[OTHER, OTHER, error.status] += 1
             self._send_reply(refusal(error), request, False)
             self._linger()
             return False
-        reply = self._reply_to(request)
+        if self.over_limit and request.path not in ("/healthz", "/readyz"):
+            reply = refusal(self.server.over_limit())
+        else:
+            reply = respond(self.server.app, request)
         method = request.method if request.method in METHODS else OTHER
         self.counts[method, request.label, reply.status] += 1
         keep = request.keep and reply.stream is None
-        keep = keep and not (self.over_limit or self.evicted or self.server.closing)
+        keep = keep and not (self.over_limit or self.ended or self.server.closing)
         self._send_reply(reply, request, keep)
         request.body = b""  # the request is kept for its head
         return keep
@@ -6306,82 +6302,39 @@ class Connection:
             detail = "the body is larger than " + counted(self.server.max_body, "byte")
             raise HTTPError(413, detail)
 
-    def _reply_to(self, request: Request) -> Reply:
-        if self.over_limit and request.path not in ("/healthz", "/readyz"):
-            return refusal(self.server.over_limit())
-        waits = request.query_text or "prefer" in request.headers
-        if waits or request.method not in ("GET", "HEAD"):
-            self._flush()  # since this one may take a while
-        return respond(self.server.app, request)
-
-    # -- waiting
-
-    def _become_idle(self) -> None:
-        """Wait for the first byte of a request.
-
-            this thread                         APIServer.close()
-            state = IDLE                        closing = True
-            closing? then shut down reading     IDLE? then shut down reading
-
-        Whichever comes first, at least one of the two sees what the other has set.
-        """
-        self.state = IDLE
-        if self.server.closing:
-            self.socket.shutdown(socket.SHUT_RD)
-
-    def _set_timeout(self, seconds: Optional[float]) -> None:
-        """Limit the socket's next calls; None: only the kernel's timeouts apply."""
-        if seconds != self.timeout:  # it is a system call
-            self.socket.settimeout(seconds)
-            self.timeout = seconds
-
-    def _wait(self, state: str, seconds: float) -> None:
-        """Have the next call end so many seconds after `since`, with socket.timeout."""
-        self.state = state
-        left = self.since + seconds - time.monotonic()
-        if left <= 0:
-            raise socket.timeout
-        self._set_timeout(left)
-
-    def _credit(self, size: int) -> None:
-        """Give the client more time for bytes that it has sent or taken."""
-        self.since = min(time.monotonic(), self.since + size / self.server.slowest)
-
     # -- reading
 
     def _read_head(self) -> Optional[bytes]:
         """Read up to the empty line that ends a head; None when nothing comes."""
         if not self.buffer:
-            self._set_timeout(self.idle_timeout)
-            self._become_idle()
+            self.state, self.since = IDLE, time.monotonic()
             self.buffer = self.socket.recv(PIECE)
             self.state = BUSY
             if not self.buffer:
                 return None
         self.began = self.since = time.monotonic()
-        self.bare = False
-        if self.buffer == b"\r":
-            self.buffer += self._receive()
-        if self.buffer.startswith(b"\r\n"):  # some clients send it (RFC 9112, 2.2)
-            self.buffer = self.buffer[2:]
         while True:
-            self.bare = self.buffer.startswith(b"HEAD ")  # also of what is refused
-            head, end, rest = self.buffer.partition(b"\r\n\r\n")
+            # Some clients send an empty line first (RFC 9112, 2.2).
+            skipped = 2 if self.buffer.startswith(b"\r\n") else 0
+            head, end, rest = self.buffer[skipped:].partition(b"\r\n\r\n")
+            self.bare = head.startswith(b"HEAD ")  # also of what is refused
             if end and len(head) <= MAX_HEAD:
                 self.buffer = rest
                 return head
             check_start(head)
             if end or len(head) > MAX_HEAD + 3:  # of the end, 3 bytes may be there
-                raise too_long(head)
+                raise HTTPError(431, "the headers have more than %d bytes" % MAX_HEAD)
             self.buffer += self._receive()
 
     def _read_body(self, request: Request) -> bytes:
         if "expect" in request.headers:
             if find_route(request).body:  # else refused before the body is sent
                 request.check_body_type()
-            if request.version != "1.0" and len(self.buffer) < (request.length or 1):
+            if request.version != "1.0" and len(self.buffer) < max(1, request.length):
                 self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return self._read_chunks() if request.chunked else self._read(request.length)
+        if request.length < 0:
+            return self._read_chunks()
+        return self._read(request.length)
 
     def _read_chunks(self) -> bytes:
         """Read a body in chunks, without extensions and trailers (RFC 9112, 7.1)."""
@@ -6402,23 +6355,21 @@ class Connection:
 
     def _read_line(self) -> bytes:
         """Read a line of a body in chunks; raises HTTPError."""
-        while True:
-            line, end, rest = self.buffer.partition(b"\r\n")
-            check_line_ends(line)
-            if self.overhead + len(line) > MAX_HEAD:  # tiny chunks cost much time
-                detail = "sizes and extensions of chunks have more than %d bytes"
-                raise HTTPError(431, detail % MAX_HEAD)
-            if end:
-                self.buffer, self.overhead = rest, self.overhead + len(line)
-                return line
+        while b"\n" not in self.buffer and len(self.buffer) <= MAX_HEAD:
             self.buffer += self._receive()
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        self.overhead += len(line)
+        if self.overhead > MAX_HEAD:  # tiny chunks cost much time
+            detail = "lines between chunks have more than %d bytes" % MAX_HEAD
+            raise HTTPError(431, detail)
+        if not line.endswith(b"\r"):
+            raise HTTPError(400, "lines must end in CR LF")
+        return line[:-1]
 
     def _read(self, length: int) -> bytes:
         """Read so many bytes of a body; raises HTTPError."""
-        data, self.buffer = self.buffer[:length], self.buffer[length:]
-        if len(data) == length:
-            return data
-        body = bytearray(data)
+        body = bytearray(self.buffer[:length])
+        self.buffer = self.buffer[length:]
         while len(body) < length:
             # Reading reserves memory: little for a client that has sent little.
             size = min(length - len(body), max(PIECE, 4 * len(body)), LARGE)
@@ -6427,45 +6378,36 @@ class Connection:
 
     def _receive(self, size: int = PIECE) -> bytes:
         """Read more of a request that has begun; raises HTTPError."""
-        self._flush()
-        try:
-            self._wait(READING, self.server.request_timeout)
-            data: bytes = self.socket.recv(size)
-        except socket.timeout:
-            raise HTTPError(408, "the request took too long to arrive") from None
-        self._credit(len(data))
+        self.state = READING
+        data: bytes = self.socket.recv(size)
         self.state = BUSY
-        if data:
-            return data
-        if self.server.closing:
-            raise HTTPError(503, "the service is shutting down", Retry_After="30")
-        if self.evicted:
-            raise self.server.over_limit()
-        raise HTTPError(400, "the request ended before it was complete")
+        self._credit(len(data))
+        if self.ended:
+            raise HTTPError(*self.ended, Retry_After="1")
+        if not data:
+            raise HTTPError(400, "the request ended before it was complete")
+        return data
+
+    def _credit(self, size: int) -> None:
+        """Give the client more time for bytes that it has sent or taken."""
+        self.since = min(time.monotonic(), self.since + size / self.server.slowest)
 
     def _linger(self) -> None:
         """Discard what still comes: after a close, the kernel would drop the reply."""
         self.socket.shutdown(socket.SHUT_WR)
-        self.since, size = time.monotonic(), PIECE
-        while True:
-            self._wait(READING, self.server.linger_timeout)
-            if not self.socket.recv(size):
-                return
-            size = LARGE  # this client does send
+        self.state, self.since = LINGERING, time.monotonic()
+        end = self.since + self.server.timeouts[LINGERING]
+        while self.socket.recv(PIECE) and time.monotonic() < end:
+            pass
 
     # -- sending
 
     def _send_reply(self, reply: Reply, request: Optional[Request], keep: bool) -> None:
-        """Send a reply, or keep it for the next one, and log it."""
+        """Send a reply, and log it."""
         version = request.version if request else "1.1"
         data = encode_head(reply, self.server.date(), version, keep)
-        if not self.bare:
-            data += reply.body
         try:
-            if keep and self.buffer and self._is_quick(reply):
-                self.unsent += data
-                return
-            self._send(data)
+            self._send(data if self.bare else data + reply.body)
             for part in () if self.bare else reply.more:
                 self._send(part)
             if reply.stream is not None:
@@ -6476,45 +6418,26 @@ class Connection:
             if log.isEnabledFor(logging.DEBUG):
                 self._log(reply, request)
 
-    def _is_quick(self, reply: Reply) -> bool:
-        """Whether the next reply, to a request that is here already, may come with it.
-
-        Slow ones are sent at once: a client that has left does not get many of them.
-        """
-        small = not reply.more and len(self.unsent) + len(reply.body) < LARGE
-        return small and time.monotonic() - self.began < QUICK
-
     def _has_gone(self) -> bool:
         """Whether the client has closed its socket, so that the send was refused."""
         events = closed_by_peer([self.socket.fileno()]).values()
         return any(event & (select.POLLHUP | select.POLLERR) for event in events)
 
-    def _flush(self) -> None:
-        if self.unsent:
-            self._send(b"")
-
     def _send(self, data: bytes) -> None:
-        """Send all of this, or raise OSError when the client is too slow to take it."""
-        if self.unsent:
-            data, self.unsent = self.unsent + data, b""
-        self.state, self.since, sent = SENDING, time.monotonic(), 0
-        if self.timeout is None and len(data) <= LARGE:
-            sent = self.socket.send(data)  # the kernel limits the time of this one
-        while sent < len(data):
-            self._wait(SENDING, self.server.send_timeout)
-            size = self.socket.send(memoryview(data)[sent:])
-            self._credit(size)
-            sent += size
+        """Send all of this; raises OSError once the client has left or is too slow."""
+        view, self.state, self.since = memoryview(data), SENDING, time.monotonic()
+        for at in range(0, len(data), LARGE):
+            self.socket.sendall(view[at : at + LARGE])
+            self._credit(LARGE)
         self.state = BUSY
 
     def _send_stream(self, stream: Iterator[bytes]) -> None:
         """Send pieces as they come, to a client that reads them."""
         with contextlib.closing(stream):  # type: ignore
-            self._set_timeout(self.server.stream_timeout)
             for data in () if self.bare else stream:
                 if self.server.app.access.token != self.token:
                     return  # a client with the new one may come back
-                self.socket.sendall(data)
+                self._send(data)
                 self.streamed += len(data)
 
     def _log(self, reply: Reply, request: Optional[Request]) -> None:
@@ -6543,23 +6466,6 @@ def closed_by_peer(numbers: Iterable[int]) -> Dict[int, int]:
         if number >= 0:  # else it was closed here just now
             poll.register(number, getattr(select, "POLLRDHUP", 0))
     return dict(poll.poll(0))
-
-
-def set_kernel_timeouts(client: socket.socket, read: float, write: float) -> bool:
-    """Have the kernel limit the seconds of each read and write; False if it can't.
-
-    settimeout() makes two system calls of each of them, and a wait for the GIL after
-    either.
-    """
-    if os.name != "posix" or type(client) is not socket.socket:
-        return False
-    try:
-        for option, seconds in (("SO_RCVTIMEO", read), ("SO_SNDTIMEO", write)):
-            timeval = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
-            client.setsockopt(socket.SOL_SOCKET, getattr(socket, option), timeval)
-    except OSError:  # a system whose timeval is not two longs
-        return False
-    return True
 
 
 # -- TLS -------------------------------------------------------------------
@@ -6614,46 +6520,16 @@ def _tls_socket_class(ssl: Any) -> Any:
 
 # -- Unix sockets ----------------------------------------------------------
 
-LOCK_TIMEOUT = 5.0  # seconds for which another process may lock a socket's folder
 
-
-@contextlib.contextmanager
-def socket_place(path: str) -> Iterator[None]:
-    """While this lasts, a Unix socket can be bound to a path, for its owner only.
-
-    Raises OSError if the path is in use; the socket of a dead process is removed. The
-    folder is locked, for otherwise both of two processes could listen there:
-
-        one process                   another process
-        finds a dead socket           finds the same
-        removes it, binds, listens
-                                      removes the living one, binds, listens
-    """
-    fcntl = lazy_import("fcntl")
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    umask = os.umask(0o177)
-    try:
-        if not within(LOCK_TIMEOUT, lambda: fcntl.flock(folder, fcntl.LOCK_EX)):
-            raise OSError(errno.EAGAIN, "another process keeps the folder locked")
-        with contextlib.suppress(FileNotFoundError):
-            _remove_stale(path)
-        yield
-    finally:
-        os.umask(umask)
-        os.close(folder)
-
-
-def _remove_stale(path: str) -> None:
+def remove_stale(path: str) -> None:
+    """Remove the Unix socket of a dead process; raises OSError for anything else."""
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise OSError(errno.EEXIST, "the file there is not a socket")
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1.0)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise OSError(errno.EADDRINUSE, "another process listens there")
+        if probe.connect_ex(path) != errno.ECONNREFUSED:
+            raise OSError(errno.EADDRINUSE, "another process listens there")
+    os.unlink(path)
 
 
 # -- processor and memory --------------------------------------------------
@@ -6680,24 +6556,22 @@ _NO_CLIENT = (errno.EAGAIN, errno.EBADF)
 
 
 class APIServer(ThreadingHTTPServer):
-    """Listens, and serves each connection in a thread of its own."""
+    """Listens, and serves each connection in a thread of its own.
+
+    The thread that accepts also ends connections: when the time of a client is up, and
+    those that the service waits for longest when there is no place for a new one.
+    """
 
     request_queue_size = 1024  # with 5, the default, clients wait seconds under load
     allow_reuse_address = os.name != "nt"  # there, two could listen on one port
     poll_interval = 0.1  # seconds that stopping may take
 
-    idle_timeout = 60.0  # seconds until the first byte of a request
-    request_timeout = 20.0  # seconds to send a request, beside what its bytes take
-    send_timeout = 60.0  # seconds to take a reply, beside what its bytes take
     slowest = 16_384  # bytes a second
-    stream_timeout = 10.0  # seconds to take what is new of a stream
-    linger_timeout = 2.0  # seconds to read a refusal
-
     reserve = 32  # connections over the limit, which get a 503 or are probes
     half_closed_limit = 16  # connections served whose clients had already closed
-    idle_grace, slow_grace = 0.1, 0.3  # seconds before such a client may be evicted
+    grace = 0.2  # seconds before an idle or slow client may be evicted
     eviction_wait = 0.1  # seconds that accepting waits for an evicted client to end
-    wake_interval = 0.25  # seconds between looks for clients that have left
+    check_interval = 0.25  # seconds between looks at all clients
     trim_after = 100  # connections that end until memory is given back,
     trim_interval = 10.0  # but not more often than in so many seconds
 
@@ -6707,24 +6581,22 @@ class APIServer(ThreadingHTTPServer):
         app: App,
         max_body: int,
         max_connections: int,
-        listener: Optional[socket.socket] = None,
     ) -> None:
-        """`address` is a host and a port, or a path; `listener` listens already."""
+        """`address` is a host and a port, or the path of a Unix socket."""
         self.app = app._replace(traffic=self.traffic)
         self.tls: Any = None  # an ssl.SSLContext
-        self.max_body = max_body
-        self.max_connections = max_connections
+        self.max_body, self.max_connections = max_body, max_connections
+        # Seconds until the first byte of a request, to send it, to take a reply and to
+        # read a refusal, beside what the bytes take at the slowest rate.
+        self.timeouts = {IDLE: 60.0, READING: 20.0, SENDING: 60.0, LINGERING: 2.0}
         self.closing = False
-        self._listener = listener
         self._file: Optional[os.stat_result] = None  # the Unix socket
         # Guards the connections and the counts; notifies when a connection has ended.
         self._changed = threading.Condition()
         self._counts: Counter[Tuple[str, str, int]] = Counter()  # of those that ended
         self.connections: Dict[socket.socket, Connection] = {}
-        self._few = min(self.reserve, 1 + max_connections // 32)  # evicted at once
-        self._warn_at = self._trim_at = self._wake_at = 0.0  # not before then
+        self._warn_at = self._trim_at = self._check_at = 0.0  # not before then
         self._ended = 0  # connections, since memory was given back
-        self._date = (0, "")
         if isinstance(address, str):
             self.address_family = socket.AF_UNIX
         elif ":" in address[0]:
@@ -6737,24 +6609,27 @@ class APIServer(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind; unlike HTTPServer, don't look up the host's name, which takes time."""
-        if self._listener:
-            self.socket.close()
-            self.socket = self._listener
-            self.server_address = self.socket.getsockname()
-        elif isinstance(self.server_address, str):
+        if isinstance(self.server_address, str):
             self._bind_unix(self.server_address)
             return
-        else:
-            socketserver.TCPServer.server_bind(self)
+        socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore
+        host = "[%s]" if ":" in self.server_name else "%s"
+        place = self.app.scheme, host % self.server_name, self.server_port
+        self.url = "%s://%s:%d" % place
         self.app.access.listen_on(self.server_name)  # the address, not the name
 
     def _bind_unix(self, path: str) -> None:
-        with NO_FORK, socket_place(path):
+        """Bind to a path, for the owner of this process only."""
+        if os.path.lexists(path):
+            remove_stale(path)
+        umask = os.umask(0o177)
+        try:
             self.socket.bind(path)
-            self.server_activate()  # before another process can find it dead
-            self._file = os.lstat(path)
-        self.server_name, self.server_port = path, 0
+        finally:
+            os.umask(umask)
+        self._file = os.lstat(path)
+        self.server_name, self.server_port, self.url = path, 0, "unix:" + path
         self.app.access.path = os.path.abspath(path)
 
     def server_close(self) -> None:
@@ -6765,29 +6640,15 @@ class APIServer(ThreadingHTTPServer):
             if self._file and os.path.samestat(self._file, os.lstat(path)):
                 os.unlink(path)
 
-    @property
-    def url(self) -> str:
-        """Where clients reach this server."""
-        if not self.server_port:
-            return "unix:" + self.server_name
-        host = "[%s]" if ":" in self.server_name else "%s"
-        host %= self.server_name
-        return "%s://%s:%d" % (self.app.scheme, host, self.server_port)
-
     # -- accepting
-
-    def serve_forever(self, poll_interval: float = poll_interval) -> None:
-        """Accept clients until close(), which takes up to so many seconds to notice."""
-        use_one_cpu()
-        super().serve_forever(poll_interval)
 
     def service_actions(self) -> None:
         """Do what is due besides accepting one client; called by socketserver."""
         self._accept_pending()
         now = time.monotonic()
-        if now >= self._wake_at:
-            self._wake_at = now + self.wake_interval
-            self._wake_abandoned()
+        if now >= self._check_at:
+            self._check_at = now + self.check_interval
+            self._check_clients()
         if self._ended >= self.trim_after and now >= self._trim_at:
             self._ended, self._trim_at = 0, now + self.trim_interval
             give_back_memory()
@@ -6820,7 +6681,7 @@ class APIServer(ThreadingHTTPServer):
                 PRIVATE.add(client)
         except OSError as error:
             if error.errno in _EXHAUSTED:
-                self._evict_and_wait(str(error))  # or the loop would spin until then
+                self._evict(str(error))  # or the loop would spin until then
             raise
         return client, address or (self.url, 0)  # that of a Unix socket is empty
 
@@ -6840,23 +6701,27 @@ class APIServer(ThreadingHTTPServer):
 
     def _admit(self, connection: Connection) -> None:
         """Register a connection; raises HTTPError if it is not to be served."""
-        client = connection.socket
+        number = connection.socket.fileno()
         with self._changed:
-            if self._is_full() and self._count_evicted() >= self._few:
-                self._changed.wait(self.eviction_wait)  # to be able to evict another
             if self._is_full():
                 self._evict(str(self.over_limit()))
             connection.over_limit = self._is_full()
-            self.connections[client] = connection
             # Its client may have left, and a flood of such must not hold up others.
-            if closed_by_peer([client.fileno()]):
-                connection.half_closed = True
-                half_closed = sum(c.half_closed for c in self.connections.values())
-                if half_closed > self.half_closed_limit:
-                    detail = "too many clients did not wait for their answers"
-                    raise HTTPError(503, detail, Retry_After="1")
+            connection.half_closed = bool(closed_by_peer([number]))
+            self.connections[connection.socket] = connection
             if len(self.connections) > self.max_connections + self.reserve:
                 raise self.over_limit()
+            half_closed = sum(c.half_closed for c in self.connections.values())
+            if connection.half_closed and half_closed > self.half_closed_limit:
+                detail = "too many clients did not wait for their answers"
+                raise HTTPError(503, detail, Retry_After="1")
+
+    def _is_full(self) -> bool:
+        """Whether the limit is reached, without those that are ending."""
+        if len(self.connections) < self.max_connections:
+            return False
+        ending = sum(bool(c.ended) for c in self.connections.values())
+        return len(self.connections) - ending >= self.max_connections
 
     def _start(self, connection: Connection) -> None:
         """Start a connection's thread; raises HTTPError if the system has none left."""
@@ -6868,7 +6733,7 @@ class APIServer(ThreadingHTTPServer):
                 _thread.start_new_thread(self.process_request_thread, client)
                 return
             except RuntimeError as error:
-                self._evict_and_wait(str(error))
+                self._evict(str(error))
         raise self.over_limit()
 
     def over_limit(self) -> HTTPError:
@@ -6894,74 +6759,51 @@ class APIServer(ThreadingHTTPServer):
         """Log an unexpected error of a connection; called by socketserver, too."""
         log.error("connection of %s failed", address, exc_info=True)
 
-    # -- eviction
-
-    def _is_full(self) -> bool:
-        """Whether the limit is reached. Assumes the lock."""
-        over = len(self.connections) - self.max_connections
-        return over >= 0 and over >= self._count_evicted()
-
-    def _count_evicted(self) -> int:
-        """Return how many evicted ones have not ended yet. Assumes the lock."""
-        return sum(connection.evicted for connection in self.connections.values())
+    # -- clients that are slow or have left
 
     def _evict(self, reason: str) -> None:
-        """Evict the clients that the service waits for longest. Assumes the lock.
+        """End connections that wait longest for their clients, and wait for an end.
 
-        Idle ones first, for their clients can connect again without a loss, then those
-        that are slow to send or to read. A few at once, to search less often. A request
-        that comes just then is still answered:
-
-            this thread                     the connection's thread
-            finds it IDLE
-                                            receives a request
-            evicted = True, SHUT_RD
-                                            answers it, with Connection: close
+        Idle clients first, for they can connect again without a loss, then those that
+        are slow to send or to read. A few at once, to search less often.
         """
         now = time.monotonic()
-        if now >= self._warn_at:
-            self._warn_at = now + 10
-            log.warning("evicting idle and slow clients: %s", reason)
-        found = [c for c in self.connections.values() if self._is_evictable(c, now)]
-        found.sort(key=lambda c: (c.state != IDLE, c.since))
-        for connection in found[: self._few - self._count_evicted()]:
-            connection.evicted = True
-            sending = connection.state == SENDING
-            how = socket.SHUT_RDWR if sending else socket.SHUT_RD
-            with contextlib.suppress(OSError):
-                connection.socket.shutdown(how)
-
-    def _is_evictable(self, connection: Connection, now: float) -> bool:
-        if connection.state == BUSY or connection.over_limit or connection.evicted:
-            return False
-        grace = self.idle_grace if connection.state == IDLE else self.slow_grace
-        return now - connection.since > grace
-
-    def _evict_and_wait(self, reason: str) -> None:
-        """Evict a few clients, and wait a little for a connection to end."""
         with self._changed:
-            self._evict(reason)
-            self._changed.wait(self.eviction_wait)
+            if now >= self._warn_at:
+                self._warn_at = now + 10
+                log.warning("evicting idle and slow clients: %s", reason)
+            found = [
+                c
+                for c in self.connections.values()
+                if c.state != BUSY and not c.ended and now - c.since > self.grace
+            ]
+            found.sort(key=lambda c: (c.state != IDLE, c.since))
+            for connection in found[: 1 + self.max_connections // 32]:
+                connection.end(503, str(self.over_limit()))
+            # Without one, a moment: where accepting fails, its loop must not spin.
+            self._changed.wait(self.eviction_wait if found else 0.005)
 
-    def _wake_abandoned(self) -> None:
-        """Wake threads that wait for a task on behalf of clients that have left.
+    def _check_clients(self) -> None:
+        """End connections whose time is up, and waits of clients that have left.
 
         A client that has closed only its own side may still read a stream. So that is
         woken once, to send a comment: a client that has left answers with a reset.
         """
+        now, reason = time.monotonic(), (408, "the request took too long to arrive")
+        if self.closing:
+            reason = 503, "the service is shutting down"
         with self._changed:
-            waiting = {
-                connection.socket.fileno(): connection
-                for connection in self.connections.values()
-                if connection.request and connection.request.client_left
-            }
+            connections = {c.socket.fileno(): c for c in self.connections.values()}
+        for c in connections.values():
+            if now - c.since > self.timeouts.get(c.state, math.inf) and not c.ended:
+                c.end(*reason)
+        waiting = [n for n, c in connections.items() if c.client_left]
         for number, events in closed_by_peer(waiting).items():
-            connection = waiting[number]
-            client_left = connection.request and connection.request.client_left
-            if events & select.POLLHUP or client_left is not connection.woken:
-                connection.woken = client_left
-                if client_left:
-                    client_left.set()
+            c = connections[number]
+            client_left = c.client_left
+            if client_left and (events & select.POLLHUP or client_left is not c.woken):
+                c.woken = client_left
+                client_left.set()
 
     # -- counting
 
@@ -6976,37 +6818,26 @@ class APIServer(ThreadingHTTPServer):
 
     def date(self) -> str:
         """Return the time for the header Date, made once a second."""
-        # No lock: of several that make it at once, each is right.
-        now, made = int(time.time()), self._date
-        if made[0] != now:
-            self._date = made = (now, formatdate(now, usegmt=True))
-        return made[1]
+        return _date(int(time.time()))
 
     # -- stopping
 
     def close(self, timeout: float = 0.0) -> None:
         """Stop listening, answer the requests that have come, and close connections.
 
-        Waits at most five seconds for requests that are incomplete, and `timeout`
-        seconds for replies that clients are still reading.
+        Waits at most `timeout` seconds, but at least five, for clients that are still
+        sending a request or reading a reply.
         """
         self.closing = True
+        self.timeouts.update({IDLE: 0.0, READING: 5.0})
         self.shutdown()
-        if self._listener is None:  # else a successor accepts them
-            self._accept_pending()
+        self._accept_pending()
         self.server_close()
+        end = time.monotonic() + max(5.0, timeout)
         with self._changed:
-            for client, connection in self.connections.items():
-                # An idle one wakes with the request that has just come, or with none.
-                if connection.state == IDLE:
-                    with contextlib.suppress(OSError):
-                        client.shutdown(socket.SHUT_RD)
-            self._changed.wait_for(lambda: not self.connections, 5.0)
-            self._changed.wait_for(lambda: not self._are_sending(), timeout)
-
-    def _are_sending(self) -> bool:
-        """Whether replies are on their way. Assumes the lock."""
-        return any(c.state == SENDING for c in self.connections.values())
+            while self.connections and time.monotonic() < end:
+                self._check_clients()
+                self._changed.wait(self.poll_interval)
 
 
 # ======================================================================
@@ -7490,36 +7321,19 @@ HANGUP = getattr(signal, "SIGHUP", None)  # there is none on Windows
 class ServiceManager:
     """Talks to a service manager, such as systemd, if the environment names one.
 
-    The protocols are sd_notify(3), sd_watchdog_enabled(3) and sd_listen_fds(3). Their
-    variables are removed from `environ`, so that no child process takes itself for the
-    service. Raises SettingsError for a socket that the service can't listen on.
+    The protocols are sd_notify(3) and sd_watchdog_enabled(3). Their variables are
+    removed from `environ`, so that no child process takes itself for the service.
     """
-
-    first_fd = 3  # of the sockets that are passed: SD_LISTEN_FDS_START
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
         pid = str(os.getpid())
         path = environ.pop("NOTIFY_SOCKET", "")
         usec = environ.pop("WATCHDOG_USEC", "")
         watched = environ.pop("WATCHDOG_PID", "")
-        count, owner = environ.pop("LISTEN_FDS", "0"), environ.pop("LISTEN_PID", "")
-        environ.pop("LISTEN_FDNAMES", None)
         self._path = "\0" + path[1:] if path.startswith("@") else path  # abstract
         self._watchdog = usec.isdecimal() and watched in ("", pid)
         # Seconds between reports: at most a third of what the watchdog allows.
         self.interval = min(5.0, int(usec) / 3e6) if self._watchdog else 5.0
-        passed = owner == pid and count != "0"
-        self.listener = self._take_listener(count) if passed else None
-
-    def _take_listener(self, count: str) -> socket.socket:
-        with contextlib.suppress(OSError):
-            os.set_inheritable(self.first_fd, False)
-            listener = socket.socket(fileno=self.first_fd)
-            PRIVATE.add(listener)
-            listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            if count == "1" and listens and listener.family != socket.AF_UNIX:
-                return listener
-        raise SettingsError("LISTEN_FDS must be 1: a TCP socket that listens")
 
     def notify(self, *lines: str) -> None:
         """Send lines such as READY=1, and feed the watchdog; errors are ignored."""
@@ -7578,7 +7392,7 @@ class Service:
             raise SettingsError(name + ": this system has no such sockets")
         limits = settings["MAX_BODY"], settings["MAX_CONNECTIONS"]
         try:
-            return APIServer(address, app, *limits, self.manager.listener)
+            return APIServer(address, app, *limits)
         except OSError as error:
             text = "%s: can't listen: %s" % (name, error.strerror or error)
             raise SettingsError(text, is_temporary(error)) from None
@@ -7626,6 +7440,7 @@ class Service:
 
     def _serve(self) -> None:
         """Accept clients until shutdown(), and then answer those that are connected."""
+        use_one_cpu()
         self.server.serve_forever(self.server.poll_interval)
         self.server.close(self._end - time.monotonic())
         self._events.put(DRAINED)  # wakes the main thread

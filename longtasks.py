@@ -46,16 +46,16 @@ line:
       146  1. Settings
       476  2. Tasks and their states
       799  3. Task registry
-     1480  4. Execution
-     2713  5. Journal
-     3278  6. Events
-     3459  7. Result store and task queue
-     4563  8. Worker pool
-     4834  9. HTTP API
-     5927  10. HTTP server
-     6844  11. Client
-     7305  12. Main
-     7833  13. The page
+     1472  4. Execution
+     2695  5. Journal
+     3279  6. Events
+     3460  7. Result store and task queue
+     4590  8. Worker pool
+     4861  9. HTTP API
+     5990  10. HTTP server
+     6907  11. Client
+     7393  12. Main
+     7923  13. The page
 
 Three things hold throughout:
 
@@ -112,7 +112,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Container, Deque, Dict, FrozenSet, Iterator
 from typing import Iterable, List, Mapping, MutableMapping
 from typing import NamedTuple, Optional, Sequence, Set, Tuple, Union
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, unquote, urlencode
 from urllib.parse import quote as url_quote
 from weakref import WeakSet
 
@@ -390,7 +390,7 @@ def _argument_parser() -> Any:
         "; --help lists the flags",
         prog="longtasks.py",
         usage="%(prog)s [FLAG ...]\n       %(prog)s run|submit|status|result|cancel|"
-        "list|types|help [ARGUMENT ...]",
+        "list|types|pause|resume|help [ARGUMENT ...]",
         description="Long tasks over HTTP: submit, follow, collect the result.",
         epilog="Brackets show each setting's environment variable. %s has no flag. "
         "The commands are a client of the service; each has --help. A browser that "
@@ -1300,20 +1300,20 @@ _LIMITS = {
     "type": "object",
     "additionalProperties": _closed(minimum=_BOUND, maximum=_BOUND),
 }
-# The rules that a type may have; exit_codes and cwd are for programs.
+# The rules that a type may have, and those of a program.
 RULES: Dict[str, Schema] = {
     "timeout": _DURATION,
     "retries": _COUNT,
     "backoff": _DURATION,
     "max_running": _COUNT,
+}
+PROGRAM_RULES: Dict[str, Schema] = {
+    **RULES,
     "exit_codes": {"type": "array", "items": {**_COUNT, "maximum": 255}},
     "cwd": {"type": "string"},
 }
-_ANY_RULES = Validator(_closed(**RULES))
-PROGRAM_RULES = {"exit_codes", "cwd"}
-_HANDLER_RULES = {name: RULES[name] for name in RULES if name not in PROGRAM_RULES}
 _HANDLER_OPTIONS = Validator(
-    _closed(**_HANDLER_RULES, isolated={"type": "boolean"}, limits=_LIMITS)
+    _closed(**RULES, isolated={"type": "boolean"}, limits=_LIMITS)
 )
 SUBMISSION = _closed(
     type={"type": "string"},
@@ -1372,24 +1372,16 @@ def parse_value(text: str, schema: Schema) -> Any:
     return text
 
 
-def read_rules(line: str) -> Tuple[str, Dict[str, Any]]:
-    """Return the type and the rules in a line such as "backup timeout=60 retries=2".
-
-    Raises ValueError or Invalid.
-    """
-    name, *words = shlex.split(line) or [""]
-    pairs = [(rule, text) for rule, _, text in (word.partition("=") for word in words)]
-    if not pairs or not all(text for _, text in pairs):
-        raise ValueError("write TYPE RULE=VALUE ..., as in backup timeout=3600")
-    values = [(rule, _rule_value(RULES.get(rule, {}), text)) for rule, text in pairs]
-    rules: Dict[str, Any] = _ANY_RULES.validate(_read_object(values))
-    return name, rules
-
-
-def _rule_value(schema: Any, text: str) -> Any:
-    if schema.get("type") == "array":
-        return [parse_value(part, schema["items"]) for part in text.split(",")]
-    return parse_value(text, schema)
+def read_rules(words: Sequence[str], schemas: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return the rules in words such as "retries=2"; raises ValueError or Invalid."""
+    pairs = []
+    for rule, _, text in [word.partition("=") for word in words]:
+        schema = schemas.get(rule, {})
+        if "items" in schema:
+            value = [parse_value(part, schema["items"]) for part in text.split(",")]
+        pairs.append((rule, value if "items" in schema else parse_value(text, schema)))
+    rules: Dict[str, Any] = Validator(_closed(**schemas)).validate(_read_object(pairs))
+    return rules
 
 
 # -- handlers files --------------------------------------------------------
@@ -1916,13 +1908,15 @@ class ManagedProcess:
         on_stop(None)                      hits a new process with this number
     """
 
-    def __init__(self, ctx: Context, argv: Sequence[str], **options: Any) -> None:
+    def __init__(
+        self, ctx: Context, argv: Sequence[str], cwd: str = FOLDER, **options: Any
+    ) -> None:
         """Start it with these options of Popen; raises OSError."""
         subprocess = lazy_import("subprocess")
         self._ctx = ctx
         with NO_FORK:
             self._process = subprocess.Popen(
-                argv, start_new_session=True, **{"cwd": FOLDER or None, **options}
+                argv, cwd=cwd or None, start_new_session=True, **options
             )
             self.output = self._process.stdout
             if self.output:
@@ -2335,14 +2329,12 @@ class Program:
         environ["LONGTASKS_TASK_ID"] = ctx.task_id
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
         pipes["stderr"] = subprocess.STDOUT
-        options = dict(pipes, env=environ, cwd=self.rules.cwd or FOLDER or None)
+        options = dict(pipes, env=environ, cwd=path(self.rules.cwd or "") or FOLDER)
         try:
             process = ManagedProcess(ctx, self.arguments(params), **options)
-        except OSError as error:
+        except OSError as error:  # its file is that of the program, or the folder
             reason = exec_fault(self.words[0]) or error.strerror
-            if error.filename == self.rules.cwd:
-                reason = "%s: %s" % (quote(self.rules.cwd), error.strerror)
-            text = "can't run %s: %s" % (quote(self.words[0]), reason)
+            text = "can't run %s: %s" % (quote(error.filename), reason)
             raise Failure(text) from None
         output = ProgramOutput(ctx)
         with process:
@@ -2468,39 +2460,29 @@ def register_command(line: str) -> None:
 
 
 def set_rules(line: str) -> None:
-    """Set rules of a registered type by a line such as "backup timeout=60 retries=2".
+    """Set rules of a task type by a line such as "backup timeout=60 retries=2".
 
     They win over those that its handler sets. Raises HandlerError.
     """
     try:
-        name, rules = read_rules(line)
-        if name not in REGISTRY:
-            known = ", ".join(sorted(REGISTRY))
-            raise HandlerError("no task type %s; known: %s" % (quote(name), known))
-        REGISTRY[name] = _with_rules(REGISTRY[name], rules)
+        name, *words = shlex.split(line) or [""]
+        Validator({"enum": sorted(REGISTRY)}).validate(name, ("the type",))
+        if not words:
+            raise HandlerError("write TYPE RULE=VALUE ..., as in backup timeout=3600")
+        REGISTRY[name] = _with_rules(REGISTRY[name], words)
     except (HandlerError, Invalid, ValueError) as error:
         raise HandlerError("--rule %s: %s" % (quote(line), error)) from None
 
 
-def _with_rules(known: Handler, rules: Dict[str, Any]) -> Handler:
-    """Return a handler with more rules; raises HandlerError for those of programs."""
-    is_program = isinstance(known.function, Program)
-    if not is_program and not PROGRAM_RULES.isdisjoint(rules):
-        raise HandlerError("exit_codes and cwd are for programs (--command)")
-    if "cwd" in rules:
-        rules["cwd"] = find_folder(rules["cwd"])
+def _with_rules(known: Handler, words: Sequence[str]) -> Handler:
+    program = known.function if isinstance(known.function, Program) else None
+    rules = read_rules(words, PROGRAM_RULES if program else RULES)
+    if "cwd" in rules and not os.path.isdir(path(rules["cwd"])):
+        raise HandlerError("cwd: there is no folder " + quote(rules["cwd"]))
     known = known._replace(rules={**known.rules, **rules})
-    if is_program:
-        known.function.rules = Rules(**known.rules)  # type: ignore[attr-defined]
+    if program:
+        program.rules = Rules(**known.rules)
     return known
-
-
-def find_folder(text: str) -> str:
-    """Return the absolute path of a folder; raises HandlerError if none can enter."""
-    folder = path(text)
-    if not (os.path.isdir(folder) and os.access(folder, os.X_OK)):
-        raise HandlerError("cwd: there is no folder %s to run in" % quote(folder))
-    return folder
 
 
 # -- executors -------------------------------------------------------------
@@ -2858,7 +2840,14 @@ class Removal(NamedTuple):
     id: str
 
 
-Record = Union[Task, Removal]  # a row's new content, or that the row is deleted
+class Paused(NamedTuple):
+    """The record of the task types that are paused, all of them."""
+
+    types: FrozenSet[str]
+    seq: int = 0  # there is one such record
+
+
+Record = Union[Task, Removal, Paused]
 
 
 class Commit:
@@ -3047,7 +3036,7 @@ class Journal:
 
     @staticmethod
     def _migrate(db: Any, version: int) -> None:
-        """Add what older versions lack: columns, checksums, the table `gone`."""
+        """Add what older versions lack: columns, checksums, tables."""
         there = {row[1] for row in db.execute("PRAGMA table_info(tasks)")}
         missing = [column for column in COLUMNS if column[0] not in there]
         if "checksum" not in there:
@@ -3060,9 +3049,11 @@ class Journal:
             rows = db.execute(_SELECT)
             sums = [(checksum(row), row[0]) for row in rows if _is_plausible(row)]
             db.executemany("UPDATE tasks SET checksum = ? WHERE seq = ?", sums)
-        # The id twice, as in a task's row with its checksum.
+        # The id or type twice, as a task's row has its id, too, in the checksum.
         columns = "number INTEGER PRIMARY KEY, id TEXT NOT NULL, again TEXT NOT NULL"
         db.execute("CREATE TABLE IF NOT EXISTS gone (%s)" % columns)
+        columns = "type TEXT NOT NULL, again TEXT NOT NULL"
+        db.execute("CREATE TABLE IF NOT EXISTS paused (%s)" % columns)
 
     # -- reading
 
@@ -3089,6 +3080,12 @@ class Journal:
         """
         for copies in self._query("SELECT id, again FROM gone ORDER BY number"):
             yield from self._ids_in(copies, "a row of its table gone")
+
+    def load_paused(self) -> FrozenSet[str]:
+        """Return the types that are paused; of a damaged row both copies."""
+        rows = self._query("SELECT type, again FROM paused")
+        texts = {text for row in rows for text in row if isinstance(text, str)}
+        return frozenset(filter(str.isprintable, texts))
 
     def _query(self, query: str) -> Iterator[Sequence[Any]]:
         try:
@@ -3195,15 +3192,19 @@ class Journal:
         """Write records in one transaction; raises OSError or sqlite3.Error."""
         if os.stat(self.path).st_ino != self._inode:
             raise OSError("the file was replaced")
-        rows = [_to_row(record) for record in records if isinstance(record, Task)]
+        tasks = [_to_row(record) for record in records if isinstance(record, Task)]
         removals = [record for record in records if isinstance(record, Removal)]
         seqs, ids = [(r.seq,) for r in removals], [(r.id, r.id) for r in removals]
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._db.executemany(_REPLACE, rows)
+            self._db.executemany(_REPLACE, tasks)
             self._db.executemany("DELETE FROM tasks WHERE seq = ?", seqs)
             self._db.executemany("INSERT INTO gone (id, again) VALUES (?, ?)", ids)
             self._db.execute(_TRIM, (self.removed_limit,))
+            for paused in (record for record in records if isinstance(record, Paused)):
+                rows = [(type, type) for type in paused.types]
+                self._db.execute("DELETE FROM paused")
+                self._db.executemany("INSERT INTO paused VALUES (?, ?)", rows)
             if self.error:  # so that a commit without records is a try, too
                 self._db.execute(_SET_VERSION)
             self._db.execute("COMMIT")
@@ -3684,9 +3685,9 @@ _END_OF_QUEUE = Entry(math.inf, 0, "", "", 0)  # behind all others
 class TaskQueue:
     """The tasks that wait for a worker. The caller locks, except around get().
 
-    Each waiting task has one entry: it is ready, delayed, or parked as long as as many
-    of its type run as may. Entries of tasks that wait no longer are stale; they are
-    skipped where they come up.
+    Each waiting task has one entry: it is ready, delayed, or parked as long as its type
+    is paused or as many of it run as may. Entries of tasks that wait no longer are
+    stale; they are skipped where they come up.
     """
 
     def __init__(
@@ -3706,6 +3707,7 @@ class TaskQueue:
         self._inherited: List[Tuple[float, Entry]] = []  # a heap, by the wall clock
         self._parked: Dict[str, List[Entry]] = {}  # heaps, by type
         self._running: Counter[str] = Counter()  # handlers, by type
+        self.paused: FrozenSet[str] = frozenset()  # types of which none may start
 
     def add(self, task: Task, inherited: bool = False) -> float:
         """Add a task; return in how many seconds it can start.
@@ -3741,13 +3743,14 @@ class TaskQueue:
     def start(self, entry: Entry) -> bool:
         """Return whether the task of an entry can start now, and count it as running.
 
-        Otherwise the entry is stale, or parked since as many tasks of its type run
-        already as may.
+        Otherwise the entry is stale, or parked since its type is paused, or as many
+        tasks of it run already as may.
         """
         if not self._is_live(entry):
             return False
         limit = self._rules(entry.type).max_running
-        if limit and self._running[entry.type] >= limit:
+        is_full = limit and self._running[entry.type] >= limit
+        if is_full or entry.type in self.paused:
             heapq.heappush(self._parked.setdefault(entry.type, []), entry)
             return False
         del self._entries[entry.task_id]
@@ -3758,6 +3761,13 @@ class TaskQueue:
         """Count a handler of this type as running no longer."""
         self._running[type] -= 1
         self._unpark(type)
+
+    def pause(self, type: str, paused: bool) -> FrozenSet[str]:
+        """Pause a type, or resume it; return all that are paused then."""
+        self.paused = self.paused | {type} if paused else self.paused - {type}
+        for entry in () if paused else self._parked.pop(type, ()):
+            self._make_ready(entry)
+        return self.paused
 
     def discard(self, task_id: str) -> None:
         """Let a task wait no longer."""
@@ -3779,7 +3789,8 @@ class TaskQueue:
 
     def waits_until(self, moment: float) -> bool:
         """Return whether a task waits that can start by then (monotonic clock)."""
-        return any(entry.since <= moment for entry in self._entries.values())
+        waiting = (e for e in self._entries.values() if e.type not in self.paused)
+        return any(entry.since <= moment for entry in waiting)
 
     def _make_ready(self, entry: Entry) -> None:
         self._ready[self._rules(entry.type).is_async].put(entry)
@@ -3879,6 +3890,7 @@ class TaskReader:
         # later moves that are not on disk yet, and the commits that have them:
         self._results = ResultStore(limits, clock, monotonic)
         self._unwritten: Dict[str, Tuple[Task, Commit]] = {}
+        self.paused: FrozenSet[str] = frozenset()  # types, also read without the lock
         self._new = 0  # tasks that no client can see yet
         self._new_bytes = 0
         self._running: Dict[str, Context] = {}  # by task id
@@ -3908,10 +3920,20 @@ class TaskReader:
             if self._journal:
                 self._journal.append(Removal(task.seq, task.id))
 
-    def _remove(self, removed: Record) -> None:
-        """Remove a finished task, unless another one has its id by now."""
-        task = self._results.get(removed.id)
-        if task and task.seq == removed.seq:
+    def _record(self, record: Union[Removal, Paused]) -> Commit:
+        """Have a record written and then shown, or show it now without a journal."""
+        if self._journal:
+            return self._journal.append(record)
+        self._show(record)
+        return _DURABLE
+
+    def _show(self, record: Union[Removal, Paused]) -> None:
+        """Show that types are paused, or remove a task unless its id is another's."""
+        if isinstance(record, Paused):
+            self.paused = record.types
+            return
+        task = self._results.get(record.id)
+        if task and task.seq == record.seq:
             self._results.remove(task)
             self.events.remove(task.id)
 
@@ -4072,6 +4094,12 @@ class TaskReader:
             done.set()
         self._waiting.clear()
 
+    def _is_busy(self) -> bool:
+        """Whether a drain has to wait for a run or for the disk."""
+        if self._journal and self._journal.error:  # not for a run that waits for it
+            return not all(run.waits_for_disk for run in self._running.values())
+        return bool(self._running or self._unwritten)
+
     def _may_start(self) -> bool:
         # With a journal, what waits can do so until the next start.
         return not self._stopped and not (self._journal and self._on_drained)
@@ -4113,6 +4141,7 @@ class TaskStore(TaskReader):
         suspects, crashed = [], not journal.stopped
         with self._lock:
             self._journal, self._results.damaged = journal, journal.damaged
+            self.paused = self._queue.paused = journal.load_paused()
             loaded = self._results.load(journal.load(), journal.load_removed())
             for task in loaded:
                 if task.finished:
@@ -4309,14 +4338,18 @@ class TaskStore(TaskReader):
         may still be removed.
         """
         with self._lock:
-            task, commit = self._find(task_id), _DURABLE
+            task = self._find(task_id)
             if not task.finished:
                 raise Unfinished("task %s is %s, not finished" % (task.id, task.status))
             self._check_journal()
-            if self._journal:
-                commit = self._journal.append(Removal(task.seq, task.id))
-            else:
-                self._remove(task)
+            commit = self._record(Removal(task.seq, task.id))
+        commit.check()
+
+    def pause(self, type: str, paused: bool) -> None:
+        """Pause a type, or resume it; raises Unavailable as delete() does."""
+        with self._lock:
+            self._check_journal()
+            commit = self._record(Paused(self._queue.pause(type, paused)))
         commit.check()
 
     # -- how a run ends; all of these assume the lock
@@ -4401,8 +4434,8 @@ class TaskStore(TaskReader):
                 if commit.error:
                     del self._unwritten[task.id]
             for record in () if commit.error else commit.records:
-                if isinstance(record, Removal):
-                    self._remove(record)
+                if not isinstance(record, Task):
+                    self._show(record)
                     continue
                 if self._unwritten[record.id][0] is record:
                     del self._unwritten[record.id]
@@ -4466,13 +4499,7 @@ class TaskStore(TaskReader):
 
     def _check_drained(self) -> None:
         """Report that the drain is over, if it is. Assumes the lock."""
-        if not self._on_drained:
-            return
-        busy: Any = self._running or self._unwritten
-        if busy and self._journal and self._journal.error:
-            # A drain does not wait for the disk, nor for a run that waits for it.
-            busy = not all(run.waits_for_disk for run in self._running.values())
-        if busy:
+        if not self._on_drained or self._is_busy():
             return
         if not (self._may_start() and self._queue.waits_until(self._drained_by)):
             self._on_drained()
@@ -4880,6 +4907,7 @@ class Request:
         self.route: Optional[Route] = None
         self.label = OTHER  # the route's path, for metrics
         self.task_id = ""
+        self.type = ""
         self.query: Dict[str, Any] = {}
         self.wait = 0.0  # seconds that the reply may wait for the end of the task
         # While the reply waits: set by the server once the client has disconnected.
@@ -5368,9 +5396,28 @@ def list_types(app: App, request: Request) -> Reply:
 def type_document(app: App, name: str) -> Dict[str, Any]:
     """Describe a task type, with the rules in force for it."""
     entry, rules = app.handlers[name], app.store.rules(name)._asdict()
-    in_force = {rule: rules[rule] for rule in RULES if rules[rule] is not None}
+    in_force = {rule: rules[rule] for rule in PROGRAM_RULES if rules[rule] is not None}
     document = {"type": name, "description": entry.description, "params": entry.schema}
-    return {**document, "rules": in_force}
+    return {**document, "rules": in_force, "paused": name in app.store.paused}
+
+
+def pause_type(app: App, request: Request) -> Reply:
+    """Pause a task type: those that run go on, and no other one starts."""
+    return set_paused(app, request.type, True)
+
+
+def resume_type(app: App, request: Request) -> Reply:
+    """Let tasks of a type start again."""
+    return set_paused(app, request.type, False)
+
+
+def set_paused(app: App, name: str, paused: bool) -> Reply:
+    """Pause or resume a type, and reply with its document."""
+    if name not in app.handlers:
+        raise HTTPError(404, "there is no task type " + quote(name))
+    app.store.pause(name, paused)
+    log.info("task type %s: %s", name, "paused" if paused else "resumed")
+    return json_reply(type_document(app, name))
 
 
 def show_index(app: App, request: Request) -> Reply:
@@ -5442,7 +5489,9 @@ def show_health(app: App, request: Request) -> Reply:
 def show_readiness(app: App, request: Request) -> Reply:
     """Show whether the service would accept a task now."""
     app.store.check_open()
-    return json_reply({"status": "ready"})
+    paused = len(app.store.paused.intersection(app.handlers))
+    detail = {"detail": "%s paused" % counted(paused, "task type")} if paused else {}
+    return json_reply({"status": "ready", **detail})
 
 
 def show_options(app: App, request: Request) -> Reply:
@@ -5482,6 +5531,8 @@ def service_metrics(app: App) -> List[Row]:
         ("longtasks_tasks_kept", "gauge", "Finished tasks kept.", counts.finished),
         ("longtasks_queue_limit", "gauge", "Tasks that may wait.",
          app.store.limits.queue),
+        ("longtasks_type_paused", "gauge", "Whether no task of a type may start.",
+         {(name,): int(name in app.store.paused) for name in app.handlers}, "type"),
         ("longtasks_handlers_stuck", "gauge", "Handlers that do not stop.", stuck),
         ("longtasks_task_waiting_seconds", "histogram",
          "Time from when a task could start to its start.", waiting, "type"),
@@ -5564,7 +5615,7 @@ LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}
 AFTER = {"type": "integer", "minimum": 0, "maximum": 10**17, "default": 0}
 KEY = {"type": "string", "pattern": '^("[!-~]{1,255}"|(?!".*"$)[!-~]{1,255})$'}
 PARAMETERS = {
-    name: {
+    name + "InPath" * (place == "path"): {
         "name": name,
         "in": place,
         "required": place == "path",
@@ -5573,6 +5624,7 @@ PARAMETERS = {
     }
     for name, place, schema, description in (
         ("id", "path", ID, "The id of the task."),
+        ("type", "path", STRING, "The name of the task type."),
         ("wait", "query", WAIT, "Seconds to wait for the end of the task."),
         ("status", "query", {"enum": ["", *EXITS]}, "Only tasks of this status."),
         ("type", "query", STRING, "Only tasks of this type."),
@@ -5622,9 +5674,10 @@ FIELDS: Dict[str, Schema] = {
     "priority": {"type": "integer"},
     "percent": {"type": "number"},
     "cancel_requested": {"type": "boolean"},
+    "paused": {"type": "boolean"},
     "params": {"type": "object"},
     "result": {},
-    "rules": _closed(**RULES),
+    "rules": _closed(**PROGRAM_RULES),
 }
 DOCUMENTS: Dict[str, Schema] = {
     "Batch": {
@@ -5650,8 +5703,9 @@ DOCUMENTS: Dict[str, Schema] = {
         counts=_object(" ".join(EXITS), **dict.fromkeys(EXITS, COUNT)),
     ),
     "Submitted": SUBMISSION,
-    "Types": _object("types", types=_list(_object("type description params rules"))),
-    "Probe": _object("status", status=STRING),
+    "Type": _object("type description params rules paused"),
+    "Types": _object("types", types=_list(_ref("schemas", "Type"))),
+    "Probe": _object("status detail?", status=STRING),
     "OpenAPI": {"type": "object"},
     "Problem": _object(
         "type title status detail errors?",
@@ -5717,7 +5771,8 @@ def _type_components(handlers: Mapping[str, Handler]) -> Dict[str, Any]:
 
 def _operation(method: str, route: "Route") -> Dict[str, Any]:
     """Return the description of a method of a path."""
-    parameters = ["id"] * ("{id}" in route.path) + [*route.query, *route.headers]
+    parameters = [name + "InPath" for name in re.findall("{(.*?)}", route.path)]
+    parameters += [*route.query, *route.headers]
     headers = ["Location"] * bool(route.body)
     headers += ["Preference-Applied"] * ("Prefer" in route.headers)
     responses = {
@@ -5767,7 +5822,7 @@ def _content(names: str) -> Dict[str, Any]:
 
 
 class Route(NamedTuple):
-    """A row of ROUTES; {id} in a path stands for the id of a task."""
+    """A row of ROUTES; {id} and {type} in a path stand for the id or type of a task."""
 
     method: str
     path: str
@@ -5812,6 +5867,8 @@ ROUTES = (
     Route("DELETE", "/api/v1/tasks/{id}", delete_task, {204: ""}, (404, 409, 410)),
     Route("GET", "/api/v1/events", all_events, {200: "events"}, (406,), (), _LAST_ID),
     Route("GET", "/api/v1/types", list_types, {200: "Types"}),
+    Route("POST", "/api/v1/types/{type}/pause", pause_type, {200: "Type"}, (404,)),
+    Route("POST", "/api/v1/types/{type}/resume", resume_type, {200: "Type"}, (404,)),
     Route("GET", "/healthz", show_health, {200: "Probe"}, open=True),
     Route("GET", "/readyz", show_readiness, {200: "Probe"}, open=True),
     Route("GET", "/metrics", show_metrics, {200: "metrics"}),
@@ -5836,19 +5893,25 @@ def allowed_methods(path: str) -> str:
     return ", ".join(sorted(methods))
 
 
+# An empty item would mean all tasks to the events.
+_ITEM = re.compile("(/api/v1/(?:tasks|types)/)([^/]+)(.*)", re.DOTALL)
+
+
 def find_route(request: Request) -> Route:
-    """Return the route of a request, and set its task id, query and wait.
+    """Return the route of a request, and set its task id or type, query and wait.
 
     Raises HTTPError.
     """
     if request.method not in METHODS:
         raise HTTPError(501, "there is no method " + quote(request.method))
-    path, above = request.path, "/api/v1/tasks/"
-    if path.startswith(above) and path != above:
-        task_id, slash, below = path[len(above) :].partition("/")
-        if task_id:  # an empty one would mean all tasks to the events
-            request.task_id = task_id.lower()
-            path = above + "{id}" + slash + below
+    path = request.path
+    match = _ITEM.fullmatch(path)
+    if match:
+        above, item, below = match.groups()
+        if above == "/api/v1/tasks/":
+            request.task_id, path = item.lower(), above + "{id}" + below
+        else:
+            request.type, path = unquote(item), above + "{type}" + below
     if path not in _ROUTES:
         raise HTTPError(404, "no such path: %s; GET / lists all routes" % request.path)
     request.label = path
@@ -6969,6 +7032,11 @@ def task_path(task_id: str, suffix: str = "") -> str:
     return "/api/v1/tasks/" + url_quote(task_id, "", errors="surrogateescape") + suffix
 
 
+def type_path(name: str, suffix: str) -> str:
+    """Return the path of a resource below a task type in the API."""
+    return "/api/v1/types/" + url_quote(name, "", errors="surrogateescape") + suffix
+
+
 # -- output ----------------------------------------------------------------
 
 
@@ -7200,7 +7268,7 @@ def types_command(client: Client, args: Any) -> None:
     if args.json:
         print_text(to_json(document).decode())
         return
-    rows = [("TYPE", "PARAMS", "DESCRIPTION")]
+    rows = [("TYPE", "PARAMS", "RULES", "DESCRIPTION")]
     for each in document["types"]:
         params = each["params"].get("properties", {}).items()
         words = [
@@ -7208,8 +7276,26 @@ def types_command(client: Client, args: Any) -> None:
             for name, schema in params
             if schema is not False
         ]
-        rows.append((each["type"], " ".join(words), each["description"]))
+        row = (each["type"], " ".join(words), rules_text(each), each["description"])
+        rows.append(row)
     print_table(rows)
+
+
+def rules_text(document: Mapping[str, Any]) -> str:
+    """Return whether a type is paused, and its rules that aren't the usual ones."""
+    usual, rules = Rules()._asdict(), document.get("rules", {})
+    words = ["%s=%s" % (n, quote(v)) for n, v in rules.items() if v != usual.get(n)]
+    return " ".join(["paused"] * document.get("paused", False) + words)
+
+
+def pause_command(client: Client, args: Any) -> None:
+    """Pause a task type: those that run go on, and no other one starts."""
+    print_text(client.request("POST", type_path(args.type, "/pause")))
+
+
+def resume_command(client: Client, args: Any) -> None:
+    """Let tasks of a type start again."""
+    print_text(client.request("POST", type_path(args.type, "/resume")))
 
 
 def help_command(client: Client, args: Any) -> None:
@@ -7254,6 +7340,8 @@ CLIENT: Dict[str, Tuple[Callable[[Client, Any], None], Any]] = {
     "cancel": (cancel_command, [_ID]),
     "list": (list_command, _LIST),
     "types": (types_command, [_JSON]),
+    "pause": (pause_command, _TASK[:1]),
+    "resume": (resume_command, _TASK[:1]),
     "help": (help_command, [("command", "COMMAND", "to show the help of")]),
 }
 
@@ -7434,6 +7522,8 @@ class Service:
         waiting = counted(counts.pending + counts.processing, "task")
         text = "journal %s: %s waiting, %d finished, %d interrupted"
         log.info(text, journal.path, waiting, counts.finished, len(interrupted))
+        for name in sorted(self.store.paused):
+            log.warning("task type %s: paused", name)
         for task in interrupted:
             if task.status == FAILED:  # by this start: it was interrupted too often
                 log_task(logging.WARNING, task, "failed", {"error": task.error})

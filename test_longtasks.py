@@ -218,6 +218,11 @@ def resolved(schema, document):
     return made
 
 
+def filled(path):
+    """A path that a route of the table describes."""
+    return path.replace("{id}", str(uuid.UUID(int=1))).replace("{type}", "nothing")
+
+
 @functools.lru_cache(maxsize=None)
 def described(method, path):
     """The responses that the OpenAPI document describes, None of an unknown path."""
@@ -229,6 +234,7 @@ def described(method, path):
 def assert_described(method, path, answer):
     """Every answer that a test gets is one that the OpenAPI document describes."""
     path = re.sub("^(/api/v1/tasks/)[^/]+", r"\1{id}", path.partition("?")[0])
+    path = re.sub("^(/api/v1/types/)[^/]+", r"\1{type}", path)
     responses = described(method, path)
     if responses is None:
         return
@@ -2932,6 +2938,73 @@ def test_a_type_may_be_limited_without_holding_up_the_others():
     assert store.claim()[0].id == last.id
 
 
+def test_a_paused_type_starts_no_task_until_it_is_resumed(either):
+    either.submit("t", b"{}")
+    _, context = either.claim()
+    either.pause("t", True)
+    waiting = [either.submit("t", b"{}").id for _ in range(3)]
+    assert nothing_is_ready(either)
+    either.finish(context, DONE)
+    assert nothing_is_ready(either)
+    assert either.paused == {"t"}
+    either.pause("t", False)
+    assert either.paused == set()
+    assert [either.claim()[0].id for _ in waiting] == waiting
+
+
+def test_a_resumed_type_keeps_its_limit():
+    store = new_ledger(rules={"max_running": 1})
+    store.pause("t", True)
+    waiting = [store.submit("t", b"{}").id for _ in range(2)]
+    assert nothing_is_ready(store)
+    store.pause("t", False)
+    first, context = store.claim()
+    claimed = background(store.claim)
+    assert not claimed.done()
+    store.finish(context, DONE)
+    assert [first.id, claimed.result(LONG)[0].id] == waiting
+
+
+def test_a_pause_outlives_the_process_and_damage_to_its_row(tmp_path):
+    path = tmp_path / "tasks.db"
+    with journalled(path) as store:
+        for type in ("t", "u"):
+            store.pause(type, True)
+        store.pause("u", False)
+        waits = store.submit("t", b"{}")
+    foreign(path, "UPDATE paused SET type = CAST(x'ff00' AS TEXT)")
+    with journalled(path) as store:
+        assert store.paused == {"t"}
+        assert nothing_is_ready(store)
+        store.pause("t", False)
+        assert store.claim()[0].id == waits.id
+    with journalled(path) as store:
+        assert store.paused == set()
+
+
+def test_a_pause_is_shown_once_it_is_on_disk_or_refused(tmp_path):
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        paused = background(lambda: store.pause("t", True))
+        store.journal.wait_held()
+        assert store.paused == set()
+        store.journal.failure = OSError("full")
+        store.journal.let.release()
+        with pytest.raises(longtasks.Unavailable):
+            paused.result(LONG)
+        assert store.paused == set()
+        store.journal.failure = None
+        store.journal.free()
+        until(lambda: store.paused == {"t"})
+
+
+def test_a_drain_does_not_wait_for_what_is_paused():
+    store, told = new_ledger(), []
+    store.submit("t", b"{}")
+    store.pause("t", True)
+    store.drain(lambda: told.append(1), 100)
+    assert told == [1]
+
+
 def test_a_stuck_handler_keeps_the_place_of_its_type_until_it_returns():
     clock = Clock()
     store = new_ledger(clock, rules={"timeout": 10, "max_running": 1})
@@ -3921,19 +3994,18 @@ def test_the_recipe_for_a_pipe_works(registry, tmp_path):
     "rule, why",
     [
         ("backup", "write TYPE RULE=VALUE ..., as in backup timeout=3600"),
-        (" ", "write TYPE RULE=VALUE"),
-        ("backup timeout", "write TYPE RULE=VALUE"),
-        ("backup cwd=", "write TYPE RULE=VALUE"),
+        (" ", 'the type must be one of "backup", "long_computation", not ""'),
+        ("bakup timeout=1", 'the type must be one of "backup", "long_computation", '),
         ("backup 'timeout=1", "No closing quotation"),
-        ("bakup timeout=1", 'no task type "bakup"; known: backup, long_computation'),
+        ("backup timeout", 'timeout must be a number from 0 to 1000000000, not ""'),
         ("backup timout=1", "timout is unknown; known here: timeout, retries, "),
         ("backup timeout=1 timeout=2", 'the key "timeout" occurs twice'),
         ("backup timeout=NaN", "timeout must be a number from 0 to 1000000000, not "),
         ("backup max_running=-1", "max_running must be a whole number from 0, not -1"),
         ("backup exit_codes=0,x", "exit_codes[1] must be a whole number from 0 to 255"),
         ("backup exit_codes=256", "exit_codes[0] must be a whole number from 0 to 255"),
-        ("backup cwd=/no-such", 'there is no folder "/no-such" to run in'),
-        ("long_computation cwd=/", "exit_codes and cwd are for programs (--command)"),
+        ("backup cwd=/no-such", 'there is no folder "/no-such"'),
+        ("long_computation cwd=/", "cwd is unknown; known here: timeout, retries, "),
     ],
 )
 def test_a_rule_that_can_not_be_is_one_line_and_code_2(rule, why, capsys, registry):
@@ -3981,7 +4053,8 @@ def test_a_program_whose_folder_is_gone_fails_with_the_name_of_the_folder(
     longtasks.register_command("t=echo")
     longtasks.set_rules("t cwd=%s" % tmp_path)
     tmp_path.rmdir()
-    assert '"%s": No such file' % tmp_path in outcome_of(registry).error
+    error = 'can\'t run "%s": No such file or directory' % tmp_path
+    assert outcome_of(registry).error == error
 
 
 def executable(folder, content, mode=0o755):
@@ -4867,11 +4940,31 @@ def test_damaged_params_are_reported_to_clients(registry, tmp_path):
         assert result_of(service, task_id)["status"] == "completed"
 
 
+def test_a_type_is_paused_and_resumed_over_http(registry):
+    handler("a/b c")(lambda: 1)
+    with records("INFO") as kept, serving() as service:
+        for action, paused in [("pause", True), ("resume", False)]:
+            answer = call(service, "POST", "/api/v1/types/a%2Fb%20c/" + action)
+            assert (answer.status, answer.json["paused"]) == (200, paused)
+            types = call(service, "GET", "/api/v1/types").json["types"]
+            assert [each["paused"] for each in types] == [paused, False]
+            sample = 'longtasks_type_paused{type="a/b c"} %d\n' % paused
+            assert sample in call(service, "GET", "/metrics").body.decode()
+            ready = {"status": "ready", "detail": "1 task type paused"}
+            ready = ready if paused else {"status": "ready"}
+            assert call(service, "GET", "/readyz").json == ready
+            nobody = call(service, "POST", "/api/v1/types/nobody/" + action)
+            assert_problem(nobody, 404, 'there is no task type "nobody"')
+    lines = [record.getMessage() for record in kept if "a/b c" in record.getMessage()]
+    assert lines == ["task type a/b c: paused", "task type a/b c: resumed"]
+
+
 def test_types_are_listed_with_their_schema(service):
     duration = {"type": "number", "default": 180, "minimum": 0, "maximum": 604800}
     (known,) = call(service, "GET", "/api/v1/types").json["types"]
     assert known.pop("description").startswith("Wait so many seconds (at most a week)")
     assert known.pop("rules")["timeout"] == 0
+    assert known.pop("paused") is False
     assert known == {
         "type": "long_computation",
         "params": {
@@ -4897,7 +4990,7 @@ def test_the_index_has_commands_for_this_host_and_all_types_and_routes(service):
 def expected_methods():
     methods = {}
     for route in longtasks.ROUTES:
-        path = route.path.replace("{id}", str(uuid.UUID(int=1)))
+        path = filled(route.path)
         methods.setdefault(path, {"OPTIONS"}).add(route.method)
         if route.method == "GET":
             methods[path].add("HEAD")
@@ -5579,8 +5672,8 @@ def test_openapi_describes_every_route_with_its_head_and_query(service):
         operation = resolved(paths[path][method.lower()], document)
         ids.append(operation["operationId"])
         found = [p["name"] for p in operation["parameters"] if p["in"] == "query"]
-        real = path.replace("{id}", str(uuid.UUID(int=1))) + "?nothing=1"
-        detail = call(service, method, real).json["detail"]
+        answer = call(service, method, filled(path) + "?nothing=1")
+        detail = answer.json["detail"]
         assert detail.endswith("known: " + (", ".join(found) or "none"))
     assert len(set(ids)) == len(routes)
     assert document["openapi"] == "3.1.0"
@@ -5662,8 +5755,7 @@ def test_openapi_asks_for_the_token_where_the_service_does(registry):
         document = call(service, "GET", "/openapi.json", **token).json
         for path, methods in document["paths"].items():
             needed = methods.get("get", {}).get("security", document["security"])
-            real = path.replace("{id}", str(uuid.UUID(int=1)))
-            refused = call(service, "GET", real).status == 401
+            refused = call(service, "GET", filled(path)).status == 401
             assert refused == (needed == [{"token": []}]), path
     assert longtasks.openapi(registry, False)["security"] == []
 
@@ -5677,7 +5769,7 @@ BEARER = "Bearer " + TOKEN
 def test_without_the_token_no_route_reveals_anything(registry):
     requests = [("GET", "/nowhere"), ("OPTIONS", TASKS), ("GET", "/?x=1")]
     for route in longtasks.ROUTES:
-        path = route.path.replace("{id}", str(uuid.UUID(int=1)))
+        path = filled(route.path)
         requests += [(route.method, path), ("PATCH", path)]
     with serving(API_TOKEN=TOKEN) as service:
         for method, path in requests:
@@ -7877,16 +7969,21 @@ def test_types_are_listed_with_the_defaults_of_their_params(client, service, ech
     def bare(x, y=1, z: Any = None):
         pass
 
+    longtasks.set_rules("bare max_running=1 timeout=60")
+    answer = json.loads(client(service, "pause", "bare").out)
+    assert (answer["type"], answer["paused"]) == ("bare", True)
     lines = client(service, "types").out.splitlines()
     assert [line.split() for line in lines[:4]] == [
-        ["TYPE", "PARAMS", "DESCRIPTION"],
+        ["TYPE", "PARAMS", "RULES", "DESCRIPTION"],
         ["any"],
-        ["bare", "x", "y=1", "z=null"],
+        ["bare", "x", "y=1", "z=null", "paused", "timeout=60", "max_running=1"],
         ["echo", "Give", "back", "what", "comes."],
     ]
     assert lines[6].split() == ["typed", "number=1", 'text="x"', "items=[1]"]
     document = call(service, "GET", "/api/v1/types").json
     assert json.loads(client(service, "types", "--json").out) == document
+    assert not json.loads(client(service, "resume", "bare").out)["paused"]
+    assert client(service, "pause", "a/b").err.endswith('no task type "a/b"\n')
 
 
 def test_a_result_is_printed_as_it_came_but_no_control_characters(client, service):
@@ -11226,7 +11323,7 @@ def test_the_commands_about_steering_in_the_readme_work(registry):
         script = re.sub('"duration": [12]}', '"duration": 0.1}', script)
         script = script.replace('"delay": 2', '"delay": 0.1')
         out = shell(script, service.server.server_port)
-        wait, follow, cancelled, limits, batch, listed = out.split("====\n")
+        wait, follow, cancelled, limits, batch, pause, listed = out.split("====\n")
         assert wait.count('"status": "completed"') == 4
         assert 'event: status\ndata: {"id": ' in follow
         assert '"status": "completed"' in follow
@@ -11234,6 +11331,7 @@ def test_the_commands_about_steering_in_the_readme_work(registry):
         assert limits.count('"status": "failed"') == 1
         assert limits.count('"status": "pending"') == 3
         assert batch.count('"status": "pending"') == 3
+        assert re.findall('"paused": (true|false)', pause) == ["true", "false"]
         some, newest, again = map(json.loads, listed.splitlines())
         assert (len(some["tasks"]), len(newest["tasks"])) == (2, 1)
         assert again["status"] == "pending"

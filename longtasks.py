@@ -45,17 +45,17 @@ line:
 
       146  1. Settings
       476  2. Tasks and their states
-      799  3. Task registry
-     1472  4. Execution
-     2695  5. Journal
-     3279  6. Events
-     3460  7. Result store and task queue
-     4590  8. Worker pool
-     4861  9. HTTP API
-     5990  10. HTTP server
-     6907  11. Client
-     7393  12. Main
-     7923  13. The page
+      819  3. Task registry
+     1500  4. Execution
+     2853  5. Journal
+     3465  6. Events
+     3646  7. Result store and task queue
+     4820  8. Worker pool
+     5099  9. HTTP API
+     6250  10. HTTP server
+     7167  11. Client
+     7653  12. Main
+     8183  13. The page
 
 Three things hold throughout:
 
@@ -612,6 +612,8 @@ class Task(NamedTuple):
     due_at: Optional[float] = None  # when a pending task may start
     cancel_requested: int = 0  # 1 when a client wants a processing task to stop
     retry_of: Optional[str] = None  # the id of the task that this one repeats
+    steps: int = 0  # how many are done
+    step_bytes: int = 0  # of their results
     options: Options = NO_OPTIONS
 
     @property
@@ -621,8 +623,9 @@ class Task(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Bytes of params and result, and characters of the error."""
-        return len(self.params) + len(self.result or b"") + len(self.error or "")
+        """Bytes of params, steps and result, and characters of the error."""
+        size = len(self.params) + self.step_bytes
+        return size + len(self.result or b"") + len(self.error or "")
 
     def moved_to(self, status: str, **changes: Any) -> "Task":
         """Return the task after a move; raises IllegalMove if EXITS forbids it."""
@@ -633,6 +636,12 @@ class Task(NamedTuple):
     def put_back(self, **changes: Any) -> "Task":
         """Return the processing task as pending again, for another run."""
         return self.moved_to(PENDING, started_at=None, **changes)
+
+    def with_step(self, step: "Step") -> "Task":
+        """Return the task with one more step done: it gets on, although it crashes."""
+        size = self.step_bytes + len(step.result)
+        steps = self.steps + 1
+        return self._replace(steps=steps, step_bytes=size, interruptions=0)
 
     def after_crash(self, now: float, crashed: bool = True) -> "Task":
         """Return the task as it goes on after a process that left it processing.
@@ -649,6 +658,17 @@ class Task(NamedTuple):
             return task.put_back()
         error = "interrupted %d times: the process died while it ran"
         return task.moved_to(FAILED, ended_at=now, error=error % MAX_INTERRUPTIONS)
+
+
+class Step(NamedTuple):
+    """A step of a task that is done. Times are seconds since 1970, UTC."""
+
+    seq: int  # of the task
+    number: int  # within the task, from 1
+    name: str
+    result: bytes  # JSON
+    started_at: float
+    ended_at: float
 
 
 CANCELLED_WAITING = "cancelled before it ran"
@@ -960,7 +980,9 @@ def handler(
             options = dict(rules, limits=limits or {}, isolated=isolated)
             _HANDLER_OPTIONS.validate(options)
             schema, whole, context = _read_signature(function)
-            is_async = _is_async(function, isolated)
+            is_async = _is_async(function)
+            if is_async:
+                _check_async(isolated)
             for param, limit in (limits or {}).items():
                 _narrow(schema.get("properties", {}), param, limit)
         except (HandlerError, Invalid) as error:
@@ -975,10 +997,15 @@ def handler(
 def _check_name(name: str) -> None:
     if inspect.isroutine(name) or inspect.isclass(name):
         raise HandlerError('write @handler("%s"), with a name' % name.__name__)
-    if not isinstance(name, str) or not 0 < len(name) <= 100 or not name.isprintable():
+    if not is_name(name):
         raise HandlerError("a task type's name is 1 to 100 printable characters")
     if name in REGISTRY:
         raise HandlerError("the task type %s is registered twice" % quote(name))
+
+
+def is_name(name: Any) -> bool:
+    """Whether a task type or a step can have this name."""
+    return isinstance(name, str) and 0 < len(name) <= 100 and name.isprintable()
 
 
 def rules_of(handlers: Mapping[str, Handler], timeout: float, type: str) -> Rules:
@@ -1019,15 +1046,16 @@ def _called(function: Any) -> Tuple[Any, Any]:
     return function, getattr(function, "func", function).__call__
 
 
-def _is_async(function: Any, isolated: bool) -> bool:
-    """Whether a handler is async. If so, import what is needed to run it."""
-    if not any(map(inspect.iscoroutinefunction, _called(function))):
-        return False
+def _is_async(function: Any) -> bool:
+    return any(map(inspect.iscoroutinefunction, _called(function)))
+
+
+def _check_async(isolated: bool) -> None:
+    """Import what is needed to run async handlers; raises HandlerError."""
     if isolated:
         text = "an async handler can't be isolated; an ordinary one can, and may call "
         raise HandlerError(text + "asyncio.run()")
     lazy_import("asyncio")
-    return True
 
 
 def _is_context(param: inspect.Parameter) -> bool:
@@ -1487,6 +1515,11 @@ PROGRESS_INTERVAL = 1.0  # seconds until progress is published that came too fas
 # lines and how many were dropped before them.
 Emit = Callable[["Context", str, Any], None]
 
+MAX_STEPS = 10_000  # of a task
+
+# Saves a step of a run, and calls the function once it can't be lost any more.
+SaveStep = Callable[["Context", Step, Callable[[], Any]], None]
+
 
 class Context:
     """A run of a task, as its handler sees it."""
@@ -1497,6 +1530,7 @@ class Context:
         *("task_id", "type", "attempt", "grace", "kill_at", "max_result", "began"),
         *("waits_for_disk", "thread", "reason", "_emit", "_progress", "_published"),
         *("_published_at", "_lock", "_wake", "_on_stop"),
+        *("steps", "save_step", "_step_names", "_pid"),
     )
 
     def __init__(
@@ -1516,6 +1550,10 @@ class Context:
         self.max_result = sys.maxsize  # bytes
         self.began = 0.0  # on the monotonic clock
         self.waits_for_disk = False  # the handler does not run yet
+        self.steps: Dict[str, Step] = {}  # those done in all runs, by name
+        self.save_step: Optional[SaveStep] = None  # None where that is impossible
+        self._step_names: Optional[Set[str]] = None  # of this run
+        self._pid = os.getpid()
         self.thread = 0  # native id of its thread while that is bound to one CPU
         self.reason = ""  # why the run is to stop, "" as long as it is not
         self._emit = emit
@@ -1577,7 +1615,7 @@ class Context:
 
         Raises RuntimeError in an async handler: that awaits asyncio.sleep() instead.
         """
-        if isinstance(getattr(_bound, "context", None), EventLoop):
+        if _on_event_loop():
             text = "ctx.sleep() would block all async handlers: "
             raise RuntimeError(text + "write await asyncio.sleep()")
         with self._lock:
@@ -1585,6 +1623,75 @@ class Context:
         self.check()
         wake.wait(max(0, min(seconds, threading.TIMEOUT_MAX)))
         self.check()
+
+    def step(
+        self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call a function once in the life of the task, and return its result.
+
+        The result, which must be JSON, is on disk before this returns: later runs of
+        the task get it without a call. A name occurs once in a run, unless the function
+        failed. With an async function, await what this returns. Raises the function's
+        errors, Fail, and Cancelled when the task is to stop.
+        """
+        if _is_async(function):
+            return self._step_async(name, functools.partial(function, *args, **kwargs))
+        if _on_event_loop():
+            text = "ctx.step() would block all async handlers: give it an async "
+            raise RuntimeError(text + "function, and await it")
+        with self._step_called(name) as save:
+            if name not in self.steps:
+                began, saved = time.time(), threading.Event()
+                step = self._new_step(name, function(*args, **kwargs), began)
+                save(self, step, saved.set)
+                while not saved.wait(0.1):
+                    self.check()
+            return json.loads(self.steps[name].result)
+
+    async def _step_async(self, name: str, function: Callable[[], Any]) -> Any:
+        with self._step_called(name) as save:
+            if name not in self.steps:
+                began, asyncio = time.time(), lazy_import("asyncio")
+                step = self._new_step(name, await function(), began)
+                loop, saved = asyncio.get_running_loop(), asyncio.Event()
+
+                def on_durable() -> None:
+                    with contextlib.suppress(RuntimeError):  # the loop is closed
+                        loop.call_soon_threadsafe(saved.set)
+
+                save(self, step, on_durable)
+                await saved.wait()
+            return json.loads(self.steps[name].result)
+
+    @contextlib.contextmanager
+    def _step_called(self, name: str) -> Iterator[SaveStep]:
+        """Take the name of a step, and free it again if the step fails."""
+        self.check()
+        if not is_name(name):
+            raise Fail("the name of a step is 1 to 100 printable characters")
+        if not self.save_step or os.getpid() != self._pid:
+            raise Fail("an executor or a forked process can't save steps")
+        with self._lock:
+            names = self._step_names = self._step_names or set()
+            if name in names:
+                raise Fail("this run has two steps called " + quote(name))
+            if len(names) >= MAX_STEPS:
+                raise Fail("a task has at most %d steps" % MAX_STEPS)
+            names.add(name)
+        try:
+            yield self.save_step
+        except BaseException:
+            names.discard(name)
+            raise
+
+    def _new_step(self, name: str, value: Any, began: float) -> Step:
+        """Return a step that has returned a value; raises Fail."""
+        room = self.max_result - sum(len(step.result) for step in self.steps.values())
+        try:
+            result = encode_result(value, max(0, room))
+        except Fail as error:
+            raise Fail("step %s: %s" % (quote(name), error)) from None
+        return Step(0, 0, name, result, began, max(began, time.time()))
 
     @property
     def cancelled(self) -> bool:
@@ -1630,6 +1737,11 @@ class Context:
         if fraction is None:
             return {"message": message}
         return {"percent": round(fraction * 100, 1), "message": message}
+
+
+def _on_event_loop() -> bool:
+    """Whether this thread runs the event loop of async handlers."""
+    return isinstance(getattr(_bound, "context", None), EventLoop)
 
 
 def log_run(level: int, ctx: Context, text: str, *args: Any, **fields: Any) -> None:
@@ -1997,7 +2109,8 @@ def exit_status(code: int) -> str:
 #
 # A fresh interpreter loads this file and the same handlers files. Its standard input
 # is a socket: the service sends the job as a line of JSON, and gets back lines of a
-# word and JSON. The end of its input requests the handler to stop.
+# word and JSON. Each step among them is answered with a byte once it is on disk. The
+# end of its input requests the handler to stop.
 
 FILE = os.path.join(FOLDER, globals().get("__file__", ""))
 CHILD = """
@@ -2035,11 +2148,16 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
             end.setblocking(True)  # whatever socket.setdefaulttimeout() has been told
         with theirs:
             process = ManagedProcess(ctx, argv, stdin=theirs)
+
+    def acknowledge() -> None:
+        with contextlib.suppress(OSError):  # it has ended, or is to stop
+            ours.send(b"+", socket.MSG_DONTWAIT)
+
     with ours, process:
         ctx.on_stop(lambda: ours.shutdown(socket.SHUT_WR))
         with contextlib.suppress(OSError):  # it has ended
             ours.sendall(to_json([LOADED, job]) + b"\n")
-        reply = _follow_child(process.read(ours), ctx)
+        reply = _follow_child(process.read(ours), ctx, acknowledge)
     if reply:
         return result_of(ctx, *reply)
     ctx.check()
@@ -2047,8 +2165,10 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
     raise Failure("its process ended before it was done: " + how)
 
 
-def _follow_child(data: Iterator[bytes], ctx: Context) -> Optional[Tuple[str, bytes]]:
-    """Pass on a child process's log and progress; return its reply, None for none."""
+def _follow_child(
+    data: Iterator[bytes], ctx: Context, acknowledge: Callable[[], None]
+) -> Optional[Tuple[str, bytes]]:
+    """Pass on what a child process does; return its reply, None for none."""
     rest = bytearray()
     for piece in data:
         rest += piece
@@ -2061,6 +2181,10 @@ def _follow_child(data: Iterator[bytes], ctx: Context) -> Optional[Tuple[str, by
                 elif kind == b"progress":
                     with contextlib.suppress(Cancelled):
                         ctx.progress(*json.loads(payload))
+                elif kind == b"step" and ctx.save_step:
+                    begin, _, result = payload.partition(b"\t")
+                    name, *times = json.loads(begin)
+                    ctx.save_step(ctx, Step(0, 0, name, result, *times), acknowledge)
                 else:
                     return kind.decode(), payload
         if len(rest) > ctx.max_result + 10 * MAX_MESSAGE:
@@ -2083,41 +2207,74 @@ def result_of(ctx: Context, kind: str, payload: bytes) -> bytes:
     raise Failure(text)
 
 
+class ServiceLink:
+    """The service, as the process of an isolated handler reaches it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self._pid = connection, os.getpid()
+        self._lock = threading.RLock()  # guards the order of what is sent
+        self._unsaved: Deque[Tuple[Step, Callable[[], Any]]] = deque()
+        PRIVATE.add(connection)
+
+    def send(self, kind: str, payload: bytes) -> None:
+        """Send a word and JSON."""
+        if (
+            os.getpid() == self._pid
+        ):  # else the handler has forked: the lock may be held
+            with self._lock:
+                self._connection.sendall(kind.encode() + b" " + payload + b"\n")
+
+    def emit(self, ctx: Context, kind: str, payload: Any) -> None:
+        """Send progress, or lines of the log."""
+        if kind == "progress":
+            self.send(kind, to_json(payload))
+            return
+        for line in payload[0]:
+            self.send(kind, to_json(line[-MAX_MESSAGE:]))
+
+    def save_step(
+        self, ctx: Context, step: Step, on_durable: Callable[[], Any]
+    ) -> None:
+        """Send a step, to be saved."""
+        begin = to_json([step.name, step.started_at, step.ended_at])
+        with self._lock:
+            self._unsaved.append((step, on_durable))
+            self.send("step", begin + b"\t" + step.result)
+
+    def await_stop(self, ctx: Context) -> None:
+        """Wait until the task is to stop; see to steps and progress until then."""
+        saved = b"+"
+        while saved:
+            if not select.select([self._connection], [], [], PROGRESS_INTERVAL)[0]:
+                ctx.emit_progress()
+                continue
+            saved = self._connection.recv(100)
+            for _ in saved:
+                step, on_durable = self._unsaved.popleft()
+                ctx.steps[step.name] = step
+                on_durable()
+        ctx.cancel()
+
+
 def isolated_main() -> None:
     """Run one isolated handler, in the process that run_isolated() has started."""
     service = socket.socket(fileno=os.dup(0))
-    PRIVATE.add(service)
+    link = ServiceLink(service)
     with open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
     log.disabled = True  # the service logs the lines that it is sent
     print_at_once()
     with service.makefile("rb") as lines:
         files, job = json.loads(lines.readline())
-    lock, pid = threading.Lock(), os.getpid()
-
-    def send(kind: str, payload: bytes) -> None:
-        if os.getpid() == pid:  # else the handler has forked, and the lock may be held
-            with lock:
-                service.sendall(kind.encode() + b" " + payload + b"\n")
-
-    def emit(ctx: Context, kind: str, payload: Any) -> None:
-        if kind == "progress":
-            send(kind, to_json(payload))
-            return
-        for line in payload[0]:
-            send(kind, to_json(line[-MAX_MESSAGE:]))
-
-    def await_stop() -> None:
-        while not select.select([service], [], [], PROGRESS_INTERVAL)[0]:
-            ctx.emit_progress()
-        ctx.cancel()
-
-    ctx = Context(job["task_id"], job["attempt"], emit)
-    threading.Thread(target=await_stop, daemon=True).start()
+    ctx = Context(job["task_id"], job["attempt"], link.emit)
+    ctx.save_step, ctx.max_result = link.save_step, job["max_result"]
+    for name, result in job["steps"].items():
+        ctx.steps[name] = Step(0, 0, name, result.encode(), 0, 0)
+    threading.Thread(target=link.await_stop, args=(ctx,), daemon=True).start()
     reply = _reply_of(files, job, ctx)
     flush_output()
     with contextlib.suppress(OSError):  # the service is gone
-        send(*reply)
+        link.send(*reply)
     os._exit(0)  # the handler may have left threads
 
 
@@ -2568,6 +2725,7 @@ def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> bytes:
         "task_id": ctx.task_id,
         "attempt": ctx.attempt,
         "max_result": ctx.max_result,
+        "steps": {name: step.result.decode() for name, step in ctx.steps.items()},
     }
     return run_on_executor(job, ctx) if EXECUTOR else run_isolated(job, ctx)
 
@@ -2727,9 +2885,9 @@ _SET_VERSION = "PRAGMA user_version = %d" % SCHEMA_VERSION
 _JSON_PLACES = [place for place, column in enumerate(COLUMNS) if column[1] is bytes]
 _REPEATED_PLACES = [Task._fields.index(name) for name in ("type", "status")]
 
-# Columns that version 3 lacked. They are Optional, and summed only where they aren't
-# NULL, so the rows of its files keep their checksums.
-_ADDED = ("retry_of", "label")
+# Columns that version 3 lacked, and their defaults. Only other values are summed, so
+# the rows of its files keep their checksums.
+_ADDED = {"retry_of": None, "label": None, "steps": 0, "step_bytes": 0}
 _ADDED_PLACES = [
     (p, column[0]) for p, column in enumerate(COLUMNS) if column[0] in _ADDED
 ]
@@ -2751,7 +2909,7 @@ def checksum(row: Sequence[Any]) -> str:
     Raises struct.error or TypeError if a column of numbers holds something else.
     """
     numbers = [_NULL if n is None else n + 0 for n in _numbers_of(row)]
-    added = [(name, row[p]) for p, name in _ADDED_PLACES if row[p] is not None]
+    added = [(name, row[p]) for p, name in _ADDED_PLACES if row[p] != _ADDED[name]]
     # ascii(), since what repr() escapes differs between versions of Python.
     texts = ascii((*_texts_of(row), *added)).encode()
     return "%08x %s" % (zlib.crc32(_pack(*numbers), zlib.crc32(texts)), row[1])
@@ -2804,6 +2962,16 @@ def _is_plausible(row: Sequence[Any]) -> bool:
     return (field["status"] in FINISHED) == (field["ended_at"] is not None)
 
 
+_STEP_NAMES = ", ".join([*Step._fields, "checksum"])
+_REPLACE_STEP = "REPLACE INTO steps (%s) VALUES (?,?,?,?,?,?,?)" % _STEP_NAMES  # noqa: S608
+
+
+def _to_step_row(step: Step) -> Sequence[Any]:
+    values: List[Any] = [*step]
+    values[3] = step.result.decode()
+    return [*values, zlib.crc32(ascii(values).encode())]
+
+
 class JournalError(SettingsError):
     """A file that can't be used as a journal; the text names it and says why."""
 
@@ -2847,7 +3015,7 @@ class Paused(NamedTuple):
     seq: int = 0  # there is one such record
 
 
-Record = Union[Task, Removal, Paused]
+Record = Union[Task, Step, Removal, Paused]
 
 
 class Commit:
@@ -2861,7 +3029,8 @@ class Commit:
 
     def __init__(self) -> None:
         self.new: List[Task] = []
-        self.moves: Dict[int, Record] = {}  # the latest one of each task, by its seq
+        # The latest one of each task, by its seq and 0, and steps by their number.
+        self.moves: Dict[Tuple[int, int], Record] = {}
         self.on_durable: List[Callable[[], Any]] = []  # called once it is on disk
         self.error = ""
         self._next: Optional[Commit] = None  # the commit that has the moves of this one
@@ -3054,6 +3223,8 @@ class Journal:
         db.execute("CREATE TABLE IF NOT EXISTS gone (%s)" % columns)
         columns = "type TEXT NOT NULL, again TEXT NOT NULL"
         db.execute("CREATE TABLE IF NOT EXISTS paused (%s)" % columns)
+        columns = _STEP_NAMES + ", PRIMARY KEY (seq, number)"
+        db.execute("CREATE TABLE IF NOT EXISTS steps (%s)" % columns)
 
     # -- reading
 
@@ -3086,6 +3257,18 @@ class Journal:
         rows = self._query("SELECT type, again FROM paused")
         texts = {text for row in rows for text in row if isinstance(text, str)}
         return frozenset(filter(str.isprintable, texts))
+
+    def load_steps(self) -> Iterator[Step]:
+        """Yield the steps of tasks in their order; damaged ones are left out."""
+        query = "SELECT %s FROM steps ORDER BY seq, number" % _STEP_NAMES  # noqa: S608
+        for *values, found in self._query(query):
+            if found == zlib.crc32(ascii(values).encode()):
+                values[3] = values[3].encode()
+                yield Step(*values)
+                continue
+            self.damaged_rows += 1
+            text = "DB %s: step %s of the task with seq %s is damaged"
+            log.error(text, self.path, *values[1::-1])
 
     def _query(self, query: str) -> Iterator[Sequence[Any]]:
         try:
@@ -3122,7 +3305,7 @@ class Journal:
             commit = self._open
             commit.new += new
             for record in moves:
-                commit.moves[record.seq] = record
+                commit.moves[record.seq, getattr(record, "number", 0)] = record
             if on_durable:
                 commit.on_durable.append(on_durable)
             self._changed.notify()
@@ -3193,12 +3376,15 @@ class Journal:
         if os.stat(self.path).st_ino != self._inode:
             raise OSError("the file was replaced")
         tasks = [_to_row(record) for record in records if isinstance(record, Task)]
+        steps = [_to_step_row(record) for record in records if isinstance(record, Step)]
         removals = [record for record in records if isinstance(record, Removal)]
         seqs, ids = [(r.seq,) for r in removals], [(r.id, r.id) for r in removals]
         self._db.execute("BEGIN IMMEDIATE")
         try:
             self._db.executemany(_REPLACE, tasks)
+            self._db.executemany(_REPLACE_STEP, steps)
             self._db.executemany("DELETE FROM tasks WHERE seq = ?", seqs)
+            self._db.executemany("DELETE FROM steps WHERE seq = ?", seqs)
             self._db.executemany("INSERT INTO gone (id, again) VALUES (?, ?)", ids)
             self._db.execute(_TRIM, (self.removed_limit,))
             for paused in (record for record in records if isinstance(record, Paused)):
@@ -3555,6 +3741,7 @@ class ResultStore:
         )  # ids by the tasks' ends, some of removed ones
         self._removed: OrderedDict[str, None] = OrderedDict()
         self._counts = dict.fromkeys(EXITS, 0)
+        self.steps: Dict[int, Dict[str, Step]] = {}  # by the task's seq and by name
         self.damaged: Container[str] = ()  # ids of tasks whose rows are damaged
         self.pending_bytes = 0
         self.finished_bytes = 0
@@ -3632,6 +3819,7 @@ class ResultStore:
     def remove(self, task: Task) -> None:
         """Remove a task, and remember its id."""
         self._count(self._tasks.pop(task.id), -1)
+        self.steps.pop(task.seq, None)
         self._remember(task.id)
 
     def _remember(self, task_id: str) -> None:
@@ -3869,6 +4057,8 @@ class Timers:
 _DURABLE = Commit()
 _DURABLE.settle()
 
+OnDurable = Callable[[Task], Any]  # is called once a task can't be lost any more
+
 
 class TaskReader:
     """What clients read of all tasks, and the lock that guards their state."""
@@ -3920,6 +4110,12 @@ class TaskReader:
             if self._journal:
                 self._journal.append(Removal(task.seq, task.id))
 
+    def _latest(self, task_id: str) -> Task:
+        """Return a task as it was last decided, written or not."""
+        if task_id in self._unwritten:
+            return self._unwritten[task_id][0]
+        return self._results.find(task_id)
+
     def _record(self, record: Union[Removal, Paused]) -> Commit:
         """Have a record written and then shown, or show it now without a journal."""
         if self._journal:
@@ -3936,6 +4132,28 @@ class TaskReader:
         if task and task.seq == record.seq:
             self._results.remove(task)
             self.events.remove(task.id)
+
+    def delete(self, task_id: str) -> None:
+        """Remove a finished task.
+
+        Raises Unfinished, UnknownTask, GoneTask, DamagedTask, or Unavailable: then it
+        may still be removed.
+        """
+        with self._lock:
+            task = self._find(task_id)
+            if not task.finished:
+                raise Unfinished("task %s is %s, not finished" % (task.id, task.status))
+            self._check_journal()
+            commit = self._record(Removal(task.seq, task.id))
+        commit.check()
+
+    def _new_context(self, task: Task, attempt: int) -> Context:
+        context = Context(task.id, attempt, self._emit, task.type)
+        # Half of it, so that what can be killed has ended before it is abandoned.
+        context.grace = self.limits.grace / 2
+        context.max_result = self.limits.result_bytes
+        context.steps = self._results.steps.get(task.seq, {})
+        return context
 
     def _emit(self, context: Context, kind: str, payload: Any) -> None:
         """Publish what a handler emits, as long as its task is its own.
@@ -3987,6 +4205,13 @@ class TaskReader:
         with self._lock:
             task = self._find(task_id) if task_id else None
             return task, self.events.subscribe(task_id, after)
+
+    def steps(self, task_id: str) -> List[Step]:
+        """Return the steps of a task that are done; raises as get() does."""
+        with self._lock:
+            task = self._find(task_id)
+            done = self._results.steps.get(task.seq, {}).values()
+            return list(done)[: task.steps]  # more of them may not be on disk yet
 
     def context(self, task_id: str) -> Optional[Context]:
         """Return the context of a task that runs, None for any other."""
@@ -4097,8 +4322,13 @@ class TaskReader:
     def _is_busy(self) -> bool:
         """Whether a drain has to wait for a run or for the disk."""
         if self._journal and self._journal.error:  # not for a run that waits for it
-            return not all(run.waits_for_disk for run in self._running.values())
+            return not all(map(self._waits_for_disk, self._running.values()))
         return bool(self._running or self._unwritten)
+
+    def _waits_for_disk(self, run: Context) -> bool:
+        """Whether a run waits for the disk: to begin, or at the end of a step."""
+        shown = self._results.find(run.task_id).steps
+        return run.waits_for_disk or len(run.steps) > shown
 
     def _may_start(self) -> bool:
         # With a journal, what waits can do so until the next start.
@@ -4142,6 +4372,8 @@ class TaskStore(TaskReader):
         with self._lock:
             self._journal, self._results.damaged = journal, journal.damaged
             self.paused = self._queue.paused = journal.load_paused()
+            for step in journal.load_steps():
+                self._results.steps.setdefault(step.seq, {})[step.name] = step
             loaded = self._results.load(journal.load(), journal.load_removed())
             for task in loaded:
                 if task.finished:
@@ -4240,11 +4472,9 @@ class TaskStore(TaskReader):
         """Decide that a task runs. Assumes the lock."""
         task = self._results.find(entry.task_id)
         now, attempt = max(self._clock(), task.created_at), task.attempt + 1
-        context = Context(task.id, attempt, self._emit, task.type)
-        # Half of it, so that what can be killed has ended before it is abandoned.
-        context.grace = self.limits.grace / 2
-        context.max_result = self.limits.result_bytes
+        context = self._new_context(task, attempt)
         context.began = self._monotonic()
+        context.save_step = self.add_step
         self._running[task.id] = context
         self._active.add(context)
         if task.due_at or attempt == 1:  # else the process has died since
@@ -4277,11 +4507,29 @@ class TaskStore(TaskReader):
                 self._timers.schedule(context, timeout)
             return True
 
+    def add_step(
+        self, context: Context, step: Step, on_durable: Callable[[], Any]
+    ) -> None:
+        """Record a step of a run; call `on_durable` once it can't be lost any more.
+
+        Raises Cancelled if the run is over.
+        """
+        with self._lock:
+            if self._running.get(context.task_id) is not context:
+                raise Cancelled
+            task = self._latest(context.task_id).with_step(step)
+            step = step._replace(seq=task.seq, number=task.steps)
+            self._results.steps[task.seq] = context.steps
+            context.steps[step.name] = step
+            commit = self._decide(task, lambda _: on_durable(), step)
+        if commit is _DURABLE:
+            on_durable()
+
     def finish(
         self,
         context: Context,
         outcome: Outcome,
-        on_durable: Callable[[Task], Any] = lambda task: None,
+        on_durable: OnDurable = lambda task: None,
     ) -> Task:
         """Record that a handler has returned, and how.
 
@@ -4331,20 +4579,6 @@ class TaskStore(TaskReader):
             task = ended(task, CANCELLED, self._clock(), error=error)
         return task, self._decide(task)
 
-    def delete(self, task_id: str) -> None:
-        """Remove a finished task.
-
-        Raises Unfinished, UnknownTask, GoneTask, DamagedTask, or Unavailable: then it
-        may still be removed.
-        """
-        with self._lock:
-            task = self._find(task_id)
-            if not task.finished:
-                raise Unfinished("task %s is %s, not finished" % (task.id, task.status))
-            self._check_journal()
-            commit = self._record(Removal(task.seq, task.id))
-        commit.check()
-
     def pause(self, type: str, paused: bool) -> None:
         """Pause a type, or resume it; raises Unavailable as delete() does."""
         with self._lock:
@@ -4355,16 +4589,12 @@ class TaskStore(TaskReader):
     # -- how a run ends; all of these assume the lock
 
     def _end(
-        self,
-        context: Context,
-        outcome: Outcome,
-        on_durable: Optional[Callable[[Task], Any]] = None,
+        self, context: Context, outcome: Outcome, on_durable: Optional[OnDurable] = None
     ) -> Tuple[Task, Commit]:
         """Decide what becomes of a task whose run is over."""
         del self._running[context.task_id]
         self._timers.cancel(context)
-        task = self._results.find(context.task_id)
-        task = self._unwritten.get(task.id, (task, None))[0]
+        task = self._latest(context.task_id)
         self._counters.add("running", task, self._monotonic() - context.began)
         rules = self.rules(task.type)
         task = after_run(task, context.reason, outcome, rules, self._clock())
@@ -4413,7 +4643,7 @@ class TaskStore(TaskReader):
     # -- decided, written, shown; all of these assume the lock
 
     def _decide(
-        self, task: Task, on_durable: Optional[Callable[[Task], Any]] = None
+        self, task: Task, on_durable: Optional[OnDurable] = None, *steps: Step
     ) -> Commit:
         """Make this the task's latest state; return the commit that writes it."""
         if self._journal is None:
@@ -4421,7 +4651,7 @@ class TaskStore(TaskReader):
             self._evict()
             return _DURABLE
         call = functools.partial(on_durable, task) if on_durable else None
-        commit = self._journal.append(task, on_durable=call)
+        commit = self._journal.append(*steps, task, on_durable=call)
         self._unwritten[task.id] = task, commit
         return commit
 
@@ -4434,12 +4664,12 @@ class TaskStore(TaskReader):
                 if commit.error:
                     del self._unwritten[task.id]
             for record in () if commit.error else commit.records:
-                if not isinstance(record, Task):
+                if isinstance(record, Task):
+                    if self._unwritten[record.id][0] is record:
+                        del self._unwritten[record.id]
+                    self._apply(record)
+                elif not isinstance(record, Step):
                     self._show(record)
-                    continue
-                if self._unwritten[record.id][0] is record:
-                    del self._unwritten[record.id]
-                self._apply(record)
             self._evict()
             self._check_drained()
         for call in () if commit.error else commit.on_durable:
@@ -4595,6 +4825,13 @@ def backoff(first: float, failures: int) -> float:
 # ======================================================================
 
 
+def check_steps(task: Task, context: Context) -> None:
+    """Raise DamagedTask unless a run has all steps of its task that are done."""
+    if len(context.steps) < task.steps:
+        text = "only %d of its %d steps are intact in the file"
+        raise DamagedTask(text % (len(context.steps), task.steps))
+
+
 def run_one(task: Task, context: Context, handlers: Mapping[str, Handler]) -> Outcome:
     """Run a task's handler and return how it ended, whatever it does."""
     try:
@@ -4629,6 +4866,7 @@ def handler_of(
         text = "no task type %s is registered any more; known: %s"
         raise Failure(text % (quote(task.type), known))
     context.check()  # it may have been cancelled before it could begin
+    check_steps(task, context)
     return handlers[task.type]
 
 
@@ -4645,7 +4883,7 @@ def outcome_of(error: BaseException, context: Context) -> Outcome:
         status = FAILED if last else PENDING
         return Outcome(status, error=describe(error), after=after, final=last)
     if isinstance(error, DamagedTask):
-        return Outcome(FAILED, error=str(error))
+        return Outcome(FAILED, error=str(error), final=True)
     if not isinstance(error, Failure):
         context.log_traceback(format_trace())
     return Outcome(FAILED, error=describe(error), final=isinstance(error, Fail))
@@ -5073,6 +5311,8 @@ def status_json(task: Task, context: Optional[Context] = None) -> str:
         parts.append('"ended_at": "%s"' % timestamp(task.ended_at))
     if task.attempt:
         parts.append('"attempt": %d' % task.attempt)
+    if task.steps:
+        parts.append('"steps": %d' % task.steps)
     if task.options.priority:
         parts.append('"priority": %d' % task.options.priority)
     if not task.finished:
@@ -5102,6 +5342,17 @@ def submission_document(task: Task) -> Dict[str, Any]:
     defaults = NO_OPTIONS._asdict()
     options = {n: v for n, v in task.options._asdict().items() if v != defaults[n]}
     return {"type": task.type, "params": params_of(task), **options}
+
+
+LONG_RESULT = 1000  # bytes; that of a step is not listed if it is longer
+
+
+def step_document(step: Step) -> Dict[str, Any]:
+    """Return the description of a step that is done."""
+    times = {n: timestamp(getattr(step, n)) for n in ("started_at", "ended_at")}
+    short = len(step.result) <= LONG_RESULT
+    result = {"result": json.loads(step.result)} if short else {}
+    return {"name": step.name, **times, **result}
 
 
 def status_reply(
@@ -5288,6 +5539,12 @@ def show_result(app: App, request: Request) -> Reply:
     if task.status != COMPLETED:  # a script must not take an error for a result
         raise HTTPError(406, "the task is %s; its error is JSON only" % task.status)
     return joined_reply(b"", task.result or b"null", b"\n", TEXT)
+
+
+def list_steps(app: App, request: Request) -> Reply:
+    """List the steps of a task that are done, with the results that are short."""
+    steps = app.store.steps(request.task_id)
+    return json_reply({"steps": list(map(step_document, steps))})
 
 
 def show_log(app: App, request: Request) -> Reply:
@@ -5671,6 +5928,7 @@ FIELDS: Dict[str, Schema] = {
     **dict.fromkeys(["created_at", "started_at", "ended_at", "next_attempt_at"], TIME),
     "status": {"enum": list(EXITS)},
     "attempt": COUNT,
+    "steps": COUNT,
     "priority": {"type": "integer"},
     "percent": {"type": "number"},
     "cancel_requested": {"type": "boolean"},
@@ -5688,7 +5946,7 @@ DOCUMENTS: Dict[str, Schema] = {
     "Accepted": _object("id status"),
     "BatchAccepted": _list(_ref("schemas", "Accepted")),
     "Status": _object(
-        "id status type created_at started_at? ended_at? attempt? priority? "
+        "id status type created_at started_at? ended_at? attempt? steps? priority? "
         "next_attempt_at? last_error? cancel_requested? progress?",
         progress=_object("percent? message"),
     ),
@@ -5702,6 +5960,7 @@ DOCUMENTS: Dict[str, Schema] = {
         next={"anyOf": [COUNT, {"type": "null"}]},
         counts=_object(" ".join(EXITS), **dict.fromkeys(EXITS, COUNT)),
     ),
+    "Steps": _object("steps", steps=_list(_object("name started_at ended_at result?"))),
     "Submitted": SUBMISSION,
     "Type": _object("type description params rules paused"),
     "Types": _object("types", types=_list(_ref("schemas", "Type"))),
@@ -5859,6 +6118,7 @@ ROUTES = (
           (404, 410)),
     Route("GET", "/api/v1/tasks/{id}/result", show_result, {200: "Result text"},
           (404, 406, 409, 410), _WAIT, _PREFER),
+    Route("GET", "/api/v1/tasks/{id}/steps", list_steps, {200: "Steps"}, (404, 410)),
     Route("GET", "/api/v1/tasks/{id}/log", show_log, {200: "text"}, (404, 410)),
     Route("GET", "/api/v1/tasks/{id}/events", task_events, {200: "events"},
           (404, 406, 410), (), _LAST_ID),

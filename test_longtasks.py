@@ -3412,6 +3412,230 @@ def test_a_drain_ends_when_the_last_submit_has_failed(tmp_path):
         until(lambda: told)
 
 
+# -- steps -----------------------------------------------------------------
+
+
+def again(store, context):
+    """Have a run end so that its task is run again at once; return the next run."""
+    store.finish(context, longtasks.Outcome("pending", error="Retry", after=0.0))
+    return begun(store)[1]
+
+
+def names_of(store, task):
+    return [step.name for step in store.steps(task.id)]
+
+
+def not_called():
+    raise AssertionError("a step that is done was called again")
+
+
+def test_a_step_that_is_done_is_not_called_again_by_later_runs(either):
+    task = either.submit("t", b"{}")
+    context = begun(either)[1]
+    assert context.step("a", lambda *args, **more: (*args, more), 1, b=2) == [
+        1,
+        {"b": 2},
+    ]
+    assert context.step("b", lambda: None) is None
+    assert either.get(task.id).steps == 2
+    for _ in range(2):
+        context = again(either, context)
+        assert context.step("a", not_called) == [1, {"b": 2}]
+    assert context.step("c", lambda: 3) == 3
+    assert names_of(either, task) == ["a", "b", "c"]
+    either.finish(context, DONE)
+    until(lambda: either.get(task.id).finished)
+    assert names_of(either, task) == ["a", "b", "c"]
+    either.delete(task.id)
+    with pytest.raises(longtasks.GoneTask):
+        either.steps(task.id)
+
+
+def step_held(store):
+    """A task, its run, and a step that waits at the gate of the journal."""
+    for _ in range(2):  # the submission and the start
+        store.journal.let.release()
+    task = store.submit("t", b"{}")
+    context = begun(store)[1]
+    until(lambda: store.get(task.id).status == "processing")
+    step = background(lambda: context.step("a", lambda: "é"))
+    for _ in range(3):
+        store.journal.wait_held()
+    return task, context, step
+
+
+def test_a_step_is_on_disk_before_it_returns_and_shown_only_then(tmp_path):
+    path = tmp_path / "tasks.db"
+    with journalled(path, kind=HeldJournal) as store:
+        task, _, step = step_held(store)
+        assert not step.done()
+        assert (store.get(task.id).steps, names_of(store, task)) == (0, [])
+        store.journal.free()
+        assert step.result(LONG) == "é"
+        assert rows_of(path, "name, result", "steps") == [("a", '"é"')]
+        assert (store.get(task.id).steps, names_of(store, task)) == (1, ["a"])
+    with journalled(path) as store:
+        assert begun(store)[1].step("a", not_called) == "é"
+        assert names_of(store, task) == ["a"]
+
+
+def test_a_drain_and_a_cancel_do_not_wait_for_a_step_that_waits_for_the_disk(tmp_path):
+    drained = threading.Event()
+    with journalled(tmp_path / "tasks.db", kind=HeldJournal) as store:
+        _, context, step = step_held(store)
+        store.drain(drained.set)
+        assert not drained.is_set()
+        store.journal.failure = sqlite3.OperationalError("full")
+        store.journal.let.release()
+        assert drained.wait(LONG)
+        assert not step.done()
+        context.cancel()
+        with pytest.raises(Cancelled):
+            step.result(LONG)
+
+
+def test_a_step_waits_until_a_full_disk_takes_it(tmp_path):
+    path = tmp_path / "tasks.db"
+    with journalled(path, kind=HeldJournal) as store:
+        _, _, step = step_held(store)
+        store.journal.failure = sqlite3.OperationalError("full")
+        store.journal.let.release()
+        store.journal.wait_held()
+        assert not step.done()
+        store.journal.failure = None
+        store.journal.free()
+        assert step.result(LONG) == "é"
+    assert rows_of(path, "name", "steps") == [("a",)]
+
+
+def test_a_run_that_is_over_adds_no_step(either):
+    task = either.submit("t", b"{}")
+    over = begun(either)[1]
+    context = again(either, over)
+    with pytest.raises(Cancelled):
+        over.step("a", lambda: "late")
+    assert context.step("a", lambda: "in time") == "in time"
+    assert [step.result for step in either.steps(task.id)] == [b'"in time"']
+    context.cancel()
+    with pytest.raises(Cancelled):
+        context.step("b", not_called)
+
+
+@pytest.mark.parametrize(
+    "name, error",
+    [
+        ("twice", 'this run has two steps called "twice"'),
+        ("", "the name of a step is 1 to 100 printable characters"),
+        ("x" * 101, "the name of a step is 1 to 100 printable characters"),
+        ("a\n", "the name of a step is 1 to 100 printable characters"),
+        (1, "the name of a step is 1 to 100 printable characters"),
+        ("third", "a task has at most 2 steps"),
+    ],
+)
+def test_a_step_that_can_not_be_is_an_error_before_it_is_called(
+    name, error, either, monkeypatch
+):
+    monkeypatch.setattr(longtasks, "MAX_STEPS", 2)
+    task = either.submit("t", b"{}")
+    context = begun(either)[1]
+    for each in ("x" * 100, "twice"):
+        context.step(each, lambda: 1)
+    with pytest.raises(longtasks.Fail, match=re.escape(error)):
+        context.step(name, not_called)
+    assert either.get(task.id).steps == 2
+
+
+def test_a_step_that_failed_can_be_tried_again_in_the_same_run(either):
+    either.submit("t", b"{}")
+    context = begun(either)[1]
+    for wrong in (KeyError, longtasks.Retry, SystemExit, StopIteration):
+        with pytest.raises(wrong):
+            context.step("a", raising(wrong("x")))
+    with pytest.raises(longtasks.Fail, match='step "a": the result does not fit'):
+        context.step("a", lambda: {1, 2})
+    assert context.step("a", lambda: 1) == 1
+
+
+def test_steps_count_into_the_bytes_of_their_task():
+    store = new_ledger(result_bytes=1000)
+    tasks = [store.submit("t", b"{}") for _ in range(2)]
+    for task in tasks:
+        context = begun(store)[1]
+        assert context.step("a", lambda: "x" * 500) == "x" * 500
+        error = 'step "b": the result has 502 bytes, more than the 498 that are kept'
+        with pytest.raises(longtasks.Fail, match=error):
+            context.step("b", lambda: "x" * 500)
+        assert store.get(task.id).weight == 504
+        store.finish(context, DONE)
+    with pytest.raises(longtasks.GoneTask):
+        store.get(tasks[0].id)
+    assert store.get(tasks[1].id).steps == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "result = '2'",
+        "name = 'b'",
+        "seq = 1",
+        "result = x'00'",
+        "started_at = NULL",
+        "checksum = 0",
+    ],
+)
+def test_a_task_that_lacks_a_step_since_its_row_is_damaged_fails(change, tmp_path):
+    path, clock = tmp_path / "tasks.db", Clock()
+    with journalled(path, clock) as store:
+        task, other = store.submit_all([asked(b"{}"), asked(b"{}")])
+        for _ in range(2):
+            context = begun(store)[1]
+            context.step("a", lambda: 1)
+            context.step("c", lambda: 1)
+    foreign(
+        path, "UPDATE steps SET %s WHERE name = 'a' AND seq = %d" % (change, task.seq)
+    )
+    with journalled(path, clock) as store:
+        assert store.journal.damaged_rows == 1
+        error = "only 1 of its 2 steps are intact in the file"
+        handlers = {"t": longtasks.Handler("t", lambda: 1, longtasks.Validator({}))}
+        for expected in (("failed", None, error), ("completed", b"1", None)):
+            assert longtasks.run_one(*begun(store), handlers)[:3] == expected
+            clock.now += 1
+            store.tick()
+        assert names_of(store, other) == ["a", "c"]
+
+
+def test_a_task_that_gets_on_is_not_given_up_however_often_the_process_dies(tmp_path):
+    path = tmp_path / "tasks.db"
+    with journalled(path) as store:
+        task = store.submit("t", b"{}")
+    for life in range(8):
+        with journalled(path) as store:
+            begun(store)[1].step("step %d" % (life // 2), lambda: 1)
+    for _ in range(3):
+        with journalled(path) as store:
+            assert store.get(task.id).steps == 4
+            begun(store)[1].step("step 0", not_called)
+    with journalled(path) as store:
+        assert store.get(task.id).error.startswith("interrupted 3 times")
+
+
+def test_steps_leave_the_file_with_their_task(tmp_path):
+    path, clock = tmp_path / "tasks.db", Clock()
+    with journalled(path, clock, result_ttl=10) as store:
+        ids = [store.submit("t", b"{}").id for _ in range(3)]
+        for _ in ids:
+            context = begun(store)[1]
+            context.step("a", lambda: 1)
+            store.finish(context, DONE)
+        until(lambda: store.counts().finished == 3)
+        store.delete(ids[0])
+        assert len(rows_of(path, "*", "steps")) == 2
+        clock.now += 11
+        store.tick()
+    assert rows_of(path, "*", "steps") == []
+
+
 def test_a_link_to_the_file_is_the_file(tmp_path, capsys):
     with journalled(tmp_path / "tasks.db"):
         (tmp_path / "link.db").symlink_to(tmp_path / "tasks.db")
@@ -9547,7 +9771,7 @@ def test_a_manager_that_is_gone_is_no_reason_to_fail(tmp_path):
 
 ISOLATED = """
 import multiprocessing, os, signal, socket, subprocess, time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from longtasks import Context, Fail, Retry, handler
 
 @handler("told", isolated=True)
@@ -9624,6 +9848,33 @@ def burn(ctx: Context):
     ctx.log("pid %d" % os.getpid())
     while True:
         sum(range(10**7))
+
+@handler("steps", isolated=True, retries=9, backoff=0)
+def steps(ctx: Context, size: int = 0, twice: bool = False):
+    def called(name):
+        ctx.log("called " + name)
+        return [name, "\\t\\n" * size]
+    with ThreadPoolExecutor(8) as pool:
+        names = ["step %d" % n for n in range(8)]
+        done = list(pool.map(lambda name: ctx.step(name, called, name)[0], names))
+    if twice:
+        ctx.step("step 7", called, "twice")
+    if ctx.attempt < 3:
+        os._exit(1)
+    return done
+
+@handler("forked", isolated=True)
+def forked(ctx: Context):
+    if os.fork():
+        return os.wait()[1] >> 8
+    try:
+        ctx.step("a", os._exit, 8)
+    except Fail as error:
+        os._exit(7)
+
+@handler("waits", isolated=True)
+def waits(ctx: Context):
+    return ctx.step("wait", lambda: ctx.log("waits") or ctx.sleep(1000))
 """
 
 
@@ -9721,6 +9972,40 @@ def test_a_result_that_is_too_large_does_not_leave_the_isolated_process(isolated
     # More than the service would read from there.
     error = "the result has 8388610 bytes, more than the 1048576 that are kept"
     assert outcome(isolated, "large", {"n": 8 << 20})["error"] == error
+
+
+@pytest.mark.parametrize("size", [0, 20_000])
+def test_steps_of_an_isolated_handler_outlive_its_crashes(size, isolated):
+    done = outcome(isolated, "steps", {"size": size})
+    names = ["step %d" % n for n in range(8)]
+    assert done["result"] == names
+    path = "/api/v1/tasks/%s" % done["task_id"]
+    log = call(isolated, "GET", path + "/log").body.decode().splitlines()
+    called = [line for line in log if line.startswith("called")]
+    assert sorted(called) == ["called " + name for name in names]
+    steps = call(isolated, "GET", path + "/steps").json["steps"]
+    assert sorted(step["name"] for step in steps) == names
+    assert [step.get("result") for step in steps] == [
+        None if size else [step["name"], ""] for step in steps
+    ]
+    assert call(isolated, "GET", path).json["steps"] == 8
+
+
+def test_what_an_isolated_handler_does_wrong_with_steps_fails_its_task(isolated):
+    error = outcome(isolated, "steps", {"twice": True})["error"]
+    assert error == 'this run has two steps called "step 7"'
+    error = outcome(isolated, "steps", {"size": 1 << 18})["error"]
+    assert re.fullmatch('step "step .": the result has .* bytes, more than .*', error)
+    assert outcome(isolated, "forked")["result"] == 7
+
+
+def test_a_step_of_an_isolated_handler_ends_when_its_task_is_to_stop(isolated):
+    task_id = submitted(isolated.port, "waits")
+    path = "/api/v1/tasks/%s" % task_id
+    until(lambda: b"waits" in call(isolated, "GET", path + "/log").body)
+    assert cancel(isolated, task_id).status == 202
+    assert result_of(isolated.port, task_id)["status"] == "cancelled"
+    assert call(isolated, "GET", path + "/steps").json == {"steps": []}
 
 
 def test_an_isolated_handler_learns_that_it_is_to_stop(isolated):
@@ -10045,6 +10330,10 @@ def again():
 @handler("here")
 def here():
     return os.getpid()
+
+@handler("steps", isolated=True)
+def steps(ctx: Context):
+    return ctx.step("a", os._exit, 1)
 """
 
 
@@ -10068,6 +10357,8 @@ def test_isolated_handlers_run_where_the_executor_says(factory, tmp_path):
         assert outcome(running, "here")["result"] == running.process.pid
         assert outcome(running, "whole", {"a": [1]})["result"] == [{"a": [1]}, 36]
         assert outcome(running, "bad")["error"] == "ValueError: no"
+        error = "an executor or a forked process can't save steps"
+        assert outcome(running, "steps")["error"] == error
         check_ends(running)
         if factory == "threads":  # processes would not share what was tried
             assert outcome(running, "again")["result"] == 2
@@ -11483,6 +11774,48 @@ def test_the_handlers_of_the_readme_work(tmp_path, registry, monkeypatch):
         whole = call(service, "GET", "/api/v1/types").body
         assert Path(result["path"]).read_bytes() == whole
         assert result["bytes"] == len(whole)
+
+
+class Office(http.server.BaseHTTPRequestHandler):
+    """Hands out orders, and takes reports from the third one on."""
+
+    def do_GET(self):
+        self.server.asked = ["orders"]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"product,cents\ntea,250\nrice,199\ntea,150\n")
+
+    def do_POST(self):
+        report = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append(report.decode().split())
+        self.send_response(200 if len(self.server.asked) > 3 else 500)
+        self.end_headers()
+
+    def log_message(self, *about):
+        """Nothing is logged."""
+
+
+def test_the_report_of_the_readme_repeats_only_the_step_that_failed(
+    tmp_path, registry, monkeypatch
+):
+    (code,) = blocks("Steps", "python")
+    code = code.replace("retries=5", "retries=5, backoff=0.01")
+    longtasks.load_handlers(write(tmp_path, code, "report.py"))
+    monkeypatch.chdir(tmp_path)
+    with http.server.HTTPServer(("127.0.0.1", 0), Office) as office:
+        threading.Thread(target=office.serve_forever, daemon=True).start()
+        url = "http://127.0.0.1:%d/" % office.server_port
+        with serving(DB=str(tmp_path / "tasks.db")) as service:
+            params = {"orders": url, "post_to": url}
+            done = result_of(service, submitted(service, "report", params))
+            path = "/api/v1/tasks/%s/steps" % done["task_id"]
+            steps = call(service, "GET", path).json["steps"]
+        office.shutdown()
+    assert (done["result"]["products"], done["result"]["bytes"]) == (2, 39)
+    assert office.asked == ["orders", *[["rice", "1.99", "tea", "4.00"]] * 3]
+    names = ["download", "add up", "write", "post"]
+    assert [step["name"] for step in steps] == names
+    assert steps[1]["result"] == {"tea": 400, "rice": 199}
 
 
 def test_a_cancelled_download_of_the_readme_leaves_nothing(

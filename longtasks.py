@@ -55,7 +55,7 @@ line:
      6250  10. HTTP server
      7167  11. Client
      7653  12. Main
-     8183  13. The page
+     8167  13. The page
 
 Three things hold throughout:
 
@@ -7706,15 +7706,15 @@ class Service:
     ) -> None:
         self.settings = settings
         self.manager = manager or ServiceManager({})
-        limits = Limits(
-            settings["QUEUE_LIMIT"],
-            settings["QUEUE_BYTES"],
-            settings["RESULT_LIMIT"],
-            settings["RESULT_BYTES"],
-            settings["RESULT_TTL"],
-            grace=settings["GRACE"],
-            stuck=settings["STUCK_LIMIT"],
+        names = (
+            "QUEUE_LIMIT",
+            "QUEUE_BYTES",
+            "RESULT_LIMIT",
+            "RESULT_BYTES",
+            "RESULT_TTL",
         )
+        stuck = {"grace": settings["GRACE"], "stuck": settings["STUCK_LIMIT"]}
+        limits = Limits(*[settings[name] for name in names], **stuck)
         rules = functools.lru_cache(maxsize=1000)(
             functools.partial(rules_of, handlers, settings["TASK_TIMEOUT"])
         )
@@ -7853,20 +7853,18 @@ class Service:
             #   another thread                 this thread
             #   is interrupted, notes it       waits in get(), and isn't woken
             #   goes on                        wakes, runs the handler, finds the event
-            wait = min(0.25, end - time.monotonic())
-            try:
-                # Until Python 3.10, get(timeout=0) may never return.
-                event = self._events.get(timeout=max(0.001, wait))
-            except queue.Empty:
-                if wait < 0.25:
-                    return None
-                continue
-            if event != HANGUP:
-                return event
-            if self.settings["API_TOKEN_FILE"] or self.settings["TLS_CERT"]:
-                self.reload()
-            elif not self.store.draining:  # a terminal that closes may send two
-                return event
+            # Until Python 3.10, get(timeout=0) may never return.
+            wait = max(0.001, min(0.25, end - time.monotonic()))
+            with contextlib.suppress(queue.Empty):
+                event = self._events.get(timeout=wait)
+                if event != HANGUP:
+                    return event
+                if self.settings["API_TOKEN_FILE"] or self.settings["TLS_CERT"]:
+                    self.reload()
+                elif not self.store.draining:  # a terminal that closes may send two
+                    return event
+            if time.monotonic() >= end:
+                return None
 
     def report(self) -> None:
         """Report to the service manager, unless the service is at a standstill."""
@@ -7880,11 +7878,9 @@ class Service:
         counts = self.store.counts()
         numbers = counts.processing, counts.pending, counts.finished
         status = "%d running, %d waiting, %d finished" % numbers
-        if draining:
-            usec = "EXTEND_TIMEOUT_USEC=30000000"  # counted from this report on
-            self.manager.notify("STATUS=draining, " + status, usec)
-        else:
-            self.manager.notify("STATUS=" + status)
+        # The time is counted from this report on.
+        more = ["EXTEND_TIMEOUT_USEC=30000000"] if draining else []
+        self.manager.notify("STATUS=" + "draining, " * draining + status, *more)
 
     def reload(self) -> None:
         """Read the token and the certificate again, for requests from now on."""
@@ -7906,32 +7902,22 @@ def log_task(level: int, task: Task, text: str, more: Mapping[str, Any]) -> None
     log.log(level, text, extra={"fields": fields})
 
 
-class JSONLogFormatter(logging.Formatter):
-    """Formats a record as a JSON object, in one line of ASCII."""
+class LogFormatter(logging.Formatter):
+    """Formats a record as text or, if `as_json`, as an object in one line of ASCII."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        super().__init__()
+        self._as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record's line."""
-        line = {
-            "time": timestamp(record.created),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
-        return json.dumps({**line, **self.fields(record)})
-
-    def fields(self, record: logging.LogRecord) -> Dict[str, Any]:
-        """Return the fields beside these three."""
+        """Return the record's line; in text, a traceback adds others."""
+        when, text = timestamp(record.created), record.getMessage()
         fields = dict(getattr(record, "fields", {}))
         if record.exc_info and record.exc_info[0]:
             fields["traceback"] = self.formatException(record.exc_info)
-        return fields
-
-
-class LogFormatter(JSONLogFormatter):
-    """Formats a record as a line of text; only a traceback adds others."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record's lines, without characters that a terminal obeys."""
-        fields, text = self.fields(record), record.getMessage()
+        if self._as_json:
+            level = record.levelname.lower()
+            return json.dumps({"time": when, "level": level, "message": text, **fields})
         if "task" in fields:  # as JSON, to be submitted again
             text += ": " + json.dumps(fields["task"])
         elif "task_id" in fields:
@@ -7940,10 +7926,10 @@ class LogFormatter(JSONLogFormatter):
             text += " after %.3f s" % fields["duration"]
         if "error" in fields:
             text += ": " + fields["error"]
-        lines = ["%-7s %s" % (record.levelname, text)]
+        lines = ["%s %-7s %s" % (when, record.levelname, text)]
         for line in fields.get("traceback", "").splitlines():
             lines.append("  " + line[:2000])
-        return timestamp(record.created) + " " + "\n".join(map(escape, lines))
+        return "\n".join(map(escape, lines))
 
 
 class LogWriter(logging.Handler):
@@ -7960,28 +7946,27 @@ class LogWriter(logging.Handler):
         # A copy of the descriptor, since libraries may close or replace sys.stderr.
         self._file = os.dup(file)
         self._lines: Any = queue.SimpleQueue()
-        # Characters and lines that were counted by emit(), and by the thread.
-        self._queued = self._dropped = 0
-        self._written = self._reported = 0
+        self._waiting = 0  # characters; logging's lock of this handler guards both
+        self._dropped = 0  # lines, since a notice said how many
         start_thread("log", self._run)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Queue a record's lines; called by logging."""
+        """Queue a record's lines; called by logging, with the lock."""
         try:
             text = self.format(record) + "\n"
         except Exception as error:  # an argument's own __str__() may raise anything
-            place, reason = (record.filename, record.lineno), describe(error)
-            text = self._warning("%s:%d: can't be logged: %s" % (*place, reason))
-        is_full = self._queued - self._written + len(text) > self.limit
-        if is_full and "task" not in getattr(record, "fields", {}):
-            self._dropped += 1
-        else:
-            self._queued += len(text)
+            place = record.filename, record.lineno, describe(error)
+            self._warn("%s:%d: can't be logged: %s" % place)
+            return
+        is_kept = "task" in getattr(record, "fields", {})
+        if is_kept or self._waiting + len(text) <= self.limit:
+            self._waiting += len(text)
             self._lines.put(text)
+        else:
+            self._dropped += 1
 
-    def _warning(self, text: str) -> str:
-        record = logging.LogRecord(log.name, logging.WARNING, "", 0, text, (), None)
-        return self.format(record) + "\n"
+    def _warn(self, text: str) -> None:
+        self.emit(logging.LogRecord(log.name, logging.WARNING, "", 0, text, (), None))
 
     def _run(self) -> None:
         while True:
@@ -7989,12 +7974,12 @@ class LogWriter(logging.Handler):
             while len(text) < PIECE and not self._lines.empty():
                 text += self._lines.get()
             self._write(text)
-            dropped = self._dropped - self._reported
-            if dropped and self._written + len(text) == self._queued:
-                self._reported += dropped
-                notice = "nobody read the log: %d lines were dropped" % dropped
-                self._write(self._warning(notice))
-            self._written += len(text)
+            self.acquire()
+            self._waiting -= len(text)
+            if self._dropped and not self._waiting:
+                self._warn("nobody read the log: %d lines were dropped" % self._dropped)
+                self._dropped = 0
+            self.release()
 
     def _write(self, text: str) -> None:
         data = text.encode("utf-8", "backslashreplace")
@@ -8007,10 +7992,10 @@ class LogWriter(logging.Handler):
 
     def flush(self, timeout: float = EXIT_TIMEOUT) -> None:
         """Wait until all is written, or until none of it is for `timeout` seconds."""
-        before, end = -1, 0.0
-        while self._written < self._queued:
-            if self._written != before:
-                before, end = self._written, time.monotonic() + timeout
+        before, end = math.inf, 0.0
+        while self._waiting:
+            if self._waiting < before:
+                before, end = self._waiting, time.monotonic() + timeout
             elif time.monotonic() >= end:
                 return
             time.sleep(0.005)
@@ -8020,8 +8005,7 @@ def start_logging(level: str, format: str = "text") -> None:
     """Log to stderr from this level on, as text or as JSON."""
     if not any(isinstance(each, LogWriter) for each in log.handlers):
         log.handlers[:], log.propagate = [LogWriter()], False
-    formatter = LogFormatter() if format == "text" else JSONLogFormatter()
-    log.handlers[0].setFormatter(formatter)
+    log.handlers[0].setFormatter(LogFormatter(format == "json"))
     log.setLevel(level.upper())
 
 

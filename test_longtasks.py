@@ -7351,7 +7351,7 @@ def test_a_hostile_request_gets_an_answer_and_does_no_harm(data, attacked, monke
     assert b"Traceback" not in answer
     for record in list(kept):
         assert record.levelno < logging.ERROR, record.getMessage()
-        for formatter in (longtasks.LogFormatter(), longtasks.JSONLogFormatter()):
+        for formatter in (longtasks.LogFormatter(), longtasks.LogFormatter(True)):
             assert is_harmless(formatter.format(record))
     assert call(service, "GET", "/healthz").status == 200
 
@@ -9522,7 +9522,7 @@ def records(level="DEBUG"):
 
 
 def as_json(record):
-    line = longtasks.JSONLogFormatter().format(record)
+    line = longtasks.LogFormatter(True).format(record)
     assert re.fullmatch("[ -~]+", line)
     return json.loads(line)
 

@@ -47,15 +47,15 @@ line:
       481  2. Tasks and their states
       824  3. Task registry
      1505  4. Execution
-     2858  5. Journal
-     3470  6. Events
-     3651  7. Result store and task queue
-     4825  8. Worker pool
-     5104  9. HTTP API
-     6770  10. HTTP server
-     7687  11. Client
-     8173  12. Main
-     8689  13. The page
+     2732  5. Journal
+     3344  6. Events
+     3525  7. Result store and task queue
+     4696  8. Worker pool
+     5026  9. HTTP API
+     6692  10. HTTP server
+     7609  11. Client
+     8095  12. Main
+     8612  13. The page
 
 Three things hold throughout:
 
@@ -1056,10 +1056,10 @@ def _is_async(function: Any) -> bool:
 
 
 def _check_async(isolated: bool) -> None:
-    """Import what is needed to run async handlers; raises HandlerError."""
+    """Import what async handlers need; raises HandlerError for an isolated one."""
     if isolated:
-        text = "an async handler can't be isolated; an ordinary one can, and may call "
-        raise HandlerError(text + "asyncio.run()")
+        text = "an async handler can't be isolated; one that calls asyncio.run() can"
+        raise HandlerError(text)
     lazy_import("asyncio")
 
 
@@ -1530,13 +1530,6 @@ class Context:
     """A run of a task, as its handler sees it."""
 
     is_task_context = True  # the registry looks for it in annotations
-    # There may be many thousands of them at once.
-    __slots__ = (
-        *("task_id", "type", "attempt", "grace", "kill_at", "max_result", "began"),
-        *("waits_for_disk", "thread", "reason", "_emit", "_progress", "_published"),
-        *("_published_at", "_lock", "_wake", "_on_stop"),
-        *("steps", "save_step", "_step_names", "_pid"),
-    )
 
     def __init__(
         self,
@@ -1616,10 +1609,7 @@ class Context:
             self._emit(self, "log", (lines[at : at + 1000], 0 if at else dropped))
 
     def sleep(self, seconds: float) -> None:
-        """Wait; raises Cancelled at once when the task is to stop.
-
-        Raises RuntimeError in an async handler: that awaits asyncio.sleep() instead.
-        """
+        """Wait; raises Cancelled at once when the task is to stop."""
         if _on_event_loop():
             text = "ctx.sleep() would block all async handlers: "
             raise RuntimeError(text + "write await asyncio.sleep()")
@@ -1746,7 +1736,7 @@ class Context:
 
 def _on_event_loop() -> bool:
     """Whether this thread runs the event loop of async handlers."""
-    return isinstance(getattr(_bound, "context", None), EventLoop)
+    return getattr(_bound, "has_event_loop", False)
 
 
 def log_run(level: int, ctx: Context, text: str, *args: Any, **fields: Any) -> None:
@@ -1878,7 +1868,7 @@ CPUS: List[int] = []
 if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
     CPUS += sorted(os.sched_getaffinity(0))
 _ONE_CPU = random.sample(CPUS, min(1, len(CPUS)))
-# Its `context`: the run of a thread that is on one CPU, or the event loop of this one.
+# Its `context`: the run of a thread that is on one CPU, or the event loop in it.
 _bound = threading.local()
 
 
@@ -2717,11 +2707,14 @@ def run_remote(files: Dict[str, Optional[str]], job: Dict[str, Any]) -> Any:
     return _reply_of(files, job, Context(job["task_id"], job["attempt"]))
 
 
-def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> bytes:
+def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> Any:
     """Run a handler wherever it is to run, and return its result as JSON.
 
-    Raises Fail for a result that can't be stored, and whatever the handler raises.
+    If it is async, return its coroutine. Raises Fail for a result that can't be stored,
+    and whatever the handler raises.
     """
+    if known.is_async:
+        return known.run_here(params, ctx)
     if not known.isolated:
         return encode_result(known.run_here(params, ctx), ctx.max_result)
     job = {
@@ -2733,125 +2726,6 @@ def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> bytes:
         "steps": {name: step.result.decode() for name, step in ctx.steps.items()},
     }
     return run_on_executor(job, ctx) if EXECUTOR else run_isolated(job, ctx)
-
-
-# -- the event loop --------------------------------------------------------
-#
-# All async handlers run on one asyncio event loop, in a thread of its own.
-
-
-class LoopSelector(selectors.DefaultSelector):
-    """What an event loop waits in, once in each of its turns."""
-
-    on_turn: Callable[[], None]
-
-    def select(self, timeout: Optional[float] = None) -> Any:
-        """Wait for something to do, once what all handlers need has been done."""
-        self.on_turn()
-        return super().select(timeout)
-
-
-class EventLoop:
-    """An event loop in a thread of its own, which runs async handlers.
-
-    `on_end` is called in that thread when a run is over. Raises SettingsError if the
-    system has no thread left.
-    """
-
-    def __init__(self, on_end: Callable[[Context, Any], None]) -> None:
-        self._asyncio = lazy_import("asyncio")
-        self._on_end = on_end
-        # The empty set of context variables that each run begins with.
-        self._variables = lazy_import("contextvars").Context()
-        self._new: Deque[Tuple[Context, Callable[[], Any]]] = deque()  # runs to start
-        self._is_woken = False  # the loop is about to start these
-        self._runs: Dict[Any, Context] = {}  # by asyncio task
-        self._closing = False
-        self._turns = 0
-        self._seen: Tuple[int, Any] = 0, None  # a turn, and the asyncio task in it
-        self._seen_at = math.inf
-        selector = LoopSelector()
-        selector.on_turn = self._on_turn
-        self._loop = self._asyncio.SelectorEventLoop(selector)
-        self.thread = 0  # native id, 0 when it has started something: see free_children
-        self._thread = start_thread("event-loop", self._run)
-
-    def start(self, context: Context, make: Callable[[], Any]) -> None:
-        """Run the coroutine that a function makes."""
-        self._new.append((context, make))
-        if not self._is_woken:
-            self._is_woken = True
-            start_new = self._start_new
-            self._loop.call_soon_threadsafe(start_new, context=self._variables)
-
-    def close(self, timeout: float) -> None:
-        """Cancel what runs, let async generators end, and close the loop.
-
-        Waits for so many seconds. The thread goes on as long as something runs.
-        """
-        self._closing = True
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout)
-
-    def log_blocked(self) -> None:
-        """Log it if a handler has blocked the loop since a call a second before."""
-        seen, now = (
-            (self._turns, self._asyncio.current_task(self._loop)),
-            time.monotonic(),
-        )
-        if seen != self._seen or not seen[1]:
-            self._seen, self._seen_at = seen, now
-        elif now - self._seen_at >= 0.9:
-            self._seen_at = math.inf  # it is logged once
-            stack = sys._current_frames().get(self._thread.ident or 0)
-            trace = "".join(traceback.format_stack(stack, 5))
-            context = self._runs.get(seen[1]) or Context(
-                "?", type=str(seen[1].get_coro())
-            )
-            text = "blocks all async handlers"
-            log_run(logging.WARNING, context, text, traceback=trace)
-
-    # -- what the thread does
-
-    def _run(self) -> None:
-        _bound.context = self
-        self._user_code = UserCode()
-        with self._user_code:
-            while not self._closing:
-                with contextlib.suppress(BaseException):  # such as a task's SystemExit
-                    self._loop.run_forever()
-            with contextlib.suppress(BaseException):
-                self._loop.run_until_complete(self._end_all())
-            self._loop.close()
-
-    def _on_turn(self) -> None:
-        self._turns += 1
-        self._user_code.__exit__(None, None, None)
-        if not self.thread:
-            use_one_cpu()
-            self.thread = threading.get_native_id()
-
-    def _start_new(self) -> None:
-        self._is_woken = False
-        while self._new:
-            context, make = self._new.popleft()
-            run = self._loop.create_task(make())
-            self._runs[run] = context
-            run.add_done_callback(self._end, context=self._variables)
-            stop = functools.partial(self._loop.call_soon_threadsafe, run.cancel)
-            context.on_stop(stop)
-
-    def _end(self, run: Any) -> None:
-        context = self._runs.pop(run)
-        if not run.cancelled():  # before it could begin
-            self._on_end(context, run.result())
-
-    async def _end_all(self) -> None:
-        runs = self._asyncio.all_tasks() - {self._asyncio.current_task()}
-        for run in runs:
-            run.cancel()
-        await self._asyncio.gather(*runs, return_exceptions=True)
-        await self._loop.shutdown_asyncgens()
 
 
 # ======================================================================
@@ -3890,11 +3764,8 @@ class TaskQueue:
         rules: Callable[[str], Rules] = lambda type: Rules(),
     ) -> None:
         self._clock, self._monotonic, self._rules = clock, monotonic, rules
-        # Those of ordinary handlers, and of async ones.
-        self._ready: Sequence[queue.PriorityQueue[Entry]] = (
-            queue.PriorityQueue(),
-            queue.PriorityQueue(),
-        )
+        self._ready: Sequence[queue.PriorityQueue[Entry]]
+        self._ready = queue.PriorityQueue(), queue.PriorityQueue()  # threads', async
         self._entries: Dict[str, Entry] = {}  # those that are not stale, by task id
         self._delayed: List[Tuple[float, Entry]] = []  # a heap, by the monotonic clock
         self._inherited: List[Tuple[float, Entry]] = []  # a heap, by the wall clock
@@ -4837,82 +4708,65 @@ def check_steps(task: Task, context: Context) -> None:
         raise DamagedTask(text % (len(context.steps), task.steps))
 
 
-def run_one(task: Task, context: Context, handlers: Mapping[str, Handler]) -> Outcome:
-    """Run a task's handler and return how it ended, whatever it does."""
-    try:
-        known = handler_of(task, context, handlers)
-        return Outcome(COMPLETED, run_handler(known, params_of(task), context))
-    except BaseException as error:  # SystemExit too: it must not end the worker
-        return outcome_of(error, context)
-
-
-async def run_one_async(
+async def run_task(
     task: Task, context: Context, handlers: Mapping[str, Handler]
 ) -> Outcome:
-    """Do as run_one() for an async handler."""
+    """Run a task's handler and return how it ended, whatever it does.
+
+    It waits only for an async handler.
+    """
+    log_run(logging.DEBUG, context, "attempt %d started", task.attempt)
     try:
-        known = handler_of(task, context, handlers)
-        result = await known.run_here(params_of(task), context)
-        return Outcome(COMPLETED, encode_result(result, context.max_result))
-    except BaseException as error:
-        if context.cancelled and isinstance(
-            error, lazy_import("asyncio").CancelledError
-        ):
-            error = Cancelled()
-        return outcome_of(error, context)
-
-
-def handler_of(
-    task: Task, context: Context, handlers: Mapping[str, Handler]
-) -> Handler:
-    """Return the handler of a task that is to run; raises Failure or Cancelled."""
-    if task.type not in handlers:  # it came from a journal
-        known = ", ".join(sorted(handlers))
-        text = "no task type %s is registered any more; known: %s"
-        raise Failure(text % (quote(task.type), known))
-    context.check()  # it may have been cancelled before it could begin
-    check_steps(task, context)
-    return handlers[task.type]
-
-
-def outcome_of(error: BaseException, context: Context) -> Outcome:
-    """Return how a run has ended that raised this error, which is being handled."""
-    if isinstance(error, Cancelled):
+        if task.type not in handlers:  # it came from a journal
+            known = ", ".join(sorted(handlers))
+            text = "no task type %s is registered any more; known: %s"
+            raise Failure(text % (quote(task.type), known))
+        context.check()  # it may have been cancelled before it could begin
+        check_steps(task, context)
+        run, size = handlers[task.type], context.max_result
+        result = run_handler(run, params_of(task), context)
+        result = encode_result(await result, size) if run.is_async else result
+        return Outcome(COMPLETED, result)
+    except Cancelled:
         if context.cancelled:
             return Outcome(CANCELLED)
-        text = "Cancelled: raised, though nobody had asked for it"
-        return Outcome(FAILED, error=text)
-    if isinstance(error, Retry):
+        error = "Cancelled: raised, though nobody had asked for it"
+        return Outcome(FAILED, error=error)
+    except Retry as error:
         limit, after = _number(error.max_attempts), _number(error.after)
         last = limit is not None and context.attempt >= limit
         status = FAILED if last else PENDING
         return Outcome(status, error=describe(error), after=after, final=last)
-    if isinstance(error, DamagedTask):
+    except DamagedTask as error:
         return Outcome(FAILED, error=str(error), final=True)
-    if not isinstance(error, Failure):
-        context.log_traceback(format_trace())
-    return Outcome(FAILED, error=describe(error), final=isinstance(error, Fail))
+    except BaseException as error:  # SystemExit too: it must not end the worker
+        stopped = context.cancelled and type(error).__name__ == "CancelledError"
+        if not (stopped or isinstance(error, Failure)):
+            context.log_traceback(format_trace())
+        return Outcome(FAILED, error=describe(error), final=isinstance(error, Fail))
+
+
+def run_one(task: Task, context: Context, handlers: Mapping[str, Handler]) -> Outcome:
+    """Do as run_task(), in this thread, for a handler that is not async."""
+    try:
+        run_task(task, context, handlers).send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    raise AssertionError("it has waited")
 
 
 class WorkerPool:
-    """Up to `count` threads that run tasks, and one that keeps time.
-
-    If there are async handlers, another one starts up to `async_count` of them.
-    """
+    """Up to `count` threads that run tasks, one that keeps time, and an event loop."""
 
     short_run = 0.0005  # seconds, below which another CPU is not worth its while
+    async_count = 1000  # async handlers that may run at once
 
     def __init__(
-        self,
-        store: TaskStore,
-        handlers: Mapping[str, Handler],
-        count: int,
-        async_count: int = 1000,
+        self, store: TaskStore, handlers: Mapping[str, Handler], count: int
     ) -> None:
-        self._loop: Optional[EventLoop] = None
-        self._slots = threading.Semaphore(async_count)  # for async handlers
-        self._store = store
-        self._handlers = handlers
+        self.store = store
+        self.handlers = handlers
+        self.loop: Optional[EventLoop] = None  # there are no async handlers
         self._count = count
         # The lock guards what follows. A thread that has it may take the store's.
         # While the pool may grow, one worker is always idle: it waits for a task. A
@@ -4930,20 +4784,14 @@ class WorkerPool:
 
     def start(self) -> None:
         """Start the first worker; raises SettingsError if not even that is possible."""
-        if any(known.is_async for known in self._handlers.values()):
-            self._loop = EventLoop(self._end_async)
-            start_thread("async", functools.partial(self._start_async, self._loop))
+        if any(known.is_async for known in self.handlers.values()):
+            self.loop = EventLoop(self, self.async_count)
         self.timer = start_thread("timer", self._keep_time)
         with self._lock:
             self._grow()
             if not self._threads:
                 text = "no thread can be started; tasks would never run"
                 raise SettingsError(text, temporary=True)
-
-    def close(self, timeout: float) -> None:
-        """End the event loop, if there is one; wait for so many seconds."""
-        if self._loop:
-            self._loop.close(timeout)
 
     # -- threads; these assume the lock, but for _replace()
 
@@ -4966,12 +4814,12 @@ class WorkerPool:
 
     def _refill(self) -> bool:
         """Do as _grow(), unless too many handlers are stuck."""
-        return self._store.stuck() > self._store.limits.stuck or self._grow()
+        return self.store.stuck() > self.store.limits.stuck or self._grow()
 
     def _replace(self, context: Context) -> None:
         """Stop counting a worker whose handler does not stop. Takes the lock."""
-        if self._store.rules(context.type).is_async:
-            self._slots.release()
+        if self.loop and self.store.rules(context.type).is_async:
+            self.loop.slots.put(None)
         with self._lock:
             if context in self._busy:  # else it has just returned
                 self._busy.remove(context)
@@ -4983,14 +4831,14 @@ class WorkerPool:
     def _keep_time(self) -> None:
         use_one_cpu()
         wait = 0.0
-        while self._store.await_tick(wait):
+        while self.store.await_tick(wait):
             try:
-                wait = self._store.tick()
+                wait = self.store.tick()
+                if self.loop:
+                    self.loop.log_blocked()
             except Exception:
                 log.exception("a timer failed; the others go on")
                 wait = 1.0
-            if self._loop:
-                self._loop.log_blocked()
             with self._lock:
                 self._free_long_runs()
                 if not self._refill():
@@ -4999,7 +4847,7 @@ class WorkerPool:
     def _work(self) -> None:
         use_one_cpu()
         while True:
-            claimed = self._store.claim()
+            claimed = self.store.claim()
             with self._lock:
                 self._idle -= 1
                 if claimed is None:
@@ -5008,8 +4856,8 @@ class WorkerPool:
                 task, context = claimed
                 self._busy.add(context)
                 self._grow()
-            if self._store.begin(task, context):
-                self._run(task, context)
+            if self.store.begin(task, context):
+                self.end_run(context, self._run_on_cpus(task, context))
             with self._lock:
                 if context in self._busy:
                     self._busy.remove(context)
@@ -5019,37 +4867,12 @@ class WorkerPool:
                     return
                 self._idle += 1
 
-    def _start_async(self, loop: EventLoop) -> None:
-        """Have the event loop run tasks, as many as may run at once."""
-        use_one_cpu()
-        while True:
-            self._slots.acquire()
-            claimed = self._store.claim(is_async=True)
-            if claimed is None:
-                return
-            if self._store.begin(*claimed):
-                task, context = claimed
-                log_run(logging.DEBUG, context, "attempt %d started", task.attempt)
-                run = functools.partial(run_one_async, *claimed, self._handlers)
-                loop.start(context, run)
-            else:
-                self._slots.release()
-
-    def _end_async(self, context: Context, outcome: Outcome) -> None:
-        if self._end(context, outcome):  # else _replace() has done that
-            self._slots.release()
-
-    def _run(self, task: Task, context: Context) -> None:
-        """Run a task and record how that ended, whatever it was."""
-        log_run(logging.DEBUG, context, "attempt %d started", task.attempt)
-        self._end(context, self._run_on_cpus(task, context))
-
-    def _end(self, context: Context, outcome: Outcome) -> bool:
-        """Record how a run ended; return whether its task had not ended before."""
+    def end_run(self, context: Context, outcome: Outcome) -> bool:
+        """Record how a run has ended; return whether its task had not before."""
         seconds = time.monotonic() - context.began
         log_end = functools.partial(self._log_end, context, seconds)
         try:
-            self._store.finish(context, outcome, log_end)
+            self.store.finish(context, outcome, log_end)
             return True
         except IllegalMove:
             log_run(logging.WARNING, context, "its handler returned after its end")
@@ -5060,10 +4883,10 @@ class WorkerPool:
         lasted, begin = self._lasted.get(task.type, 1.0), time.perf_counter()
         if lasted >= self.short_run:
             use_all_cpus()
-            outcome = run_one(task, context, self._handlers)
+            outcome = run_one(task, context, self.handlers)
             seconds = time.perf_counter() - begin
         else:
-            run = functools.partial(run_one, task, context, self._handlers)
+            run = functools.partial(run_one, task, context, self.handlers)
             outcome = run_on_one_cpu(context, run)
             seconds = time.perf_counter() - begin if context.thread else 1.0
         if lasted >= self.short_run or not context.thread:
@@ -5092,6 +4915,105 @@ class WorkerPool:
         if state.startswith(FAILED) and task.error:
             more["error"] = first_line(task.error)
         log_run(logging.INFO, context, state, **more)
+
+
+class EventLoop:
+    """A thread that runs async handlers, and one that starts up to `count` of them.
+
+    Raises SettingsError if the system has no threads left.
+    """
+
+    thread = 0  # free_children() sets it, as it does that of a Context
+
+    def __init__(self, pool: WorkerPool, count: int) -> None:
+        self._pool = pool
+        self.slots: Any = queue.SimpleQueue()  # one for each handler that may start
+        for _ in range(count):
+            self.slots.put(None)
+        selector = selectors.DefaultSelector()
+        PRIVATE.add(selector)  # without it, the loop ends in a forked child
+        self._loop = lazy_import("asyncio").SelectorEventLoop(selector)
+        self._call_soon = self._loop.call_soon_threadsafe
+        self._new: Deque[Tuple[Task, Context]] = deque()
+        self._runs: Dict[Any, Context] = {}  # by asyncio task
+        self._closed = False
+        self._seen: Any = None  # the asyncio task that ran when the timer looked
+        self._seen_at = 0.0
+        self._thread = start_thread("event-loop", self._run)
+        start_thread("async", self._claim)
+
+    def close(self, timeout: float) -> None:
+        """Cancel what runs, let async generators end, and close the loop.
+
+        Waits for so many seconds. What can't be cancelled runs on.
+        """
+        lazy_import("asyncio").run_coroutine_threadsafe(self._end_all(), self._loop)
+        self._thread.join(timeout)
+
+    def log_blocked(self) -> None:
+        """Log a handler that has blocked the loop since a call a second before."""
+        run, now = lazy_import("asyncio").current_task(self._loop), time.monotonic()
+        if run and run is not self._seen:
+            self._seen, self._seen_at = run, now
+            # This is undone once the loop takes its next turn.
+            self._call_soon(setattr, self, "_seen", None)
+        elif run and now - self._seen_at >= 0.9:
+            self._seen_at = math.inf  # it is logged once
+            stack = sys._current_frames().get(self._thread.ident or 0)
+            trace = "".join(traceback.format_stack(stack, 5))
+            name = run.get_coro().__qualname__
+            context = self._runs.get(run) or Context("?", type=name)
+            text = "blocks all async handlers"
+            log_run(logging.WARNING, context, text, traceback=trace)
+
+    def _claim(self) -> None:
+        use_one_cpu()
+        while True:
+            self.slots.get()
+            claimed = self._pool.store.claim(is_async=True)
+            if claimed is None:
+                return
+            if not self._pool.store.begin(*claimed):
+                self.slots.put(None)
+                continue
+            self._new.append(claimed)
+            if len(self._new) == 1:  # else the loop has not taken all of them yet
+                self._call_soon(self._start_new)
+
+    # -- in the thread of the loop
+
+    def _run(self) -> None:
+        _bound.context, _bound.has_event_loop = self, True
+        with UserCode():
+            while not self._closed:
+                with contextlib.suppress(SystemExit, KeyboardInterrupt):  # of a task
+                    self._loop.run_forever()
+            self._loop.close()
+
+    def _start_new(self) -> None:
+        use_one_cpu()  # a handler that started a process got all
+        while self._new:
+            task, context = self._new.popleft()
+            run = self._loop.create_task(run_task(task, context, self._pool.handlers))
+            self._runs[run] = context
+            run.add_done_callback(self._end_run)
+            context.on_stop(functools.partial(self._call_soon, run.cancel))
+
+    def _end_run(self, run: Any) -> None:
+        with UserCode():  # the handler may have changed the process
+            outcome = run.result()
+        if self._pool.end_run(self._runs.pop(run), outcome):
+            self.slots.put(None)
+
+    async def _end_all(self) -> None:
+        asyncio = lazy_import("asyncio")
+        runs = asyncio.all_tasks() - {asyncio.current_task()}
+        for run in runs:
+            run.cancel()
+        await asyncio.gather(*runs, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+        self._closed = True
+        self._loop.stop()
 
 
 def first_line(error: str) -> str:
@@ -8241,8 +8163,8 @@ class Service:
         access = Access(read_token(settings), settings["INSECURE"])
         tls = tls_context(settings)
         self.store = TaskStore(limits, rules=rules, types=handlers)
-        counts = settings["WORKER_COUNT"], settings["ASYNC_COUNT"]
-        self.pool = WorkerPool(self.store, handlers, *counts)
+        self.pool = WorkerPool(self.store, handlers, settings["WORKER_COUNT"])
+        self.pool.async_count = settings["ASYNC_COUNT"]
         scheme = "https" if tls else "http"
         tools = make_tools(handlers, settings) if settings["MCP"] else None
         max_wait = settings["MAX_WAIT"]
@@ -8323,7 +8245,8 @@ class Service:
         number = self._next_event()
         self.manager.notify("STOPPING=1")
         left = self._drain(signal.Signals(number).name)
-        self.pool.close(1.0)
+        if self.pool.loop:
+            self.pool.loop.close(1.0)
         if self.journal:
             saved, fate = self.journal.close(EXIT_TIMEOUT), "left for the next start"
             if not saved:

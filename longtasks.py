@@ -2260,7 +2260,10 @@ def isolated_main() -> None:
     log.disabled = True  # the service logs the lines that it is sent
     print_at_once()
     with service.makefile("rb") as lines:
-        files, job = json.loads(lines.readline())
+        line = lines.readline()
+    if not line.endswith(b"\n"):  # the service has died before all of it was sent
+        os._exit(1)
+    files, job = json.loads(line)
     ctx = Context(job["task_id"], job["attempt"], link.emit)
     ctx.save_step, ctx.max_result = link.save_step, job["max_result"]
     for name, result in job["steps"].items():

@@ -10623,6 +10623,16 @@ def test_processes_of_an_isolated_handler_end_with_the_service(by, tmp_path):
         until(lambda: not any(map(alive, pids)))
 
 
+def test_a_child_process_whose_service_dies_first_says_nothing():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(b'[{}, {"task_id": ')
+        ours.shutdown(socket.SHUT_WR)
+        command = [sys.executable, "-c", longtasks.CHILD, longtasks.FILE, *sys.path]
+        done = subprocess.run(command, stdin=theirs, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 # -- forks -----------------------------------------------------------------
 
 FORKING = """

@@ -47,15 +47,15 @@ line:
       481  2. Tasks and their states
       824  3. Task registry
      1505  4. Execution
-     2732  5. Journal
-     3344  6. Events
-     3525  7. Result store and task queue
-     4696  8. Worker pool
-     5026  9. HTTP API
-     6692  10. HTTP server
-     7609  11. Client
-     8095  12. Main
-     8612  13. The page
+     2735  5. Journal
+     3347  6. Events
+     3528  7. Result store and task queue
+     4699  8. Worker pool
+     5029  9. HTTP API
+     6695  10. HTTP server
+     7612  11. Client
+     8098  12. Main
+     8615  13. The page
 
 Three things hold throughout:
 

@@ -6,11 +6,13 @@ tasks, tests pass their own clocks, and follow real processes by their logs.
 
 import _thread
 import ast
+import asyncio
 import bisect
 import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import contextvars
 import errno
 import functools
 import hmac
@@ -43,6 +45,7 @@ import typing
 import unicodedata
 import urllib.parse
 import uuid
+import warnings
 import zipapp
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Mapping, NamedTuple, NewType, Optional
@@ -4086,6 +4089,333 @@ def test_a_worker_that_could_not_be_replaced_is_replaced_later(gate, monkeypatch
         assert done["status"] == "completed"
         assert len(denied) == 2
         gate.release.set()
+
+
+# -- async handlers ---------------------------------------------------------
+
+
+class AsyncGate:
+    """An async handler that reports its start, and goes on once the test opens it."""
+
+    def __init__(self):
+        self.started = threading.Semaphore(0)
+        self.waiting = []
+        self.most = 0  # that waited at once
+
+    async def __call__(self):
+        self.waiting.append(asyncio.get_running_loop().create_future())
+        self.most = max(self.most, len(self.waiting))
+        self.started.release()
+        await self.waiting[-1]
+
+    def open(self, count=1):
+        for _ in range(count):
+            assert self.started.acquire(timeout=LONG)
+            future = self.waiting.pop(0)
+            future.get_loop().call_soon_threadsafe(future.set_result, None)
+
+
+@pytest.fixture
+def async_gate(registry):
+    """Such a gate, registered as the type "wait"."""
+    gate = AsyncGate()
+    handler("wait")(gate)
+    return gate
+
+
+def test_an_async_handler_needs_no_worker(gate, async_gate):
+    handler("partial")(functools.partial(coroutine))
+
+    @handler("greet")
+    async def greet(name: str, *, ctx: Context):
+        ctx.progress(0.5, "half way")
+        ctx.log("hello")
+        await async_gate()
+        return "hello " + name
+
+    with serving(WORKER_COUNT=1) as service:
+        submitted(service, "gate")
+        gate.wait_started()
+        task_id = submitted(service, "greet", {"name": "you"})
+        path = TASKS + "/" + task_id
+        until(lambda: "progress" in call(service, "GET", path).json)
+        async_gate.open()
+        assert result_of(service, task_id)["result"] == "hello you"
+        assert call(service, "GET", path + "/log").body == b"hello\n"
+        assert result_of(service, submitted(service, "partial"))["result"] is None
+
+
+def test_an_async_handler_is_retried_as_any_other(registry):
+    @handler("fails", retries=2, backoff=0)
+    async def fails(*, ctx: Context):
+        await asyncio.sleep(0)
+        raise ValueError("attempt %d" % ctx.attempt)
+
+    @handler("again")
+    async def again(*, ctx: Context):
+        if ctx.attempt == 1:
+            raise longtasks.Retry(after=0)
+        return ctx.attempt
+
+    with serving() as service:
+        failed = result_of(service, submitted(service, "fails"))
+        assert failed["error"] == "ValueError: attempt 3"
+        assert result_of(service, submitted(service, "again"))["result"] == 2
+
+
+def test_what_goes_wrong_in_an_async_handler_fails_its_task_alone(registry):
+    @handler("no json")
+    async def no_json():
+        return {1, 2}
+
+    @handler("exits")
+    async def exits():
+        async def leave():
+            raise SystemExit(3)
+
+        await asyncio.gather(leave())
+
+    @handler("cancels itself")
+    async def cancels_itself():
+        raise asyncio.CancelledError
+
+    with serving() as service:
+        for type, error in [
+            ("no json", "the result does not fit into JSON"),
+            ("exits", "SystemExit: 3"),
+            ("cancels itself", "CancelledError"),
+        ]:
+            result = result_of(service, submitted(service, type))
+            assert result["error"].startswith(error)
+
+
+@pytest.mark.parametrize("way", ["cancel", "check", "timeout"])
+def test_an_async_handler_is_stopped_by_cancelling_its_asyncio_task(way, registry):
+    seen, started = [], threading.Event()
+
+    @handler("sleeps")
+    async def sleeps(*, ctx: Context):
+        try:
+            started.set()
+            await asyncio.sleep(LONG * 10)
+        except asyncio.CancelledError:
+            seen.append(ctx.cancelled)
+            if way == "check":
+                ctx.check()
+            raise
+
+    error, document = "cancelled while it ran", {"type": "sleeps", "params": {}}
+    if way == "timeout":
+        error, document["timeout"] = "timed out after 0.05 s", 0.05
+    with serving() as service, records("WARNING") as kept:
+        task_id = call(service, "POST", TASKS, document).json["id"]
+        assert started.wait(LONG)
+        if way != "timeout":
+            call(service, "POST", TASKS + "/%s/cancel" % task_id)
+        assert result_of(service, task_id)["error"] == error
+        assert (seen, kept) == ([True], [])
+
+
+def test_an_async_handler_that_swallows_its_cancel_is_abandoned(async_gate):
+    @handler("deaf")
+    async def deaf():
+        with contextlib.suppress(asyncio.CancelledError):
+            await async_gate()
+        await async_gate()
+
+    with serving(ASYNC_COUNT=1, GRACE=0.05) as service, records("WARNING") as kept:
+        task_id = submitted(service, "deaf")
+        assert async_gate.started.acquire(timeout=LONG)
+        call(service, "POST", TASKS + "/%s/cancel" % task_id)
+        assert result_of(service, task_id)["status"] == "cancelled"
+        assert service.store.stuck() == 1
+        other = submitted(service, "wait")  # the only place is free again
+        async_gate.waiting.pop(0)
+        async_gate.open(2)
+        assert result_of(service, other)["status"] == "completed"
+        until(lambda: service.store.stuck() == 0)
+        until(lambda: "returned after its end" in kept[-1].getMessage())
+
+
+@pytest.mark.parametrize("count, rule", [(100, 3), (3, 0)])
+def test_no_more_async_handlers_run_at_once_than_may(count, rule, async_gate):
+    handler("limited", max_running=rule)(async_gate)
+    with serving(ASYNC_COUNT=count) as service:
+        ids = [submitted(service, "limited") for _ in range(7)]
+        until(lambda: service.store.counts().processing == 3)
+        async_gate.open(7)
+        assert [result_of(service, i)["status"] for i in ids] == ["completed"] * 7
+    assert async_gate.most == 3
+
+
+def test_sleep_that_would_block_the_event_loop_is_refused(registry):
+    @handler("sleeps")
+    async def sleeps(*, ctx: Context):
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, ctx.sleep, 0)
+        ctx.sleep(0)
+
+    with serving() as service:
+        error = result_of(service, submitted(service, "sleeps"))["error"]
+        assert "write await asyncio.sleep()" in error
+
+
+@pytest.mark.parametrize("in_child", [False, True])
+def test_a_handler_that_blocks_the_event_loop_is_named_and_harms_no_other(
+    in_child, async_gate
+):
+    release = threading.Event()
+
+    async def blocking():
+        assert release.wait(LONG)
+
+    @handler("blocks")
+    async def blocks():
+        await (asyncio.gather(blocking()) if in_child else blocking())
+
+    with serving(GRACE=0.1) as service, records("WARNING") as kept:
+        waiting = [submitted(service, "wait")]
+        assert async_gate.started.acquire(timeout=LONG)
+        blocks_id = submitted(service, "blocks")
+        document = {"type": "wait", "params": {}, "timeout": 0.1}
+        waiting.append(call(service, "POST", TASKS, document).json["id"])
+        call(service, "POST", TASKS + "/%s/cancel" % waiting[0])
+        ends = [result_of(service, task_id)["status"] for task_id in waiting]
+        assert ends == ["cancelled", "failed"]
+        text = "blocks all async handlers"
+        until(lambda: any(text in record.getMessage() for record in kept))
+        (line,) = (record.fields for record in kept if text in record.getMessage())
+        assert "assert release.wait(LONG)" in line["traceback"]
+        assert "blocking" in line["type"] if in_child else line["task_id"] == blocks_id
+        release.set()
+        assert result_of(service, blocks_id)["status"] == "completed"
+
+
+def test_each_run_has_context_variables_of_its_own(async_gate):
+    number = contextvars.ContextVar("number", default=0)
+
+    @handler("adds")
+    async def adds():
+        number.set(number.get() + 1)
+        await async_gate()
+        return number.get()
+
+    with serving() as service:
+        ids = [submitted(service, "adds") for _ in range(3)]
+        async_gate.open(3)
+        assert [result_of(service, task_id)["result"] for task_id in ids] == [1] * 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_child_that_an_async_handler_forks_does_not_go_on_with_the_loop(registry):
+    pid = os.getpid()
+
+    @handler("forks")
+    async def forks():
+        child = os.fork()
+        if not child:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            os.kill(pid, signal.SIGABRT)
+        sys.setrecursionlimit(sys.getrecursionlimit() - 10)
+        return os.waitpid(child, 0)[1]
+
+    limit = sys.getrecursionlimit()
+    with serving() as service:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a process with threads forks
+            assert result_of(service, submitted(service, "forks"))["result"] == 256
+        assert sys.getrecursionlimit() == limit
+
+
+def test_an_async_handler_that_cannot_run_where_it_should_is_refused(registry):
+    with pytest.raises(HandlerError, match="an async handler can't be isolated"):
+        handler("apart", isolated=True)(coroutine)
+
+
+ASYNC = """
+import sys
+sys.path[:0] = [__file__ + "-folder"]
+from longtasks import Context, handler
+
+async def forever():
+    try:
+        while True:
+            yield await asyncio.sleep(0.001)
+    finally:
+        print("closed", flush=True)
+
+@handler("nap")
+async def nap(seconds: float, leave: bool = False, *, ctx: Context):
+    ctx.log("begun")
+    try:
+        if leave:
+            left.append(forever())
+            await left[0].__anext__()
+            left.append(asyncio.ensure_future(asyncio.sleep(99)))
+        await asyncio.sleep(seconds)
+    except asyncio.CancelledError:
+        print("stopped", flush=True)
+        raise
+    return ctx.attempt
+
+left = []
+asyncio = sys.modules["asyncio"]
+"""
+
+
+@pytest.fixture
+def napping(tmp_path):
+    """A process with async handlers, where another asyncio is in the way."""
+    file = write(tmp_path, ASYNC)
+    (tmp_path / (Path(file).name + "-folder")).mkdir()
+    write(tmp_path / (Path(file).name + "-folder"), "raise OSError", "asyncio.py")
+
+    @contextlib.contextmanager
+    def start(*flags):
+        command = [sys.executable, "-X", "dev", "-W", "error", SCRIPT]
+        with open(tmp_path / "out", "ab") as out, process(
+            "--handlers", file, *flags, command=command, stdout=out
+        ) as running:
+            yield running
+
+    return start
+
+
+def begin_nap(running, **params):
+    task_id = submitted(running.port, "nap", params)
+    running.logged(task_id + " (nap): begun")
+    return task_id
+
+
+def test_a_drain_waits_for_async_handlers_and_leaves_nothing_open(napping, tmp_path):
+    with napping() as running:
+        begin_nap(running, seconds=0.3, leave=True)
+        running.signal()
+        assert running.wait() == 0
+        running.logged("stopped, 0 tasks")
+        assert all(" INFO " in line for line in running.lines), running.lines
+    assert (tmp_path / "out").read_text() == "closed\n"
+
+
+def test_an_async_handler_that_outlasts_the_drain_is_stopped_and_run_again(
+    napping, tmp_path
+):
+    flags = ["--db", str(tmp_path / "tasks.db"), "--drain-timeout", "0"]
+    with napping(*flags) as running:
+        task_id = begin_nap(running, seconds=99)
+        running.signal()
+        assert running.wait() == 0
+        running.logged("stopped, 1 task left for the next start")
+        assert not [line for line in running.lines if "ERROR" in line]
+    assert (tmp_path / "out").read_text() == "stopped\n"
+    with napping(*flags) as running:
+        running.logged(task_id + " (nap): begun")
+        running.process.kill()
+        running.wait()
+    with napping(*flags) as running:
+        running.logged(task_id + " (nap): begun")
+        assert call(running, "GET", TASKS + "/" + task_id).json["attempt"] == 3
 
 
 # -- programs --------------------------------------------------------------

@@ -2258,10 +2258,8 @@ def test_limits_hold_at_the_restart_too(tmp_path):
     assert [row[0] for row in rows_of(path)] == [t.id for t in kept]
 
 
-def test_a_hundred_thousand_finished_tasks_are_taken_up_within_the_limits(
-    tmp_path, capsys
-):
-    path, count = tmp_path / "tasks.db", 100_000
+def test_many_finished_tasks_are_taken_up_within_the_limits(tmp_path, capsys):
+    path, count = tmp_path / "tasks.db", 30_000
     task = longtasks.Task(0, "", "t", b'{"n": 1}', "completed", 1.0, 2.0, 3.0, 1, b"1")
     ids = [str(uuid.UUID(int=n)) for n in range(count)]
     journal = longtasks.Journal(str(path))
@@ -2279,8 +2277,8 @@ def test_a_hundred_thousand_finished_tasks_are_taken_up_within_the_limits(
         print(text % (count, took, peak / 1e6))
     assert len(rows_of(path)) == 1000
     # What is let go costs its record in the journal's queue, 200 bytes or so.
-    assert peak < 50e6
-    assert took < 30  # under tracemalloc
+    assert peak < 15e6
+    assert took < 15  # under tracemalloc
 
 
 def by_count(store, clock):

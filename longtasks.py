@@ -5931,7 +5931,7 @@ DOCUMENTS: Dict[str, Schema] = {
         params=_object("_meta?", _meta=_object("idempotency-key?")),
     ),
     "Messages": _list(_ref("schemas", "Message")),
-    "Answer": {"anyOf": [{"type": "object"}, {"type": "array"}]},
+    "Answer": {"anyOf": [{"type": "object"}, {"type": "array", "items": {}}]},
     "Problem": _object(
         "type title status detail errors?",
         status=COUNT,

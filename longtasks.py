@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       146  1. Settings
-      481  2. Tasks and their states
-      824  3. Task registry
-     1505  4. Execution
-     2735  5. Journal
-     3347  6. Events
-     3528  7. Result store and task queue
-     4699  8. Worker pool
-     5029  9. HTTP API
-     6695  10. HTTP server
-     7612  11. Client
-     8098  12. Main
-     8615  13. The page
+      475  2. Tasks and their states
+      818  3. Task registry
+     1499  4. Execution
+     2729  5. Journal
+     3341  6. Events
+     3522  7. Result store and task queue
+     4693  8. Worker pool
+     5023  9. HTTP API
+     6689  10. HTTP server
+     7599  11. Client
+     8085  12. Main
+     8602  13. The page
 
 Three things hold throughout:
 
@@ -192,47 +192,41 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return check
 
 
-def one_of(*words: str) -> Callable[[str], str]:
-    """Return a check for one of `words`, in upper or lower case."""
-
-    def check(text: str) -> str:
-        if text.lower() not in words:
-            raise ValueError("one of " + ", ".join(filter(None, words)))
-        return text.lower()
-
-    return check
-
-
-def matching(pattern: str, valid: str) -> Callable[[str], str]:
+def matching(
+    pattern: str, valid: str, convert: Callable[[str], Any] = str
+) -> Callable[[str], Any]:
     """Return a check for a text that matches a pattern; `valid` says so in words."""
 
-    def check(text: str) -> str:
+    def check(text: str) -> Any:
         if not re.fullmatch(pattern, text):
             raise ValueError(valid)
-        return text
+        return convert(text)
 
     return check
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """Return a check for one of `words`, in upper or lower case."""
+    valid = "one of " + ", ".join(filter(None, words))
+    return matching("(?ai:%s)" % "|".join(words), valid, str.lower)
+
+
+def _bytes(text: str) -> int:
+    units = {"KiB": 10, "MiB": 20, "GiB": 30}
+    return int(text[:-3]) << units[text[-3:]] if text[-3:] in units else int(text)
 
 
 # An empty address would stand for all addresses of the host; an empty token, for none.
 address = matching("[!-~]{1,253}", "a host name or address, such as 127.0.0.1")
 token = matching("|[!-~]{16,255}", "16 to 255 visible ASCII characters")
-
-
-def seconds(text: str) -> float:
-    """Return the time that a text such as 30 or 0.5 stands for."""
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-        raise ValueError("a time in seconds, such as 30 or 0.5")
-    return float(text)
-
-
-def size(text: str) -> int:
-    """Return the bytes that a text such as 4096, 64KiB, 64MiB or 1GiB stands for."""
-    match = re.fullmatch("([1-9][0-9]{0,14})(|KiB|MiB|GiB)", text)
-    if not match:
-        raise ValueError("a size in bytes, such as 65536, 64KiB, 64MiB or 1GiB")
-    number, unit = match.groups()
-    return int(number) << {"": 0, "KiB": 10, "MiB": 20, "GiB": 30}[unit]
+seconds = matching(
+    r"[0-9]{1,9}(\.[0-9]{1,9})?", "a time in seconds, such as 30 or 0.5", float
+)
+size = matching(
+    "[1-9][0-9]{0,14}(|KiB|MiB|GiB)",
+    "a size in bytes, such as 65536, 64KiB, 64MiB or 1GiB",
+    _bytes,
+)
 
 
 def switch(text: str) -> bool:
@@ -364,7 +358,7 @@ def read_token(settings: Settings) -> str:
     if not found:
         raise SettingsError("API_TOKEN_FILE %s is empty" % file)
     warn_if_readable("API_TOKEN_FILE", file)
-    return found
+    return str(found)
 
 
 def warn_if_readable(name: str, file: str) -> None:
@@ -7047,7 +7041,7 @@ class Connection:
             self._linger()
             return False
         if self.over_limit and request.path not in ("/healthz", "/readyz"):
-            reply = refusal(self.server.over_limit(), request)
+            reply = problem(*self.server.over_limit, {"Retry-After": "1"})
         else:
             reply = respond(self.server.app, request)
         method = request.method if request.method in METHODS else OTHER
@@ -7247,7 +7241,7 @@ def tls_context(settings: Settings) -> Any:
     if not cert:
         return None
     try:
-        import ssl  # costs start-up time, and a small host may lack it
+        ssl = lazy_import("ssl")
     except ImportError:
         raise SettingsError("TLS_CERT needs Python's ssl, which is missing") from None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -7259,15 +7253,15 @@ def tls_context(settings: Settings) -> Any:
         for file in filter(None, (cert, key)):
             open(file, "rb").close()  # the error of load_cert_chain() names no file
         context.load_cert_chain(cert, key or None, "")  # "": don't ask the terminal
-    except ssl.SSLError:
-        text = "TLS_CERT %s and TLS_KEY %s must be a certificate and its key, in PEM "
-        text += "and without a passphrase"
-        raise SettingsError(text % (cert, key or cert)) from None
     except OSError as error:
-        text = "TLS_CERT or TLS_KEY %s: %s"
-        raise SettingsError(text % (error.filename, error.strerror)) from None
-    name = "TLS_KEY" if key else "TLS_CERT, which holds the key,"
-    warn_if_readable(name, key or cert)
+        text = "TLS_CERT or TLS_KEY %s: %s" % (error.filename, error.strerror)
+        if isinstance(error, ssl.SSLError):
+            text = "TLS_CERT %s and TLS_KEY %s must be a certificate and its key, in "
+            text = text % (cert, key or cert) + "PEM and without a passphrase"
+        raise SettingsError(text) from None
+    warn_if_readable(
+        "TLS_KEY" if key else "TLS_CERT, which holds the key,", key or cert
+    )
     return context
 
 
@@ -7344,16 +7338,14 @@ class APIServer(ThreadingHTTPServer):
     trim_interval = 10.0  # but not more often than in so many seconds
 
     def __init__(
-        self,
-        address: Any,
-        app: App,
-        max_body: int,
-        max_connections: int,
+        self, address: Any, app: App, max_body: int, max_connections: int
     ) -> None:
         """`address` is a host and a port, or the path of a Unix socket."""
         self.app = app._replace(traffic=self.traffic)
         self.tls: Any = None  # an ssl.SSLContext
         self.max_body, self.max_connections = max_body, max_connections
+        detail = "the limit of connections, %d, is reached" % max_connections
+        self.over_limit = 503, detail  # for a client for which there is no place
         # Seconds until the first byte of a request, to send it, to take a reply and to
         # read a refusal, beside what the bytes take at the slowest rate.
         self.timeouts = {IDLE: 60.0, READING: 20.0, SENDING: 60.0, LINGERING: 2.0}
@@ -7383,8 +7375,8 @@ class APIServer(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore
         host = "[%s]" if ":" in self.server_name else "%s"
-        place = self.app.scheme, host % self.server_name, self.server_port
-        self.url = "%s://%s:%d" % place
+        self.url = self.app.scheme + "://" + host % self.server_name
+        self.url += ":%d" % self.server_port
         self.app.access.listen_on(self.server_name)  # the address, not the name
 
     def _bind_unix(self, path: str) -> None:
@@ -7472,17 +7464,17 @@ class APIServer(ThreadingHTTPServer):
         number = connection.socket.fileno()
         with self._changed:
             if self._is_full():
-                self._evict(str(self.over_limit()))
+                self._evict(self.over_limit[1])
             connection.over_limit = self._is_full()
             # Its client may have left, and a flood of such must not hold up others.
             connection.half_closed = bool(closed_by_peer([number]))
             self.connections[connection.socket] = connection
-            if len(self.connections) > self.max_connections + self.reserve:
-                raise self.over_limit()
-            half_closed = sum(c.half_closed for c in self.connections.values())
-            if connection.half_closed and half_closed > self.half_closed_limit:
-                detail = "too many clients did not wait for their answers"
-                raise HTTPError(503, detail, Retry_After="1")
+            is_over = len(self.connections) > self.max_connections + self.reserve
+            if connection.half_closed:
+                half_closed = sum(c.half_closed for c in self.connections.values())
+                is_over = is_over or half_closed > self.half_closed_limit
+            if is_over:
+                raise HTTPError(*self.over_limit, Retry_After="1")
 
     def _is_full(self) -> bool:
         """Whether the limit is reached, without those that are ending."""
@@ -7502,12 +7494,7 @@ class APIServer(ThreadingHTTPServer):
                 return
             except RuntimeError as error:
                 self._evict(str(error))
-        raise self.over_limit()
-
-    def over_limit(self) -> HTTPError:
-        """Return the error for a client for which there is no place."""
-        detail = "the limit of connections, %d, is reached" % self.max_connections
-        return HTTPError(503, detail, Retry_After="1")
+        raise HTTPError(*self.over_limit, Retry_After="1")
 
     def finish_request(self, client: Any, address: Any) -> None:
         """Serve a connection in its thread; called by socketserver."""
@@ -7547,7 +7534,7 @@ class APIServer(ThreadingHTTPServer):
             ]
             found.sort(key=lambda c: (c.state != IDLE, c.since))
             for connection in found[: 1 + self.max_connections // 32]:
-                connection.end(503, str(self.over_limit()))
+                connection.end(*self.over_limit)
             # Without one, a moment: where accepting fails, its loop must not spin.
             self._changed.wait(self.eviction_wait if found else 0.005)
 

@@ -53,9 +53,9 @@ line:
      4693  8. Worker pool
      5023  9. HTTP API
      6689  10. HTTP server
-     7599  11. Client
-     8085  12. Main
-     8602  13. The page
+     7596  11. Client
+     8082  12. Main
+     8599  13. The page
 
 Three things hold throughout:
 
@@ -6937,7 +6937,8 @@ def encode_head(reply: Reply, date: str, version: str, keep: bool) -> bytes:
     if reply.status != 204:
         text += _BODY_HEADERS % reply.media
         if reply.stream is None:
-            text += "Content-Length: %d\r\n" % reply.size
+            size = reply.size if reply.more else len(reply.body)
+            text += "Content-Length: %d\r\n" % size
     if not keep or version == "1.0":
         text += "Connection: keep-alive\r\n" if keep else "Connection: close\r\n"
     for header in reply.headers.items():
@@ -6956,10 +6957,9 @@ class Connection:
 
     `state` says what its thread waits for: that the client begins a request (IDLE),
     sends more of it (READING), takes a reply (SENDING) or closes after a refusal
-    (LINGERING). The client's time runs from `since` on, which its bytes move forward by
-    the time that they take at the slowest rate. Its socket has no timeout: the server
-    ends a connection whose time is up. It reads both without a lock, since slightly old
-    values do no harm.
+    (LINGERING). The client's time runs from `since` on, which its bytes move forward.
+    Its socket has no timeout: the server ends a connection whose time is up. It reads
+    both without a lock, since slightly old values do no harm.
     """
 
     def __init__(self, client: Any, address: Any, server: "APIServer") -> None:
@@ -7035,15 +7035,14 @@ class Connection:
             request = self.request
             if request.length:
                 request.body = self._read_body(request)
+            if self.over_limit and request.path not in ("/healthz", "/readyz"):
+                raise HTTPError(*self.server.over_limit, Retry_After="1")
         except HTTPError as error:
             self.counts[OTHER, OTHER, error.status] += 1
             self._send_reply(refusal(error, request), request, False)
             self._linger()
             return False
-        if self.over_limit and request.path not in ("/healthz", "/readyz"):
-            reply = problem(*self.server.over_limit, {"Retry-After": "1"})
-        else:
-            reply = respond(self.server.app, request)
+        reply = respond(self.server.app, request)
         method = request.method if request.method in METHODS else OTHER
         self.counts[method, request.label, reply.status] += 1
         keep = request.keep and reply.stream is None
@@ -7143,16 +7142,14 @@ class Connection:
         self.state = READING
         data: bytes = self.socket.recv(size)
         self.state = BUSY
-        self._credit(len(data))
+        # Its bytes give the client more time.
+        more = len(data) / self.server.slowest
+        self.since = min(time.monotonic(), self.since + more)
         if self.ended:
             raise HTTPError(*self.ended, Retry_After="1")
         if not data:
             raise HTTPError(400, "the request ended before it was complete")
         return data
-
-    def _credit(self, size: int) -> None:
-        """Give the client more time for bytes that it has sent or taken."""
-        self.since = min(time.monotonic(), self.since + size / self.server.slowest)
 
     def _linger(self) -> None:
         """Discard what still comes: after a close, the kernel would drop the reply."""
@@ -7187,10 +7184,10 @@ class Connection:
 
     def _send(self, data: bytes) -> None:
         """Send all of this; raises OSError once the client has left or is too slow."""
-        view, self.state, self.since = memoryview(data), SENDING, time.monotonic()
+        view = memoryview(data)
         for at in range(0, len(data), LARGE):
+            self.state, self.since = SENDING, time.monotonic()
             self.socket.sendall(view[at : at + LARGE])
-            self._credit(LARGE)
         self.state = BUSY
 
     def _send_stream(self, stream: Iterator[bytes]) -> None:
@@ -7346,8 +7343,8 @@ class APIServer(ThreadingHTTPServer):
         self.max_body, self.max_connections = max_body, max_connections
         detail = "the limit of connections, %d, is reached" % max_connections
         self.over_limit = 503, detail  # for a client for which there is no place
-        # Seconds until the first byte of a request, to send it, to take a reply and to
-        # read a refusal, beside what the bytes take at the slowest rate.
+        # Seconds until the first byte of a request, to send it (beside what its bytes
+        # take at the slowest rate), to take LARGE bytes, and to read a refusal.
         self.timeouts = {IDLE: 60.0, READING: 20.0, SENDING: 60.0, LINGERING: 2.0}
         self.closing = False
         self._file: Optional[os.stat_result] = None  # the Unix socket

@@ -52,10 +52,10 @@ line:
      3522  7. Result store and task queue
      4693  8. Worker pool
      5023  9. HTTP API
-     6689  10. HTTP server
-     7596  11. Client
-     8082  12. Main
-     8599  13. The page
+     6690  10. HTTP server
+     7597  11. Client
+     8083  12. Main
+     8600  13. The page
 
 Three things hold throughout:
 
@@ -6398,9 +6398,10 @@ class Call:
         return tool_result(found, text, to_json(found).decode())
 
 
-HOW_TO_GO_ON = """\
- It goes on by itself. For its result, call task_result with {"task_id": "%s"}; to see
-how far it is, task_status; to stop it, task_cancel."""
+HOW_TO_GO_ON = (
+    ' It goes on by itself. Call task_result with {"task_id": "%s"} for its result, '
+    "task_status to see how far it is, or task_cancel to stop it."
+)
 
 
 def tool_result(structured: Any, *texts: str) -> Json:

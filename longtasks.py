@@ -6059,7 +6059,6 @@ TASKS: Dict[str, Any] = {META + "tasks": {}}
 PARSE_ERROR, INVALID_REQUEST, UNKNOWN_METHOD = -32700, -32600, -32601
 INVALID_PARAMS, INTERNAL_ERROR = -32602, -32603
 HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION = -32020, -32021, -32022
-RPC_KEY = "idempotency-key"  # in _meta
 BRIEFLY = 0.5  # seconds that a call waits whose client takes a task for an answer
 CACHING: Dict[str, Any] = {"ttlMs": 60_000, "cacheScope": "private"}
 ABOUT = {"name": "longtasks", "version": __version__}
@@ -6128,17 +6127,12 @@ class Call:
         self.id = message.get("id") if isinstance(message, dict) else None
         self.version, self.has_tasks, self.status = "", False, 200
         self.task_id, self.until = "", 0.0  # the task that the answer waits for
+        self.token: Any = None  # of the client, for notifications of its progress
         self.result: Any  # or the error or, of that task, a function that returns it
-        self.meta: Json = {}
         try:
             self.result = self._begin(message)
         except (TaskError, HTTPError) as error:
             self.result = error
-
-    @property
-    def token(self) -> Any:
-        """That of the client for the progress of the task, None without."""
-        return self.meta.get("progressToken") if self.task_id else None
 
     def answer(self) -> Json:
         """Return the response."""
@@ -6151,9 +6145,7 @@ class Call:
                 result = result(await_end(self.app, self.request, self.task_id, left))
         except (TaskError, HTTPError) as error:
             if self.version not in OLD:
-                status = refusal(error).status
-                known = isinstance(error, RPCError) or status >= 500
-                self.status = status if known else 400
+                self.status = refusal(error).status
             return {**head, "error": rpc_error(error)}
         if self.version in NEW:
             meta = {META + "serverInfo": ABOUT}
@@ -6188,8 +6180,9 @@ class Call:
     def _begin(self, message: Any) -> Any:
         checked(_MESSAGE, message, INVALID_REQUEST)
         method, params = message["method"], message.get("params", {})
-        self.meta = params.get("_meta", {})
-        self._read_version()
+        meta = params.get("_meta", {})
+        self._read_version(meta)
+        self.token, self.key = meta.get("progressToken"), meta.get("idempotency-key")
         versions, schema, function = RPC_METHODS.get(method, ((), {}, Call._ping))
         if self.version not in versions:
             text = "there is no method %s in MCP %s" % (quote(method), self.version)
@@ -6202,11 +6195,11 @@ class Call:
             raise RPCError(MISSING_CAPABILITY, text, requiredCapabilities=needed)
         return function(self, checked(Validator(schema), params, INVALID_PARAMS))
 
-    def _read_version(self) -> None:
+    def _read_version(self, meta: Json) -> None:
         header = self.request.headers.get("mcp-protocol-version", UNNAMED)
-        version = self.meta.get(META + "protocolVersion", header)
+        version = meta.get(META + "protocolVersion", header)
         if version in NEW:
-            able = checked(_NEW_META, self.meta, INVALID_PARAMS)
+            able = checked(_NEW_META, meta, INVALID_PARAMS)
             extensions = able[META + "clientCapabilities"].get("extensions", {})
             self.has_tasks = TASKS.keys() <= extensions.keys()
         if version != header:
@@ -6217,7 +6210,7 @@ class Call:
             raise RPCError(UNSUPPORTED_VERSION, "unknown version of MCP", **data)
         self.version, self.has_tasks = version, self.has_tasks or version == OLD[0]
 
-    def _check_headers(self, method: str, params: Dict[str, Any]) -> None:
+    def _check_headers(self, method: str, params: Json) -> None:
         """Compare the headers that repeat parts of a message with it."""
         key = "name" if method == "tools/call" else "taskId"
         wanted = {"Mcp-Method": method, "Mcp-Name": params.get(key)}
@@ -6264,13 +6257,13 @@ class Call:
     def _call_tool(self, params: Json) -> Any:
         name, arguments = params["name"], params.get("arguments", {})
         if name in TOOLS:
-            *_, schema, _, function = TOOLS[name]
+            _, schema, _, function = TOOLS[name]
             return function(self, Validator(schema).validate(arguments, ("arguments",)))
         if name not in self.tools.types:
             raise RPCError(INVALID_PARAMS, "Unknown tool: " + quote(name))
         document = {"type": self.tools.types[name], "params": arguments}
         submission = check_submission(document, self.app.handlers)
-        task = submit_one(self.app, submission, self.meta.get(RPC_KEY))
+        task = submit_one(self.app, submission, self.key)
         if self.version == OLD[0] and "task" in params:
             return {"task": self._state(task)}
         if self.version in NEW and self.has_tasks:
@@ -6504,7 +6497,7 @@ def reply_to(calls: Sequence[Call], is_batch: bool, request: Request) -> Reply:
     if not calls:
         return Reply(202)
     first, streams = calls[0], _quality(request.headers.get("accept", ""), SSE)
-    if first.token is not None and streams and not is_batch:
+    if first.task_id and first.token is not None and streams and not is_batch:
         stream = first.stream()
         next(stream)  # subscribe now, while an error can still be the reply
         return Reply(200, b"", SSE, {"X-Accel-Buffering": "no"}, stream)

@@ -52,10 +52,10 @@ line:
      3522  7. Result store and task queue
      4693  8. Worker pool
      5023  9. HTTP API
-     6690  10. HTTP server
-     7597  11. Client
-     8083  12. Main
-     8600  13. The page
+     6683  10. HTTP server
+     7590  11. Client
+     8076  12. Main
+     8593  13. The page
 
 Three things hold throughout:
 
@@ -6559,7 +6559,7 @@ ROUTES = (
     Route("POST", "/api/v1/types/{type}/pause", pause_type, {200: "Type"}, (404,)),
     Route("POST", "/api/v1/types/{type}/resume", resume_type, {200: "Type"}, (404,)),
     Route("POST", MCP_PATH, answer_agent,
-          {200: "Answer events", 202: ""}, (404, 406, 415), (), (),
+          {200: "Answer events", 202: ""}, (404, 406, 409, 410, 415, 422), (), (),
           "Message Messages"),
     Route("GET", "/healthz", show_health, {200: "Probe"}, open=True),
     Route("GET", "/readyz", show_readiness, {200: "Probe"}, open=True),

@@ -6544,7 +6544,7 @@ class Agent(NamedTuple):
     def refused(self, method, params=None, status=None, **more):
         """The error of a method, and its code; nothing was started."""
         answer = self.send(method, params, **more)
-        statuses = (400, 404, 422) if self.version == NEWEST else (200,)
+        statuses = (400, 404, 409, 422) if self.version == NEWEST else (200,)
         assert answer.status in ([status] if status else statuses), answer
         assert answer.media == "application/json"
         assert answer.json.get("id", 1) == 1

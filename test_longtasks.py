@@ -11321,31 +11321,78 @@ def test_work_outgrows_the_machine_on_dask(tmp_path, monkeypatch):
 # -- several instances -----------------------------------------------------
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def proxy(folder, port, *command):
+    """A proxy that listens on this port."""
+    env = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder)}
+    with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as running:
+        try:
+            until(lambda: accepts(port), command[0])
+            yield
+        finally:
+            running.terminate()
+
+
+def nginx(folder, port, lines):
+    """An nginx with these lines of the README."""
+    paths = "".join(
+        "%s_temp_path %s;\n" % (name, folder / name)
+        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    conf = "daemon off; master_process off; pid %s;\nerror_log %s;\nevents {}\n"
+    conf %= (folder / "pid", folder / "errors")
+    conf += "http {\naccess_log off;\n%s%s}\n" % (paths, lines)
+    file = write(folder, conf.replace("listen ", "listen 127.0.0.1:"), "n.conf")
+    return proxy(folder, port, "nginx", "-p", str(folder), "-c", file)
+
+
+def caddy(folder, port, lines):
+    """A Caddy with these lines of the README."""
+    file = write(folder, "{\nadmin off\nauto_https off\n}\n" + lines, "Caddyfile")
+    return proxy(folder, port, "caddy", "run", "--adapter=caddyfile", "--config", file)
+
+
 @pytest.mark.skipif(not shutil.which("nginx"), reason="there is no nginx here")
 def test_nginx_sends_all_requests_of_a_task_to_one_instance(tmp_path):
     """The lines of the README, in front of two real instances."""
-    (lines,) = blocks("Several instances", "nginx")
-    with process() as one, process() as other, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    (lines,), port = blocks("Several instances", "nginx"), free_port()
+    with process() as one, process() as other:
         for old, new in [(8081, one.port), (8082, other.port), (80, port)]:
             lines = re.sub(r"\b%d\b" % old, str(new), lines)
-        lines = lines.replace("listen ", "listen 127.0.0.1:")
-        paths = "".join(
-            "%s_temp_path %s;\n" % (name, tmp_path / name)
-            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        )
-        conf = "daemon off; master_process off; pid %s;\nerror_log %s;\nevents {}\n"
-        conf %= (tmp_path / "pid", tmp_path / "errors")
-        conf += "http {\naccess_log off;\n%s%s}\n" % (paths, lines)
-        command = ["nginx", "-p", str(tmp_path), "-c", write(tmp_path, conf, "n.conf")]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as nginx:
-            try:
-                until(lambda: accepts(port), "nginx")
-                check_spread(port, one, other)
-            finally:
-                nginx.terminate()
+        with nginx(tmp_path, port, lines):
+            check_spread(port, one, other)
+
+
+@pytest.mark.parametrize("start, language", [(nginx, "nginx"), (caddy, "caddyfile")])
+def test_a_proxy_does_tls_for_an_instance(start, language, tmp_path, pairs, registry):
+    """The lines of the README, with a certificate of the test's own."""
+    if not shutil.which(start.__name__):
+        pytest.skip("there is no %s here" % start.__name__)
+    (lines,), port = blocks("Access control", language), free_port()
+    files = pairs / "one.crt", pairs / "one.key"
+    tls = "localhost:%d {\n    tls %s %s" % (port, *files)
+    lines = lines.replace("tasks.example.com {", tls).replace("443", str(port))
+    for old, new in zip(("/etc/ssl/tasks.pem", "/etc/ssl/tasks.key"), files):
+        lines = lines.replace(old, str(new))
+    with serving(API_TOKEN=TOKEN) as service:
+        lines = lines.replace("8080", str(service.server.server_port))
+        with start(tmp_path, port, lines):
+            context = ssl.create_default_context(cafile=str(files[0]))
+            context.check_hostname = False
+            connection = http.client.HTTPSConnection(
+                "localhost", port, context=context, timeout=LONG
+            )
+            connection.request(
+                "GET", "/api/v1/types", headers={"Authorization": BEARER}
+            )
+            assert connection.getresponse().status == 200
+            connection.close()
 
 
 def accepts(port):
@@ -12505,12 +12552,51 @@ def unit(folder):
 @pytest.mark.skipif(
     not shutil.which("systemd-analyze"), reason="there is no systemd here"
 )
-def test_systemd_accepts_the_unit_of_the_readme_and_rates_it_safe(tmp_path):
+@pytest.mark.parametrize("nightly", [False, True])
+def test_systemd_accepts_the_unit_of_the_readme_and_rates_it_safe(tmp_path, nightly):
     path, _ = unit(tmp_path)
+    if nightly:
+        (tmp_path / "longtasks.service.d").mkdir()
+        override, timer, _ = blocks("Every night", "ini")
+        write(tmp_path, override, "longtasks.service.d/override.conf")
+        path = write(tmp_path, timer, "backup.timer")
+        write(tmp_path, unit_of_the_timer(), "backup.service")
     done = subprocess.run(["systemd-analyze", "verify", path], stderr=subprocess.PIPE)
-    assert (done.returncode, b"longtasks" in done.stderr) == (0, False), done.stderr
+    assert (done.returncode, str(tmp_path) in done.stderr.decode()) == (0, False), (
+        done.stderr
+    )
+    path = str(tmp_path / "longtasks.service")
     safe = ["systemd-analyze", "security", "--offline=true", "--threshold=20", path]
     assert subprocess.run(safe, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def unit_of_the_timer():
+    return blocks("Every night", "ini")[2]
+
+
+def test_the_backup_of_the_readme_registers(registry):
+    """The commands and rules in its unit, for a program that every system has."""
+    override = blocks("Every night", "ini")[0]
+    (command,) = re.findall('^Environment="COMMANDS=(.*)"$', override, re.MULTILINE)
+    (rules,) = re.findall('^Environment="RULES=(.*)"$', override, re.MULTILINE)
+    longtasks.register_command(command.replace("rsync", "echo"))
+    longtasks.set_rules(rules)
+    assert registry["backup"].function.rules.exit_codes == [0, 24]
+    assert registry["backup"].rules["max_running"] == 1
+
+
+@pytest.mark.skipif(not shutil.which("sqlite3"), reason="there is no sqlite3 here")
+def test_the_copy_of_the_db_file_in_the_readme_has_all_tasks_at_once(tmp_path):
+    path, copy = tmp_path / "tasks.db", tmp_path / "copy.db"
+    (lines,) = blocks("Every night", "sh")
+    lines = lines.replace("/var/lib/longtasks/tasks.db", str(path))
+    with journalled(path) as store:
+        store.submit_all([asked(b"{}")] * 100)
+        shutil.copy(str(path), str(tmp_path / "cp.db"))
+        shell(lines.replace("/backup/tasks.db", str(copy)))
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert len(rows_of(copy)) == 100
+    assert len(rows_of(tmp_path / "cp.db")) < 100
 
 
 def installed_for_systemd():

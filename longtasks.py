@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       146  1. Settings
-      475  2. Tasks and their states
-      818  3. Task registry
-     1499  4. Execution
-     2729  5. Journal
-     3341  6. Events
-     3522  7. Result store and task queue
-     4693  8. Worker pool
-     5023  9. HTTP API
-     6683  10. HTTP server
-     7590  11. Client
-     8076  12. Main
-     8593  13. The page
+      481  2. Tasks and their states
+      845  3. Task registry
+     1526  4. Execution
+     2758  5. Journal
+     3370  6. Events
+     3551  7. Result store and task queue
+     4733  8. Worker pool
+     5057  9. HTTP API
+     6784  10. HTTP server
+     7691  11. Client
+     8258  12. Main
+     8778  13. The page
 
 Three things hold throughout:
 
@@ -387,8 +387,8 @@ def _argument_parser() -> Any:
     parser = make_parser(
         "; --help lists the flags",
         prog="longtasks.py",
-        usage="%(prog)s [FLAG ...]\n       %(prog)s run|submit|status|result|cancel|"
-        "list|types|pause|resume|help [ARGUMENT ...]",
+        usage="%(prog)s [FLAG ...]\n       %(prog)s run|submit|status|result|log|"
+        "cancel|retry|delete|list|types|pause|resume|help [ARGUMENT ...]",
         description="Long tasks over HTTP: submit, follow, collect the result.",
         epilog="Brackets show each setting's environment variable. %s has no flag. "
         "The commands are a client of the service; each has --help. A browser that "
@@ -423,7 +423,13 @@ def quote(value: Any) -> str:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
         text = json.dumps(repr(value))
-    return text if len(text) <= 80 else text[:77] + "..."
+    return first_line(text, 80)
+
+
+def first_line(text: str, limit: int = 200) -> str:
+    """Return as much of a text, such as an error, as goes into a line of a log."""
+    line = (text.splitlines() or [""])[0]
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def counted(number: int, noun: str) -> str:
@@ -500,7 +506,8 @@ MAX_BATCH = 1000  # tasks in one request
 MAX_PROBLEMS = 20  # that are reported for one request
 MAX_ERROR = 4000  # characters of a failed task's error
 MAX_TRACE = 10_000  # characters of a traceback that is logged
-MAX_LABEL = 200  # characters
+MAX_LABEL = 200  # characters of a label that a client gives
+LABEL_OF_PARAMS = 80  # characters of a label that is made of params
 MAX_INTERRUPTIONS = 3  # runs during which the process died, until the task fails
 
 Path = Tuple[Union[str, int], ...]  # the way from a document's top to a place in it
@@ -590,6 +597,7 @@ class Submission(NamedTuple):
     type: str
     params: bytes  # JSON object
     options: Options = NO_OPTIONS
+    retry_of: Optional[str] = None  # the id of the task that it repeats
 
 
 class Task(NamedTuple):
@@ -812,6 +820,25 @@ def params_of(task: Task) -> Any:
         return _STRICT.decode(task.params.decode())
     except (ValueError, RecursionError) as error:
         raise DamagedTask("its params are not JSON any more: %s" % error) from None
+
+
+def label_of(task: Task) -> str:
+    """Return a task's label: the client's or, without one, one made of the params."""
+    return task.options.label or _label_of(task.params[: 5 * LABEL_OF_PARAMS])
+
+
+@functools.lru_cache(maxsize=1000)  # clients poll the same tasks
+def _label_of(params: bytes) -> str:
+    """Return the members of params, perhaps cut off, such as "src=/srv to=/backup"."""
+    words, text, at = [], params.decode("utf-8", "ignore"), 1
+    with contextlib.suppress(ValueError):  # at the end, or where it is cut off
+        while True:
+            key, at = _STRICT.raw_decode(text, at)
+            words.append("%s=%s" % (key, text[at + 2 :]))
+            value, end = _STRICT.raw_decode(text, at + 2)
+            shown = value if isinstance(value, str) else text[at + 2 : end]
+            words[-1], at = "%s=%s" % (key, shown), end + 2
+    return first_line(escape(" ".join(words)), LABEL_OF_PARAMS)
 
 
 # ======================================================================
@@ -1531,9 +1558,11 @@ class Context:
         attempt: int = 1,
         emit: Emit = lambda ctx, kind, payload: None,
         type: str = "",
+        label: Optional[str] = None,
     ) -> None:
         self.task_id = task_id
         self.type = type
+        self.label = label  # None unless the client gave one
         # 1 in the first run. A task is run again when the process died while it ran,
         # so a handler has to bear being run twice.
         self.attempt = attempt
@@ -1737,7 +1766,7 @@ def log_run(level: int, ctx: Context, text: str, *args: Any, **fields: Any) -> N
     """Log a line about a run, with fields that say which one it is, and `fields`."""
     if log.isEnabledFor(level):
         run = {"task_id": ctx.task_id, "type": ctx.type, "attempt": ctx.attempt}
-        extra = {"fields": {**run, **fields}}
+        extra = {"fields": {**run, "label": ctx.label, **fields}}
         log.log(level, text, *args, extra=extra)
 
 
@@ -3926,6 +3955,8 @@ class Timers:
         return max(0.0, self._next - now)
 
 
+Wait = Callable[[Commit], Any]  # awaits a commit, or leaves that to its caller
+
 # What needs no wait for a disk.
 _DURABLE = Commit()
 _DURABLE.settle()
@@ -4006,7 +4037,7 @@ class TaskReader:
             self._results.remove(task)
             self.events.remove(task.id)
 
-    def delete(self, task_id: str) -> None:
+    def delete(self, task_id: str, wait: Wait = Commit.check) -> None:
         """Remove a finished task.
 
         Raises Unfinished, UnknownTask, GoneTask, DamagedTask, or Unavailable: then it
@@ -4018,10 +4049,11 @@ class TaskReader:
                 raise Unfinished("task %s is %s, not finished" % (task.id, task.status))
             self._check_journal()
             commit = self._record(Removal(task.seq, task.id))
-        commit.check()
+        wait(commit)
 
     def _new_context(self, task: Task, attempt: int) -> Context:
-        context = Context(task.id, attempt, self._emit, task.type)
+        label = task.options.label
+        context = Context(task.id, attempt, self._emit, task.type, label)
         # Half of it, so that what can be killed has ended before it is abandoned.
         context.grace = self.limits.grace / 2
         context.max_result = self.limits.result_bytes
@@ -4091,17 +4123,12 @@ class TaskReader:
         return self._running.get(task_id)  # without the lock, as in get()
 
     def page(
-        self,
-        limit: int,
-        after: int = 0,
-        status: str = "",
-        type: str = "",
-        newest_first: bool = False,
+        self, limit: int, after: int = 0, newest_first: bool = False, **filters: str
     ) -> Tuple[List[Task], Optional[int]]:
         """Return up to `limit` tasks in the order of submission, and where to go on.
 
         The page begins behind the seq `after`. The second value is the `after` of the
-        next page, None when this was the last. Empty filters select all tasks. With
+        next page, None when this was the last. filtered() describes the filters. With
         `newest_first`, the order is reversed.
         """
         with self._lock:
@@ -4111,13 +4138,9 @@ class TaskReader:
             places = range(bisect_left(tasks, (after or math.inf,)) - 1, -1, -1)
         else:
             places = range(bisect_left(tasks, (after + 1,)), len(tasks))
-        fits = (
-            task
-            for task in map(tasks.__getitem__, places)
-            if status in ("", task.status) and type in ("", task.type)
-        )
-        found = list(itertools.islice(fits, limit + 1))
-        return found[:limit], found[limit - 1].seq if len(found) > limit else None
+        found = filtered(map(tasks.__getitem__, places), **filters)
+        page = list(itertools.islice(found, limit + 1))
+        return page[:limit], page[limit - 1].seq if len(page) > limit else None
 
     def counts(self) -> Counts:
         """Return how many tasks there are."""
@@ -4310,9 +4333,9 @@ class TaskStore(TaskReader):
         """Decide that there are new tasks. Assumes the lock."""
         self._check_open(len(wanted))
         now, tasks = self._clock(), []
-        for task_id, (type, params, options) in wanted:
+        for task_id, (type, params, options, retry_of) in wanted:
             seq = self._results.last_seq = self._results.last_seq + 1
-            task = Task(seq, task_id, type, params, PENDING, now)
+            task = Task(seq, task_id, type, params, PENDING, now, retry_of=retry_of)
             if options is not NO_OPTIONS:
                 due = now + options.delay if options.delay else None
                 task = task._replace(options=options, due_at=due)
@@ -4419,22 +4442,22 @@ class TaskStore(TaskReader):
             on_durable(task)
         return task
 
-    def cancel(self, task_id: str) -> Task:
+    def cancel(self, task_id: str, only: str = "", wait: Wait = Commit.check) -> Task:
         """Cancel a task that waits, or ask the handler of one that runs to stop.
 
         Returns the task as it is then: cancelled, or still processing. Raises Finished,
-        UnknownTask, GoneTask, DamagedTask, or Unavailable: then the cancel may still
-        take effect.
+        also if it has another status than `only`, UnknownTask, GoneTask, DamagedTask,
+        or Unavailable: then the cancel may still take effect.
         """
         with self._lock:
             task, commit = self._find(task_id), _DURABLE
             task, commit = self._unwritten.get(task_id, (task, commit))
-            finished = task.finished
-            if not finished and not task.cancel_requested:
+            late = task.finished or only not in ("", task.status)
+            if not late and not task.cancel_requested:
                 task, commit = self._cancel(task)
                 self._check_drained()
-        commit.check()  # a crash could take back what is not on disk yet
-        if finished:
+        wait(commit)  # a crash could take back what is not on disk yet
+        if late:
             raise Finished("task %s is %s already" % (task.id, task.status))
         return task
 
@@ -4552,7 +4575,8 @@ class TaskStore(TaskReader):
         """Show a task as it is now, and do what follows from that."""
         self._results.put(task)
         if self.events.followed:
-            shown = task._replace(params=b"", result=None)
+            options = task.options._replace(label=label_of(task))
+            shown = task._replace(params=b"", result=None, options=options)
             self.events.publish(task.id, "status", shown)
         # Unless it was cancelled since.
         if task.status == PENDING and task.id not in self._unwritten:
@@ -4606,6 +4630,21 @@ class TaskStore(TaskReader):
             return
         if not (self._may_start() and self._queue.waits_until(self._drained_by)):
             self._on_drained()
+
+
+def filtered(
+    tasks: Iterable[Task], status: str = "", type: str = "", q: str = ""
+) -> Iterator[Task]:
+    """Yield the tasks of a status, a type, and with `q` in label, type, id or error.
+
+    Empty filters match all. Upper and lower case are the same to `q`.
+    """
+    text = q.casefold()
+    for task in tasks:
+        if status in ("", task.status) and type in ("", task.type):
+            texts = (label_of(task), task.type, task.id, task.error or "") if q else ()
+            if text in "\n".join(texts).casefold():
+                yield task
 
 
 def after_crash(
@@ -4674,7 +4713,8 @@ def same_request(task: Task, wanted: Submission) -> bool:
     def canonical(params: Any) -> str:
         return json.dumps(params, sort_keys=True)
 
-    if (task.type, task.options) != (wanted.type, wanted.options):
+    asked = wanted.type, wanted.options, wanted.retry_of
+    if (task.type, task.options, task.retry_of) != asked:
         return False
     return canonical(params_of(task)) == canonical(json.loads(wanted.params))
 
@@ -5013,12 +5053,6 @@ class EventLoop:
         self._loop.stop()
 
 
-def first_line(error: str) -> str:
-    """Return as much of an error as goes into a line of the log."""
-    line = (error.splitlines() or [""])[0]
-    return line if len(line) <= 200 else line[:197] + "..."
-
-
 # ======================================================================
 # 9. HTTP API
 #
@@ -5222,7 +5256,8 @@ def timestamp(when: float) -> str:
     return "%s.%03dZ" % (second, millis % 1000)
 
 
-json_text = functools.lru_cache(maxsize=1000)(json.dumps)  # for types: they recur
+# Types recur, and clients poll the same tasks.
+json_text = functools.lru_cache(maxsize=1000)(lambda text: to_json(text).decode())
 
 
 def status_json(task: Task, context: Optional[Context] = None) -> str:
@@ -5230,9 +5265,10 @@ def status_json(task: Task, context: Optional[Context] = None) -> str:
 
     Formatted by hand, since polling clients make it the most frequent reply.
     """
+    texts = json_text(task.type), json_text(label_of(task)), timestamp(task.created_at)
     parts = [
-        '{"id": "%s", "status": "%s", "type": %s, "created_at": "%s"'
-        % (task.id, task.status, json_text(task.type), timestamp(task.created_at))
+        '{"id": "%s", "status": "%s", "type": %s, "label": %s, "created_at": "%s"'
+        % (task.id, task.status, *texts)
     ]
     if task.started_at is not None:
         parts.append('"started_at": "%s"' % timestamp(task.started_at))
@@ -5244,17 +5280,19 @@ def status_json(task: Task, context: Optional[Context] = None) -> str:
         parts.append('"steps": %d' % task.steps)
     if task.options.priority:
         parts.append('"priority": %d' % task.options.priority)
-    if not task.finished:
-        parts += _unfinished_parts(task, context)
-    return ", ".join(parts) + "}"
+    return ", ".join([*parts, *_rarer_parts(task, context)]) + "}"
 
 
-def _unfinished_parts(task: Task, context: Optional[Context]) -> Iterator[str]:
+def _rarer_parts(task: Task, context: Optional[Context]) -> Iterator[str]:
+    if task.retry_of:
+        yield '"retry_of": "%s"' % task.retry_of
     if task.due_at is not None:
         yield '"next_attempt_at": "%s"' % timestamp(task.due_at)
+    if task.finished and task.error is not None:
+        yield '"error": ' + json_text(first_line(task.error))
     if task.status == PENDING and task.error is not None:
         yield '"last_error": ' + to_json(task.error).decode()
-    if task.cancel_requested:
+    if task.cancel_requested and not task.finished:
         yield '"cancel_requested": true'
     progress = context.progress_document() if context else None
     if task.status == PROCESSING and progress:
@@ -5438,14 +5476,9 @@ def await_end(
 
 def list_tasks(app: App, request: Request) -> Reply:
     """List tasks in the order of their submission, a page at a time."""
-    query = request.query
-    tasks, after = app.store.page(
-        query.get("limit", 100),
-        query.get("after", 0),
-        query.get("status", ""),
-        query.get("type", ""),
-        query.get("order") == "desc",
-    )
+    query = {"limit": 100, **request.query}
+    newest_first = query.pop("order", "") == "desc"
+    tasks, after = app.store.page(newest_first=newest_first, **query)
     texts = [status_json(task, app.store.context(task.id)) for task in tasks]
     rest = to_json({"next": after, "counts": app.store.totals()}).decode()
     return Reply(200, ('{"tasks": [%s], %s\n' % (", ".join(texts), rest[1:])).encode())
@@ -5503,6 +5536,63 @@ def delete_task(app: App, request: Request) -> Reply:
     """Delete a finished task."""
     app.store.delete(request.task_id)
     return Reply(204)
+
+
+def retry_task(app: App, request: Request) -> Reply:
+    """Submit a finished task again, as a new one; Idempotency-Key is as above."""
+    media, task = request.accepts(JSON, TEXT), app.store.get(request.task_id)
+    if not task.finished:
+        text = "task %s is %s; only a finished one can be retried"
+        raise Unfinished(text % (task.id, task.status))
+    key = request.headers.get("idempotency-key")
+    task = submit_one(app, resubmission(app, task), key)._replace(status=PENDING)
+    return submitted_reply(app, request, task, 202, media)
+
+
+def resubmission(app: App, task: Task) -> Submission:
+    """Return the submission that repeats a task; raises Invalid or DamagedTask."""
+    wanted = check_submission(submission_document(task), app.handlers)
+    return wanted._replace(params=task.params, retry_of=task.id)  # shares the bytes
+
+
+def selected(app: App, request: Request) -> List[Task]:
+    """Return all tasks that the filters in a query select; it must have one."""
+    if not any(request.query.values()):
+        raise HTTPError(400, "say which tasks, with one or more of status, type and q")
+    return app.store.page(10**9, **request.query)[0]
+
+
+def change_selected(app: App, request: Request, change: Callable[..., Any]) -> Reply:
+    """Change all tasks that a query selects and that can be; reply with how many."""
+    commits: List[Commit] = []
+    count = 0
+    for task in selected(app, request):
+        with contextlib.suppress(Finished, Unfinished, UnknownTask, GoneTask):
+            change(task.id, wait=commits.append)
+            count += 1
+    for commit in commits:
+        commit.check()
+    return json_reply({"count": count})
+
+
+def cancel_tasks(app: App, request: Request) -> Reply:
+    """Cancel all tasks that match a query."""
+    status = request.query.get("status", "")
+    cancel = functools.partial(app.store.cancel, only=status)
+    return change_selected(app, request, cancel)
+
+
+def delete_tasks(app: App, request: Request) -> Reply:
+    """Delete all finished tasks that match a query."""
+    return change_selected(app, request, app.store.delete)
+
+
+def retry_tasks(app: App, request: Request) -> Reply:
+    """Submit all finished tasks that match a query again, or none."""
+    tasks = [task for task in selected(app, request) if task.finished]
+    if tasks:
+        app.store.submit_all([resubmission(app, task) for task in tasks])
+    return json_reply({"count": len(tasks)})
 
 
 def task_events(app: App, request: Request) -> Reply:
@@ -5837,6 +5927,7 @@ PARAMETERS = {
         ("wait", "query", WAIT, "Seconds to wait for the end of the task."),
         ("status", "query", {"enum": ["", *EXITS]}, "Only tasks of this status."),
         ("type", "query", STRING, "Only tasks of this type."),
+        ("q", "query", STRING, "Only tasks with this in label, type, id or error."),
         ("limit", "query", LIMIT, "How many tasks at most."),
         ("after", "query", AFTER, "The next of the page before."),
         ("order", "query", {"enum": ["asc", "desc"]}, "Oldest or newest first."),
@@ -5876,7 +5967,7 @@ def _object(names: str, **schemas: Schema) -> Dict[str, Any]:
 
 # The fields that are no strings, or not any string, wherever they occur.
 FIELDS: Dict[str, Schema] = {
-    **dict.fromkeys(["id", "task_id"], ID),
+    **dict.fromkeys(["id", "task_id", "retry_of"], ID),
     **dict.fromkeys(["created_at", "started_at", "ended_at", "next_attempt_at"], TIME),
     "status": {"enum": list(EXITS)},
     "attempt": COUNT,
@@ -5898,8 +5989,9 @@ DOCUMENTS: Dict[str, Schema] = {
     "Accepted": _object("id status"),
     "BatchAccepted": _list(_ref("schemas", "Accepted")),
     "Status": _object(
-        "id status type created_at started_at? ended_at? attempt? steps? priority? "
-        "next_attempt_at? last_error? cancel_requested? progress?",
+        "id status type label created_at started_at? ended_at? attempt? steps? "
+        "priority? retry_of? next_attempt_at? last_error? cancel_requested? progress? "
+        "error?",
         progress=_object("percent? message"),
     ),
     "Result": _object(
@@ -5913,6 +6005,7 @@ DOCUMENTS: Dict[str, Schema] = {
         counts=_object(" ".join(EXITS), **dict.fromkeys(EXITS, COUNT)),
     ),
     "Steps": _object("steps", steps=_list(_object("name started_at ended_at result?"))),
+    "Count": _object("count", count=COUNT),
     "Submitted": SUBMISSION,
     "Type": _object("type description params rules paused"),
     "Types": _object("types", types=_list(_ref("schemas", "Type"))),
@@ -5995,7 +6088,7 @@ def _operation(method: str, route: "Route") -> Dict[str, Any]:
     """Return the description of a method of a path."""
     parameters = [name + "InPath" for name in re.findall("{(.*?)}", route.path)]
     parameters += [*route.query, *route.headers]
-    headers = ["Location"] * bool(route.body)
+    headers = ["Location"] * ("Accepted" in route.replies.get(202, ""))
     headers += ["Preference-Applied"] * ("Prefer" in route.headers)
     responses = {
         str(status): _response(HTTPStatus(status).phrase, _content(names), headers)
@@ -6335,7 +6428,7 @@ class Call:
     def _page(
         self, after: int = 0, limit: int = 100, status: str = "", type: str = ""
     ) -> Tuple[List[Task], Optional[int]]:
-        tasks, last = self.app.store.page(limit, after, status, type, True)
+        tasks, last = self.app.store.page(limit, after, True, status=status, type=type)
         only = self.tools.only
         return [task for task in tasks if not only or task.type in only], last
 
@@ -6529,15 +6622,20 @@ class Route(NamedTuple):
 
 
 _WAIT, _PREFER, _LAST_ID = ("wait",), ("Prefer",), ("Last-Event-ID",)
+_KEY, _FILTERS = ("Prefer", "Idempotency-Key"), ("status", "type", "q")
 
 # fmt: off
 ROUTES = (
     Route("GET", "/", show_index, {200: "text html"}),
     Route("POST", "/api/v1/tasks", submit_task,
           {200: "Status", 202: "Accepted BatchAccepted text"}, (406, 410, 415, 422),
-          _WAIT, ("Prefer", "Idempotency-Key"), "Submission Batch"),
+          _WAIT, _KEY, "Submission Batch"),
     Route("GET", "/api/v1/tasks", list_tasks, {200: "List"}, (),
-          ("status", "type", "limit", "after", "order")),
+          (*_FILTERS, "limit", "after", "order")),
+    Route("DELETE", "/api/v1/tasks", delete_tasks, {200: "Count"}, (), _FILTERS),
+    Route("POST", "/api/v1/tasks/cancel", cancel_tasks, {200: "Count"}, (), _FILTERS),
+    Route("POST", "/api/v1/tasks/retry", retry_tasks, {200: "Count"}, (410, 422),
+          _FILTERS),
     Route("GET", "/api/v1/tasks/{id}", show_task, {200: "Status text"},
           (404, 406, 410), _WAIT, _PREFER),
     Route("PUT", "/api/v1/tasks/{id}", put_task,
@@ -6553,6 +6651,9 @@ ROUTES = (
           (404, 406, 410), (), _LAST_ID),
     Route("POST", "/api/v1/tasks/{id}/cancel", cancel_task,
           {200: "Status", 202: "Status"}, (404, 409, 410)),
+    Route("POST", "/api/v1/tasks/{id}/retry", retry_task,
+          {200: "Status", 202: "Accepted text"}, (404, 406, 409, 410, 422),
+          _WAIT, _KEY),
     Route("DELETE", "/api/v1/tasks/{id}", delete_task, {204: ""}, (404, 409, 410)),
     Route("GET", "/api/v1/events", all_events, {200: "events"}, (406,), (), _LAST_ID),
     Route("GET", "/api/v1/types", list_types, {200: "Types"}),
@@ -6598,7 +6699,7 @@ def find_route(request: Request) -> Route:
         raise HTTPError(501, "there is no method " + quote(request.method))
     path = request.path
     match = _ITEM.fullmatch(path)
-    if match:
+    if match and path not in _ROUTES:
         above, item, below = match.groups()
         if above == "/api/v1/tasks/":
             request.task_id, path = item.lower(), above + "{id}" + below
@@ -7643,12 +7744,15 @@ class Client:
         self.url = url
         self._scheme, self._host, self._prefix, self._socket = match.groups("")
         self._headers = {"Authorization": "Bearer " + token} if token else {}
+        self.printed = 0  # lines of the log of the task that it follows
 
-    def request(self, method: str, path: str, document: Any = None) -> str:
-        """Send a request, with a document as JSON; return the JSON of the response."""
+    def request(
+        self, method: str, path: str, document: Any = None, expected: str = JSON
+    ) -> str:
+        """Send a request, with a document as JSON; return the response's body."""
         from http.client import HTTPException
 
-        headers = {**self._headers, "Accept": JSON, "Connection": "close"}
+        headers = {**self._headers, "Accept": expected, "Connection": "close"}
         body, sent = None, False
         if document is not None:
             body, headers["Content-Type"] = to_json(document), JSON
@@ -7667,7 +7771,7 @@ class Client:
             failure.temporary, failure.sent = True, sent
             raise failure from None
         media = response.headers.get_content_type()
-        if 200 <= response.status < 300 and media == JSON:
+        if response.status == 204 or (response.status < 300 and media == expected):
             return str(text)
         raise self._refusal(response, text if media == PROBLEM else "")
 
@@ -7789,8 +7893,12 @@ def read_json(name: str, source: str) -> Any:
         raise ClientError(REFUSED, "%s: %s" % (name, error)) from None
 
 
-def read_task(client: Client, args: Any) -> Dict[str, Any]:
-    """Return the submission that the arguments of run and submit describe."""
+def read_task(client: Client, args: Any) -> Tuple[str, Dict[str, Any]]:
+    """Return the id and the submission that the arguments of run and submit describe.
+
+    Raises HTTPError for a bad key.
+    """
+    task_id = args.id or (new_id() if args.key is None else id_of_key(args.key))
     params = read_json("--params", args.params or "{}")
     if args.words and not isinstance(params, dict):
         raise ClientError(REFUSED, "--params must be an object, not " + quote(params))
@@ -7815,7 +7923,7 @@ def read_task(client: Client, args: Any) -> Dict[str, Any]:
         if getattr(args, name) is not None:
             schema = SUBMISSION["properties"][name]
             document[name] = parse_value(getattr(args, name), schema)
-    return document
+    return task_id, document
 
 
 def send_task(client: Client, task_id: str, document: Any) -> None:
@@ -7850,13 +7958,31 @@ def retry(request: Callable[[], Any]) -> Any:
         time.sleep(RETRY_PAUSE)
 
 
-def follow(client: Client, task_id: str) -> None:
-    """Report how an accepted task proceeds, until it has ended."""
+# The line at the top of a log that has lost older ones, and how many.
+_DROPPED = re.compile(r"\(dropped before these: (\d+) lines?\)$", re.MULTILINE)
+
+
+def print_log(client: Client, task_id: str, emit: Callable[[str], Any]) -> None:
+    """Emit the lines of a task's log that have been added since the last call."""
+    path = task_path(task_id, "/log")
+    text = retry(lambda: client.request("GET", path, expected="text/plain"))
+    lines, dropped = text.split("\n") if text else [], _DROPPED.match(text)
+    first = int(dropped.group(1)) - 1 if dropped else 0  # the number of the first line
+    if client.printed > first + len(lines):  # another process has begun a new log
+        client.printed = 0
+    for line in lines[max(0, client.printed - first) :]:
+        emit(line)
+    client.printed = first + len(lines)
+
+
+def follow(client: Client, task_id: str, emit: Callable[[str], Any] = report) -> None:
+    """Report how an accepted task proceeds, until it has ended; emit what it logs."""
     wait, status, next_line = 0.0, "", 0.0
     while True:
         begin, path = time.monotonic(), task_path(task_id, "?wait=%g" % wait)
         task = retry(functools.partial(client.get, path, "status"))
         progress = progress_text(task)
+        print_log(client, task_id, emit)
         if task["status"] != status:
             status, next_line = task["status"], begin + LINE_INTERVAL
             report(status)
@@ -7885,8 +8011,8 @@ def print_result(client: Client, task_id: str) -> None:
 
 
 def run_command(client: Client, args: Any) -> None:
-    """Submit a task, follow it, print its result."""
-    document, task_id = read_task(client, args), args.id or new_id()
+    """Submit a task, report its progress and log, print its result."""
+    task_id, document = read_task(client, args)
     try:
         send_task(client, task_id, document)
         report("task " + task_id)
@@ -7902,8 +8028,8 @@ def run_command(client: Client, args: Any) -> None:
 
 def submit_command(client: Client, args: Any) -> None:
     """Submit a task, print its id."""
-    task_id = args.id or new_id()
-    send_task(client, task_id, read_task(client, args))
+    task_id, document = read_task(client, args)
+    send_task(client, task_id, document)
     print_text(task_id)
 
 
@@ -7922,24 +8048,70 @@ def result_command(client: Client, args: Any) -> None:
         print_result(client, args.id)
 
 
+def log_command(client: Client, args: Any) -> None:
+    """Print what a task has logged."""
+    client.get(task_path(args.id), "status")  # a wrong id is refused
+    if args.follow:
+        follow(client, args.id, print_text)
+    else:
+        print_log(client, args.id, print_text)
+
+
+def change_tasks(client: Client, args: Any, method: str, change: str = "") -> None:
+    """Change tasks, by their ids or all that match; print the responses."""
+    query, refusals = query_of(args, _FILTERS), ()
+    if bool(query) == bool(args.ids):
+        text = "give the tasks' ids or, for all that match, --status, --type or --q"
+        raise ClientError(REFUSED, text)
+    paths = [task_path(task_id, change) for task_id in args.ids]
+    for path in paths or ["/api/v1/tasks%s?%s" % (change, query)]:
+        try:
+            text = client.request(method, path)
+            if text:
+                print_text(text)
+        except ClientError as error:
+            if error.code != REFUSED:
+                raise
+            refusals += error.args
+    if refusals:
+        raise ClientError(REFUSED, *refusals)
+
+
 def cancel_command(client: Client, args: Any) -> None:
-    """Cancel a task."""
-    print_text(client.request("POST", task_path(args.id, "/cancel")))
+    """Cancel tasks, by their ids or all that match."""
+    change_tasks(client, args, "POST", "/cancel")
+
+
+def retry_command(client: Client, args: Any) -> None:
+    """Submit finished tasks again, by their ids or all that match."""
+    change_tasks(client, args, "POST", "/retry")
+
+
+def delete_command(client: Client, args: Any) -> None:
+    """Delete finished tasks, by their ids or all that match."""
+    change_tasks(client, args, "DELETE")
+
+
+def query_of(args: Any, names: Sequence[str]) -> str:
+    """Return those arguments of these names that were given, as a query."""
+    query = {name: getattr(args, name) for name in names if getattr(args, name)}
+    return urlencode(query, errors="surrogateescape")
 
 
 def list_command(client: Client, args: Any) -> None:
     """List tasks, newest first."""
-    names = ("status", "type", "limit", "after", "order")
-    query = {name: getattr(args, name) for name in names if getattr(args, name)}
-    text = urlencode({"order": "desc", **query}, errors="surrogateescape")
-    page = client.get("/api/v1/tasks?" + text, "tasks")
+    args.order = args.order or "desc"
+    query = query_of(args, (*_FILTERS, "limit", "after", "order"))
+    page = client.get("/api/v1/tasks?" + query, "tasks")
     if args.json:
         print_text(to_json(page).decode())
         return
-    rows = [("ID", "STATUS", "SUBMITTED", "TYPE", "PROGRESS")]
+    rows = [("ID", "STATUS", "SUBMITTED", "TYPE", "LABEL", "PROGRESS OR ERROR")]
     for task in page["tasks"]:
-        submitted, progress = task["created_at"][:19] + "Z", progress_text(task)
-        rows.append((task["id"], task["status"], submitted, task["type"], progress))
+        names = task["type"], first_line(task.get("label", ""), LABEL_OF_PARAMS)
+        shown = task.get("error") or progress_text(task)
+        submitted = task["created_at"][:19] + "Z"
+        rows.append((task["id"], task["status"], submitted, *names, shown))
     print_table(rows)
     if page.get("next") is not None:
         report("longtasks: there are more tasks, from --after %s on" % page["next"])
@@ -8003,10 +8175,17 @@ _TASK = (
     ("--priority", "N", "higher ones run first; default 0"),
     ("--label", "TEXT", "tells the task from others of its type"),
     ("--id", "UUID", "an id of your own: submitted twice, it is still one task"),
+    ("--key", "KEY", "any text of your own instead, such as backup-2025-12-31"),
 )
-_LIST = (
+_MATCH = (
     ("--status", "STATUS", "only tasks with this status"),
     ("--type", "TYPE", "only tasks of this type"),
+    ("--q", "TEXT", "only tasks with this in their label, type, id or error"),
+)
+_CHANGE = (("ids", "ID", "the tasks' ids"), *_MATCH)
+_LOG = (_ID, ("-f --follow", "", "print what it logs until it has ended"))
+_LIST = (
+    *_MATCH,
     ("--limit", "N", "how many, from 1 to 1000; default 100"),
     ("--after", "N", "continue a list, from the `next` that it ended with"),
     ("--order", "ORDER", "desc: newest first, the default; asc: oldest first"),
@@ -8020,7 +8199,10 @@ CLIENT: Dict[str, Tuple[Callable[[Client, Any], None], Any]] = {
     "submit": (submit_command, _TASK),
     "status": (status_command, [_ID]),
     "result": (result_command, _RESULT),
-    "cancel": (cancel_command, [_ID]),
+    "log": (log_command, _LOG),
+    "cancel": (cancel_command, _CHANGE),
+    "retry": (retry_command, _CHANGE),
+    "delete": (delete_command, _CHANGE),
     "list": (list_command, _LIST),
     "types": (types_command, [_JSON]),
     "pause": (pause_command, _TASK[:1]),
@@ -8042,13 +8224,13 @@ def client_parser(name: str) -> Any:
     )
     for argument, placeholder, text in (*CLIENT[name][1], _URL):
         options: Dict[str, Any] = {"metavar": placeholder}
-        if argument == "words":
+        if argument in ("words", "ids"):
             options.update(nargs="*", default=[])
         elif argument == "command":
             options.update(nargs="?")
         elif not placeholder:
             options = {"action": "store_true"}
-        parser.add_argument(argument, help=text, **options)
+        parser.add_argument(*argument.split(), help=text, **options)
     return parser
 
 
@@ -8066,7 +8248,7 @@ def client_main(name: str, argv: Sequence[str]) -> int:
         if on_terminal():
             report("", changes=True)  # erases the line that changes
         return INTERRUPTED
-    except (SettingsError, ClientError) as error:
+    except (SettingsError, ClientError, HTTPError) as error:
         for line in error.args:
             report("longtasks: " + line)
         return getattr(error, "code", REFUSED)
@@ -8324,8 +8506,9 @@ class Service:
 
 def log_task(level: int, task: Task, text: str, more: Mapping[str, Any]) -> None:
     """Log a line about a task, with more fields of the line."""
-    fields = {"task_id": task.id, "type": task.type, "attempt": task.attempt, **more}
-    log.log(level, text, extra={"fields": fields})
+    fields = {"task_id": task.id, "type": task.type, "attempt": task.attempt}
+    fields["label"] = task.options.label
+    log.log(level, text, extra={"fields": {**fields, **more}})
 
 
 class LogFormatter(logging.Formatter):
@@ -8338,7 +8521,8 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record's line; in text, a traceback adds others."""
         when, text = timestamp(record.created), record.getMessage()
-        fields = dict(getattr(record, "fields", {}))
+        fields = getattr(record, "fields", {})
+        fields = {name: fields[name] for name in fields if fields[name] is not None}
         if record.exc_info and record.exc_info[0]:
             fields["traceback"] = self.formatException(record.exc_info)
         if self._as_json:
@@ -8347,7 +8531,8 @@ class LogFormatter(logging.Formatter):
         if "task" in fields:  # as JSON, to be submitted again
             text += ": " + json.dumps(fields["task"])
         elif "task_id" in fields:
-            text = "task %s (%s): %s" % (fields["task_id"], fields["type"], text)
+            names = ", ".join(fields[n] for n in ("type", "label") if n in fields)
+            text = "task %s (%s): %s" % (fields["task_id"], names, text)
         if "duration" in fields:
             text += " after %.3f s" % fields["duration"]
         if "error" in fields:

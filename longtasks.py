@@ -46,16 +46,16 @@ line:
       146  1. Settings
       481  2. Tasks and their states
       845  3. Task registry
-     1526  4. Execution
-     2758  5. Journal
-     3370  6. Events
-     3551  7. Result store and task queue
-     4733  8. Worker pool
-     5057  9. HTTP API
-     6784  10. HTTP server
-     7691  11. Client
-     8258  12. Main
-     8778  13. The page
+     1525  4. Execution
+     2757  5. Journal
+     3369  6. Events
+     3550  7. Result store and task queue
+     4732  8. Worker pool
+     5056  9. HTTP API
+     6783  10. HTTP server
+     7689  11. Client
+     8256  12. Main
+     8776  13. The page
 
 Three things hold throughout:
 
@@ -1468,8 +1468,7 @@ def _load_file(flag: str, file: str, source: Optional[str] = None) -> Any:
     name = "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
     try:
         loader = importlib.machinery.SourceFileLoader(name, file)
-        spec = importlib.machinery.ModuleSpec(name, loader, origin=file)
-        spec.has_location = True
+        spec: Any = importlib.util.spec_from_file_location(name, file, loader=loader)
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         with UserCode():
             if source is None:
@@ -7570,10 +7569,9 @@ class APIServer(ThreadingHTTPServer):
 
     def _is_full(self) -> bool:
         """Whether the limit is reached, without those that are ending."""
-        if len(self.connections) < self.max_connections:
-            return False
-        ending = sum(bool(c.ended) for c in self.connections.values())
-        return len(self.connections) - ending >= self.max_connections
+        staying = (not c.ended for c in self.connections.values())
+        limit = self.max_connections
+        return len(self.connections) >= limit and sum(staying) >= limit
 
     def _start(self, connection: Connection) -> None:
         """Start a connection's thread; raises HTTPError if the system has none left."""

@@ -4543,7 +4543,8 @@ class TaskStore(TaskReader):
         """Make this the task's latest state; return the commit that writes it."""
         if self._journal is None:
             self._apply(task)
-            self._evict()
+            if task.finished:
+                self._evict()
             return _DURABLE
         call = functools.partial(on_durable, task) if on_durable else None
         commit = self._journal.append(*steps, task, on_durable=call)

@@ -4580,7 +4580,9 @@ class TaskStore(TaskReader):
             self.events.publish(task.id, "status", shown)
         # Unless it was cancelled since.
         if task.status == PENDING and task.id not in self._unwritten:
-            self._timers.look_in(self._queue.add(task))
+            wait = self._queue.add(task)
+            if wait > 0:
+                self._timers.look_in(wait)
         elif task.finished:
             self._counters.end(task)
             for done in self._waiting.pop(task.id, ()):

@@ -50,12 +50,12 @@ line:
      2757  5. Journal
      3369  6. Events
      3550  7. Result store and task queue
-     4732  8. Worker pool
-     5056  9. HTTP API
-     6783  10. HTTP server
-     7689  11. Client
-     8256  12. Main
-     8776  13. The page
+     4735  8. Worker pool
+     5059  9. HTTP API
+     6786  10. HTTP server
+     7692  11. Client
+     8259  12. Main
+     8779  13. The page
 
 Three things hold throughout:
 

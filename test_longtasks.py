@@ -12736,6 +12736,42 @@ def test_the_report_of_the_readme_repeats_only_the_step_that_failed(
     assert steps[1]["result"] == {"tea": 400, "rice": 199}
 
 
+class Meeting(http.server.BaseHTTPRequestHandler):
+    """Answers once a hundred clients have come."""
+
+    all_are_there = threading.Barrier(100)
+
+    def do_GET(self):
+        self.all_are_there.wait(LONG)
+        self.send_response(404 if "?" in self.path else 200)
+        self.end_headers()
+        self.wfile.write(self.path.encode())
+
+    def log_message(self, *about):
+        pass
+
+
+def test_the_hundred_urls_of_the_readme_are_fetched_at_once(tmp_path, registry):
+    (code,) = blocks("Async handlers", "python")
+    longtasks.load_handlers(write(tmp_path, code, "fetch_all.py"))
+
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size, daemon_threads = 100, True
+
+    with Server(("127.0.0.1", 0), Meeting) as server, serving() as service:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = "http://127.0.0.1:%d" % server.server_port
+        urls = [url, *[url + "/%d?q" % number for number in range(99)], "ftp://a/"]
+        task_id = submitted(service, "fetch_all", {"urls": urls})
+        result = result_of(service, task_id)["result"]
+        progress = call(service, "GET", TASKS + "/" + task_id).json["progress"]
+        server.shutdown()
+    assert result[0] == {"status": 200, "bytes": 1}
+    assert result[99] == {"status": 404, "bytes": len("/98?q")}
+    assert result[100] == {"error": "ValueError('expected an http URL')"}
+    assert progress["percent"] == 100
+
+
 def test_a_cancelled_download_of_the_readme_leaves_nothing(
     tmp_path, registry, monkeypatch
 ):

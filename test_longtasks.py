@@ -4258,6 +4258,66 @@ def test_sleep_that_would_block_the_event_loop_is_refused(registry):
 
 
 @pytest.mark.parametrize("in_child", [False, True])
+async def square(n):
+    await asyncio.sleep(0)
+    return n * n
+
+
+def test_an_async_step_is_awaited_and_is_done_once(registry, tmp_path):
+    called = []
+
+    async def called_with(n):
+        called.append(n)
+        return await square(n)
+
+    @handler("async", retries=2, backoff=0)
+    async def in_steps(*, ctx: Context):
+        steps = [ctx.step("step %d" % n, called_with, n) for n in range(100)]
+        total = sum(await asyncio.gather(*steps))
+        if ctx.attempt < 3:
+            raise ValueError(total)
+        return total
+
+    @handler("ordinary")
+    def ordinary(*, ctx: Context):
+        return asyncio.run(ctx.step("a", functools.partial(square, 3)))
+
+    with serving(DB=str(tmp_path / "tasks.db")) as service:
+        task_id = submitted(service, "async")
+        assert result_of(service, task_id)["result"] == sum(n * n for n in range(100))
+        assert service.store.get(task_id).attempt == 3
+        assert sorted(called) == list(range(100))
+        assert result_of(service, submitted(service, "ordinary"))["result"] == 9
+    assert len(rows_of(tmp_path / "tasks.db", "*", "steps")) == 101
+
+
+def test_what_goes_wrong_with_an_async_step_fails_its_task(registry):
+    @handler("blocks")
+    async def blocks(*, ctx: Context):
+        return ctx.step("a", not_called)
+
+    @handler("twice")
+    async def twice(*, ctx: Context):
+        await asyncio.gather(*[ctx.step("a", square, n) for n in range(2)])
+
+    @handler("cancelled")
+    async def cancelled(*, ctx: Context):
+        await ctx.step("a", asyncio.sleep, LONG)
+
+    with serving() as service:
+        error = result_of(service, submitted(service, "blocks"))["error"]
+        assert error.startswith(
+            "RuntimeError: ctx.step() would block all async handlers"
+        )
+        error = result_of(service, submitted(service, "twice"))["error"]
+        assert error == 'this run has two steps called "a"'
+        task_id = submitted(service, "cancelled")
+        until(lambda: service.store.get(task_id).status == "processing")
+        cancel(service, task_id)
+        assert result_of(service, task_id)["status"] == "cancelled"
+        assert service.store.steps(task_id) == []
+
+
 def test_a_handler_that_blocks_the_event_loop_is_named_and_harms_no_other(
     in_child, async_gate
 ):

@@ -8801,7 +8801,9 @@ PAGE = r"""<!doctype html>
   --wrong: light-dark(#b3231c, #ff8e86); --notice: light-dark(#fff4d6, #33290f);
 }
 * { box-sizing: border-box; margin: 0; unicode-bidi: isolate; }
-[hidden], :is(p, .error):empty, div:has(> dd:empty) { display: none !important; }
+[hidden], :is(p, .error):empty, div:has(> :is(dd, .steps):empty) {
+  display: none !important;
+}
 body { background: var(--ground); color: var(--ink); accent-color: var(--accent); }
 body { font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 h1 { font-size: 18px; }
@@ -8828,7 +8830,7 @@ button.main { background: var(--accent) !important; color: var(--card); }
 .cancelled { color: light-dark(#5d5670, #b1a9c6); }
 
 header, main { max-width: 1320px; margin: auto; padding: 16px clamp(12px, 2vw, 20px); }
-header, figure, dl, #filter, #pages, .actions {
+header, figure, dl, #filter, #pages, .actions, .heading {
   display: flex; flex-wrap: wrap; align-items: center; gap: 8px 16px;
 }
 #connection { flex: 1 1 120px; }
@@ -8847,7 +8849,7 @@ main { align-items: start; padding-top: 0; }
 #statuses label { position: relative; display: inline-block; padding: 6px 9px; }
 #statuses input { appearance: none; position: absolute; inset: 0; background: none; }
 #statuses input:not(:checked) { border-color: transparent; }
-#type { max-width: 180px; }
+#type, #search { width: 150px; }
 .task, #empty, #pages { border-top: 1px solid var(--line); }
 .task > summary { display: grid; align-items: center; gap: 0 12px; padding: 7px 12px; }
 .task > summary { grid-template-columns: 5fr 98px 106px 106px 7fr; }
@@ -8855,7 +8857,8 @@ main { align-items: start; padding-top: 0; }
 .task[open] { background: var(--raised); }
 .name::before { content: "\25B8" / ""; display: inline-block; width: 16px; }
 [open] .name::before { content: "\25BE" / ""; }
-.name code, .name::before, .time, #empty, #place { color: var(--quiet); }
+.name :is(code, .label), .name::before, .time, #empty { color: var(--quiet); }
+#place { flex: 1; color: var(--quiet); }
 progress { width: 96px; height: 12px; margin-right: 4px; vertical-align: -2px; }
 #empty { padding: 36px 20px; text-align: center; }
 
@@ -8870,6 +8873,9 @@ aside summary { padding: 10px 14px; }
 fieldset { border: 0; padding: 0; min-width: 0; }
 .field > * { display: block; width: 100%; margin-top: 3px; }
 [aria-invalid=true] { border-color: var(--wrong); }
+table { width: 100%; padding: 0 14px 14px; font-size: 12px; }
+th { text-align: start; font-weight: normal; color: var(--quiet); }
+td:first-child { overflow-wrap: anywhere; }
 dialog { margin: auto; padding: 20px; width: min(380px, 90vw); color: inherit; }
 dialog::backdrop { background: rgb(0 0 0 / .5); }
 
@@ -8902,12 +8908,16 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
     <form id="filter">
       <div id="statuses" role="radiogroup" aria-label="Status"></div>
       <label>Type <select id="type" name="type"></select></label>
+      <label>Search <input id="search" name="q" type="search" maxlength="200"
+        title="Text in the label, type, id or error"></label>
     </form>
     <div id="rows"></div>
     <p id="empty">Loading&nbsp;…</p>
     <nav id="pages" aria-label="Pages of the list" hidden>
       <button id="newer">Newer</button> <button id="older">Older</button>
       <span id="place"></span>
+      <button id="cancel-all">Cancel all shown</button>
+      <button id="retry-all">Retry all shown</button>
     </nav>
   </section>
   <aside class="card">
@@ -8923,6 +8933,13 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
         <button class="main">Submit</button>
         <p id="accepted" role="status"></p>
       </form>
+    </details>
+    <details id="types">
+      <summary><h2>Task types</h2></summary>
+      <table>
+        <thead><tr><th>type<th>median<th>longest<th></tr></thead>
+        <tbody id="durations"></tbody>
+      </table>
     </details>
   </aside>
 </main>
@@ -8940,6 +8957,7 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
   <details class="task">
     <summary class="summary">
       <span class="name"><span data-text="type"></span>
+        <span class="label" data-text="label"></span>
         <code data-text="short_id"></code></span>
       <span class="status" data-text="status"></span>
       <span class="time" data-text="duration"></span>
@@ -8948,32 +8966,39 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
         <progress class="bar" max="100" aria-label="Progress"></progress>
         <span data-text="progress"></span></span>
     </summary>
-    <div class="details">
-      <dl>
-        <div><dt>Id</dt><dd data-text="id"></dd></div>
-        <div><dt>Submitted</dt><dd data-text="created_at"></dd></div>
-        <div><dt>Started</dt><dd data-text="started_at"></dd></div>
-        <div><dt>Ended</dt><dd data-text="ended_at"></dd></div>
-        <div><dt>Attempt</dt><dd data-text="attempt"></dd></div>
-        <div><dt>Priority</dt><dd data-text="priority"></dd></div>
-        <div><dt>Next attempt</dt><dd data-text="next_attempt_at"></dd></div>
-        <div><dt>Last error</dt><dd data-text="last_error"></dd></div>
-      </dl>
-      <div class="pair">
-        <div><h3>Request</h3>
-          <pre class="request" tabindex="0" aria-label="Request"></pre></div>
-        <div><h3 data-text="outcome"></h3>
-          <pre class="result" tabindex="0" aria-label="Result or error"></pre></div>
-      </div>
-      <div><h3>Log</h3>
-        <pre class="log" tabindex="0" role="log" aria-label="Log"></pre></div>
-      <div class="actions">
-        <button class="cancel">Cancel</button> <button class="delete">Delete</button>
-        <button class="again">Submit again</button>
-        <span class="error" role="alert"></span>
-      </div>
-    </div>
   </details>
+</template>
+<template id="details">
+  <div class="details">
+    <dl>
+      <div><dt>Id</dt><dd data-text="id"></dd></div>
+      <div><dt>Label</dt><dd data-text="label"></dd></div>
+      <div><dt>Submitted</dt><dd data-text="created_at"></dd></div>
+      <div><dt>Started</dt><dd data-text="started_at"></dd></div>
+      <div><dt>Ended</dt><dd data-text="ended_at"></dd></div>
+      <div><dt>Attempt</dt><dd data-text="attempt"></dd></div>
+      <div><dt>Priority</dt><dd data-text="priority"></dd></div>
+      <div><dt>Next attempt</dt><dd data-text="next_attempt_at"></dd></div>
+      <div><dt>Last error</dt><dd data-text="last_error"></dd></div>
+      <div><dt>Retry of</dt><dd data-text="retry_of"></dd></div>
+      <div><dt>Follows</dt><dd data-text="follows"></dd></div>
+    </dl>
+    <div class="pair">
+      <div><h3>Request</h3>
+        <pre class="request" tabindex="0" aria-label="Request"></pre></div>
+      <div><h3 data-text="outcome"></h3>
+        <pre class="result" tabindex="0" aria-label="Result or error"></pre></div>
+    </div>
+    <div><h3>Steps</h3>
+      <pre class="steps" tabindex="0" aria-label="Steps"></pre></div>
+    <div><div class="heading"><h3>Log</h3> <button class="save">Save</button></div>
+      <pre class="log" tabindex="0" role="log" aria-label="Log"></pre></div>
+    <div class="actions">
+      <button class="cancel">Cancel</button> <button class="delete">Delete</button>
+      <button class="retry">Retry</button>
+      <span class="error" role="alert"></span>
+    </div>
+  </div>
 </template>
 <noscript>This page needs JavaScript; curl does without it.</noscript>
 <script type="module">
@@ -9005,6 +9030,13 @@ function put(element, text) {
 // Parses JSON. Numbers keep their digits where the browser can do that (since 2025).
 const parse = (text) => JSON.parse(text, (key, value, { source } = {}) =>
   typeof value === "number" && source ? JSON.rawJSON(source) : value);
+
+// The output of a program as it was printed, anything else as JSON.
+function readable(json) {
+  const { exit_code: code, output } = (json.length < MAX_TEXT && parse(json)) || {};
+  if (code === undefined || typeof output !== "string") return pretty(json);
+  return output + (String(code) === "0" ? "" : `\n(exit code ${code})`);
+}
 
 const pretty = (json) => json.length < MAX_TEXT ? JSON.stringify(parse(json), null, 2) :
   `${json.slice(0, MAX_TEXT)}\n… of ${json.length} characters`;
@@ -9063,6 +9095,8 @@ async function submit(body) {
   show((await response.json()).id);
 }
 
+const post = (path) => api(path, { method: "POST" });
+
 // -- the state, and how it is drawn
 
 let list = { tasks: [], counts: {}, next: null };
@@ -9109,25 +9143,47 @@ function drawSummary() {
   put($("place"), `${before + 1} to ${before + Math.min(tasks.length, PAGE_SIZE)}`);
   $("newer").disabled = !before;
   $("older").disabled = next === null;
-  $("pages").hidden = !before && next === null;
+  $("pages").hidden = !before && !tasks.length;
+  $("cancel-all").disabled = !tasks.some(isUnfinished);
+  $("retry-all").disabled = tasks.every(isUnfinished);
 }
 
+const isUnfinished = (task) => !task.ended_at;
+
 class Row {
+  texts = [];
+
   constructor(id) {
     this.path = TASKS + "/" + id;
-    this.element = $("row").content.firstElementChild.cloneNode(true);
+    this.element = this.clone("row");
     this.element.id = id;
-    this.texts = this.element.querySelectorAll("[data-text]");
-    for (const each of this.element.querySelectorAll("[class]"))
-      this[each.classList[0]] = each; // this.log and so on
     this.summary.onclick = (event) => {
       event.preventDefault(); // the state says whether a row is open
       const copying = !getSelection().isCollapsed; // the id, say
       if (!copying) show(opened === id ? "" : id);
     };
-    this.on(this.cancel, () => api(this.path + "/cancel", { method: "POST" }));
-    this.on(this.again, async () => submit(await getText(this.path + "/submission")));
+  }
+
+  // Copies a template. An element with a class becomes a property: this.log and so on.
+  clone(template) {
+    const copy = $(template).content.cloneNode(true);
+    this.texts.push(...copy.querySelectorAll("[data-text]"));
+    for (const each of copy.querySelectorAll("[class]")) this[each.classList[0]] = each;
+    return copy.firstElementChild;
+  }
+
+  // Adds what only an open row shows.
+  expand() {
+    this.element.append(this.clone("details"));
+    this.on(this.cancel, () => post(this.path + "/cancel"));
+    this.on(this.retry, async () =>
+      show((await (await post(this.path + "/retry")).json()).id));
     this.on(this.delete, () => api(this.path, { method: "DELETE" }));
+    this.on(this.save, async () => {
+      const log = encodeURIComponent(await getText(this.path + "/log"));
+      const href = "data:text/plain;charset=utf-8," + log;
+      make("a", { href, download: this.task.id + ".log" }).click();
+    });
   }
 
   on(button, work) {
@@ -9144,7 +9200,8 @@ class Row {
     const progress = [
       percent !== undefined && Math.floor(percent) + " %", message,
       task.cancel_requested && "stopping …",
-      next && "in " + span(seconds(next) - now()), task.last_error,
+      next && "starts in " + span(seconds(next) - now()), task.last_error, task.error,
+      task.status === "pending" && isPaused(task.type) && "paused",
     ];
     const time = (ended ? seconds(ended) : now()) - seconds(started);
     const texts = {
@@ -9156,16 +9213,17 @@ class Row {
       outcome: ["failed", "cancelled"].includes(task.status) ? "Error" : "Result",
     };
     this.element.open = opened === task.id;
+    if (this.element.open && !this.details) this.expand();
     for (const each of this.texts) {
-      if (!this.element.open && this.details.contains(each)) continue; // can't be seen
       const name = each.dataset.text, text = texts[name];
       put(each, text && name.endsWith("_at") ? local.format(Date.parse(text)) : text);
     }
     this.status.className = "status " + task.status;
     this.bar.hidden = percent === undefined;
     this.bar.value = percent ?? 0;
+    if (!this.details) return;
     this.cancel.disabled = Boolean(ended || task.cancel_requested);
-    this.delete.disabled = !ended;
+    this.retry.disabled = this.delete.disabled = !ended;
   }
 
   // Fetches what only an open row shows.
@@ -9173,10 +9231,17 @@ class Row {
     this.appendLog(await getText(this.path + "/log"));
     if (!this.request.textContent)
       put(this.request, pretty(await getText(this.path + "/submission")));
+    if (this.task.steps) await this.loadSteps();
     if (!this.task.ended_at || this.result.textContent) return;
     const path = this.path + "/result";
     put(this.result, this.task.status === "completed" ?
-      pretty(await getText(path)) : (await getJSON(path)).error);
+      readable(await getText(path)) : (await getJSON(path)).error);
+  }
+
+  async loadSteps() {
+    const { steps } = await getJSON(this.path + "/steps");
+    put(this.steps, steps.map(({ name, started_at: started, ended_at: ended }) =>
+      `${name} took ${span(seconds(ended) - seconds(started))}`).join("\n"));
   }
 
   // Keeps what is there, so that a reader's selection and place stay.
@@ -9196,6 +9261,17 @@ function show(id, pages = after) {
   opened = id;
   after = pages;
   draw();
+  reload();
+}
+
+// Does something for each of the tasks shown that fit, if the user agrees.
+async function forAll(verb, fits) {
+  const paths = list.tasks.filter(fits).map(({ id }) => TASKS + "/" + id);
+  const tasks = paths.length === 1 ? "1 task" : paths.length + " tasks";
+  if (!confirm(`${verb[0].toUpperCase() + verb.slice(1)} ${tasks}?`)) return;
+  const all = paths.map((path) => post(`${path}/${verb}`));
+  const failures = (await Promise.allSettled(all)).filter(({ reason }) => reason);
+  if (failures.length) alert(failures[0].reason.message);
   reload();
 }
 
@@ -9297,10 +9373,13 @@ function showErrors(errors) {
 
 let types = [];
 
-async function loadTypes() {
-  const latest = (await getJSON("/api/v1/types")).types;
-  if (JSON.stringify(latest) === JSON.stringify(types)) return; // keep what was entered
+function drawTypes(latest) {
+  const shape = (each) => JSON.stringify(each.map(({ type, params, description }) =>
+    [type, params, description]));
+  const same = shape(latest) === shape(types);
   types = latest;
+  drawDurations();
+  if (same) return; // keep what was entered
   const options = () => types.map(({ type }) => new Option(type, type));
   $("type").replaceChildren(new Option("all", ""), ...options());
   $("new-type").replaceChildren(...options());
@@ -9333,6 +9412,40 @@ $("form").onsubmit = async (event) => {
   event.submitter.disabled = false;
 };
 
+// -- the table of task types: how long the latest tasks took, and what is paused
+
+const durations = new Map(); // by type: those of completed tasks in seconds, sorted
+
+const isPaused = (name) => types.some(({ type, paused }) => type === name && paused);
+
+async function loadDurations() {
+  if (!$("types").open) return;
+  durations.clear();
+  for (let pages = 10, after = ""; pages && after !== null; pages--) {
+    const query = `status=completed&order=desc&limit=1000${after && "&after=" + after}`;
+    const { tasks, next } = await getJSON(`${TASKS}?${query}`);
+    for (const { type, started_at: started, ended_at: ended } of tasks) {
+      if (!durations.has(type)) durations.set(type, []);
+      durations.get(type).push(seconds(ended) - seconds(started));
+    }
+    after = next;
+  }
+  for (const each of durations.values()) each.sort((a, b) => a - b);
+  drawDurations();
+}
+
+function drawDurations() {
+  $("durations").replaceChildren(...types.map(({ type, paused }) => {
+    const times = durations.get(type) ?? [];
+    const cell = (time) => make("td", {}, time === undefined ? "" : span(time));
+    const verb = paused ? "resume" : "pause", path = encodeURIComponent(type);
+    const button = make("button", { ariaLabel: `${verb} ${type}` }, verb);
+    button.onclick = () => post(`/api/v1/types/${path}/${verb}`).then(reload, alert);
+    return make("tr", {}, make("td", {}, type), cell(times[times.length >> 1]),
+      cell(times.at(-1)), make("td", {}, button));
+  }));
+}
+
 // -- live updates: an event only says that something has changed; the list says what
 
 let loads = 0, loaded = 0; // the numbers of the latest list requested, and shown
@@ -9342,8 +9455,9 @@ let connection = new AbortController();
 async function load() {
   const number = ++loads, query = new URLSearchParams(new FormData($("filter")));
   if (after.length) query.set("after", after.at(-1));
-  const [latest, metrics, problem, task] = await Promise.all([
+  const [latest, metrics, registered, problem, task] = await Promise.all([
     getJSON(`${TASKS}?order=desc&limit=${PAGE_SIZE}&${query}`), getText("/metrics"),
+    getJSON("/api/v1/types"),
     api("/readyz").then(() => "", ({ detail = "" }) => detail),
     opened && getJSON(TASKS + "/" + opened).catch(() => rows.get(opened)?.task),
   ]);
@@ -9354,6 +9468,8 @@ async function load() {
   if (task && !list.tasks.some(({ id }) => id === task.id)) list.tasks.push(task);
   list.tasks.sort((a, b) => b.created_at.localeCompare(a.created_at));
   sample(metrics);
+  if (JSON.stringify(registered.types) !== JSON.stringify(types))
+    drawTypes(registered.types);
   draw();
   const row = rows.get(opened);
   await row?.load().catch(({ detail }) => put(row.error, detail));
@@ -9382,7 +9498,6 @@ async function follow() {
       const { body } = await api("/api/v1/events", { signal: connection.signal });
       live = true;
       failures = 0;
-      loadTypes().catch(() => {});
       refresh();
       const reader = body.getReader();
       while (!(await reader.read()).done) refresh();
@@ -9400,13 +9515,18 @@ for (const value of ["", ...STATUSES]) {
   $("statuses").append(
     make("label", {}, make("input", radio), (value || "all") + " ", make("b")));
 }
-$("filter").onchange = () => show("", []);
+$("filter").oninput = () => show("", []);
+$("filter").onsubmit = (event) => event.preventDefault();
+$("cancel-all").onclick = () => forAll("cancel", isUnfinished);
+$("retry-all").onclick = () => forAll("retry", (task) => !isUnfinished(task));
+$("types").ontoggle = () => loadDurations().catch(() => {});
 $("older").onclick = () => show("", [...after, list.next]);
 $("newer").onclick = () => show("", after.slice(0, -1));
 $("new-type").onchange = drawForm;
-const time = { type: "number", minimum: 0, description: "in seconds" };
+const time = { type: "number", minimum: 0, description: "seconds" };
 $("options").append(...makeFields("#/", { properties: {
-  timeout: time, retries: { type: "integer", minimum: 0 }, delay: time,
+  label: { type: "string", description: "at most 200 characters" },
+  timeout: time, retries: { type: "integer", minimum: 0, maximum: 1000 }, delay: time,
   priority: { type: "integer", minimum: -1000, maximum: 1000 },
 } }));
 $("new").open = innerWidth > 900;

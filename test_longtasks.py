@@ -12082,7 +12082,7 @@ def test_the_page_cancels_deletes_and_submits_again(browser, steps, service):
     browser.see("[open] summary", "cancelled")  # it stays while it is open
     browser.see(".result", "cancelled while it ran")
     assert browser.elements(".cancel:disabled")
-    browser.click(".again")
+    browser.click(".retry")
     until(lambda: browser.opened() not in (first, None), "the second task")
     browser.see("[open] dl", browser.opened())
     assert submission(service, browser.opened()) == submission(service, first)
@@ -12161,7 +12161,7 @@ def test_the_form_has_an_input_for_each_param_and_shows_errors_there(browser, re
 
 
 PLACES = """
-const [type, id] = document.querySelector("[open] .name").children;
+const [type, , id] = document.querySelector("[open] .name").children;
 return id.getBoundingClientRect().left >= type.getBoundingClientRect().right;
 """
 
@@ -12340,6 +12340,28 @@ def test_the_page_can_be_used_with_a_keyboard_and_a_screen_reader(
     assert re.search("steps %s processing for .* s ago" % task_id[:8], " ".join(names))
     roles = {"button", "radio", "combobox", "progressbar", "spinbutton", "log"}
     assert roles < set(names.values()), names
+
+
+AXE = os.environ.get("LONGTASKS_AXE", "")
+
+
+@pytest.mark.skipif(not AXE, reason="LONGTASKS_AXE is not the path of an axe.min.js")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_wrong_with_the_page(scheme, browser, registry, service):
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.cdp("Emulation.setEmulatedMedia", features=features)
+    handler("bad")(raising(ValueError("x")))
+    submitted(service, "long_computation")
+    browser.go(service)
+    browser.open(submitted(service, "bad"))
+    browser.see("[open] .result", "ValueError: x")
+    for each in ("#form", "#types"):
+        browser.click(each + " summary")
+    browser.see("#durations", "bad")
+    browser.run(source_of(AXE))
+    script = "return axe.run().then(({ violations }) => violations.map(({ id, nodes }) "
+    script += "=> [id, nodes.map((node) => node.html)]))"
+    assert browser.run(script) == []
 
 
 CONTRASTS = """

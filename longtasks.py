@@ -8906,6 +8906,7 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
   <p id="notice" class="card" role="status"></p>
   <section class="card" aria-label="Tasks, newest first">
     <form id="filter">
+      <h2>Tasks</h2>
       <div id="statuses" role="radiogroup" aria-label="Status"></div>
       <label>Type <select id="type" name="type"></select></label>
       <label>Search <input id="search" name="q" type="search" maxlength="200"
@@ -8937,7 +8938,7 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
     <details id="types">
       <summary><h2>Task types</h2></summary>
       <table>
-        <thead><tr><th>type<th>median<th>longest<th></tr></thead>
+        <thead><tr><th>type<th>median<th>longest<td></thead>
         <tbody id="durations"></tbody>
       </table>
     </details>

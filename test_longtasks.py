@@ -12318,7 +12318,7 @@ def test_the_page_can_be_used_with_a_keyboard_and_a_screen_reader(
     task_id, names = submitted(service, "steps"), {}
     browser.go(service)
     browser.see(summary(task_id), "processing")
-    browser.run("document.querySelector('#type').focus()")
+    browser.run("document.querySelector('#search').focus()")
     browser.ask(
         "POST", "/actions", actions=[{"type": "key", "id": "0", "actions": press}]
     )

@@ -8958,8 +8958,8 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
   <details class="task">
     <summary class="summary">
       <span class="name"><span data-text="type"></span>
-        <span class="label" data-text="label"></span>
-        <code data-text="short_id"></code></span>
+        <code data-text="short_id"></code>
+        <span class="label" data-text="label"></span></span>
       <span class="status" data-text="status"></span>
       <span class="time" data-text="duration"></span>
       <span class="time" data-text="age"></span>

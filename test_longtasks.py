@@ -12161,7 +12161,7 @@ def test_the_form_has_an_input_for_each_param_and_shows_errors_there(browser, re
 
 
 PLACES = """
-const [type, , id] = document.querySelector("[open] .name").children;
+const [type, id] = document.querySelector("[open] .name").children;
 return id.getBoundingClientRect().left >= type.getBoundingClientRect().right;
 """
 

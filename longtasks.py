@@ -8845,7 +8845,7 @@ main { align-items: start; padding-top: 0; }
 #notice { grid-column: 1 / -1; order: -2; padding: 8px; background: var(--notice); }
 
 #filter, #pages { padding: 10px 12px; }
-#statuses { flex: 1 1 420px; }
+#statuses { flex: 1 1 75%; }
 #statuses label { position: relative; display: inline-block; padding: 6px 9px; }
 #statuses input { appearance: none; position: absolute; inset: 0; background: none; }
 #statuses input:not(:checked) { border-color: transparent; }
@@ -8876,6 +8876,7 @@ fieldset { border: 0; padding: 0; min-width: 0; }
 table { width: 100%; padding: 0 14px 14px; font-size: 12px; }
 th { text-align: start; font-weight: normal; color: var(--quiet); }
 td:first-child { overflow-wrap: anywhere; }
+td button { padding: 2px 6px; }
 dialog { margin: auto; padding: 20px; width: min(380px, 90vw); color: inherit; }
 dialog::backdrop { background: rgb(0 0 0 / .5); }
 
@@ -9034,9 +9035,9 @@ const parse = (text) => JSON.parse(text, (key, value, { source } = {}) =>
 
 // The output of a program as it was printed, anything else as JSON.
 function readable(json) {
-  const { exit_code: code, output } = (json.length < MAX_TEXT && parse(json)) || {};
+  const { exit_code: code, output } = (json.length < MAX_TEXT && JSON.parse(json)) || {};
   if (code === undefined || typeof output !== "string") return pretty(json);
-  return output + (String(code) === "0" ? "" : `\n(exit code ${code})`);
+  return output + (code ? `\n(exit code ${code})` : "");
 }
 
 const pretty = (json) => json.length < MAX_TEXT ? JSON.stringify(parse(json), null, 2) :

@@ -8876,7 +8876,7 @@ fieldset { border: 0; padding: 0; min-width: 0; }
 table { width: 100%; padding: 0 14px 14px; font-size: 12px; }
 th { text-align: start; font-weight: normal; color: var(--quiet); }
 td:first-child { overflow-wrap: anywhere; }
-td button { padding: 2px 6px; }
+:is(td, .heading) button { padding: 2px 6px; }
 dialog { margin: auto; padding: 20px; width: min(380px, 90vw); color: inherit; }
 dialog::backdrop { background: rgb(0 0 0 / .5); }
 
@@ -9437,14 +9437,16 @@ async function loadDurations() {
 }
 
 function drawDurations() {
-  $("durations").replaceChildren(...types.map(({ type, paused }) => {
+  $("durations").replaceChildren(...types.map(({ type, paused, rules }) => {
     const times = durations.get(type) ?? [];
     const cell = (time) => make("td", {}, time === undefined ? "" : span(time));
     const verb = paused ? "resume" : "pause", path = encodeURIComponent(type);
     const button = make("button", { ariaLabel: `${verb} ${type}` }, verb);
     button.onclick = () => post(`/api/v1/types/${path}/${verb}`).then(reload, alert);
-    return make("tr", {}, make("td", {}, type), cell(times[times.length >> 1]),
-      cell(times.at(-1)), make("td", {}, button));
+    const limits = Object.entries(rules).filter(([, value]) => value);
+    const shown = make("small", {}, limits.map((each) => each.join("\xa0")).join(", "));
+    const cells = [make("td", {}, type, make("br"), shown), cell(times[times.length >> 1])];
+    return make("tr", {}, ...cells, cell(times.at(-1)), make("td", {}, button));
   }));
 }
 

@@ -12233,6 +12233,80 @@ def test_the_list_is_filtered_and_the_charts_are_drawn(browser, gate):
         assert re.search(r"\.5 20v-19$", waiting)
 
 
+def test_the_page_finds_retries_and_cancels_all_that_are_shown(browser, gate, registry):
+    handler("bad")(raising(ValueError("no such account")))
+    with serving(WORKER_COUNT=1) as service:
+        fails = [submitted(service, "bad", label="house %d" % n) for n in range(2)]
+        other = submitted(service, "bad", label="garden")
+        result_of(service, other)
+        runs, waits = submitted(service, "gate"), submitted(service, "gate")
+        browser.go(service)
+        browser.see(
+            summary(other), "bad", "garden", "failed", "ValueError: no such acc"
+        )
+        browser.type("#search", "house")
+        until(lambda: not browser.text(summary(other)), "the search")
+        browser.click("#retry-all")
+        assert browser.ask("GET", "/alert/text") == "Retry 2 tasks?"
+        browser.ask("POST", "/alert/dismiss")
+        browser.click("#retry-all")
+        browser.ask("POST", "/alert/accept")
+        browser.see("#place", "1 to 4")
+        assert browser.text(summary(fails[0]))
+        browser.fill("#search", "gate")
+        browser.see("#place", "1 to 2")
+        browser.click("#cancel-all")
+        assert browser.ask("GET", "/alert/text") == "Cancel 2 tasks?"
+        browser.ask("POST", "/alert/accept")
+        for task_id in (runs, waits):
+            browser.see(summary(task_id), "cancelled")
+
+
+def test_the_page_pauses_types_and_shows_how_long_their_tasks_took(browser, registry):
+    handler("quick", max_running=2)(lambda: None)
+    with serving() as service:
+        result_of(service, submitted(service, "quick"))
+        browser.go(service)
+        browser.click("#types summary")
+        browser.see("#durations", "quick", "max_running\xa02", "0.0 s")
+        browser.click("[aria-label='pause quick']")
+        browser.see("[aria-label='resume quick']", "resume")
+        task_id = submitted(service, "quick")
+        browser.see(summary(task_id), "pending", "paused")
+        browser.click("[aria-label='resume quick']")
+        browser.see(summary(task_id), "completed")
+
+
+SAVED = """
+window.saved = null;
+HTMLAnchorElement.prototype.click = function () { saved = [this.download, this.href]; };
+"""
+
+
+def test_the_page_shows_steps_and_the_output_of_programs(browser, registry):
+    longtasks.register_command("say=printf '%s\\n<b>two</b>\\n' {word}")
+
+    @handler("in_steps")
+    def in_steps(ctx: Context):
+        ctx.step("fetch", str)
+        ctx.step("convert", str)
+
+    with serving() as service:
+        browser.go(service)
+        browser.open(submitted(service, "in_steps"))
+        browser.see("[open] .steps", "fetch took 0.0 s\nconvert took 0.0 s")
+        browser.open(submitted(service, "say", {"word": "one"}))
+        browser.see("[open] .result", "one\n<b>two</b>")
+        assert not browser.text("[open] .steps")
+        browser.run(SAVED)
+        browser.click("[open] .save")
+        until(lambda: browser.run("return saved"), "the file")
+        assert browser.run("return saved") == [
+            browser.opened() + ".log",
+            "data:text/plain;charset=utf-8," + "one%0A%3Cb%3Etwo%3C%2Fb%3E%0A",
+        ]
+
+
 def test_a_page_that_nobody_sees_holds_no_connection(browser, service, monkeypatch):
     def connections():
         metrics = call(service, "GET", "/metrics").body.decode()

@@ -9035,7 +9035,8 @@ const parse = (text) => JSON.parse(text, (key, value, { source } = {}) =>
 
 // The output of a program as it was printed, anything else as JSON.
 function readable(json) {
-  const { exit_code: code, output } = (json.length < MAX_TEXT && JSON.parse(json)) || {};
+  const result = json.length < MAX_TEXT ? JSON.parse(json) : null;
+  const { exit_code: code, output } = result ?? {};
   if (code === undefined || typeof output !== "string") return pretty(json);
   return output + (code ? `\n(exit code ${code})` : "");
 }
@@ -9445,8 +9446,9 @@ function drawDurations() {
     button.onclick = () => post(`/api/v1/types/${path}/${verb}`).then(reload, alert);
     const limits = Object.entries(rules).filter(([, value]) => value);
     const shown = make("small", {}, limits.map((each) => each.join("\xa0")).join(", "));
-    const cells = [make("td", {}, type, make("br"), shown), cell(times[times.length >> 1])];
-    return make("tr", {}, ...cells, cell(times.at(-1)), make("td", {}, button));
+    const name = make("td", {}, type, make("br"), shown);
+    return make("tr", {}, name, cell(times[times.length >> 1]), cell(times.at(-1)),
+      make("td", {}, button));
   }));
 }
 

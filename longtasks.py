@@ -6019,7 +6019,7 @@ DOCUMENTS: Dict[str, Schema] = {
         id={"anyOf": [STRING, {"type": "integer"}]},
         params=_object("_meta?", _meta=_object("idempotency-key?")),
     ),
-    "Messages": _list(_ref("schemas", "Message")),
+    "Messages": {**_list({}), "minItems": 1, "maxItems": MAX_BATCH},
     "Answer": {"anyOf": [{"type": "object"}, {"type": "array", "items": {}}]},
     "Problem": _object(
         "type title status detail errors?",
@@ -6232,6 +6232,8 @@ class Call:
     def answer(self) -> Json:
         """Return the response."""
         result, head = self.result, {"jsonrpc": "2.0", "id": self.id}
+        if type(self.id) not in (str, int):
+            del head["id"]
         try:
             if isinstance(result, Exception):
                 raise result
@@ -6580,10 +6582,8 @@ def answer_agent(app: App, request: Request) -> Reply:
 
 def is_notice(message: Any) -> bool:
     """Whether a message wants no response: a notification, or itself a response."""
-    if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
-        return False
-    if isinstance(message.get("method"), str):
-        return "id" not in message
+    if not isinstance(message, dict) or "method" in message:
+        return _MESSAGE.is_valid(message) and "id" not in message
     return "result" in message or "error" in message
 
 

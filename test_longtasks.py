@@ -6906,6 +6906,9 @@ def test_bad_input_is_refused_and_starts_nothing(version, tools):
         for wrong in (None, 1.5, True, []):
             answer = agent.send("tools/call", {"name": "add"}, id=wrong)
             assert (answer.status, answer.json["error"]["code"]) == (400, -32600)
+            assert "id" not in answer.json
+        notice = {"jsonrpc": "2.0", "method": "notifications/x", "params": []}
+        assert call(service, "POST", "/mcp", notice).status == 400
         code, _ = ask({"name": "x" * 5000}, status=413)
         assert code == -32600
         wrong = {"Accept": "text/html"}

@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       146  1. Settings
-      481  2. Tasks and their states
-      845  3. Task registry
-     1525  4. Execution
-     2757  5. Journal
-     3369  6. Events
-     3550  7. Result store and task queue
-     4735  8. Worker pool
-     5059  9. HTTP API
-     6786  10. HTTP server
-     7692  11. Client
-     8259  12. Main
-     8779  13. The page
+      494  2. Tasks and their states
+      867  3. Task registry
+     1625  4. Execution
+     3000  5. Journal
+     3640  6. Events
+     3835  7. Result store and task queue
+     5043  8. Worker pool
+     5368  9. HTTP API
+     7113  10. HTTP server
+     8019  11. Client
+     8587  12. Main
+     9117  13. The page
 
 Three things hold throughout:
 
@@ -106,13 +106,13 @@ import typing
 import zlib
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
-from email.utils import formatdate
+from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Container, Deque, Dict, FrozenSet, Iterator
 from typing import Iterable, List, Mapping, MutableMapping
 from typing import NamedTuple, Optional, Sequence, Set, Tuple, Union
-from urllib.parse import parse_qsl, unquote, urlencode
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 from urllib.parse import quote as url_quote
 from weakref import WeakSet
 
@@ -227,6 +227,11 @@ size = matching(
     "a size in bytes, such as 65536, 64KiB, 64MiB or 1GiB",
     _bytes,
 )
+hosts = matching(r"(?a)[\w.:,\[\]-]*", "hosts, or HOST:PORT, with commas between them")
+webhook_secret = matching(  # standardwebhooks.com: base64 of 24 to 64 bytes
+    "|whsec_([A-Za-z0-9+/]{4}){8,21}([A-Za-z0-9+/]{2,3}={1,2})?",
+    "whsec_ and the base64 of 24 to 64 random bytes",
+)
 
 
 def switch(text: str) -> bool:
@@ -255,6 +260,7 @@ class Setting(NamedTuple):
     metavar: str = ""  # by default that of the check
     separator: str = ""  # between values in the environment, if the flag may repeat
     secret: bool = False  # has no flag, since all users of a host see command lines
+    with_db: str = ""  # another default, if DB is set
 
     @property
     def flag(self) -> str:
@@ -296,6 +302,10 @@ SETTINGS = (
             separator="\n"),
     Setting("RULES", "", str, "rules of a task type, over those of its handler",
             "RULE", separator="\n"),
+    Setting("WEBHOOK_HOSTS", "", hosts,
+            "where webhooks may go, as in hooks.example.com,10.0.0.7:8443", "HOSTS"),
+    Setting("WEBHOOK_SECRET", "", webhook_secret, "key that signs webhooks",
+            secret=True),
     Setting("EXECUTOR", "", path, "where to run isolated handlers", "FILE:FACTORY"),
     Setting("DB", "", path, "SQLite file to keep tasks in, created if missing"),
     Setting("TASK_TIMEOUT", "0", seconds,
@@ -307,7 +317,9 @@ SETTINGS = (
     Setting("QUEUE_BYTES", "64MiB", size, "size of all params that may wait"),
     Setting("RESULT_LIMIT", "10000", whole(1, 10**9), "finished tasks to keep"),
     Setting("RESULT_BYTES", "64MiB", size, "size of all finished tasks to keep"),
-    Setting("RESULT_TTL", "86400", seconds, "time for which to keep a finished task"),
+    Setting("RESULT_TTL", "86400", seconds,
+            "time for which to keep a finished task; with DB: 30 days",
+            with_db="2592000"),
     Setting("MAX_BODY", "1MiB", size, "largest request body"),
     Setting("MAX_WAIT", "300", seconds, "time that a client may wait for a task"),
     Setting("MAX_CONNECTIONS", "1000", whole(1, 100_000), "clients connected at once"),
@@ -331,7 +343,8 @@ def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     settings: Settings = {}
     for setting in SETTINGS:
         flag, variable = flags.get(setting.name), environ.get(setting.name)
-        text = flag if flag is not None else variable or setting.default
+        default = (settings.get("DB") and setting.with_db) or setting.default
+        text = flag if flag is not None else variable or default
         if setting.separator:
             texts = flag or text.split(setting.separator)
             settings[setting.name] = [setting.read(text) for text in texts if text]
@@ -499,6 +512,7 @@ EXITS: Dict[str, FrozenSet[str]] = {
     CANCELLED: frozenset(),
 }
 FINISHED = frozenset(status for status, exits in EXITS.items() if not exits)
+ENDINGS = (*sorted(FINISHED), "finished")  # on which something else can follow
 
 MAX_DEPTH = 100  # of nested JSON; far below the depth at which the parser fails
 MAX_DIGITS = 1000  # of a number in JSON, since parsing takes quadratic time
@@ -508,6 +522,7 @@ MAX_ERROR = 4000  # characters of a failed task's error
 MAX_TRACE = 10_000  # characters of a traceback that is logged
 MAX_LABEL = 200  # characters of a label that a client gives
 LABEL_OF_PARAMS = 80  # characters of a label that is made of params
+MAX_FOLLOW_UPS = 10  # that a submission may have in its `then`
 MAX_INTERRUPTIONS = 3  # runs during which the process died, until the task fails
 
 Path = Tuple[Union[str, int], ...]  # the way from a document's top to a place in it
@@ -586,6 +601,7 @@ class Options(NamedTuple):
     delay: float = 0.0  # seconds until the first run
     priority: int = 0  # higher ones first
     label: Optional[str] = None  # tells the task from others
+    then: Optional[bytes] = None  # JSON array of what is submitted at the task's end
 
 
 NO_OPTIONS = Options()
@@ -598,6 +614,10 @@ class Submission(NamedTuple):
     params: bytes  # JSON object
     options: Options = NO_OPTIONS
     retry_of: Optional[str] = None  # the id of the task that it repeats
+    follows: Optional[str] = None  # the id of the task at whose end it is submitted
+
+
+Identified = Tuple[str, Submission]  # a task's id, and how it was submitted
 
 
 class Task(NamedTuple):
@@ -621,6 +641,7 @@ class Task(NamedTuple):
     retry_of: Optional[str] = None  # the id of the task that this one repeats
     steps: int = 0  # how many are done
     step_bytes: int = 0  # of their results
+    follows: Optional[str] = None  # the id of the task at whose end it was submitted
     options: Options = NO_OPTIONS
 
     @property
@@ -630,8 +651,8 @@ class Task(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Bytes of params, steps and result, and characters of the error."""
-        size = len(self.params) + self.step_bytes
+        """Bytes of params, `then`, steps and result, and characters of the error."""
+        size = len(self.params) + len(self.options.then or b"") + self.step_bytes
         return size + len(self.result or b"") + len(self.error or "")
 
     def moved_to(self, status: str, **changes: Any) -> "Task":
@@ -687,7 +708,8 @@ class Outcome(NamedTuple):
     """How a run of a handler ended.
 
     COMPLETED with a result, FAILED with an error, CANCELLED when it stopped on request,
-    or PENDING when it asked for another run, `after` so many seconds.
+    or PENDING when it asked for another run, `after` so many seconds. A failed one is
+    not retried earlier than that.
     """
 
     status: str
@@ -865,6 +887,8 @@ class Cancelled(BaseException):
 class Failure(Exception):
     """An error that this file raises itself; its text alone is the task's error."""
 
+    after = 0.0  # seconds before which a retry is of no use
+
 
 class Fail(Failure):
     """Raised by a handler whose task fails for good, whatever its `retries`."""
@@ -932,6 +956,10 @@ class Rules(NamedTuple):
     exit_codes: Optional[Sequence[int]] = None  # with which a program completes
     cwd: Optional[str] = None  # the directory in which a program runs
     is_async: bool = False  # they take no worker; it is known from the handler
+    on_cancelled: Optional[str] = None  # what follows a task that ends so: TYPE, or
+    on_completed: Optional[str] = None  # TYPE?NAME=VALUE&NAME=VALUE with params
+    on_failed: Optional[str] = None
+    on_finished: Optional[str] = None  # however it ends
 
 
 class Handler(NamedTuple):
@@ -1324,7 +1352,7 @@ def _broken_rule(schema: Dict[str, Any], text: str) -> str:
         return "without lone surrogates"
     if not text.strip():
         return "that is not blank"
-    return "without NUL" if "\0" in text else "that does not begin with -"
+    return "without NUL" if "\0" in text else schema["description"].split(", ")[-1]
 
 
 def _in_words(schema: Dict[str, Any]) -> str:
@@ -1360,6 +1388,7 @@ RULES: Dict[str, Schema] = {
     "retries": _COUNT,
     "backoff": _DURATION,
     "max_running": _COUNT,
+    **{"on_" + ending: {"type": "string"} for ending in ENDINGS},
 }
 PROGRAM_RULES: Dict[str, Schema] = {
     **RULES,
@@ -1379,6 +1408,11 @@ SUBMISSION = _closed(
     label={"type": "string", "pattern": r"\S", "maxLength": MAX_LABEL},
 )
 SUBMISSION["required"] = ["type", "params"]
+# What follows a task is a submission, too, but nothing follows that one.
+_FOLLOW_UP = _closed(on={"enum": list(ENDINGS)}, **SUBMISSION["properties"])
+_FOLLOW_UP["required"] = ["on", "type", "params"]
+SUBMISSION["properties"]["then"] = {"type": "array", "items": _FOLLOW_UP}
+SUBMISSION["properties"]["then"]["maxItems"] = MAX_FOLLOW_UPS
 _SUBMISSION = Validator(SUBMISSION)
 
 
@@ -1388,11 +1422,77 @@ def check_submission(
     """Return the task that a document submits; raises Invalid."""
     wanted = _SUBMISSION.validate(document, path)
     name, params = wanted.pop("type"), wanted.pop("params")
-    if name not in handlers:
-        Validator({"enum": sorted(handlers)}).validate(name, (*path, "type"))
-    params = handlers[name].params.validate(params, (*path, "params"))
+    params = check_params(name, params, handlers, path)
+    if "then" in wanted:
+        wanted["then"] = check_then(wanted["then"], handlers, (*path, "then"))
     options = Options(**wanted) if wanted else NO_OPTIONS
     return Submission(name, to_json(params), options)
+
+
+def check_params(
+    name: str, params: Any, handlers: Mapping[str, Handler], path: Path
+) -> Dict[str, Any]:
+    """Return the params of a task as its type wants them; raises Invalid."""
+    if name not in handlers:
+        Validator({"enum": sorted(handlers)}).validate(name, (*path, "type"))
+    return handlers[name].params.validate(params, (*path, "params"))  # type: ignore
+
+
+def check_then(
+    entries: List[Dict[str, Any]], handlers: Mapping[str, Handler], path: Path
+) -> bytes:
+    """Return what is to follow a task, as JSON; raises Invalid."""
+    if len(entries) > MAX_FOLLOW_UPS:
+        message = "must hold at most %d, not %d" % (MAX_FOLLOW_UPS, len(entries))
+        raise Invalid([(path, message)])
+    for index, entry in enumerate(entries):
+        name, own = entry["type"], entry["params"]
+        completed = with_task(handlers.get(name), own, _ANY_TASK)
+        checked = check_params(name, completed, handlers, (*path, index))
+        entry["params"] = {key: checked[key] for key in own}
+    return to_json(entries)
+
+
+def rule_entries(
+    rules: Rules, handlers: Mapping[str, Handler]
+) -> Iterator[Dict[str, Any]]:
+    """Yield what follows by the rules of a type, as in a `then`."""
+    for ending in ENDINGS:
+        text = getattr(rules, "on_" + ending)
+        if text:
+            type, _, query = text.partition("?")
+            schemas = handlers[type].schema if type in handlers else {}
+            known = schemas.get("properties", {})
+            pairs = parse_qsl(query, keep_blank_values=True)
+            params = {key: parse_value(text, known.get(key, {})) for key, text in pairs}
+            yield {"on": ending, "type": type, "params": params}
+
+
+def check_follow_ups(handlers: Mapping[str, Handler]) -> None:
+    """See that what follows by rule can be submitted; raises HandlerError."""
+    for name, known in handlers.items():
+        for entry in rule_entries(Rules(**known.rules), handlers):
+            try:
+                check_then([entry], handlers, ("on_" + entry["on"],))
+            except Invalid as error:
+                raise HandlerError("task type %s: %s" % (quote(name), error)) from None
+
+
+_ANY_TASK = {"id": "", "attempt": 1}  # stands for a status document
+
+
+def with_task(
+    known: Optional[Handler], params: Dict[str, Any], document: Dict[str, Any]
+) -> Dict[str, Any]:
+    """Return the params of a follow-up with the status document of its cause.
+
+    Params that have a `task`, and those of a type that takes none, stay as they are.
+    """
+    schema = known.schema if known else {}
+    others = schema.get("additionalProperties", True)
+    own = schema.get("properties", {}).get("task", others)
+    takes_task = own is not False and Validator(own).is_valid(_ANY_TASK)
+    return {"task": document, **params} if takes_task else params
 
 
 def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submission]:
@@ -2337,15 +2437,18 @@ def print_at_once() -> None:
 #     backup=rsync -a --info=progress2 {src} {to=/backup/}
 #
 # It is split once, as a shell would, but no shell ever sees it: a placeholder's
-# value stays within its word, whatever it holds. {{ and }} are braces.
+# value stays within its word, whatever it holds. {task.type} is a member of a param
+# that is an object. {{ and }} are braces.
 
 MAX_ARGUMENT = 4096  # characters of a placeholder's value
 MAX_OUTPUT = 16 << 10  # characters of a program's output that go into its result
 FLOOD = 64 << 10  # bytes of output that are kept of more than twice as many
 # Variables that no program gets: they hold secrets, or name their files.
-SECRETS = frozenset(["API_TOKEN", "API_TOKEN_FILE", "TLS_KEY"])
+SECRETS = frozenset(["API_TOKEN", "API_TOKEN_FILE", "TLS_KEY", "WEBHOOK_SECRET"])
 
-_BRACES = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?:=([^{}]*))?\}|\{\{|\}\}|[{}]")
+_BRACES = re.compile(
+    r"\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:=([^{}]*))?\}|\{\{|\}\}|[{}]", re.ASCII
+)
 _FOR_A_SHELL = re.compile(r"\|[|&]?|&&?|([0-9&]?>>?|<)(&[0-9]|[\w./{}=-]+)?")
 _WORD: Dict[str, Any] = {
     "type": "string",
@@ -2468,10 +2571,9 @@ class Program:
         self.__doc__ = command.strip()
         self.schema = self._schema()
 
-    def _schema(self) -> Dict[str, Any]:
-        """Return the JSON Schema of the placeholders."""
+    def _defaults(self) -> Dict[str, Optional[str]]:
+        """Return the placeholders with their defaults; note which begin a word."""
         defaults: Dict[str, Optional[str]] = {}
-        first: Set[str] = set()  # begin a word, so their values could be options
         options_end = False
         for word in self.words[1:]:
             options_end = options_end or word == "--"
@@ -2480,24 +2582,48 @@ class Program:
                 if defaults.setdefault(name, default) != default:
                     raise HandlerError("{%s} has two defaults" % name)
                 if word[0] == "{" and word[:2] != "{{" and not options_end:
-                    first.add(name)
-        properties = {}
-        for name, default in defaults.items():
-            properties[name] = dict(_FIRST_WORD if name in first else _WORD)
-            if default is not None:
-                properties[name]["default"] = default
-        required = [name for name in defaults if defaults[name] is None]
+                    self._first.add(name)
+        return defaults
+
+    def _schema(self) -> Dict[str, Any]:
+        """Return the JSON Schema of the placeholders."""
+        self._first: Set[str] = set()  # their values could be options
+        properties: Dict[str, Any] = {}
+        required = []
+        for name, default in self._defaults().items():
+            param, dot, _ = name.partition(".")
+            schema = dict(_FIRST_WORD if name in self._first else _WORD)
+            if dot:
+                schema = {"type": "object"}
+            elif default is not None:
+                schema["default"] = default
+            if properties.setdefault(param, schema)["type"] != schema["type"]:
+                raise HandlerError("{%s} can't be an object and a string" % param)
+            if default is None and param not in required:
+                required.append(param)
         return dict(_closed(**properties), required=required)
 
-    def arguments(self, params: Mapping[str, str]) -> List[str]:
+    def arguments(self, params: Mapping[str, Any]) -> List[str]:
         """Return the words with the params in their places."""
 
         def value(match: "re.Match[str]") -> str:
             name, default = match.groups("")
+            if "." in name:
+                return self._member(params, name) or default
             return params.get(name, default) if name else match.group()[0]
 
         words = [_BRACES.sub(value, word) for word in self.words[1:]]
         return [self.words[0], *words]
+
+    def _member(self, params: Mapping[str, Any], name: str) -> str:
+        """Return a member of an object as text on one line, "" if there is none."""
+        value: Any = params
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        text = value if isinstance(value, str) else to_json(value).decode()
+        if text[:1] == "-" and name in self._first:
+            raise Fail("params.%s must not begin with -: %s" % (name, quote(text)))
+        return "" if value is None else escape(text[:MAX_ARGUMENT])
 
     def __call__(self, params: Mapping[str, str], ctx: Context) -> Dict[str, Any]:
         """Run it to its end; raises Failure unless its exit code is a good one."""
@@ -2662,6 +2788,123 @@ def _with_rules(known: Handler, words: Sequence[str]) -> Handler:
     return known
 
 
+# -- webhooks --------------------------------------------------------------
+#
+# A built-in type that sends a status document to a URL, signed as in Standard Webhooks
+# 1.0.0 (standardwebhooks.com). It is registered if the operator lists hosts for it.
+
+WEBHOOK_TIMEOUT = 20.0  # seconds for the connection, and then for the response
+WEBHOOK_RULES = {"retries": 40, "backoff": 5}  # over about a day
+
+
+class Webhook:
+    """Send the status of a finished task to a URL, signed as a Standard Webhook."""
+
+    def __init__(self, hosts: str, secret: str) -> None:
+        self._key = lazy_import("base64").b64decode(secret.partition("_")[2])
+        # re.escape() would escape a -, too, which patterns in a browser do not allow.
+        names = re.sub(r"[.\[\]]", r"\\\g<0>", hosts.lower()).replace(",", "|")
+        url = {
+            "type": "string",
+            "maxLength": MAX_ARGUMENT,
+            "pattern": r"^https?://(%s)([/?][!-~]*)?$(?!\n)" % names,
+            "description": "http or https, on a host that WEBHOOK_HOSTS lists",
+        }
+        self.schema = _closed(url=url, task={"type": "object"})
+        self.schema["required"] = ["url", "task"]
+
+    def __call__(self, params: Dict[str, Any], ctx: Context) -> Dict[str, Any]:
+        """Send it; raises Failure unless the response is a success."""
+        if not Validator(self.schema).is_valid(params):  # it came from a journal
+            raise Fail("the url is not on a host that WEBHOOK_HOSTS lists")
+        url, task = params["url"], params["task"]
+        kind, when = "task.%s" % task.get("status"), task.get("ended_at")
+        body = to_json({"type": kind, "timestamp": when, "data": task})
+        response = post(url, self._headers(ctx.task_id, body), body, ctx)
+        answer = "%d %s" % (response.status, response.reason)
+        if 200 <= response.status < 300:
+            return {"response": answer}
+        failure = Fail(answer) if response.status == 410 else Failure(answer)
+        failure.after = retry_after(response.headers.get("Retry-After", ""))
+        raise failure
+
+    def _headers(self, task_id: str, body: bytes) -> Dict[str, str]:
+        base64, hmac, now = lazy_import("base64"), lazy_import("hmac"), int(time.time())
+        signed = b"%b.%d.%b" % (task_id.encode(), now, body)
+        signature = base64.b64encode(hmac.new(self._key, signed, "sha256").digest())
+        return {
+            "webhook-id": task_id,  # the same in each attempt
+            "webhook-timestamp": str(now),
+            "webhook-signature": "v1," + signature.decode(),
+            "Content-Type": "application/json",
+            "Connection": "close",
+        }
+
+
+def post(url: str, headers: Dict[str, str], body: bytes, ctx: Context) -> Any:
+    """Send a request; return the response without its body, or raise Failure.
+
+    Redirects are not followed, proxies not used. Slow servers are left in time.
+    """
+    client, parts = lazy_import("http.client"), urlsplit(url)
+    target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+    try:
+        with connected(parts.scheme, parts.netloc, ctx) as connection:
+            connection.request("POST", target, body, headers)
+            with connection.getresponse() as response:
+                return response
+    except (OSError, client.HTTPException, UnicodeError) as error:
+        ctx.check()
+        text = "no answer from %s: %s" % (parts.netloc, describe(error))
+        raise Failure(text) from None
+
+
+@contextlib.contextmanager
+def connected(scheme: str, host: str, ctx: Context) -> Iterator[Any]:
+    """Connect to a host, for WEBHOOK_TIMEOUT at most, or until the task is to stop."""
+    client, more = lazy_import("http.client"), {"timeout": WEBHOOK_TIMEOUT}
+    connection = client.HTTPConnection(host, **more)
+    if scheme == "https":
+        context = lazy_import("ssl").create_default_context()
+        connection = client.HTTPSConnection(host, context=context, **more)
+    with contextlib.closing(connection):
+        connection.connect()
+        sock = connection.sock
+
+        def stop() -> None:
+            with contextlib.suppress(OSError):  # it has just ended
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # below TLS
+
+        timer = threading.Timer(WEBHOOK_TIMEOUT, stop)
+        timer.start()
+        ctx.on_stop(stop)
+        try:
+            yield connection
+        finally:
+            ctx.on_stop(None)
+            timer.cancel()
+
+
+def retry_after(text: str) -> float:
+    """Return the seconds in a Retry-After (RFC 9110, 10.2.3): 0 to a day."""
+    wait = 0.0
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if re.fullmatch("[0-9]{1,9}", text):
+            wait = float(text)
+        else:
+            wait = parsedate_to_datetime(text).timestamp() - time.time()
+    return max(0.0, min(wait, 86_400.0))
+
+
+def register_webhook(hosts: str, secret: str) -> None:
+    """Register the type webhook; raises SettingsError."""
+    if not secret:
+        raise SettingsError("WEBHOOK_HOSTS needs WEBHOOK_SECRET as well")
+    webhook = Webhook(hosts, secret)
+    made = webhook, Validator(webhook.schema), True, "ctx", WEBHOOK_RULES
+    REGISTRY["webhook"] = Handler("webhook", *made)
+
+
 # -- executors -------------------------------------------------------------
 #
 # Isolated handlers may run wherever an Executor of concurrent.futures takes them. It
@@ -2779,7 +3022,7 @@ def _columns() -> Iterator[Tuple[str, type, bool]]:
 
 
 COLUMNS = tuple(_columns())  # those of a task, then those of its options
-_NAMES = ", ".join([name for name, _, _ in COLUMNS] + ["checksum"])
+_NAMES = ", ".join('"%s"' % name for name, _, _ in (*COLUMNS, ("checksum", 0, 0)))
 _MARKS = ", ".join("?" * (len(COLUMNS) + 1))
 _REPLACE = "REPLACE INTO tasks (%s) VALUES (%s)" % (_NAMES, _MARKS)  # noqa: S608
 _SELECT = "SELECT %s FROM tasks" % _NAMES  # noqa: S608
@@ -2791,7 +3034,8 @@ _REPEATED_PLACES = [Task._fields.index(name) for name in ("type", "status")]
 
 # Columns that version 3 lacked, and their defaults. Only other values are summed, so
 # the rows of its files keep their checksums.
-_ADDED = {"retry_of": None, "label": None, "steps": 0, "step_bytes": 0}
+_ADDED = dict.fromkeys(["retry_of", "follows", "label", "then"])
+_ADDED.update(steps=0, step_bytes=0)
 _ADDED_PLACES = [
     (p, column[0]) for p, column in enumerate(COLUMNS) if column[0] in _ADDED
 ]
@@ -2925,16 +3169,17 @@ Record = Union[Task, Step, Removal, Paused]
 class Commit:
     """Records that reach the disk in one transaction.
 
-    If it fails, its new tasks are dropped: nobody has seen them. Everything else has
-    happened already, and becomes part of the next commit.
+    If it fails, its new tasks are dropped, unless they follow others: nobody has seen
+    them. Everything else has happened already, and becomes part of the next commit.
     """
 
-    __slots__ = ("new", "moves", "on_durable", "error", "_next", "_tried")
+    __slots__ = ("new", "moves", "logs", "on_durable", "error", "_next", "_tried")
 
     def __init__(self) -> None:
         self.new: List[Task] = []
         # The latest one of each task, by its seq and 0, and steps by their number.
         self.moves: Dict[Tuple[int, int], Record] = {}
+        self.logs: Dict[str, str] = {}  # of finished tasks, by their ids
         self.on_durable: List[Callable[[], Any]] = []  # called once it is on disk
         self.error = ""
         self._next: Optional[Commit] = None  # the commit that has the moves of this one
@@ -2948,9 +3193,16 @@ class Commit:
         """All records, in the order in which they are to be written and shown."""
         return [*self.new, *self.moves.values()]
 
+    @property
+    def left(self) -> List[Task]:
+        """The new tasks that it doesn't hand over if it fails."""
+        return [t for t in self.new if not (self.error and t.follows)]
+
     def fail(self, error: str, following: "Commit") -> None:
-        """Hand all but the new tasks over to the following commit."""
+        """Hand all but the tasks that are dropped over to the following commit."""
+        following.new = [task for task in self.new if task.follows] + following.new
         following.moves = {**self.moves, **following.moves}
+        following.logs = {**self.logs, **following.logs}
         following.on_durable = self.on_durable + following.on_durable
         self.error, self._next = error, following
 
@@ -3079,14 +3331,18 @@ class Journal:
             os.fsync(folder)
             os.close(folder)
 
-    def _connect(self) -> Any:
-        """Open the file, check that it is sound, and bring it to this version."""
+    def _open_file(self) -> Any:
         uri = "file:%s?mode=rw" % url_quote(os.fsencode(self.path))
         db = self._sqlite.connect(
             uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
         )
         # sqlite3 would raise for damaged text, and its message would quote it.
         db.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
+        return db
+
+    def _connect(self) -> Any:
+        """Open the file, check that it is sound, and bring it to this version."""
+        db = self._open_file()
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             text = "DB %s has version %d; this longtasks knows up to version %d"
@@ -3116,7 +3372,7 @@ class Journal:
             missing.append(("checksum", str, False))
         for name, kind, optional in missing:
             default = " NOT NULL DEFAULT " + ("''" if _TYPES[kind] == "TEXT" else "0")
-            column = "%s %s%s" % (name, _TYPES[kind], "" if optional else default)
+            column = '"%s" %s%s' % (name, _TYPES[kind], "" if optional else default)
             db.execute("ALTER TABLE tasks ADD COLUMN " + column)
         if version < 3:  # its rows have no checksums
             rows = db.execute(_SELECT)
@@ -3129,6 +3385,7 @@ class Journal:
         db.execute("CREATE TABLE IF NOT EXISTS paused (%s)" % columns)
         columns = _STEP_NAMES + ", PRIMARY KEY (seq, number)"
         db.execute("CREATE TABLE IF NOT EXISTS steps (%s)" % columns)
+        db.execute("CREATE TABLE IF NOT EXISTS logs (id TEXT PRIMARY KEY, text TEXT)")
 
     # -- reading
 
@@ -3174,6 +3431,15 @@ class Journal:
             text = "DB %s: step %s of the task with seq %s is damaged"
             log.error(text, self.path, *values[1::-1])
 
+    def log_of(self, task_id: str) -> str:
+        """Return the log of a finished task, "" for none. Any thread may call it."""
+        query = "SELECT text FROM logs WHERE id = ?"
+        try:
+            with contextlib.closing(self._open_file()) as db:
+                return "".join(text for (text,) in db.execute(query, (task_id,)))
+        except self._sqlite.Error as error:
+            raise Unavailable("the log can't be read: %s" % error) from None
+
     def _query(self, query: str) -> Iterator[Sequence[Any]]:
         try:
             yield from self._db.execute(query)
@@ -3202,12 +3468,14 @@ class Journal:
         self,
         *moves: Record,
         new: Sequence[Task] = (),
+        logs: Mapping[str, str] = {},
         on_durable: Optional[Callable[[], Any]] = None,
     ) -> Commit:
         """Add records to the next commit, without waiting for it; return it."""
         with self._changed:
             commit = self._open
             commit.new += new
+            commit.logs.update(logs)
             for record in moves:
                 commit.moves[record.seq, getattr(record, "number", 0)] = record
             if on_durable:
@@ -3255,7 +3523,7 @@ class Journal:
         """Write a commit, or hand its moves over to the next one."""
         begin = time.perf_counter()
         try:
-            self.write(commit.records)
+            self.write(commit.records, commit.logs)
         except Exception as error:  # whatever it is, this thread must live
             text = getattr(error, "strerror", "") or str(error) or type(error).__name__
             if text != self.error:
@@ -3275,7 +3543,7 @@ class Journal:
             log.exception("a commit was written, but can't be shown")
         commit.settle()
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[Record], logs: Mapping[str, str] = {}) -> None:
         """Write records in one transaction; raises OSError or sqlite3.Error."""
         if os.stat(self.path).st_ino != self._inode:
             raise OSError("the file was replaced")
@@ -3290,6 +3558,9 @@ class Journal:
             self._db.executemany("DELETE FROM tasks WHERE seq = ?", seqs)
             self._db.executemany("DELETE FROM steps WHERE seq = ?", seqs)
             self._db.executemany("INSERT INTO gone (id, again) VALUES (?, ?)", ids)
+            texts = [(task_id, logs[task_id]) for task_id in logs if logs[task_id]]
+            self._db.executemany("REPLACE INTO logs VALUES (?, ?)", texts)
+            self._db.executemany("DELETE FROM logs WHERE id = ?", [i[:1] for i in ids])
             self._db.execute(_TRIM, (self.removed_limit,))
             for paused in (record for record in records if isinstance(record, Paused)):
                 rows = [(type, type) for type in paused.types]
@@ -3535,6 +3806,20 @@ class Events:
             kept = self._logs.get(task_id) or TaskLog()
             return list(kept.lines), kept.dropped
 
+    def log_text(self, task_id: str, size: int = sys.maxsize) -> str:
+        """Return the end of a task's log, of so many characters at most, as text.
+
+        Control characters are escaped. A first line says how many lines are missing.
+        """
+        lines, dropped = self.log_of(task_id)
+        text = "".join(escape(line) + "\n" for line in lines)
+        if len(text) > size:
+            cut = text.index("\n", len(text) - size - 1) + 1
+            dropped += text.count("\n", 0, cut)
+            text = text[cut:]
+        missing = "(dropped before these: %s)\n" % counted(dropped, "line")
+        return missing + text if dropped else text
+
     def remove(self, task_id: str) -> None:
         """Drop a task's log, and publish that the task is gone."""
         with self._lock:
@@ -3669,6 +3954,20 @@ class ResultStore:
         self._tasks = {task.id: task for task in in_order}
         self.last_seq = max([self.last_seq] + [task.seq for task in in_order[-1:]])
         self._first_seq = self.last_seq
+
+    def new(self, wanted: Iterable[Identified]) -> List[Task]:
+        """Return the tasks of submissions. They are not shown yet."""
+        now, tasks = self._clock(), []
+        for task_id, (type, params, options, *causes) in wanted:
+            seq = self.last_seq = self.last_seq + 1
+            task = Task(seq, task_id, type, params, PENDING, now)
+            if options is not NO_OPTIONS:
+                due = now + options.delay if options.delay else None
+                task = task._replace(options=options, due_at=due)
+            if any(causes):
+                task = task._replace(retry_of=causes[0], follows=causes[1])
+            tasks.append(task)
+        return tasks
 
     def put(self, task: Task) -> None:
         """Show a task as it is now."""
@@ -3955,6 +4254,7 @@ class Timers:
 
 
 Wait = Callable[[Commit], Any]  # awaits a commit, or leaves that to its caller
+LOG_SIZE = 16 << 10  # characters of a finished task's log that the file keeps
 
 # What needs no wait for a disk.
 _DURABLE = Commit()
@@ -4117,6 +4417,11 @@ class TaskReader:
             done = self._results.steps.get(task.seq, {}).values()
             return list(done)[: task.steps]  # more of them may not be on disk yet
 
+    def log_text(self, task_id: str) -> str:
+        """Return a task's log, from the file if it isn't in memory any more."""
+        text = self.events.log_text(task_id)
+        return text or (self._journal.log_of(task_id) if self._journal else "")
+
     def context(self, task_id: str) -> Optional[Context]:
         """Return the context of a task that runs, None for any other."""
         return self._running.get(task_id)  # without the lock, as in get()
@@ -4191,6 +4496,11 @@ class TaskReader:
             text = "too many handlers do not stop (%d); restart the service"
             raise Unavailable(text % stuck)
 
+    def _count_new(self, tasks: Sequence[Task], one: int) -> None:
+        """Count tasks that no client can see yet in, or out where `one` is -1."""
+        self._new += one * len(tasks)
+        self._new_bytes += one * sum(task.weight for task in tasks)
+
     def _check_journal(self) -> None:
         error = self._journal and self._journal.error
         if error:
@@ -4234,8 +4544,9 @@ class TaskStore(TaskReader):
     """All tasks, from submission until they are removed: this is where they move.
 
     `clock` gives the time in seconds since 1970, and `monotonic` one that is never set.
-    `rules` gives the rules of a type; `types` are counted apart. With a journal, the
-    store goes on with the tasks that are in it.
+    `rules` gives the rules of a type, and `follow_ups` what is submitted at a task's
+    end; `types` are counted apart. With a journal, the store goes on with the tasks
+    that are in it.
     """
 
     def __init__(
@@ -4246,8 +4557,10 @@ class TaskStore(TaskReader):
         rules: Callable[[str], Rules] = lambda type: Rules(),
         monotonic: Callable[[], float] = time.monotonic,
         types: Container[str] = REGISTRY,
+        follow_ups: Callable[[Task], Iterable[Submission]] = lambda task: (),
     ) -> None:
         super().__init__(limits, clock, monotonic, types)
+        self._follow_ups = follow_ups
         self.on_stuck: Callable[[Context], None] = lambda context: None
         self._clock, self._monotonic, self.rules = clock, monotonic, rules
         # What follows the latest decisions, written or not; the lock guards it.
@@ -4326,29 +4639,11 @@ class TaskStore(TaskReader):
         commit.check()
         return tasks[0], True
 
-    def _accept(
-        self, wanted: Sequence[Tuple[str, Submission]]
-    ) -> Tuple[List[Task], Commit]:
+    def _accept(self, wanted: Sequence[Identified]) -> Tuple[List[Task], Commit]:
         """Decide that there are new tasks. Assumes the lock."""
         self._check_open(len(wanted))
-        now, tasks = self._clock(), []
-        for task_id, (type, params, options, retry_of) in wanted:
-            seq = self._results.last_seq = self._results.last_seq + 1
-            task = Task(seq, task_id, type, params, PENDING, now, retry_of=retry_of)
-            if options is not NO_OPTIONS:
-                due = now + options.delay if options.delay else None
-                task = task._replace(options=options, due_at=due)
-            tasks.append(task)
-        if self._journal is None:
-            for task in tasks:
-                self._apply(task)
-            return tasks, _DURABLE
-        commit = self._journal.append(new=tasks)
-        for task in tasks:
-            self._unwritten[task.id] = task, commit
-            self._new_bytes += task.weight
-        self._new += len(tasks)
-        return tasks, commit
+        tasks = self._results.new(wanted)
+        return tasks, self._commit(tasks)
 
     def claim(self, is_async: bool = False) -> Optional[Tuple[Task, Context]]:
         """Wait for the next task and start it; None when none will start any more.
@@ -4540,25 +4835,37 @@ class TaskStore(TaskReader):
     def _decide(
         self, task: Task, on_durable: Optional[OnDurable] = None, *steps: Step
     ) -> Commit:
-        """Make this the task's latest state; return the commit that writes it."""
-        if self._journal is None:
-            self._apply(task)
-            if task.finished:
-                self._evict()
-            return _DURABLE
+        """Make this the task's latest state; return the commit that writes it.
+
+        With its end, that submits what follows: also to a full queue and in a drain,
+        since it was promised. There is an end, for nothing follows a follow-up.
+        """
+        wanted = self._follow_ups(task) if task.finished else ()
+        new = self._results.new((new_id(), submission) for submission in wanted)
         call = functools.partial(on_durable, task) if on_durable else None
-        commit = self._journal.append(*steps, task, on_durable=call)
-        self._unwritten[task.id] = task, commit
+        return self._commit(new, *steps, task, call=call)
+
+    def _commit(self, new: List[Task], *moves: Record, call: Any = None) -> Commit:
+        """Show what was decided, or have it written first."""
+        tasks = [each for each in (*moves, *new) if isinstance(each, Task)]
+        if self._journal is None:
+            for task in tasks:
+                self._apply(task)
+                if task.finished:
+                    self._evict()
+            return _DURABLE
+        logs = {t.id: self.events.log_text(t.id, LOG_SIZE) for t in tasks if t.finished}
+        commit = self._journal.append(*moves, new=new, logs=logs, on_durable=call)
+        self._unwritten.update((task.id, (task, commit)) for task in tasks)
+        self._count_new(new, 1)
         return commit
 
     def _settle(self, commit: Commit) -> None:
         """Show what is on disk now, or drop new tasks that are not. Takes the lock."""
         with self._lock:
-            for task in commit.new:
-                self._new -= 1
-                self._new_bytes -= task.weight
-                if commit.error:
-                    del self._unwritten[task.id]
+            self._count_new(commit.left, -1)
+            for task in commit.left if commit.error else ():
+                del self._unwritten[task.id]
             for record in () if commit.error else commit.records:
                 if isinstance(record, Task):
                     if self._unwritten[record.id][0] is record:
@@ -4693,8 +5000,9 @@ def after_run(
         if task.failures > retries or outcome.final:
             return ended(task, FAILED, now, error=outcome.error)
     wait = outcome.after
-    if wait is None:
-        wait = backoff(rules.backoff, task.failures or task.attempt)
+    if wait is None or outcome.status == FAILED:
+        usual = backoff(rules.backoff, task.failures or task.attempt)
+        wait = max(usual, wait or 0.0)
     return task.put_back(error=outcome.error, due_at=now + wait)
 
 
@@ -4782,7 +5090,8 @@ async def run_task(
         stopped = context.cancelled and type(error).__name__ == "CancelledError"
         if not (stopped or isinstance(error, Failure)):
             context.log_traceback(format_trace())
-        return Outcome(FAILED, error=describe(error), final=isinstance(error, Fail))
+        after, final = _number(getattr(error, "after", None)), isinstance(error, Fail)
+        return Outcome(FAILED, error=describe(error), after=after, final=final)
 
 
 def run_one(task: Task, context: Context, handlers: Mapping[str, Handler]) -> Outcome:
@@ -5288,6 +5597,8 @@ def status_json(task: Task, context: Optional[Context] = None) -> str:
 def _rarer_parts(task: Task, context: Optional[Context]) -> Iterator[str]:
     if task.retry_of:
         yield '"retry_of": "%s"' % task.retry_of
+    if task.follows:
+        yield '"follows": "%s"' % task.follows
     if task.due_at is not None:
         yield '"next_attempt_at": "%s"' % timestamp(task.due_at)
     if task.finished and task.error is not None:
@@ -5310,6 +5621,8 @@ def submission_document(task: Task) -> Dict[str, Any]:
     """Return a document that submits the same task again."""
     defaults = NO_OPTIONS._asdict()
     options = {n: v for n, v in task.options._asdict().items() if v != defaults[n]}
+    if task.options.then:
+        options["then"] = json.loads(task.options.then)
     return {"type": task.type, "params": params_of(task), **options}
 
 
@@ -5322,6 +5635,24 @@ def step_document(step: Step) -> Dict[str, Any]:
     short = len(step.result) <= LONG_RESULT
     result = {"result": json.loads(step.result)} if short else {}
     return {"name": step.name, **times, **result}
+
+
+def follow_ups(
+    rules: Callable[[str], Rules], handlers: Mapping[str, Handler], task: Task
+) -> Iterator[Submission]:
+    """Yield what follows a task that has ended, by its `then` and its type's rules.
+
+    By rule nothing follows a task that follows another one.
+    """
+    entries = json.loads(task.options.then) if task.options.then else []
+    if not task.follows:
+        entries.extend(rule_entries(rules(task.type), handlers))
+    document = json.loads(status_json(task)) if entries else {}
+    for entry in entries:
+        on, type, params = entry.pop("on"), entry.pop("type"), entry.pop("params")
+        if on in (task.status, "finished"):
+            params = with_task(handlers.get(type), params, document)
+            yield Submission(type, to_json(params), Options(**entry), None, task.id)
 
 
 def status_reply(
@@ -5521,11 +5852,7 @@ def list_steps(app: App, request: Request) -> Reply:
 def show_log(app: App, request: Request) -> Reply:
     """Show the last lines that a task logged, with control characters escaped."""
     task = app.store.get(request.task_id)
-    lines, dropped = app.store.events.log_of(task.id)
-    if dropped:
-        lines.insert(0, "(dropped before these: %s)" % counted(dropped, "line"))
-    text = "".join(escape(line) + "\n" for line in lines)
-    return Reply(200, text.encode(), TEXT)
+    return Reply(200, app.store.log_text(task.id).encode(), TEXT)
 
 
 def cancel_task(app: App, request: Request) -> Reply:
@@ -5969,7 +6296,7 @@ def _object(names: str, **schemas: Schema) -> Dict[str, Any]:
 
 # The fields that are no strings, or not any string, wherever they occur.
 FIELDS: Dict[str, Schema] = {
-    **dict.fromkeys(["id", "task_id", "retry_of"], ID),
+    **dict.fromkeys(["id", "task_id", "retry_of", "follows"], ID),
     **dict.fromkeys(["created_at", "started_at", "ended_at", "next_attempt_at"], TIME),
     "status": {"enum": list(EXITS)},
     "attempt": COUNT,
@@ -5992,8 +6319,8 @@ DOCUMENTS: Dict[str, Schema] = {
     "BatchAccepted": _list(_ref("schemas", "Accepted")),
     "Status": _object(
         "id status type label created_at started_at? ended_at? attempt? steps? "
-        "priority? retry_of? next_attempt_at? last_error? cancel_requested? progress? "
-        "error?",
+        "priority? retry_of? follows? next_attempt_at? last_error? cancel_requested? "
+        "progress? error?",
         progress=_object("percent? message"),
     ),
     "Result": _object(
@@ -8175,6 +8502,7 @@ _TASK = (
     ("--delay", "SECONDS", "until it may start"),
     ("--priority", "N", "higher ones run first; default 0"),
     ("--label", "TEXT", "tells the task from others of its type"),
+    ("--then", "JSON", 'follow-ups: [{"on": "failed", "type": T, "params": {}}, ...]'),
     ("--id", "UUID", "an id of your own: submitted twice, it is still one task"),
     ("--key", "KEY", "any text of your own instead, such as backup-2025-12-31"),
 )
@@ -8326,7 +8654,8 @@ class Service:
         )
         access = Access(read_token(settings), settings["INSECURE"])
         tls = tls_context(settings)
-        self.store = TaskStore(limits, rules=rules, types=handlers)
+        follow = functools.partial(follow_ups, rules, handlers)
+        self.store = TaskStore(limits, rules=rules, types=handlers, follow_ups=follow)
         self.pool = WorkerPool(self.store, handlers, settings["WORKER_COUNT"])
         self.pool.async_count = settings["ASYNC_COUNT"]
         scheme = "https" if tls else "http"
@@ -8696,7 +9025,8 @@ def import_ahead(settings: Settings) -> None:
     names = ["base64", "ctypes", "encodings.idna", "fcntl", "hashlib", "hmac"]
     names += ["resource", "subprocess", "uuid"]
     names += ["sqlite3"] if settings["DB"] else []
-    names += ["ssl"] if settings["TLS_CERT"] else []
+    names += ["ssl"] if settings["TLS_CERT"] or settings["WEBHOOK_HOSTS"] else []
+    names += ["http.client"] if settings["WEBHOOK_HOSTS"] else []
     for name in names:
         with contextlib.suppress(ImportError):  # a small host may lack it
             lazy_import(name)
@@ -8710,8 +9040,21 @@ def _start(argv: Sequence[str], signals: Signals) -> Service:
         os.environ.pop(name, None)  # no child process may have it
     start_logging(settings["LOG_LEVEL"], settings["LOG_FORMAT"])
     manager = ServiceManager(os.environ)
+    _register_types(settings)
+    signals.install(bool(settings["API_TOKEN_FILE"] or settings["TLS_CERT"]))
+    service = Service(settings, manager=manager)
+    raise_file_limit(settings["MAX_CONNECTIONS"] + 1000)
+    signals.starting = False
+    service.start()
+    return service
+
+
+def _register_types(settings: Settings) -> None:
+    """Register the task types of the settings; raises SettingsError or HandlerError."""
     if settings["HANDLERS"] or settings["EXECUTOR"]:
         import_ahead(settings)
+    if settings["WEBHOOK_HOSTS"]:
+        register_webhook(settings["WEBHOOK_HOSTS"], settings["WEBHOOK_SECRET"])
     for file in settings["HANDLERS"]:
         before = len(REGISTRY)
         load_handlers(file)
@@ -8724,12 +9067,7 @@ def _start(argv: Sequence[str], signals: Signals) -> Service:
     if settings["EXECUTOR"]:
         load_executor(settings["EXECUTOR"])
     check_isolated()
-    signals.install(bool(settings["API_TOKEN_FILE"] or settings["TLS_CERT"]))
-    service = Service(settings, manager=manager)
-    raise_file_limit(settings["MAX_CONNECTIONS"] + 1000)
-    signals.starting = False
-    service.start()
-    return service
+    check_follow_ups(REGISTRY)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -7,12 +7,14 @@ tasks, tests pass their own clocks, and follow real processes by their logs.
 import _thread
 import ast
 import asyncio
+import base64
 import bisect
 import collections
 import collections.abc
 import concurrent.futures
 import contextlib
 import contextvars
+import email.utils
 import errno
 import functools
 import hmac
@@ -29,6 +31,7 @@ import queue
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -1128,17 +1131,17 @@ class HeldJournal(longtasks.Journal):
         self.commits = []
         self.failure = None
 
-    def append(self, *moves, new=(), on_durable=None):
-        commit = super().append(*moves, new=new, on_durable=on_durable)
+    def append(self, *moves, new=(), **more):
+        commit = super().append(*moves, new=new, **more)
         self.appended += [*new, *moves]
         return commit
 
-    def write(self, records):
+    def write(self, records, logs):
         self.at_gate.release()
         assert self.let.acquire(timeout=LONG)
         if self.failure:
             raise self.failure
-        super().write(records)
+        super().write(records, logs)
         self.commits.append(list(records))
 
     def wait_held(self):
@@ -1222,11 +1225,15 @@ def test_the_file_is_private_and_says_what_it_is(tmp_path):
         ("due_at", float, True),
         ("cancel_requested", int, False),
         ("retry_of", str, True),
+        ("steps", int, False),
+        ("step_bytes", int, False),
+        ("follows", str, True),
         ("timeout", float, True),
         ("retries", int, True),
         ("delay", float, False),
         ("priority", int, False),
         ("label", str, True),
+        ("then", bytes, True),
     ) == longtasks.COLUMNS
 
 
@@ -3175,7 +3182,10 @@ def test_a_file_of_version_3_is_taken_up_with_its_checksums(tmp_path):
     for _ in range(2):
         with journalled(path) as store:
             task = store.get(ID_3)
-            assert (task.error, task.options) == ("no space", (30, None, 1.5, -1, None))
+            assert (task.error, task.options[:5]) == (
+                "no space",
+                (30, None, 1.5, -1, None),
+            )
     damage(path, ID_3, "label = ''")
     with journalled(path) as store:
         assert answer_of(store, ID_3) == "DamagedTask"
@@ -3390,7 +3400,7 @@ def test_a_journal_with_nothing_unwritten_is_closed_in_peace(tmp_path):
     store = longtasks.TaskStore(journal=journal)
     journal.retry_after = 0.001
 
-    def fail(records):
+    def fail(*about):
         raise sqlite3.OperationalError("locked")
 
     journal.write = fail
@@ -7093,6 +7103,456 @@ def test_an_agent_collects_its_result_after_a_crash(tmp_path, held):
         assert texts(done["result"]) == ["null"]
         again = Agent(running, "2025-06-18").use("task_result", task_id=task_id)
         assert texts(again) == ["null"]
+
+
+# -- what follows a task ---------------------------------------------------
+
+
+class Receiver(http.server.ThreadingHTTPServer):
+    """A server that keeps the requests it gets, and answers as the test says."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Received)
+        self.host = "127.0.0.1:%d" % self.server_port
+        self.url = "http://%s/hook?a=b" % self.host
+        self.got = queue.Queue()
+        self.answers = collections.deque()  # status and headers; 204 after the last
+
+    def next(self):
+        return self.got.get(timeout=LONG)
+
+
+class Received(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.got.put((self.path, self.headers, body))
+        answers = self.server.answers
+        status, headers = answers.popleft() if answers else (204, {})
+        if not status:  # say nothing until the client has left
+            self.rfile.read()
+            return
+        self.send_response(status)
+        for name, value in {"Content-Length": "0", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *about):
+        pass
+
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+@pytest.fixture
+def receiver(registry):
+    with Receiver() as receiver:
+        longtasks.register_webhook("example.com," + receiver.host, SECRET)
+        threading.Thread(target=receiver.serve_forever, args=(0.01,)).start()
+        yield receiver
+        receiver.shutdown()
+
+
+def follow_up(type="follower", on="finished", **params):
+    return {"on": on, "type": type, "params": params}
+
+
+def with_then(service, then, type="fine", **more):
+    document = {"type": type, "params": {}, "then": then, **more}
+    return call(service, "POST", TASKS, document)
+
+
+def followers(service, task_id, count=1):
+    """The status and params of what follows a task, once all of it has finished."""
+
+    def found():
+        tasks = call(service, "GET", TASKS).json["tasks"]
+        return [task for task in tasks if task.get("follows") == task_id]
+
+    until(lambda: [t["status"] in STATUSES[2:] for t in found()] == [True] * count)
+    paths = [(task, TASKS + "/%s/submission" % task["id"]) for task in found()]
+    return [(t, call(service, "GET", path).json["params"]) for t, path in paths]
+
+
+# How tasks of the types below end, and by what.
+ENDS = {
+    "fine": "completed",
+    "wrong": "failed",
+    "slow": "failed",
+    "gate": "cancelled",
+    "late": "cancelled",
+}
+
+
+@pytest.fixture
+def ends(gate, registry):
+    """Types for each way in which a task ends, and one that takes its status."""
+
+    @handler("follower")
+    def follower(task: dict, n: int = 0):
+        return n
+
+    handler("fine")(lambda: 1)
+    handler("wrong")(raising(ValueError("x")))
+    handler("late")(lambda: 1)
+
+    @handler("slow", timeout=0.001)
+    def slow(ctx: Context):
+        ctx.sleep(LONG)
+
+
+@pytest.mark.parametrize("db", [False, True])
+@pytest.mark.parametrize("type", ENDS)
+def test_what_follows_a_task_is_submitted_at_its_end(type, db, ends, gate, tmp_path):
+    status, path = ENDS[type], str(tmp_path / "tasks.db") if db else ""
+    then = [follow_up(on=each, n=7.0) for each in (*STATUSES[2:], "finished")]
+    with serving(DB=path, GRACE=0.01) as service:
+        delay = 100 if type == "late" else 0
+        task_id = with_then(service, then, type, delay=delay).json["id"]
+        if status == "cancelled":
+            if type == "gate":
+                gate.wait_started()
+            cancel(service, task_id)
+        found = followers(service, task_id, 2)
+        cause = call(service, "GET", TASKS + "/" + task_id).json
+        assert cause["status"] == status
+        for task, params in found:
+            assert (task["status"], params) == ("completed", {"task": cause, "n": 7})
+        submission = call(service, "GET", TASKS + "/%s/submission" % task_id).json
+        assert submission["then"] == [follow_up(on=each["on"], n=7) for each in then]
+
+
+@pytest.mark.parametrize(
+    "entry, reason",
+    [
+        (follow_up("nothing"), 'type must be one of "closed", '),
+        (follow_up(n="x"), 'params.n must be a whole number, not "x"'),
+        (follow_up(on="ended"), 'on must be one of "cancelled", "completed", "failed"'),
+        ({"type": "follower", "params": {}}, "on is missing"),
+        ({"on": "failed", "type": "follower"}, "params is missing"),
+        ({**follow_up(), "then": []}, "then is unknown; known here: on, type, params"),
+        ({**follow_up(), "retries": -1}, "retries must be a whole number from 0"),
+        (follow_up("text"), "params.task is missing"),
+        (follow_up("closed", task={}), "params.task is unknown"),
+    ],
+)
+def test_what_could_not_follow_is_refused(entry, reason, ends, registry):
+    @handler("text")
+    def text(task: str):
+        pass
+
+    handler("closed")(lambda: 1)
+    good = follow_up("closed")
+    with serving() as service:
+        answer = with_then(service, [good, entry])
+        assert_problem(answer, 422)
+        assert answer.json["detail"].startswith("then[1]." + reason)
+        answer = with_then(service, [good] * 11)
+        assert answer.json["detail"] == "then must hold at most 10, not 11"
+        assert call(service, "GET", TASKS).json["tasks"] == []
+
+
+def test_its_type_decides_whether_a_follow_up_is_given_the_task(ends, registry):
+    def anything(**params):
+        pass
+
+    def whole(params: dict):
+        pass
+
+    def maybe(task: Optional[Dict[str, Any]] = None):
+        pass
+
+    def closed():
+        pass
+
+    types = [anything, whole, maybe, closed]
+    for function in types:
+        handler(function.__name__)(function)
+    then = [follow_up(function.__name__) for function in types]
+    then.append(follow_up("maybe", task={"a": 1}))
+    with serving() as service:
+        task_id = with_then(service, then).json["id"]
+        params = [params for _, params in followers(service, task_id, 5)]
+        status = {"task": call(service, "GET", TASKS + "/" + task_id).json}
+        assert params == [status, status, status, {}, {"task": {"a": 1}}]
+
+
+def test_by_rule_nothing_follows_a_follow_up(ends, registry):
+    handler("again", on_finished="again", on_failed="nothing")(lambda: 1)
+    longtasks.set_rules("again on_completed=follower?n=2")
+    longtasks.set_rules("again on_failed=follower")
+    longtasks.check_follow_ups(registry)
+    with serving() as service:
+        found = followers(service, submitted(service, "again"), 2)
+        assert [task["type"] for task, _ in found] == ["follower", "again"]
+        assert found[0][1]["n"] == 2
+        assert len(call(service, "GET", TASKS).json["tasks"]) == 3
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (
+            ["--rule", "t on_failed=alert"],
+            '"t": on_failed[0].type must be one of "long',
+        ),
+        (["--rule", "t on_failed=t?a=1&b=2"], "on_failed[0].params.b is unknown"),
+        (["--rule", "t on_failed=t"], "on_failed[0].params.a is missing"),
+        (["--command", "u=echo {b} {b.c}"], "{b} can't be an object and a string"),
+        (["--webhook-hosts", "a"], "WEBHOOK_HOSTS needs WEBHOOK_SECRET as well"),
+        (["--webhook-hosts", "http://a"], "hosts, or HOST:PORT, with commas between"),
+    ],
+)
+def test_follow_ups_that_can_not_be_are_one_line_and_code_2(
+    flags, reason, capsys, registry
+):
+    assert longtasks.main(["--port", "0", "--command", "t=echo {a}", *flags]) == 2
+    err = capsys.readouterr().err
+    assert (err.startswith("longtasks: "), err.count("\n")) == (True, 1)
+    assert reason in err
+
+
+def then_store(journal=None, **limits):
+    """A store where each task "a" is followed by two tasks "b"."""
+
+    def follow_ups(task):
+        found = longtasks.Submission("b", b"{}", follows=task.id)
+        return [found] * 2 if task.type == "a" else []
+
+    limits = longtasks.Limits(**limits)
+    return longtasks.TaskStore(limits, journal=journal, follow_ups=follow_ups)
+
+
+def test_a_full_queue_takes_what_follows_and_so_does_a_drain():
+    store, drained = then_store(queue=1), []
+    store.submit("a", b"{}")
+    _, context = begun(store)
+    store.submit("x", b"{}")
+    store.drain(lambda: drained.append(1), LONG)
+    store.finish(context, DONE)
+    assert store.counts().pending == 3
+    assert [begun(store)[0].type for _ in range(3)] == ["x", "b", "b"]
+    assert not drained
+
+
+def test_what_follows_is_written_with_the_end_and_never_lost(tmp_path):
+    path = tmp_path / "tasks.db"
+    journal = HeldJournal(path)
+    journal.let.release()
+    store = then_store(journal)
+    task = store.submit("a", b"{}")
+    _, context = begun(store)
+    journal.wait_held()
+    journal.wait_held()  # with its start
+    journal.failure = sqlite3.OperationalError("full")
+    store.finish(context, DONE)
+    dropped = background(lambda: store.submit("x", b"{}"))
+    until(lambda: len(journal.appended) == 6)
+    journal.let.release()
+    journal.wait_held()
+    assert store.get(task.id).status == "pending"
+    journal.let.release()
+    with pytest.raises(longtasks.Unavailable):
+        dropped.result(LONG)
+    journal.failure = None
+    journal.free()
+    until(lambda: store.counts() == (2, 0, 1))
+    follow = [("b", "pending", task.id)] * 2
+    assert rows_of(path, "type, status, follows") == [("a", "completed", None), *follow]
+    assert [t.type for t in store.page(9)[0]] == ["a", "b", "b"]
+    assert journal.close(LONG)
+
+
+def test_what_follows_the_third_death_is_there_at_the_next_start(tmp_path):
+    path = tmp_path / "tasks.db"
+    for _ in range(3):
+        with journalled(path) as store:
+            if not store.counts().pending:
+                store.submit("a", b"{}")
+            begun(store)
+    journal = longtasks.Journal(str(path))
+    store = then_store(journal)
+    until(lambda: store.counts() == (2, 0, 1))
+    (cause,) = store.page(9, status="failed")[0]
+    assert [t.follows for t in store.page(9, status="pending")[0]] == [cause.id] * 2
+    assert journal.close(LONG)
+
+
+# -- members of an object in a command -------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line, task, words",
+    [
+        ("t=echo {a.b}", {"b": "x y"}, ["x y"]),
+        ("t=echo '<{a.b.c=none}>' {a.b}", {"b": {"c": 1.5}}, ["<1.5>", '{"c": 1.5}']),
+        ("t=echo {a.c}{a.b=none} x{a.d}", {"b": None}, ["none", "x"]),
+        ("t=echo {a.b.c}x", {"b": "text"}, ["x"]),
+        ("t=echo {a.b}", {"b": "1\n\0\ud800" + "x" * 9000}, None),
+        ("t=echo x{a.b} -- {a.b}", {"b": "-rf"}, ["x-rf", "--", "-rf"]),
+    ],
+)
+def test_a_program_takes_members_of_an_object(line, task, words):
+    made = program(line)
+    assert made.schema["properties"] == {"a": {"type": "object"}}
+    words = words or [r"1\n\x00\ud800" + "x" * 4092]
+    assert made.arguments({"a": task})[1:] == words
+
+
+def test_a_member_that_could_be_an_option_fails_the_task(registry):
+    longtasks.register_command("t=echo {a.b=}{a.c}")
+    longtasks.set_rules("t retries=5")
+    with serving() as service:
+        task_id = submitted(service, "t", {"a": {"b": "-rf"}})
+        expected = 'params.a.b must not begin with -: "-rf"'
+        assert result_of(service, task_id)["error"] == expected
+
+
+# -- webhooks --------------------------------------------------------------
+
+
+def test_a_webhook_is_signed_and_has_the_status(receiver, ends, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    longtasks.set_rules("webhook backoff=0")
+    receiver.answers += [(503, {}), (404, {})]
+    with serving() as service:
+        then = [follow_up("webhook", url=receiver.url)]
+        task_id = with_then(service, then).json["id"]
+        ((task, _),) = followers(service, task_id)
+        assert (task["status"], task["attempt"]) == ("completed", 3)
+        cause = call(service, "GET", TASKS + "/" + task_id).json
+        for _ in range(3):
+            path, headers, body = receiver.next()
+            assert (path, headers["webhook-id"]) == ("/hook?a=b", task["id"])
+            assert headers["Content-Type"] == "application/json"
+            assert abs(time.time() - int(headers["webhook-timestamp"])) < LONG
+            signed = "%s.%s." % (task["id"], headers["webhook-timestamp"])
+            key = base64.b64decode(SECRET[6:])
+            digest = hmac.new(key, signed.encode() + body, "sha256").digest()
+            signature = "v1," + base64.b64encode(digest).decode()
+            assert headers["webhook-signature"] == signature
+            expected = {"type": "task.completed", "timestamp": cause["ended_at"]}
+            assert json.loads(body) == {**expected, "data": cause}
+
+
+def last_error(service, task_id):
+    return call(service, "GET", TASKS + "/" + task_id).json.get("last_error")
+
+
+@pytest.mark.parametrize(
+    "status, headers, waits",
+    [
+        (410, {"Retry-After": "60"}, None),
+        (404, {}, 2),
+        (302, {"Location": "/other"}, 2),
+        (429, {"Retry-After": "60"}, 60),
+        (503, {"Retry-After": "date"}, 58),
+        (503, {"Retry-After": "soon"}, 2),
+        (503, {"Retry-After": "999999999"}, 86_400),
+    ],
+)
+def test_a_webhook_is_retried_unless_its_receiver_is_gone(
+    status, headers, waits, receiver
+):
+    if headers.get("Retry-After") == "date":
+        headers = {"Retry-After": email.utils.formatdate(time.time() + 60, usegmt=True)}
+    receiver.answers.append((status, headers))
+    with serving() as service:
+        task_id = submitted(service, "webhook", {"url": receiver.url, "task": {}})
+        if waits is None:
+            assert result_of(service, task_id)["error"] == "410 Gone"
+        else:
+            until(lambda: last_error(service, task_id))
+            assert last_error(service, task_id).startswith("%d " % status)
+            due = service.store.get(task_id).due_at - time.time()
+            assert waits - 1 < due <= waits + 5
+    assert receiver.got.qsize() == 1
+
+
+def test_a_webhook_goes_nowhere_but_to_the_hosts_that_are_listed(receiver):
+    good = ["http://example.com", "https://example.com/a?b", receiver.url]
+    bad = ["http://example.com:81/", "http://example.com@evil/", "http://evil/"]
+    bad += ["http://example.com.evil/", "http://exampleXcom/", "ftp://example.com/"]
+    bad += ["http://a:b@example.com/", "http://example.com/ a", "http://example.com\n"]
+    bad += ["http://example.com\\@evil/", "http://example.com#@evil/", "//example.com/"]
+    known = longtasks.REGISTRY["webhook"]
+    for url in good:
+        assert known.params.is_valid({"url": url, "task": {}})
+    for url in bad:
+        with pytest.raises(
+            longtasks.Invalid, match="on a host that WEBHOOK_HOSTS lists"
+        ):
+            known.params.validate({"url": url, "task": {}})
+        with pytest.raises(longtasks.Fail, match="WEBHOOK_HOSTS"):  # from a journal
+            known.function({"url": url, "task": {}}, Context("id"))
+
+
+def test_a_receiver_that_does_not_answer_in_time_is_left(receiver, monkeypatch):
+    monkeypatch.setattr(longtasks, "WEBHOOK_TIMEOUT", 0.05)
+    receiver.answers.append((0, {}))
+    with serving() as service:
+        task_id = submitted(service, "webhook", {"url": receiver.url, "task": {}})
+        until(lambda: last_error(service, task_id))
+        expected = "no answer from %s: " % receiver.host
+        assert last_error(service, task_id).startswith(expected)
+
+
+def test_a_webhook_is_cancelled_though_its_receiver_is_silent(receiver):
+    receiver.answers.append((0, {}))
+    with serving(GRACE=LONG) as service:
+        task_id = submitted(service, "webhook", {"url": receiver.url, "task": {}})
+        receiver.next()
+        cancel(service, task_id)
+        assert result_of(service, task_id)["status"] == "cancelled"
+
+
+def test_the_certificate_of_a_receiver_must_be_known(registry, pairs, monkeypatch):
+    with serving(**tls_settings(pairs)) as secure:
+        host = "localhost:%d" % secure.server.server_port
+        longtasks.register_webhook(host, SECRET)
+        params = {"url": "https://%s/" % host, "task": {}}
+        send = longtasks.REGISTRY["webhook"].function
+        with pytest.raises(longtasks.Failure, match="CERTIFICATE_VERIFY_FAILED"):
+            send(params, Context("id"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(pairs / "one.crt"))
+        with pytest.raises(longtasks.Failure, match="405 Method Not Allowed"):
+            send(params, Context("id"))
+
+
+# -- logs in the file ------------------------------------------------------
+
+
+def test_the_end_of_a_log_is_in_the_file_as_long_as_the_task_is(tmp_path, registry):
+    @handler("talks")
+    def talks(lines: int, ctx: Context):
+        for n in range(lines):
+            ctx.log("%07d" % n)
+        ctx.log("\x1b\ud800 é")
+
+    path = tmp_path / "tasks.db"
+    with serving(DB=str(path)) as service:
+        ids = [submitted(service, "talks", {"lines": n}) for n in (0, 3000)]
+        for task_id in ids:
+            result_of(service, task_id)
+    with serving(DB=str(path)) as service:
+        short, long = [call(service, "GET", TASKS + "/%s/log" % i).body for i in ids]
+        assert short == r"\x1b\ud800 é".encode() + b"\n"
+        first, *rest = long.decode().splitlines()
+        assert first == "(dropped before these: %d lines)" % (3001 - len(rest))
+        assert len("\n".join(rest)) in range((16 << 10) - 9, (16 << 10) + 1)
+        assert rest[-2] == "0002999"
+        for task_id in ids:
+            assert call(service, "DELETE", TASKS + "/" + task_id).status == 204
+        assert rows_of(path, "*", "logs", "id") == []
+
+
+def test_a_finished_task_is_kept_for_a_month_in_a_file():
+    for db, days in [("", 1), ("tasks.db", 30)]:
+        settings = longtasks.read_settings([], {"DB": db})
+        assert settings["RESULT_TTL"] == days * 86_400
+        settings = longtasks.read_settings([], {"DB": db, "RESULT_TTL": "5"})
+        assert settings["RESULT_TTL"] == 5
 
 
 # ======================================================================
@@ -12665,6 +13125,25 @@ def test_the_commands_about_steering_in_the_readme_work(registry):
         some, newest, again = map(json.loads, listed.splitlines())
         assert (len(some["tasks"]), len(newest["tasks"])) == (2, 1)
         assert again["status"] == "pending"
+
+
+@needs_unix
+@has_curl
+def test_the_commands_about_follow_ups_in_the_readme_work():
+    start, submits, hooks = blocks("What follows a task", "sh")
+    lines = (start + hooks).replace("\\\n", " ")
+    lines = lines.replace("rsync -a", "false").replace("mail -s", "echo")
+    first, second = re.findall("longtasks.py (.*)", lines)
+    (secret,) = re.findall("SECRET=(.*)", lines)
+    env = {"WEBHOOK_SECRET": shell("printf %s " + secret)}
+    with process(*shlex.split(first + " " + second), env=env) as running:
+        assert '"status": "completed"' in shell(submits, running.port)
+        task_id = submitted(running.port, "backup", {"src": "x"})
+        ((alert, _),) = followers(running.port, task_id)
+        result = call(running.port, "GET", TASKS + "/%s/result" % alert["id"]).json
+        assert result["result"]["output"] == "backup failed root\n"
+        types = {t["type"] for t in call(running.port, "GET", TASKS).json["tasks"]}
+        assert types == {"backup", "alert", "long_computation", "webhook"}
 
 
 @needs_unix

@@ -9190,11 +9190,13 @@ main { align-items: start; padding-top: 0; }
 #type, #search { width: 150px; }
 .task, #empty, #pages { border-top: 1px solid var(--line); }
 .task > summary { display: grid; align-items: center; gap: 0 12px; padding: 7px 12px; }
-.task > summary { grid-template-columns: 5fr 98px 106px 106px 7fr; }
-.task > summary > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.task > summary { grid-template-columns: 6fr 98px 106px 106px 6fr; }
+.task > summary > *, .label { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .task[open] { background: var(--raised); }
 .name::before { content: "\25B8" / ""; display: inline-block; width: 16px; }
 [open] .name::before { content: "\25BE" / ""; }
+.label { padding-left: 16px; font-size: 12px; }
+.label:not(:empty) { display: block; }
 .name :is(code, .label), .name::before, .time, #empty { color: var(--quiet); }
 #place { flex: 1; color: var(--quiet); }
 progress { width: 96px; height: 12px; margin-right: 4px; vertical-align: -2px; }
@@ -9224,7 +9226,7 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
 }
 @media (max-width: 600px) {
   .task > summary { display: flex; flex-wrap: wrap; }
-  .name, .progress { flex-basis: 100%; }
+  #statuses, .name, .progress { flex-basis: 100%; }
 }
 </style>
 </head>
@@ -9782,8 +9784,9 @@ function drawDurations() {
     const verb = paused ? "resume" : "pause", path = encodeURIComponent(type);
     const button = make("button", { ariaLabel: `${verb} ${type}` }, verb);
     button.onclick = () => post(`/api/v1/types/${path}/${verb}`).then(reload, alert);
-    const limits = Object.entries(rules).filter(([, value]) => value);
-    const shown = make("small", {}, limits.map((each) => each.join("\xa0")).join(", "));
+    const limits = Object.entries(rules).filter(([name, value]) => value &&
+      (name !== "backoff" || rules.retries)).map((limit) => limit.join("\xa0"));
+    const shown = make("small", {}, limits.join(", "));
     const name = make("td", {}, type, make("br"), shown);
     return make("tr", {}, name, cell(times[times.length >> 1]), cell(times.at(-1)),
       make("td", {}, button));

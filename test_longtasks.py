@@ -13235,6 +13235,23 @@ def test_the_backup_of_the_readme_registers(registry):
     assert registry["backup"].rules["max_running"] == 1
 
 
+def test_what_cron_and_the_timer_of_the_readme_submit_is_one_task_a_day(registry):
+    (line,) = blocks("Every night", "crontab")
+    cron = line.split("* ", 4)[-1].replace("\\%", "%")
+    assert re.match("0 3 [*] [*] [*] ", line)
+    assert not re.search(r"(?<!\\)%", line), "cron would end the line there"
+    start = re.search("ExecStart=/bin/sh -c '(.*)'", unit_of_the_timer()).group(1)
+    timer = start.replace("$$", "$").replace("%%", "%")
+    handler("backup")(lambda src: src)
+    with serving() as service:
+        env = {**os.environ, "LONGTASKS_URL": service.server.url}
+        for command in (cron, timer, cron):
+            here = command.replace("/opt/longtasks", SCRIPT)
+            shell(here.replace("python3", sys.executable), env=env)
+        (task,) = call(service, "GET", TASKS).json["tasks"]
+        assert result_of(service, task["id"])["result"] == "/srv"
+
+
 @pytest.mark.skipif(not shutil.which("sqlite3"), reason="there is no sqlite3 here")
 def test_the_copy_of_the_db_file_in_the_readme_has_all_tasks_at_once(tmp_path):
     path, copy = tmp_path / "tasks.db", tmp_path / "copy.db"

@@ -46,16 +46,16 @@ line:
       146  1. Settings
       494  2. Tasks and their states
       867  3. Task registry
-     1625  4. Execution
-     3000  5. Journal
-     3640  6. Events
-     3835  7. Result store and task queue
-     5043  8. Worker pool
-     5368  9. HTTP API
-     7113  10. HTTP server
-     8019  11. Client
-     8587  12. Main
-     9117  13. The page
+     1620  4. Execution
+     2991  5. Journal
+     3631  6. Events
+     3826  7. Result store and task queue
+     5031  8. Worker pool
+     5356  9. HTTP API
+     7101  10. HTTP server
+     8007  11. Client
+     8575  12. Main
+     9105  13. The page
 
 Three things hold throughout:
 
@@ -1034,9 +1034,7 @@ def handler(
             options = dict(rules, limits=limits or {}, isolated=isolated)
             _HANDLER_OPTIONS.validate(options)
             schema, whole, context = _read_signature(function)
-            is_async = _is_async(function)
-            if is_async:
-                _check_async(isolated)
+            is_async = _is_async(function, isolated)
             for param, limit in (limits or {}).items():
                 _narrow(schema.get("properties", {}), param, limit)
         except (HandlerError, Invalid) as error:
@@ -1100,16 +1098,13 @@ def _called(function: Any) -> Tuple[Any, Any]:
     return function, getattr(function, "func", function).__call__
 
 
-def _is_async(function: Any) -> bool:
-    return any(map(inspect.iscoroutinefunction, _called(function)))
-
-
-def _check_async(isolated: bool) -> None:
-    """Import what async handlers need; raises HandlerError for an isolated one."""
-    if isolated:
+def _is_async(function: Any, isolated: bool = False) -> bool:
+    """Whether a function is async; imports what it needs, or raises HandlerError."""
+    is_async = any(map(inspect.iscoroutinefunction, _called(function)))
+    if is_async and isolated:
         text = "an async handler can't be isolated; one that calls asyncio.run() can"
         raise HandlerError(text)
-    lazy_import("asyncio")
+    return is_async and bool(lazy_import("asyncio"))
 
 
 def _is_context(param: inspect.Parameter) -> bool:
@@ -1732,9 +1727,7 @@ class Context:
 
     def sleep(self, seconds: float) -> None:
         """Wait; raises Cancelled at once when the task is to stop."""
-        if _on_event_loop():
-            text = "ctx.sleep() would block all async handlers: "
-            raise RuntimeError(text + "write await asyncio.sleep()")
+        _refuse_to_block("ctx.sleep()", "write await asyncio.sleep()")
         with self._lock:
             wake = self._wake = self._wake or threading.Event()
         self.check()
@@ -1753,9 +1746,7 @@ class Context:
         """
         if _is_async(function):
             return self._step_async(name, functools.partial(function, *args, **kwargs))
-        if _on_event_loop():
-            text = "ctx.step() would block all async handlers: give it an async "
-            raise RuntimeError(text + "function, and await it")
+        _refuse_to_block("ctx.step()", "give it an async function, and await it")
         with self._step_called(name) as save:
             if name not in self.steps:
                 began, saved = time.time(), threading.Event()
@@ -1804,10 +1795,8 @@ class Context:
     def _new_step(self, name: str, value: Any, began: float) -> Step:
         """Return a step that has returned a value; raises Fail."""
         room = self.max_result - sum(len(step.result) for step in self.steps.values())
-        try:
-            result = encode_result(value, max(0, room))
-        except Fail as error:
-            raise Fail("step %s: %s" % (quote(name), error)) from None
+        subject = "the result of step " + quote(name)
+        result = encode_result(value, max(0, room), subject)
         return Step(0, 0, name, result, began, max(began, time.time()))
 
     @property
@@ -1856,9 +1845,11 @@ class Context:
         return {"percent": round(fraction * 100, 1), "message": message}
 
 
-def _on_event_loop() -> bool:
-    """Whether this thread runs the event loop of async handlers."""
-    return getattr(_bound, "has_event_loop", False)
+def _refuse_to_block(call: str, instead: str) -> None:
+    """Raise RuntimeError in the thread of the event loop."""
+    if isinstance(getattr(_bound, "context", None), EventLoop):
+        text = "%s would block all async handlers: %s"
+        raise RuntimeError(text % (call, instead))
 
 
 def log_run(level: int, ctx: Context, text: str, *args: Any, **fields: Any) -> None:
@@ -1891,8 +1882,8 @@ _DOUBTFUL = re.compile(
 )
 
 
-def encode_result(value: Any, limit: int) -> bytes:
-    """Return a handler's result as JSON that could come in as params.
+def encode_result(value: Any, limit: int, subject: str = "the result") -> bytes:
+    """Return what a handler or a step returns as JSON that could come in as params.
 
     Raises Fail for anything else, and for more than `limit` bytes.
     """
@@ -1903,11 +1894,11 @@ def encode_result(value: Any, limit: int) -> bytes:
             if _DOUBTFUL.search(text) or _too_deep(text):
                 parse_json(text)
     except BaseException as error:  # an object of the handler's may raise anything
-        text = "the result does not fit into JSON: " + describe(error)
+        text = subject + " does not fit into JSON: " + describe(error)
         raise Fail(text) from None
     if len(result) > limit:
-        text = "the result has %d bytes, more than the %d that are kept"
-        raise Fail(text % (len(result), limit))
+        text = "%s has %d bytes, more than the %d that are kept"
+        raise Fail(text % (subject, len(result), limit))
     return result
 
 
@@ -4700,10 +4691,7 @@ class TaskStore(TaskReader):
     def add_step(
         self, context: Context, step: Step, on_durable: Callable[[], Any]
     ) -> None:
-        """Record a step of a run; call `on_durable` once it can't be lost any more.
-
-        Raises Cancelled if the run is over.
-        """
+        """Record a step that a run has done; raises Cancelled if the run is over."""
         with self._lock:
             if self._running.get(context.task_id) is not context:
                 raise Cancelled

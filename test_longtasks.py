@@ -3562,7 +3562,7 @@ def test_a_step_that_failed_can_be_tried_again_in_the_same_run(either):
     for wrong in (KeyError, longtasks.Retry, SystemExit, StopIteration):
         with pytest.raises(wrong):
             context.step("a", raising(wrong("x")))
-    with pytest.raises(longtasks.Fail, match='step "a": the result does not fit'):
+    with pytest.raises(longtasks.Fail, match='the result of step "a" does not fit'):
         context.step("a", lambda: {1, 2})
     assert context.step("a", lambda: 1) == 1
 
@@ -3573,7 +3573,7 @@ def test_steps_count_into_the_bytes_of_their_task():
     for task in tasks:
         context = begun(store)[1]
         assert context.step("a", lambda: "x" * 500) == "x" * 500
-        error = 'step "b": the result has 502 bytes, more than the 498 that are kept'
+        error = 'the result of step "b" has 502 bytes, more than the 498 that are kept'
         with pytest.raises(longtasks.Fail, match=error):
             context.step("b", lambda: "x" * 500)
         assert store.get(task.id).weight == 504
@@ -11341,7 +11341,7 @@ def test_what_an_isolated_handler_does_wrong_with_steps_fails_its_task(isolated)
     error = outcome(isolated, "steps", {"twice": True})["error"]
     assert error == 'this run has two steps called "step 7"'
     error = outcome(isolated, "steps", {"size": 1 << 18})["error"]
-    assert re.fullmatch('step "step .": the result has .* bytes, more than .*', error)
+    assert re.fullmatch('the result of step "step ." has .* bytes, more than .*', error)
     assert outcome(isolated, "forked")["result"] == 7
 
 

@@ -52,10 +52,10 @@ line:
      3826  7. Result store and task queue
      5031  8. Worker pool
      5356  9. HTTP API
-     7101  10. HTTP server
-     8007  11. Client
-     8575  12. Main
-     9105  13. The page
+     7103  10. HTTP server
+     8009  11. Client
+     8577  12. Main
+     9107  13. The page
 
 Three things hold throughout:
 
@@ -5564,11 +5564,13 @@ def status_json(task: Task, context: Optional[Context] = None) -> str:
 
     Formatted by hand, since polling clients make it the most frequent reply.
     """
-    texts = json_text(task.type), json_text(label_of(task)), timestamp(task.created_at)
     parts = [
-        '{"id": "%s", "status": "%s", "type": %s, "label": %s, "created_at": "%s"'
-        % (task.id, task.status, *texts)
+        '{"id": "%s", "status": "%s", "type": %s, "created_at": "%s"'
+        % (task.id, task.status, json_text(task.type), timestamp(task.created_at))
     ]
+    label = label_of(task)
+    if label:
+        parts.append('"label": ' + json_text(label))
     if task.started_at is not None:
         parts.append('"started_at": "%s"' % timestamp(task.started_at))
     if task.ended_at is not None:
@@ -6306,7 +6308,7 @@ DOCUMENTS: Dict[str, Schema] = {
     "Accepted": _object("id status"),
     "BatchAccepted": _list(_ref("schemas", "Accepted")),
     "Status": _object(
-        "id status type label created_at started_at? ended_at? attempt? steps? "
+        "id status type created_at label? started_at? ended_at? attempt? steps? "
         "priority? retry_of? follows? next_attempt_at? last_error? cancel_requested? "
         "progress? error?",
         progress=_object("percent? message"),

@@ -48,14 +48,14 @@ line:
       867  3. Task registry
      1620  4. Execution
      2991  5. Journal
-     3631  6. Events
-     3826  7. Result store and task queue
-     5031  8. Worker pool
-     5356  9. HTTP API
-     7103  10. HTTP server
-     8009  11. Client
-     8577  12. Main
-     9107  13. The page
+     3632  6. Events
+     3828  7. Result store and task queue
+     5035  8. Worker pool
+     5360  9. HTTP API
+     7108  10. HTTP server
+     8014  11. Client
+     8582  12. Main
+     9112  13. The page
 
 Three things hold throughout:
 
@@ -1445,7 +1445,7 @@ def check_then(
         completed = with_task(handlers.get(name), own, _ANY_TASK)
         checked = check_params(name, completed, handlers, (*path, index))
         entry["params"] = {key: checked[key] for key in own}
-    return to_json(entries)
+    return json.dumps(entries, sort_keys=True).encode()  # the same for the same request
 
 
 def rule_entries(
@@ -1456,10 +1456,10 @@ def rule_entries(
         text = getattr(rules, "on_" + ending)
         if text:
             type, _, query = text.partition("?")
-            schemas = handlers[type].schema if type in handlers else {}
-            known = schemas.get("properties", {})
+            schema = handlers[type].schema if type in handlers else {}
+            known = schema.get("properties", {})
             pairs = parse_qsl(query, keep_blank_values=True)
-            params = {key: parse_value(text, known.get(key, {})) for key, text in pairs}
+            params = {key: parse_value(word, known.get(key, {})) for key, word in pairs}
             yield {"on": ending, "type": type, "params": params}
 
 
@@ -3424,10 +3424,11 @@ class Journal:
 
     def log_of(self, task_id: str) -> str:
         """Return the log of a finished task, "" for none. Any thread may call it."""
-        query = "SELECT text FROM logs WHERE id = ?"
+        query = "SELECT CAST(text AS TEXT) FROM logs WHERE id = ?"
         try:
             with contextlib.closing(self._open_file()) as db:
-                return "".join(text for (text,) in db.execute(query, (task_id,)))
+                (text,) = db.execute(query, (task_id,)).fetchone() or [None]
+                return str(text or "")
         except self._sqlite.Error as error:
             raise Unavailable("the log can't be read: %s" % error) from None
 
@@ -3808,8 +3809,9 @@ class Events:
             cut = text.index("\n", len(text) - size - 1) + 1
             dropped += text.count("\n", 0, cut)
             text = text[cut:]
-        missing = "(dropped before these: %s)\n" % counted(dropped, "line")
-        return missing + text if dropped else text
+        if dropped:
+            text = "(dropped before these: %s)\n%s" % (counted(dropped, "line"), text)
+        return text
 
     def remove(self, task_id: str) -> None:
         """Drop a task's log, and publish that the task is gone."""
@@ -4408,10 +4410,12 @@ class TaskReader:
             done = self._results.steps.get(task.seq, {}).values()
             return list(done)[: task.steps]  # more of them may not be on disk yet
 
-    def log_text(self, task_id: str) -> str:
+    def log_text(self, task: Task) -> str:
         """Return a task's log, from the file if it isn't in memory any more."""
-        text = self.events.log_text(task_id)
-        return text or (self._journal.log_of(task_id) if self._journal else "")
+        text = self.events.log_text(task.id)
+        if not text and self._journal and task.finished:
+            return self._journal.log_of(task.id)
+        return text
 
     def context(self, task_id: str) -> Optional[Context]:
         """Return the context of a task that runs, None for any other."""
@@ -5842,7 +5846,8 @@ def list_steps(app: App, request: Request) -> Reply:
 def show_log(app: App, request: Request) -> Reply:
     """Show the last lines that a task logged, with control characters escaped."""
     task = app.store.get(request.task_id)
-    return Reply(200, app.store.log_text(task.id).encode(), TEXT)
+    text = app.store.log_text(task).encode("utf-8", "backslashreplace")
+    return Reply(200, text, TEXT)
 
 
 def cancel_task(app: App, request: Request) -> Reply:
@@ -6718,8 +6723,8 @@ class Call:
 
     def _tool_status(self, arguments: Json) -> Json:
         task = self._find(arguments["task_id"])
-        lines, _ = self.app.store.events.log_of(task.id)
-        return self._report(task, log=list(map(escape, lines[-20:])))
+        lines = self.app.store.log_text(task).splitlines()
+        return self._report(task, log=lines[-20:])
 
     def _tool_result(self, arguments: Json) -> Any:
         task, most = self._find(arguments["task_id"]), self.tools.wait

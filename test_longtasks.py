@@ -7528,6 +7528,16 @@ def test_its_type_decides_whether_a_follow_up_is_given_the_task(ends, registry):
         assert params == [status, status, status, {}, {"task": {"a": 1}}]
 
 
+def test_a_then_may_be_repeated_in_any_order(ends):
+    path = TASKS + "/" + longtasks.new_id()
+    then = [follow_up(n=1)], [dict(reversed(list(follow_up(n=1).items())))]
+    document = {"type": "fine", "params": {}}
+    with serving() as service:
+        for entries, status in [*zip(then, (202, 200)), ([follow_up(n=2)], 409)]:
+            answer = call(service, "PUT", path, {**document, "then": entries})
+            assert answer.status == status
+
+
 def test_by_rule_nothing_follows_a_follow_up(ends, registry):
     handler("again", on_finished="again", on_failed="nothing")(lambda: 1)
     longtasks.set_rules("again on_completed=follower?n=2")
@@ -7792,6 +7802,8 @@ def test_the_end_of_a_log_is_in_the_file_as_long_as_the_task_is(tmp_path, regist
         assert first == "(dropped before these: %d lines)" % (3001 - len(rest))
         assert len("\n".join(rest)) in range((16 << 10) - 9, (16 << 10) + 1)
         assert rest[-2] == "0002999"
+        foreign(path, "UPDATE logs SET text = CAST(x'ff41' AS TEXT)")
+        assert call(service, "GET", TASKS + "/%s/log" % ids[0]).body == b"\\udcffA"
         for task_id in ids:
             assert call(service, "DELETE", TASKS + "/" + task_id).status == 204
         assert rows_of(path, "*", "logs", "id") == []

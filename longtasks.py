@@ -1951,7 +1951,7 @@ def _after_fork_in_child() -> None:
         signal.signal(number, action)
     IN_CHILDREN.clear()
     for owner in list(PRIVATE):
-        with contextlib.suppress(OSError, ValueError):  # it is closed
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it has none
             os.dup2(0, owner.fileno(), inheritable=False)
     PRIVATE.clear()
     _after_fork()

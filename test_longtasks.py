@@ -4269,7 +4269,6 @@ def test_sleep_that_would_block_the_event_loop_is_refused(registry):
         assert "write await asyncio.sleep()" in error
 
 
-@pytest.mark.parametrize("in_child", [False, True])
 async def square(n):
     await asyncio.sleep(0)
     return n * n
@@ -4330,6 +4329,7 @@ def test_what_goes_wrong_with_an_async_step_fails_its_task(registry):
         assert service.store.steps(task_id) == []
 
 
+@pytest.mark.parametrize("in_child", [False, True])
 def test_a_handler_that_blocks_the_event_loop_is_named_and_harms_no_other(
     in_child, async_gate
 ):
@@ -4395,6 +4395,21 @@ def test_a_child_that_an_async_handler_forks_does_not_go_on_with_the_loop(regist
             warnings.simplefilter("ignore")  # that a process with threads forks
             assert result_of(service, submitted(service, "forks"))["result"] == 256
         assert sys.getrecursionlimit() == limit
+
+
+@pytest.mark.skipif(len(longtasks.CPUS) < 2, reason="one CPU, or no GIL")
+def test_what_an_async_handler_starts_has_all_cpus_and_the_loop_has_one(registry):
+    program = "import os; print(len(os.sched_getaffinity(0)))"
+
+    @handler("starts")
+    async def starts():
+        own, command = len(os.sched_getaffinity(0)), [sys.executable, "-c", program]
+        return [own, int(subprocess.check_output(command))]
+
+    with serving() as service:
+        for _ in range(2):
+            found = result_of(service, submitted(service, "starts"))["result"]
+            assert found == [1, len(longtasks.CPUS)]
 
 
 def test_an_async_handler_that_cannot_run_where_it_should_is_refused(registry):

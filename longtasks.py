@@ -7900,7 +7900,7 @@ class APIServer(ThreadingHTTPServer):
 
     def _start(self, connection: Connection) -> None:
         """Start a connection's thread; raises HTTPError if the system has none left."""
-        for _ in range(2):
+        for _ in range(3):
             try:
                 # Not Thread.start(), which waits until the thread has begun: where many
                 # threads are ready to run, all new clients would wait for that.

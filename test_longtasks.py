@@ -8829,7 +8829,7 @@ def test_evictions_are_logged_now_and_then(registry, impatient):
     assert line.startswith("evicting idle and slow clients: ")
 
 
-@pytest.mark.parametrize("denied, status", [(1, 200), (2, 503)])
+@pytest.mark.parametrize("denied, status", [(2, 200), (3, 503)])
 def test_without_threads_idle_clients_are_evicted_or_newcomers_refused(
     denied, status, registry, impatient, monkeypatch
 ):

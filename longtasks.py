@@ -46,16 +46,16 @@ line:
       146  1. Settings
       494  2. Tasks and their states
       867  3. Task registry
-     1620  4. Execution
-     2991  5. Journal
-     3632  6. Events
-     3828  7. Result store and task queue
-     5035  8. Worker pool
-     5360  9. HTTP API
-     7108  10. HTTP server
-     8014  11. Client
-     8582  12. Main
-     9112  13. The page
+     1622  4. Execution
+     2993  5. Journal
+     3634  6. Events
+     3830  7. Result store and task queue
+     5037  8. Worker pool
+     5362  9. HTTP API
+     7112  10. HTTP server
+     8018  11. Client
+     8586  12. Main
+     9119  13. The page
 
 Three things hold throughout:
 
@@ -1448,10 +1448,9 @@ def check_then(
     return json.dumps(entries, sort_keys=True).encode()  # the same for the same request
 
 
-def rule_entries(
-    rules: Rules, handlers: Mapping[str, Handler]
-) -> Iterator[Dict[str, Any]]:
-    """Yield what follows by the rules of a type, as in a `then`."""
+def rule_entries(rules: Rules, handlers: Mapping[str, Handler]) -> List[Dict[str, Any]]:
+    """Return what follows by the rules of a type, as in a `then`."""
+    entries = []
     for ending in ENDINGS:
         text = getattr(rules, "on_" + ending)
         if text:
@@ -1460,7 +1459,8 @@ def rule_entries(
             known = schema.get("properties", {})
             pairs = parse_qsl(query, keep_blank_values=True)
             params = {key: parse_value(word, known.get(key, {})) for key, word in pairs}
-            yield {"on": ending, "type": type, "params": params}
+            entries.append({"on": ending, "type": type, "params": params})
+    return entries
 
 
 def check_follow_ups(handlers: Mapping[str, Handler]) -> None:
@@ -3795,23 +3795,23 @@ class Events:
     def log_of(self, task_id: str) -> Tuple[List[str], int]:
         """Return the lines that are kept of a task's log, and how many are not."""
         with self._lock:
-            kept = self._logs.get(task_id) or TaskLog()
-            return list(kept.lines), kept.dropped
+            kept = self._logs.get(task_id)
+            return (list(kept.lines), kept.dropped) if kept else ([], 0)
 
     def log_text(self, task_id: str, size: int = sys.maxsize) -> str:
         """Return the end of a task's log, of so many characters at most, as text.
 
-        Control characters are escaped. A first line says how many lines are missing.
+        Control characters are then escaped. A first line says how many are missing.
         """
         lines, dropped = self.log_of(task_id)
-        text = "".join(escape(line) + "\n" for line in lines)
-        if len(text) > size:
-            cut = text.index("\n", len(text) - size - 1) + 1
-            dropped += text.count("\n", 0, cut)
-            text = text[cut:]
+        texts: Deque[str] = deque()
+        while lines and len(lines[-1]) < size:
+            size -= len(lines[-1]) + 1
+            texts.appendleft(escape(lines.pop()) + "\n")
+        dropped += len(lines)
         if dropped:
-            text = "(dropped before these: %s)\n%s" % (counted(dropped, "line"), text)
-        return text
+            texts.appendleft("(dropped before these: %s)\n" % counted(dropped, "line"))
+        return "".join(texts)
 
     def remove(self, task_id: str) -> None:
         """Drop a task's log, and publish that the task is gone."""
@@ -5632,21 +5632,23 @@ def step_document(step: Step) -> Dict[str, Any]:
 
 
 def follow_ups(
-    rules: Callable[[str], Rules], handlers: Mapping[str, Handler], task: Task
+    handlers: Mapping[str, Handler],
+    by_rule: Callable[[str], List[Dict[str, Any]]],
+    task: Task,
 ) -> Iterator[Submission]:
     """Yield what follows a task that has ended, by its `then` and its type's rules.
 
     By rule nothing follows a task that follows another one.
     """
     entries = json.loads(task.options.then) if task.options.then else []
-    if not task.follows:
-        entries.extend(rule_entries(rules(task.type), handlers))
+    entries += [] if task.follows else by_rule(task.type)
     document = json.loads(status_json(task)) if entries else {}
     for entry in entries:
-        on, type, params = entry.pop("on"), entry.pop("type"), entry.pop("params")
-        if on in (task.status, "finished"):
-            params = with_task(handlers.get(type), params, document)
-            yield Submission(type, to_json(params), Options(**entry), None, task.id)
+        if entry["on"] in (task.status, "finished"):
+            options = {name: entry[name] for name in Options._fields if name in entry}
+            params = with_task(handlers.get(entry["type"]), entry["params"], document)
+            found = Submission(entry["type"], to_json(params), Options(**options))
+            yield found._replace(follows=task.id)
 
 
 def status_reply(
@@ -8649,7 +8651,10 @@ class Service:
         )
         access = Access(read_token(settings), settings["INSECURE"])
         tls = tls_context(settings)
-        follow = functools.partial(follow_ups, rules, handlers)
+        by_rule = functools.lru_cache(maxsize=1000)(
+            lambda type: rule_entries(rules(type), handlers)
+        )
+        follow = functools.partial(follow_ups, handlers, by_rule)
         self.store = TaskStore(limits, rules=rules, types=handlers, follow_ups=follow)
         self.pool = WorkerPool(self.store, handlers, settings["WORKER_COUNT"])
         self.pool.async_count = settings["ASYNC_COUNT"]

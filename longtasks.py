@@ -46,16 +46,16 @@ line:
       146  1. Settings
       494  2. Tasks and their states
       867  3. Task registry
-     1622  4. Execution
-     2993  5. Journal
-     3634  6. Events
-     3830  7. Result store and task queue
-     5037  8. Worker pool
-     5362  9. HTTP API
-     7112  10. HTTP server
-     8018  11. Client
-     8586  12. Main
-     9119  13. The page
+     1620  4. Execution
+     2991  5. Journal
+     3632  6. Events
+     3828  7. Result store and task queue
+     5035  8. Worker pool
+     5360  9. HTTP API
+     7110  10. HTTP server
+     8016  11. Client
+     8584  12. Main
+     9117  13. The page
 
 Three things hold throughout:
 

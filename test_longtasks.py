@@ -3624,6 +3624,7 @@ def test_a_task_that_gets_on_is_not_given_up_however_often_the_process_dies(tmp_
         task = store.submit("t", b"{}")
     for life in range(8):
         with journalled(path) as store:
+            assert not store.get(task.id).finished
             begun(store)[1].step("step %d" % (life // 2), lambda: 1)
     with journalled(path) as store:  # the last life did nothing new, nor does this one
         assert store.get(task.id).steps == 4

@@ -5317,6 +5317,14 @@ def test_the_status_of_a_failed_task_has_the_first_line_of_its_error(service):
     assert document["error"].startswith("cancelled ")
 
 
+def test_the_label_made_of_params_is_in_events(service):
+    store = service.store
+    _, subscription = store.subscribe("")
+    submitted(service, "long_computation", {"duration": 0})
+    events = store.events.take(subscription, LONG)
+    assert '"label": "duration=0"' in longtasks.status_json(events[0].payload)
+
+
 def found_by(service, query):
     return [t["id"] for t in call(service, "GET", TASKS + query).json["tasks"]]
 

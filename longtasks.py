@@ -6551,7 +6551,7 @@ class Call:
         try:
             self.result = self._begin(message)
         except (TaskError, HTTPError) as error:
-            self.result = error
+            self.result = error.with_traceback(None)  # that would keep the params
 
     def answer(self) -> Json:
         """Return the response."""

@@ -7154,7 +7154,8 @@ def test_a_call_streams_progress_to_a_client_that_asks_for_it(version, tools):
         assert plain.media == "application/json"
 
 
-def test_a_client_that_leaves_frees_its_thread_and_its_task_goes_on(tools):
+def test_a_client_that_leaves_frees_its_thread_and_its_task_goes_on(tools, monkeypatch):
+    monkeypatch.setattr(longtasks, "KEEP_ALIVE", 1000.0)
     with serving() as service:
         body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call"}
         for meta in ({}, {"progressToken": 1}):

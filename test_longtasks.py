@@ -7394,6 +7394,7 @@ class Receiver(http.server.ThreadingHTTPServer):
         self.url = "http://%s/hook?a=b" % self.host
         self.got = queue.Queue()
         self.answers = collections.deque()  # status and headers; 204 after the last
+        self.over = threading.Event()
 
     def next(self):
         return self.got.get(timeout=LONG)
@@ -7405,8 +7406,11 @@ class Received(http.server.BaseHTTPRequestHandler):
         self.server.got.put((self.path, self.headers, body))
         answers = self.server.answers
         status, headers = answers.popleft() if answers else (204, {})
-        if not status:  # say nothing until the client has left
-            self.rfile.read()
+        if not status:  # send nothing, or now and then a byte, until the client leaves
+            with contextlib.suppress(OSError):
+                self.rfile.read(0 if headers else 1)
+                while headers and not self.server.over.wait(0.01):
+                    self.wfile.write(b"x")
             return
         self.send_response(status)
         for name, value in {"Content-Length": "0", **headers}.items():
@@ -7426,6 +7430,7 @@ def receiver(registry):
         longtasks.register_webhook("example.com," + receiver.host, SECRET)
         threading.Thread(target=receiver.serve_forever, args=(0.01,)).start()
         yield receiver
+        receiver.over.set()
         receiver.shutdown()
 
 
@@ -7621,6 +7626,13 @@ def test_a_full_queue_takes_what_follows_and_so_does_a_drain():
     assert not drained
 
 
+def test_the_params_of_what_follows_count_into_the_queue():
+    store = then_store(queue_bytes=100)
+    store.submit("x", b"{}", longtasks.Options(then=b"[%100s]" % b""))
+    with pytest.raises(longtasks.QueueFull, match="104 bytes waiting"):
+        store.submit("x", b"{}")
+
+
 def test_what_follows_is_written_with_the_end_and_never_lost(tmp_path):
     path = tmp_path / "tasks.db"
     journal = HeldJournal(path)
@@ -7773,9 +7785,10 @@ def test_a_webhook_goes_nowhere_but_to_the_hosts_that_are_listed(receiver):
             known.function({"url": url, "task": {}}, Context("id"))
 
 
-def test_a_receiver_that_does_not_answer_in_time_is_left(receiver, monkeypatch):
-    monkeypatch.setattr(longtasks, "WEBHOOK_TIMEOUT", 0.05)
-    receiver.answers.append((0, {}))
+@pytest.mark.parametrize("drips", [{}, {"a": "b"}])
+def test_a_receiver_that_does_not_answer_in_time_is_left(drips, receiver, monkeypatch):
+    monkeypatch.setattr(longtasks, "WEBHOOK_TIMEOUT", 0.5 if drips else 0.05)
+    receiver.answers.append((0, drips))
     with serving() as service:
         task_id = submitted(service, "webhook", {"url": receiver.url, "task": {}})
         until(lambda: last_error(service, task_id))
@@ -7783,9 +7796,10 @@ def test_a_receiver_that_does_not_answer_in_time_is_left(receiver, monkeypatch):
         assert last_error(service, task_id).startswith(expected)
 
 
-def test_a_webhook_is_cancelled_though_its_receiver_is_silent(receiver):
+def test_a_webhook_is_cancelled_though_its_receiver_is_silent(receiver, monkeypatch):
+    monkeypatch.setattr(longtasks, "WEBHOOK_TIMEOUT", 1000)
     receiver.answers.append((0, {}))
-    with serving(GRACE=LONG) as service:
+    with serving(GRACE=1000.0) as service:
         task_id = submitted(service, "webhook", {"url": receiver.url, "task": {}})
         receiver.next()
         cancel(service, task_id)
@@ -9873,6 +9887,17 @@ def test_a_list_has_labels_and_errors(client, service):
     label = r"night \x1b" + "x" * 70 + "...  ValueError: no"
     assert ran.out.splitlines()[1].endswith(label)
     assert client(service, "list", "--q", "day").out.count("\n") == 1
+
+
+def test_what_follows_can_be_submitted(client, service):
+    then = [{"on": "finished", "type": "long_computation", "params": {"duration": 0}}]
+    words = ["long_computation", "duration=0", "--then"]
+    (task_id,) = client(service, "submit", *words, json.dumps(then)).out.split()
+    ((task, _),) = followers(service, task_id)
+    assert task["type"] == "long_computation"
+    ran = client(service, "submit", *words, "later")
+    assert (ran.code, ran.out) == (2, "")
+    assert 'then must be a list, not "later"' in ran.complaints[0]
 
 
 def test_what_a_task_logs_is_shown_by_run_and_by_log(client, service):

@@ -3464,23 +3464,36 @@ def test_a_step_that_is_done_is_not_called_again_by_later_runs(either):
         either.steps(task.id)
 
 
-def step_held(store):
+async def e_acute():
+    return "é"
+
+
+def in_thread(context):
+    return context.step("a", lambda: "é")
+
+
+def on_loop(context):
+    return asyncio.run(context.step("a", e_acute))
+
+
+def step_held(store, call=in_thread):
     """A task, its run, and a step that waits at the gate of the journal."""
     for _ in range(2):  # the submission and the start
         store.journal.let.release()
     task = store.submit("t", b"{}")
     context = begun(store)[1]
     until(lambda: store.get(task.id).status == "processing")
-    step = background(lambda: context.step("a", lambda: "é"))
+    step = background(lambda: call(context))
     for _ in range(3):
         store.journal.wait_held()
     return task, context, step
 
 
-def test_a_step_is_on_disk_before_it_returns_and_shown_only_then(tmp_path):
+@pytest.mark.parametrize("call", [in_thread, on_loop])
+def test_a_step_is_on_disk_before_it_returns_and_shown_only_then(call, tmp_path):
     path = tmp_path / "tasks.db"
     with journalled(path, kind=HeldJournal) as store:
-        task, _, step = step_held(store)
+        task, _, step = step_held(store, call)
         assert not step.done()
         assert (store.get(task.id).steps, names_of(store, task)) == (0, [])
         store.journal.free()

@@ -9191,7 +9191,8 @@ main { align-items: start; padding-top: 0; }
 .task, #empty, #pages { border-top: 1px solid var(--line); }
 .task > summary { display: grid; align-items: center; gap: 0 12px; padding: 7px 12px; }
 .task > summary { grid-template-columns: 6fr 98px 106px 106px 6fr; }
-.task > summary > *, .label { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.task > summary > *, .label { overflow: hidden; text-overflow: ellipsis; }
+.task > summary > *, .label { white-space: nowrap; }
 .task[open] { background: var(--raised); }
 .name::before { content: "\25B8" / ""; display: inline-block; width: 16px; }
 [open] .name::before { content: "\25BE" / ""; }

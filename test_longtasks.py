@@ -7102,7 +7102,7 @@ def test_a_call_that_outlasts_the_wait_says_how_to_go_on(version, tools):
         assert found["structuredContent"]["status"] == "processing"
         assert found["structuredContent"]["log"] == ["\\x1b[1mhalf", "way"]
         assert json.loads(texts(found)[1]) == found["structuredContent"]
-        found = agent.use("task_result", task_id=task_id, wait=0)
+        found = agent.use("task_result", task_id=task_id, wait=1000)
         assert found["structuredContent"]["status"] == "processing"
         tools.release.set()
         result_of(service, task_id)
@@ -7122,6 +7122,8 @@ def test_task_result_waits_and_a_task_is_cancelled(tools):
         agent = Agent(service)
         task_id = submitted(service, "gate")
         tools.wait_started()
+        found = agent.use("task_result", task_id=task_id, wait=0)
+        assert found["structuredContent"]["status"] == "processing"
         answers = concurrent.futures.ThreadPoolExecutor(1)
         waiting = answers.submit(agent.use, "task_result", task_id=task_id)
         until(lambda: service.store._waiting, "the wait")

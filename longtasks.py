@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       146  1. Settings
-      494  2. Tasks and their states
-      867  3. Task registry
-     1620  4. Execution
-     2991  5. Journal
-     3632  6. Events
-     3828  7. Result store and task queue
-     5035  8. Worker pool
-     5360  9. HTTP API
-     7110  10. HTTP server
-     8016  11. Client
-     8584  12. Main
-     9117  13. The page
+      497  2. Tasks and their states
+      870  3. Task registry
+     1623  4. Execution
+     2994  5. Journal
+     3635  6. Events
+     3831  7. Result store and task queue
+     5038  8. Worker pool
+     5363  9. HTTP API
+     7113  10. HTTP server
+     8019  11. Client
+     8587  12. Main
+     9120  13. The page
 
 Three things hold throughout:
 
@@ -227,7 +227,10 @@ size = matching(
     "a size in bytes, such as 65536, 64KiB, 64MiB or 1GiB",
     _bytes,
 )
-hosts = matching(r"(?a)[\w.:,\[\]-]*", "hosts, or HOST:PORT, with commas between them")
+hosts = matching(
+    r"(?a)|[\w.:\[\]-]+(,[\w.:\[\]-]+)*",
+    "hosts, or HOST:PORT, with commas between them",
+)
 webhook_secret = matching(  # standardwebhooks.com: base64 of 24 to 64 bytes
     "|whsec_([A-Za-z0-9+/]{4}){8,21}([A-Za-z0-9+/]{2,3}={1,2})?",
     "whsec_ and the base64 of 24 to 64 random bytes",
@@ -2794,7 +2797,7 @@ class Webhook:
     def __init__(self, hosts: str, secret: str) -> None:
         self._key = lazy_import("base64").b64decode(secret.partition("_")[2])
         # re.escape() would escape a -, too, which patterns in a browser do not allow.
-        names = re.sub(r"[.\[\]]", r"\\\g<0>", hosts.lower()).replace(",", "|")
+        names = re.sub(r"[.\[\]]", r"\\\g<0>", hosts).replace(",", "|")
         url = {
             "type": "string",
             "maxLength": MAX_ARGUMENT,

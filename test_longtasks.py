@@ -3662,6 +3662,15 @@ def test_steps_leave_the_file_with_their_task(tmp_path):
     assert rows_of(path, "*", "steps") == []
 
 
+def test_the_steps_of_a_removed_task_take_no_memory():
+    results = longtasks.ResultStore()
+    task = longtasks.Task(1, "id", "t", b"{}", "completed", 0.0)
+    results.put(task)
+    results.steps[1] = {"a": longtasks.Step(1, 1, "a", b"1", 0.0, 0.0)}
+    results.remove(task)
+    assert results.steps == {}
+
+
 def test_a_link_to_the_file_is_the_file(tmp_path, capsys):
     with journalled(tmp_path / "tasks.db"):
         (tmp_path / "link.db").symlink_to(tmp_path / "tasks.db")

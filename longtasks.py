@@ -47,15 +47,15 @@ line:
       497  2. Tasks and their states
       870  3. Task registry
      1623  4. Execution
-     2994  5. Journal
-     3635  6. Events
-     3831  7. Result store and task queue
-     5038  8. Worker pool
-     5363  9. HTTP API
-     7113  10. HTTP server
-     8019  11. Client
-     8587  12. Main
-     9120  13. The page
+     2995  5. Journal
+     3636  6. Events
+     3832  7. Result store and task queue
+     5039  8. Worker pool
+     5365  9. HTTP API
+     7115  10. HTTP server
+     8021  11. Client
+     8589  12. Main
+     9122  13. The page
 
 Three things hold throughout:
 
@@ -1622,8 +1622,9 @@ def format_trace() -> str:
 # ======================================================================
 # 4. Execution
 #
-# A handler runs in a worker's thread, in a child process (isolated handlers
-# and programs), or on an executor. Wherever it runs, it can have a Context.
+# A handler runs in a worker's thread, on an event loop (async handlers), in
+# a child process (isolated handlers and programs), or on an executor.
+# Wherever it runs, it can have a Context.
 # ======================================================================
 
 
@@ -5039,7 +5040,8 @@ def backoff(first: float, failures: int) -> float:
 #
 # run_one() runs a handler and always comes back with an outcome; the pool
 # calls it for ever in its threads. Threads are started when there is work
-# for them, never more than the setting says.
+# for them, never more than the setting says. Async handlers share one more,
+# with an event loop.
 # ======================================================================
 
 

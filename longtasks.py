@@ -1851,7 +1851,7 @@ class Context:
 
 def _refuse_to_block(call: str, instead: str) -> None:
     """Raise RuntimeError in the thread of the event loop."""
-    if isinstance(getattr(_bound, "context", None), EventLoop):
+    if getattr(_bound, "has_event_loop", False):
         text = "%s would block all async handlers: %s"
         raise RuntimeError(text % (call, instead))
 

@@ -4945,10 +4945,11 @@ def test_the_end_of_a_failed_programs_output_is_in_the_error():
 
 
 def test_a_program_has_no_input_no_secrets_and_its_tasks_id(monkeypatch):
-    for name in ("API_TOKEN", "API_TOKEN_FILE", "TLS_KEY"):
+    secrets = ("API_TOKEN", "API_TOKEN_FILE", "TLS_KEY", "WEBHOOK_SECRET")
+    for name in secrets:
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("OTHER", "kept")
-    script = "cat; echo $LONGTASKS_TASK_ID:$API_TOKEN$API_TOKEN_FILE$TLS_KEY:$OTHER"
+    script = "cat; echo $LONGTASKS_TASK_ID:$%s:$OTHER" % "$".join(secrets)
     outcome, _ = run_program(ANY_SCRIPT, {"script": script})
     assert json.loads(outcome.result)["output"] == "id::kept\n"
 

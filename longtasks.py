@@ -45,17 +45,17 @@ line:
 
       146  1. Settings
       497  2. Tasks and their states
-      870  3. Task registry
-     1623  4. Execution
-     2995  5. Journal
-     3636  6. Events
-     3832  7. Result store and task queue
-     5039  8. Worker pool
-     5365  9. HTTP API
-     7115  10. HTTP server
-     8021  11. Client
-     8589  12. Main
-     9122  13. The page
+      872  3. Task registry
+     1625  4. Execution
+     2997  5. Journal
+     3638  6. Events
+     3834  7. Result store and task queue
+     5041  8. Worker pool
+     5367  9. HTTP API
+     7117  10. HTTP server
+     8023  11. Client
+     8591  12. Main
+     9124  13. The page
 
 Three things hold throughout:
 
@@ -856,7 +856,9 @@ def label_of(task: Task) -> str:
 def _label_of(params: bytes) -> str:
     """Return the members of params, perhaps cut off, such as "src=/srv to=/backup"."""
     words, text, at = [], params.decode("utf-8", "ignore"), 1
-    with contextlib.suppress(ValueError):  # at the end, or where it is cut off
+    # At the end, or where it is cut off; a handler may have spoiled sys.modules, from
+    # which json imports its error.
+    with contextlib.suppress(ValueError, ImportError):
         while True:
             key, at = _STRICT.raw_decode(text, at)
             words.append("%s=%s" % (key, text[at + 2 :]))

@@ -9942,9 +9942,8 @@ def test_what_a_task_logs_is_shown_by_run_and_by_log(client, service):
         ran = client(service, *words, task["id"])
         assert (ran.code, ran.out) == (0, "one\n\na\\x1bb\n")
     assert client(service, "log", "nope").complaints == ['there is no task "nope"']
-    quiet = submitted(service, "long_computation", {"duration": 0})
-    call(service, "DELETE", TASKS + "/" + quiet)
-    assert client(service, "log", quiet).code == 2
+    client(service, "delete", task["id"])
+    assert client(service, "log", task["id"]).code == 2
 
 
 def test_each_line_of_a_log_is_shown_once_though_lines_are_dropped(client):

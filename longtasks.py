@@ -52,10 +52,10 @@ line:
      3834  7. Result store and task queue
      5041  8. Worker pool
      5367  9. HTTP API
-     7117  10. HTTP server
-     8023  11. Client
-     8591  12. Main
-     9124  13. The page
+     7118  10. HTTP server
+     8024  11. Client
+     8592  12. Main
+     9125  13. The page
 
 Three things hold throughout:
 
@@ -5653,6 +5653,7 @@ def follow_ups(
     for entry in entries:
         if entry["on"] in (task.status, "finished"):
             options = {name: entry[name] for name in Options._fields if name in entry}
+            options.setdefault("label", "%s %s" % (task.type, task.status))
             params = with_task(handlers.get(entry["type"]), entry["params"], document)
             found = Submission(entry["type"], to_json(params), Options(**options))
             yield found._replace(follows=task.id)

@@ -7524,6 +7524,7 @@ def test_what_follows_a_task_is_submitted_at_its_end(type, db, ends, gate, tmp_p
         assert cause["status"] == status
         for task, params in found:
             assert (task["status"], params) == ("completed", {"task": cause, "n": 7})
+            assert task["label"] == "%s %s" % (type, status)
         submission = call(service, "GET", TASKS + "/%s/submission" % task_id).json
         assert submission["then"] == [follow_up(on=each["on"], n=7) for each in then]
 

@@ -54,8 +54,8 @@ line:
      5367  9. HTTP API
      7118  10. HTTP server
      8024  11. Client
-     8592  12. Main
-     9125  13. The page
+     8610  12. Main
+     9143  13. The page
 
 Three things hold throughout:
 
@@ -8177,11 +8177,15 @@ def on_terminal() -> bool:
 
 
 def print_text(text: str) -> None:
-    """Print on stdout in UTF-8, as JSON is, if it has a reader."""
+    """Print on stdout, without control characters."""
     # JSON may have DEL and C1 controls in strings, where \uXXXX is the same. Any other
     # control character is from a server that isn't longtasks.
     controls = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
-    text = controls.sub(lambda match: "\\u%04x" % ord(match.group()), text)
+    write_line(controls.sub(lambda match: "\\u%04x" % ord(match.group()), text))
+
+
+def write_line(text: str) -> None:
+    """Write to stdout in UTF-8, if it has a reader."""
     try:
         sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
         sys.stdout.flush()
@@ -8192,11 +8196,25 @@ def print_text(text: str) -> None:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows on stdout, with aligned columns."""
+    """Print rows on stdout, with aligned columns; a terminal shows what has room."""
     safe = [[escape(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*safe)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in safe]
-    print_text("\n".join(lines))
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        lines = [_STATUS.sub(colored, line[:width], count=1) for line in lines]
+    write_line("\n".join(lines))
+
+
+_COLORS = {PENDING: 33, PROCESSING: 34, COMPLETED: 32, FAILED: 31, CANCELLED: 35}
+_STATUS = re.compile("(?<=  )(%s)(?= )" % "|".join(_COLORS))
+
+
+def colored(status: "re.Match[str]") -> str:
+    """Return a status in its color (SGR of ECMA-48), unless NO_COLOR forbids that."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb":
+        return status.group()
+    return "\x1b[%dm%s\x1b[m" % (_COLORS[status.group()], status.group())
 
 
 def progress_text(task: Mapping[str, Any]) -> str:

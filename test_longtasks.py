@@ -10223,6 +10223,8 @@ class Command:
         self.text = b""
         pipe = pytest.importorskip("pty").openpty if terminal else os.pipe
         self.ours, theirs = pipe()
+        if terminal == "for stdout, too":
+            popen["stdout"] = theirs
         self.process = subprocess.Popen(
             [sys.executable, SCRIPT, *words],
             stderr=theirs,
@@ -10381,6 +10383,25 @@ def test_a_terminal_shows_one_line_that_changes(service, gate):
     assert (second, last) == ("processing\n", "completed\n")
     # The terminal does not wrap it.
     assert set(drawn) == {"\x1b[?7l 50% \\x1b[31m\\r\\n\\x9b2J\x1b[?7h"}
+
+
+@pytest.mark.parametrize("variable", ["", "NO_COLOR", "TERM"])
+def test_a_list_fits_a_terminal_and_has_colors_unless_they_are_not_wanted(
+    variable, registry
+):
+    handler("bad")(raising(ValueError("x" * 100)))
+    with serving() as service:
+        result_of(service, submitted(service, "bad", label="failed  failed "))
+        port, env = service.server.server_port, {"COLUMNS": "90", variable or "A": "1"}
+        env.update({"TERM": "dumb"} if variable == "TERM" else {})
+        options = {"terminal": "for stdout, too", "env": env}
+        with command(port, "list", **options) as listed:
+            assert listed.end()[0] == 0
+            row = listed.err.splitlines()[1]
+    assert row.count("\x1b[31mfailed\x1b[m") == row.count("\x1b") // 2 == (not variable)
+    row = re.sub("\x1b[^m]*m", "", row)
+    assert len(row) == 90
+    assert re.search("  bad +failed  failed ", row)
 
 
 def test_a_terminal_that_cannot_erase_gets_lines(service):

@@ -46,16 +46,16 @@ line:
       146  1. Settings
       497  2. Tasks and their states
       872  3. Task registry
-     1625  4. Execution
-     2997  5. Journal
-     3638  6. Events
-     3834  7. Result store and task queue
-     5041  8. Worker pool
-     5367  9. HTTP API
-     7118  10. HTTP server
-     8024  11. Client
-     8610  12. Main
-     9143  13. The page
+     1595  4. Execution
+     2946  5. Journal
+     3587  6. Events
+     3783  7. Result store and task queue
+     4990  8. Worker pool
+     5316  9. HTTP API
+     7067  10. HTTP server
+     7973  11. Client
+     8559  12. Main
+     9092  13. The page
 
 Three things hold throughout:
 
@@ -987,8 +987,8 @@ class Handler(NamedTuple):
     @property
     def description(self) -> str:
         """The first paragraph of the function's docstring, in one line."""
-        function = getattr(self.function, "func", self.function)  # that of a partial
-        return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
+        text = inspect.getdoc(self.function) or ""
+        return " ".join(text.split("\n\n")[0].split())
 
     def run_here(self, params: Dict[str, Any], context: Any) -> Any:
         """Call the function in this process; an async one returns a coroutine."""
@@ -1078,11 +1078,10 @@ def rules_of(handlers: Mapping[str, Handler], timeout: float, type: str) -> Rule
 
 def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]:
     """Return the schema of a function's params, and Handler's `whole` and `context`."""
-    if not callable(function) or inspect.isclass(function):
+    if not inspect.isroutine(function):
         raise HandlerError("a handler is a function")
-    for called in _called(function):
-        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
-            raise HandlerError("a handler can't be a generator")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise HandlerError("a handler can't be a generator")
     params = _parameters_of(function)
     contexts = [param.name for param in params if _is_context(param)]
     context = contexts[0] if contexts else None
@@ -1098,14 +1097,9 @@ def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]
     return {**schema, "additionalProperties": others}, False, context
 
 
-def _called(function: Any) -> Tuple[Any, Any]:
-    """Return what a call of a function, a functools.partial or an object may run."""
-    return function, getattr(function, "func", function).__call__
-
-
 def _is_async(function: Any, isolated: bool = False) -> bool:
     """Whether a function is async; imports what it needs, or raises HandlerError."""
-    is_async = any(map(inspect.iscoroutinefunction, _called(function)))
+    is_async = inspect.iscoroutinefunction(function)
     if is_async and isolated:
         text = "an async handler can't be isolated; one that calls asyncio.run() can"
         raise HandlerError(text)
@@ -1124,31 +1118,13 @@ def _is_context(param: inspect.Parameter) -> bool:
 
 def _parameters_of(function: Any) -> List[inspect.Parameter]:
     """Return a function's parameters, with annotations that are text evaluated."""
-
-    def annotated() -> None:
-        pass
-
-    options: Dict[str, Any] = {}
-    if sys.version_info >= (3, 14):
-        import annotationlib
-
-        # Otherwise all of them are evaluated, that of the return value, too.
-        options["annotation_format"] = annotationlib.Format.FORWARDREF
     try:
-        params = list(inspect.signature(function, **options).parameters.values())
-        annotated.__annotations__ = {param.name: param.annotation for param in params}
-        # Names in annotations are globals of the innermost function.
-        while hasattr(function, "__wrapped__") or not inspect.isroutine(function):
-            if isinstance(function, functools.partial):
-                function = function.func
-            else:
-                function = getattr(function, "__wrapped__", type(function).__call__)
-        scope = getattr(function, "__globals__", {})
-        hints = typing.get_type_hints(annotated, scope)
+        params = inspect.signature(function).parameters.values()
+        hints = typing.get_type_hints(function)
     except Exception as error:
         message = "its signature can't be read: " + describe(error)
         raise HandlerError(message) from None
-    return [param.replace(annotation=hints[param.name]) for param in params]
+    return [p.replace(annotation=hints.get(p.name, p.annotation)) for p in params]
 
 
 def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
@@ -1244,8 +1220,8 @@ class Validator:
     """A JSON Schema, compiled to validate values that come from JSON.
 
     It knows the keywords of JSON Schema (draft 2020-12) that this file writes: type,
-    enum, anyOf, minimum, maximum, pattern with maxLength, properties, required,
-    additionalProperties, items.
+    enum, anyOf, minimum, maximum, pattern with maxLength and a description of both,
+    properties, required, additionalProperties, items.
     """
 
     def __init__(self, schema: Schema) -> None:
@@ -1299,10 +1275,8 @@ class Validator:
         if wants_integer and kind is float and value.is_integer():
             value = int(value) if abs(value) <= 2**53 else value
         if self._options or not self._fits(value):
-            wanted = _in_words(self.schema)
-            if kind is str and "pattern" in self.schema:
-                wanted += " " + _broken_rule(self.schema, value)
-            problems.append((path, "must be %s, not %s" % (wanted, quote(value))))
+            problem = "must be %s, not %s" % (_in_words(self.schema), quote(value))
+            problems.append((path, problem))
         return value
 
     def _convert_members(self, value: Any, path: Path, problems: List[Problem]) -> Any:
@@ -1344,23 +1318,14 @@ class Validator:
         return True
 
 
-def _broken_rule(schema: Dict[str, Any], text: str) -> str:
-    """Return the rule that a string breaks which a pattern refuses."""
-    if len(text) > schema["maxLength"]:
-        return "of at most %d characters" % schema["maxLength"]
-    if _SURROGATE.search(text):
-        return "without lone surrogates"
-    if not text.strip():
-        return "that is not blank"
-    return "without NUL" if "\0" in text else schema["description"].split(", ")[-1]
-
-
 def _in_words(schema: Dict[str, Any]) -> str:
     """Describe the values that a schema accepts."""
     if "enum" in schema:
         return "one of " + ", ".join(map(quote, schema["enum"]))
     if "anyOf" in schema:
-        return " or ".join(_in_words(option) for option in schema["anyOf"])
+        return " or ".join(map(_in_words, schema["anyOf"]))
+    if "pattern" in schema:
+        return str(schema["description"])
     _, words = _JSON_TYPES[schema.get("type", "")]
     if "minimum" in schema:
         words += " from %s" % quote(schema["minimum"])
@@ -1405,7 +1370,12 @@ SUBMISSION = _closed(
     retries={"type": "integer", "minimum": 0, "maximum": 1000},
     delay=_DURATION,
     priority={"type": "integer", "minimum": -1000, "maximum": 1000},
-    label={"type": "string", "pattern": r"\S", "maxLength": MAX_LABEL},
+    label={
+        "type": "string",
+        "maxLength": MAX_LABEL,
+        "pattern": r"\S",
+        "description": "a string of at most %d characters, not blank" % MAX_LABEL,
+    },
 )
 SUBMISSION["required"] = ["type", "params"]
 # What follows a task is a submission, too, but nothing follows that one.
@@ -2451,7 +2421,7 @@ _WORD: Dict[str, Any] = {
     "type": "string",
     "maxLength": MAX_ARGUMENT,
     "pattern": r"^[^\x00]*$",
-    "description": "of at most %d characters, without NUL" % MAX_ARGUMENT,
+    "description": "a string of at most %d characters, without NUL" % MAX_ARGUMENT,
 }
 _FIRST_WORD = dict(
     _WORD,
@@ -2513,9 +2483,6 @@ def find_program(word: str) -> str:
     name = os.path.join(FOLDER, word) if os.path.dirname(word) else word
     found = shutil.which(name)
     if found:
-        fault = exec_fault(found)
-        if fault:
-            raise HandlerError("%s %s" % (quote(found), fault))
         return os.path.join(FOLDER, found)
     found = shutil.which(name, os.F_OK)
     if found:
@@ -2524,23 +2491,6 @@ def find_program(word: str) -> str:
     if name == word and os.path.exists(os.path.join(FOLDER, word)):
         hint = " on the PATH; for the file in this folder write ./" + word
     raise HandlerError("there is no program %s%s" % (quote(word), hint))
-
-
-def exec_fault(path: str) -> str:
-    """Say what the first line of an executable file has that keeps it from running.
-
-    Of a missing interpreter the system says only that the file itself isn't there.
-    """
-    line = b"\0"
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        line = file.readline(4096)
-    if line[:2] != b"#!":
-        binary = b"\0" in line
-        return "" if binary else "does not begin with a #! line, such as #!/bin/sh"
-    name = re.split("[ \t\n]", os.fsdecode(line[2:]).strip(" \t"))[0]
-    if shutil.which(name):
-        return ""
-    return "needs the interpreter %s, which can't be found or run" % quote(name)
 
 
 class Program:
@@ -2633,8 +2583,7 @@ class Program:
         try:
             process = ManagedProcess(ctx, self.arguments(params), **options)
         except OSError as error:  # its file is that of the program, or the folder
-            reason = exec_fault(self.words[0]) or error.strerror
-            text = "can't run %s: %s" % (quote(error.filename), reason)
+            text = "can't run %s: %s" % (quote(error.filename), error.strerror)
             raise Failure(text) from None
         output = ProgramOutput(ctx)
         with process:
@@ -2805,7 +2754,7 @@ class Webhook:
             "type": "string",
             "maxLength": MAX_ARGUMENT,
             "pattern": r"^https?://(%s)([/?][!-~]*)?$(?!\n)" % names,
-            "description": "http or https, on a host that WEBHOOK_HOSTS lists",
+            "description": "an http or https URL on a host of WEBHOOK_HOSTS",
         }
         self.schema = _closed(url=url, task={"type": "object"})
         self.schema["required"] = ["url", "task"]

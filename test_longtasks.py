@@ -776,11 +776,6 @@ async def coroutine():
     pass
 
 
-class AsyncObject:
-    async def __call__(self):
-        pass
-
-
 def generator():
     yield 1
 
@@ -824,7 +819,7 @@ def test_a_type_needs_a_name_of_its_own(name, reason):
         (lambda ctx: 1, "annotate ctx"),
         (generator, "generator"),
         (async_generator, "generator"),
-        (functools.partial(async_generator), "generator"),
+        (functools.partial(coroutine), "a handler is a function"),
         (dict, "a handler is a function"),
         (3, "a handler is a function"),
         (annotated("Nowhere"), "NameError: name 'Nowhere'"),
@@ -880,12 +875,11 @@ import functools
 from typing import Optional
 from longtasks import Context, handler
 
-def add(a: int, b: int = 1, *, ctx: Optional[Context] = None) -> Nowhere:
-    "Add them."
+def add(a: int, b: int = 1, *, ctx: Optional[Context] = None) -> list:
     return [a + b, ctx.task_id]
 
 class Adder:
-    def __call__(self, a: int, ctx: Context) -> Nowhere:
+    def add(self, a: int, ctx: Context) -> list:
         return add(a, ctx=ctx)
 
 def wrapped(function):
@@ -895,18 +889,14 @@ def wrapped(function):
     return wrapper
 
 handler("plain")(add)
-handler("partial")(functools.partial(add, b=1))
-handler("object")(Adder())
-handler("method")(Adder().__call__)
+handler("method")(Adder().add)
 handler("wrapped")(wrapped(add))
 handler("cached")(functools.lru_cache(add))
-handler("all")(wrapped(functools.partial(functools.partial(wrapped(add)), b=1)))
+handler("all")(wrapped(functools.lru_cache(wrapped(add))))
 """
 
 
-@pytest.mark.parametrize(
-    "name", ["plain", "partial", "object", "method", "wrapped", "cached", "all"]
-)
+@pytest.mark.parametrize("name", ["plain", "method", "wrapped", "cached", "all"])
 def test_annotations_that_are_text_are_read_whatever_the_function_is_in(
     name, tmp_path, registry
 ):
@@ -915,7 +905,6 @@ def test_annotations_that_are_text_are_read_whatever_the_function_is_in(
     assert (known.context, known.schema["required"]) == ("ctx", ["a"])
     assert known.schema["properties"]["a"] == {"type": "integer"}
     assert run(registry, name, {"a": 2}) == [3, "id"]
-    assert registry["partial"].description == "Add them."
 
 
 def test_progress_is_kept_within_bounds():
@@ -4151,13 +4140,11 @@ class AsyncGate:
 def async_gate(registry):
     """Such a gate, registered as the type "wait"."""
     gate = AsyncGate()
-    handler("wait")(gate)
+    handler("wait")(gate.__call__)
     return gate
 
 
 def test_an_async_handler_needs_no_worker(gate, async_gate):
-    handler("partial")(functools.partial(coroutine))
-
     @handler("greet")
     async def greet(name: str, *, ctx: Context):
         ctx.progress(0.5, "half way")
@@ -4174,7 +4161,6 @@ def test_an_async_handler_needs_no_worker(gate, async_gate):
         async_gate.open()
         assert result_of(service, task_id)["result"] == "hello you"
         assert call(service, "GET", path + "/log").body == b"hello\n"
-        assert result_of(service, submitted(service, "partial"))["result"] is None
 
 
 def test_an_async_handler_is_retried_as_any_other(registry):
@@ -4271,7 +4257,7 @@ def test_an_async_handler_that_swallows_its_cancel_is_abandoned(async_gate):
 
 @pytest.mark.parametrize("count, rule", [(100, 3), (3, 0)])
 def test_no_more_async_handlers_run_at_once_than_may(count, rule, async_gate):
-    handler("limited", max_running=rule)(async_gate)
+    handler("limited", max_running=rule)(async_gate.__call__)
     with serving(ASYNC_COUNT=count) as service:
         ids = [submitted(service, "limited") for _ in range(7)]
         until(lambda: service.store.counts().processing == 3)
@@ -4726,27 +4712,12 @@ def executable(folder, content, mode=0o755):
 
 
 @pytest.mark.parametrize("word", ["%s", "backup"])
-@pytest.mark.parametrize(
-    "content, mode, reason",
-    [
-        (b"#!/bin/sh\n", 0o644, "is not executable: chmod +x %s"),
-        (b"echo 1\n", 0o755, "does not begin with a #! line, such as #!/bin/sh"),
-        (b"", 0o755, "does not begin with a #! line, such as #!/bin/sh"),
-        (b"#!/no/sh -e\n", 0o755, 'needs the interpreter "/no/sh", which can\'t be'),
-        (b"#! \t/no/sh\t-e", 0o755, 'needs the interpreter "/no/sh", which can\'t be'),
-        (b"#!/etc/passwd\n", 0o755, 'needs the interpreter "/etc/passwd", which'),
-        (b"#!/bin/sh\r\n", 0o755, 'needs the interpreter "/bin/sh\\r", which'),
-    ],
-)
-def test_a_file_that_cannot_be_run_is_refused_with_the_reason(
-    content, mode, reason, word, tmp_path, monkeypatch
-):
+def test_a_file_that_is_not_executable_is_refused(word, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    path = executable(tmp_path, content, mode)
+    path = executable(tmp_path, b"#!/bin/sh\n", 0o644)
     with pytest.raises(HandlerError) as caught:
         program("t=" + word.replace("%s", path))
-    expected = '"%s" %s' % (path, reason.replace("%s", path))
-    assert str(caught.value).startswith(expected)
+    assert str(caught.value) == '"%s" is not executable: chmod +x %s' % (path, path)
 
 
 def test_a_program_in_this_folder_is_found_by_its_path_only(tmp_path, monkeypatch):
@@ -4759,22 +4730,13 @@ def test_a_program_in_this_folder_is_found_by_its_path_only(tmp_path, monkeypatc
         program("t=%s" % tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content, reason",
-    [
-        (b"#!/no/sh", 'needs the interpreter "/no/sh", which can\'t be found or run'),
-        (None, "No such file or directory"),
-    ],
-)
-def test_a_program_that_became_unrunnable_fails_its_task(content, reason, tmp_path):
+def test_a_program_that_became_unrunnable_fails_its_task(tmp_path):
     path = executable(tmp_path, b"#!/bin/sh\n")
     made = program("t=" + path)
     os.remove(path)
-    if content:
-        executable(tmp_path, content)
     with pytest.raises(longtasks.Failure) as caught:
         made({}, Context("id"))
-    assert str(caught.value) == 'can\'t run "%s": %s' % (path, reason)
+    assert str(caught.value) == 'can\'t run "%s": No such file or directory' % path
 
 
 def test_commands_come_from_repeated_flags_or_lines():
@@ -4821,9 +4783,9 @@ def test_a_value_stays_within_its_word_and_no_shell_sees_it():
         ("t=echo {a}", "x" * 4096, None),
         ("t=echo {a}", "x" * 4097, "of at most 4096 characters"),
         ("t=echo {a}", "a\0b", "without NUL"),
-        ("t=echo {a}", "\ud800", r'lone surrogates, not "\ud800"'),
-        ("t=echo {a}", 5, "a must be a string, not 5"),
-        ("t=echo {a}", None, "a must be a string, not null"),
+        ("t=echo {a}", "\ud800", r'not "\ud800"'),
+        ("t=echo {a}", 5, "a must be a string of at most"),
+        ("t=echo {a}", None, "-, not null"),
     ],
 )
 def test_a_value_that_a_program_could_misread_is_refused(line, value, reason):
@@ -5319,8 +5281,8 @@ def test_a_label_is_kept_shown_and_logged_and_one_made_of_params_is_not_logged(
     "label, problem",
     [
         ("x" * 201, "of at most 200 characters"),
-        (" \n", "that is not blank"),
-        ("\ud800", "without lone surrogates"),
+        (" \n", ", not blank"),
+        ("\ud800", r'not "\ud800"'),
         (1, "label must be a string"),
     ],
 )
@@ -7806,9 +7768,7 @@ def test_a_webhook_goes_nowhere_but_to_the_hosts_that_are_listed(receiver):
     for url in good:
         assert known.params.is_valid({"url": url, "task": {}})
     for url in bad:
-        with pytest.raises(
-            longtasks.Invalid, match="on a host that WEBHOOK_HOSTS lists"
-        ):
+        with pytest.raises(longtasks.Invalid, match="on a host of WEBHOOK_HOSTS"):
             known.params.validate({"url": url, "task": {}})
         with pytest.raises(longtasks.Fail, match="WEBHOOK_HOSTS"):  # from a journal
             known.function({"url": url, "task": {}}, Context("id"))
@@ -9741,7 +9701,8 @@ def test_params_are_words_json_or_a_whole_object(
         (["run", "typed", "number=x"], 'params.number must be a number, not "x"'),
         (
             ["run", "show", "path=-5"],
-            'params.path must be a string that does not begin with -, not "-5"',
+            "params.path must be a string of at most 4096 characters, without NUL, "
+            'that does not begin with -, not "-5"',
         ),
         (["run", "echo", "--id", "x"], "the id must be a UUID, such as "),
         (["run", "echo", "--retries", "x"], "retries must be a whole number from 0 to"),

@@ -2229,7 +2229,7 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
         ours, theirs = socket.socketpair()
         PRIVATE.add(ours)
         for end in (ours, theirs):
-            end.setblocking(True)  # whatever socket.setdefaulttimeout() has been told
+            end.setblocking(True)  # whatever socket.setdefaulttimeout() was set to
         with theirs:
             process = ManagedProcess(ctx, argv, stdin=theirs)
 

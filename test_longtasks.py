@@ -2355,7 +2355,7 @@ def test_an_id_that_is_gone_and_damaged_answers_for_both_it_may_have_been(
 
 @pytest.fixture(params=["in memory", "with a journal"])
 def either(request, tmp_path):
-    """A ledger of each kind."""
+    """A task store of each kind."""
     if request.param == "in memory":
         yield new_ledger()
     else:
@@ -5078,7 +5078,7 @@ def register_all_kinds():
 
 
 class Visitor:
-    """Does at random what can be done with a ledger, and keeps what it was told."""
+    """Does at random what a task store can do, and keeps what it returned."""
 
     def __init__(self, store, seed):
         self.store, self.dice = store, random.Random(seed)

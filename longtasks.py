@@ -52,10 +52,10 @@ line:
      3783  7. Result store and task queue
      4990  8. Worker pool
      5316  9. HTTP API
-     7067  10. HTTP server
-     7973  11. Client
-     8559  12. Main
-     9092  13. The page
+     7033  10. HTTP server
+     7939  11. Client
+     8525  12. Main
+     9058  13. The page
 
 Three things hold throughout:
 
@@ -5442,9 +5442,11 @@ class Reply(NamedTuple):
         return len(self.body) + sum(map(len, self.more))
 
 
-def json_reply(document: Any) -> Reply:
+def json_reply(
+    document: Any, status: int = 200, headers: Mapping[str, str] = {}
+) -> Reply:
     """Reply with a document as JSON."""
-    return Reply(200, to_json(document) + b"\n")
+    return Reply(status, to_json(document) + b"\n", JSON, headers)
 
 
 def text_reply(text: str, status: int = 200, headers: Mapping[str, str] = {}) -> Reply:
@@ -5515,56 +5517,30 @@ def timestamp(when: float) -> str:
     return "%s.%03dZ" % (second, millis % 1000)
 
 
-# Types recur, and clients poll the same tasks.
-json_text = functools.lru_cache(maxsize=1000)(lambda text: to_json(text).decode())
-
-
-def status_json(task: Task, context: Optional[Context] = None) -> str:
-    """Return the status document of a task, without the fields that don't apply.
-
-    Formatted by hand, since polling clients make it the most frequent reply.
-    """
-    parts = [
-        '{"id": "%s", "status": "%s", "type": %s, "created_at": "%s"'
-        % (task.id, task.status, json_text(task.type), timestamp(task.created_at))
-    ]
-    label = label_of(task)
-    if label:
-        parts.append('"label": ' + json_text(label))
-    if task.started_at is not None:
-        parts.append('"started_at": "%s"' % timestamp(task.started_at))
-    if task.ended_at is not None:
-        parts.append('"ended_at": "%s"' % timestamp(task.ended_at))
-    if task.attempt:
-        parts.append('"attempt": %d' % task.attempt)
-    if task.steps:
-        parts.append('"steps": %d' % task.steps)
-    if task.options.priority:
-        parts.append('"priority": %d' % task.options.priority)
-    return ", ".join([*parts, *_rarer_parts(task, context)]) + "}"
-
-
-def _rarer_parts(task: Task, context: Optional[Context]) -> Iterator[str]:
-    if task.retry_of:
-        yield '"retry_of": "%s"' % task.retry_of
-    if task.follows:
-        yield '"follows": "%s"' % task.follows
-    if task.due_at is not None:
-        yield '"next_attempt_at": "%s"' % timestamp(task.due_at)
-    if task.finished and task.error is not None:
-        yield '"error": ' + json_text(first_line(task.error))
-    if task.status == PENDING and task.error is not None:
-        yield '"last_error": ' + to_json(task.error).decode()
-    if task.cancel_requested and not task.finished:
-        yield '"cancel_requested": true'
-    progress = context.progress_document() if context else None
-    if task.status == PROCESSING and progress:
-        yield '"progress": ' + to_json(progress).decode()
-
-
-def accepted_json(task: Task) -> str:
-    """Return the document that acknowledges a submission."""
-    return '{"id": "%s", "status": "%s"}' % (task.id, task.status)
+def status_document(task: Task, context: Optional[Context] = None) -> Dict[str, Any]:
+    """Return the status document of a task, without the fields that don't apply."""
+    fields = {
+        "id": task.id,
+        "status": task.status,
+        "type": task.type,
+        "created_at": timestamp(task.created_at),
+        "label": label_of(task),
+        "started_at": task.started_at and timestamp(task.started_at),
+        "ended_at": task.ended_at and timestamp(task.ended_at),
+        "attempt": task.attempt,
+        "steps": task.steps,
+        "priority": task.options.priority,
+        "retry_of": task.retry_of,
+        "follows": task.follows,
+        "next_attempt_at": task.due_at and timestamp(task.due_at),
+        "error": task.finished and task.error and first_line(task.error),
+        "last_error": task.status == PENDING and task.error,
+        "cancel_requested": bool(task.cancel_requested) and not task.finished,
+        "progress": task.status == PROCESSING
+        and context
+        and context.progress_document(),
+    }
+    return {name: value for name, value in fields.items() if value}
 
 
 def submission_document(task: Task) -> Dict[str, Any]:
@@ -5598,7 +5574,7 @@ def follow_ups(
     """
     entries = json.loads(task.options.then) if task.options.then else []
     entries += [] if task.follows else by_rule(task.type)
-    document = json.loads(status_json(task)) if entries else {}
+    document = status_document(task) if entries else {}
     for entry in entries:
         if entry["on"] in (task.status, "finished"):
             options = {name: entry[name] for name in Options._fields if name in entry}
@@ -5608,12 +5584,9 @@ def follow_ups(
             yield found._replace(follows=task.id)
 
 
-def status_reply(
-    app: "App", task: Task, status: int = 200, headers: Mapping[str, str] = {}
-) -> Reply:
-    """Reply with the status document of a task."""
-    text = status_json(task, app.store.context(task.id)) + "\n"
-    return Reply(status, text.encode(), JSON, headers)
+def current_status(app: "App", task: Task) -> Dict[str, Any]:
+    """Return the status document of a task, with its progress."""
+    return status_document(task, app.store.context(task.id))
 
 
 def result_reply(task: Task) -> Reply:
@@ -5623,10 +5596,10 @@ def result_reply(task: Task) -> Reply:
     else:
         name, outcome = "error", to_json(task.error)
     head = '{"task_id": "%s", "status": "%s", "%s": ' % (task.id, task.status, name)
-    moments = (task.created_at, task.started_at, task.ended_at)
-    texts = ['"%s"' % timestamp(when) if when else "null" for when in moments]
-    times = ', "created_at": %s, "started_at": %s, "ended_at": %s}\n' % tuple(texts)
-    return joined_reply(head.encode(), outcome, times.encode(), JSON)
+    moments = ("created_at", "started_at", "ended_at")
+    times = {n: getattr(task, n) and timestamp(getattr(task, n)) for n in moments}
+    tail = b", " + to_json(times)[1:] + b"\n"
+    return joined_reply(head.encode(), outcome, tail, JSON)
 
 
 def joined_reply(head: bytes, value: bytes, tail: bytes, media: str) -> Reply:
@@ -5668,8 +5641,7 @@ def submit_task(app: App, request: Request) -> Reply:
         tasks = app.store.submit_all(submission)
         if media == TEXT:
             return text_reply("\n".join(task.id for task in tasks), 202)
-        text = "[%s]\n" % ", ".join(map(accepted_json, tasks))
-        return Reply(202, text.encode())
+        return json_reply([{"id": task.id, "status": PENDING} for task in tasks], 202)
     task = submit_one(app, submission, key)
     task = task._replace(status=PENDING)  # the reply is the same each time
     return submitted_reply(app, request, task, 202, media)
@@ -5742,8 +5714,8 @@ def submitted_reply(
     if media == TEXT:
         return text_reply(task.id, status, headers)
     if request.wait and task.finished:
-        return status_reply(app, task, 200, headers)
-    return Reply(status, (accepted_json(task) + "\n").encode(), JSON, headers)
+        return json_reply(current_status(app, task), 200, headers)
+    return json_reply({"id": task.id, "status": task.status}, status, headers)
 
 
 def await_end(
@@ -5765,9 +5737,8 @@ def list_tasks(app: App, request: Request) -> Reply:
     query = {"limit": 100, **request.query}
     newest_first = query.pop("order", "") == "desc"
     tasks, after = app.store.page(newest_first=newest_first, **query)
-    texts = [status_json(task, app.store.context(task.id)) for task in tasks]
-    rest = to_json({"next": after, "counts": app.store.totals()}).decode()
-    return Reply(200, ('{"tasks": [%s], %s\n' % (", ".join(texts), rest[1:])).encode())
+    found = [current_status(app, task) for task in tasks]
+    return json_reply({"tasks": found, "next": after, "counts": app.store.totals()})
 
 
 def show_task(app: App, request: Request) -> Reply:
@@ -5775,7 +5746,7 @@ def show_task(app: App, request: Request) -> Reply:
     task = await_end(app, request, request.task_id)
     if request.accepts(JSON, TEXT) == TEXT:
         return text_reply(task.status)
-    return status_reply(app, task)
+    return json_reply(current_status(app, task))
 
 
 def show_submission(app: App, request: Request) -> Reply:
@@ -5812,7 +5783,7 @@ def show_log(app: App, request: Request) -> Reply:
 def cancel_task(app: App, request: Request) -> Reply:
     """Cancel a task: a waiting one at once; a running one is asked to stop."""
     task = app.store.cancel(request.task_id)
-    return status_reply(app, task, 200 if task.finished else 202)
+    return json_reply(current_status(app, task), 200 if task.finished else 202)
 
 
 def delete_task(app: App, request: Request) -> Reply:
@@ -5918,8 +5889,8 @@ def event_stream(app: App, request: Request, after: Optional[int]) -> Iterator[b
             yield from map(encode, found)
             ended = any(map(ends_stream, found))
         if task and not ended and (task.finished or not resumes):
-            text = status_json(task, app.store.context(task.id))
-            yield b"event: status\ndata: %b\n\n" % text.encode()
+            document = current_status(app, task)
+            yield b"event: status\ndata: %b\n\n" % to_json(document)
             ended = task.finished
         for found in () if ended else new_events(app, subscription):
             yield from map(encode, found) if found else [b":\n\n"]
@@ -5960,13 +5931,13 @@ def ends_stream(event: Event) -> bool:
 def encode_event(life: str, event: Event) -> bytes:
     """Return an event as it is sent."""
     if event.kind == "status":
-        data = status_json(event.payload).encode()
+        document = status_document(event.payload)
     elif event.kind == "log":
-        data = to_json({"id": event.task_id, "line": event.payload})
+        document = {"id": event.task_id, "line": event.payload}
     else:
-        data = to_json(dict(event.payload or {}, id=event.task_id))
+        document = dict(event.payload or {}, id=event.task_id)
     head = "id: %s-%d\nevent: %s\ndata: " % (life, event.number, event.kind)
-    return head.encode() + data + b"\n\n"
+    return head.encode() + to_json(document) + b"\n\n"
 
 
 def list_types(app: App, request: Request) -> Reply:
@@ -6695,7 +6666,7 @@ class Call:
 
     def _tool_list(self, arguments: Json) -> Json:
         tasks, after = self._page(**arguments)
-        documents = [status_document(self.app, task) for task in tasks]
+        documents = [current_status(self.app, task) for task in tasks]
         return tool_result({"tasks": documents, "next": after})
 
     # -- what they share
@@ -6725,7 +6696,7 @@ class Call:
         changed = task.ended_at or task.started_at or task.created_at
         lives = (task.ended_at or time.time()) - task.created_at
         lives += self.app.store.limits.result_ttl
-        progress = status_document(self.app, task).get("progress", {})
+        progress = current_status(self.app, task).get("progress", {})
         return {
             "taskId": task.id,
             "status": ends.get(task.status, "working"),
@@ -6765,7 +6736,7 @@ class Call:
         text = "Task %s is %s." % (task.id, task.status)
         if not task.finished:
             text += HOW_TO_GO_ON % task.id
-        found = {**status_document(self.app, task), **more}
+        found = {**current_status(self.app, task), **more}
         return tool_result(found, text, to_json(found).decode())
 
 
@@ -6780,11 +6751,6 @@ def tool_result(structured: Any, *texts: str) -> Json:
     texts = texts or (to_json(structured).decode(),)
     content = [{"type": "text", "text": text} for text in texts]
     return {"content": content, "structuredContent": structured}
-
-
-def status_document(app: App, task: Task) -> Json:
-    """Return the status document of a task."""
-    return dict(json.loads(status_json(task, app.store.context(task.id))))
 
 
 def checked(validator: Validator, value: Any, code: int) -> Any:

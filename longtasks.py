@@ -46,16 +46,16 @@ line:
       146  1. Settings
       497  2. Tasks and their states
       872  3. Task registry
-     1595  4. Execution
-     2946  5. Journal
-     3587  6. Events
-     3783  7. Result store and task queue
-     4990  8. Worker pool
-     5316  9. HTTP API
-     7033  10. HTTP server
-     7939  11. Client
-     8525  12. Main
-     9058  13. The page
+     1600  4. Execution
+     2925  5. Journal
+     3566  6. Events
+     3762  7. Result store and task queue
+     4969  8. Worker pool
+     5295  9. HTTP API
+     7012  10. HTTP server
+     7918  11. Client
+     8504  12. Main
+     9037  13. The page
 
 Three things hold throughout:
 
@@ -1093,7 +1093,7 @@ def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]
     takes_all = list(properties) == required == ["params"] and not others
     if takes_all and properties["params"].get("type") == "object":
         return properties["params"], True, context
-    schema = {"type": "object", "properties": properties, "required": required}
+    schema = _closed(*required, **properties)
     return {**schema, "additionalProperties": others}, False, context
 
 
@@ -1335,9 +1335,10 @@ def _in_words(schema: Dict[str, Any]) -> str:
     return words
 
 
-def _closed(**properties: Schema) -> Dict[str, Any]:
+def _closed(*required: str, **properties: Schema) -> Dict[str, Any]:
     """Return the schema of an object that has no other properties than these."""
-    return {"type": "object", "properties": properties, "additionalProperties": False}
+    schema = {"type": "object", "properties": properties, "required": list(required)}
+    return {**schema, "additionalProperties": False}
 
 
 _DURATION = {"type": "number", "minimum": 0, "maximum": 10**9}  # seconds
@@ -1364,6 +1365,7 @@ _HANDLER_OPTIONS = Validator(
     _closed(**RULES, isolated={"type": "boolean"}, limits=_LIMITS)
 )
 SUBMISSION = _closed(
+    *("type", "params"),
     type={"type": "string"},
     params={"type": "object"},
     timeout={"type": "number", "minimum": 0.001, "maximum": 10**9},
@@ -1377,12 +1379,15 @@ SUBMISSION = _closed(
         "description": "a string of at most %d characters, not blank" % MAX_LABEL,
     },
 )
-SUBMISSION["required"] = ["type", "params"]
 # What follows a task is a submission, too, but nothing follows that one.
-_FOLLOW_UP = _closed(on={"enum": list(ENDINGS)}, **SUBMISSION["properties"])
-_FOLLOW_UP["required"] = ["on", "type", "params"]
-SUBMISSION["properties"]["then"] = {"type": "array", "items": _FOLLOW_UP}
-SUBMISSION["properties"]["then"]["maxItems"] = MAX_FOLLOW_UPS
+_FOLLOW_UP = _closed(
+    *("on", "type", "params"), on={"enum": list(ENDINGS)}, **SUBMISSION["properties"]
+)
+SUBMISSION["properties"]["then"] = {
+    "type": "array",
+    "items": _FOLLOW_UP,
+    "maxItems": MAX_FOLLOW_UPS,
+}
 _SUBMISSION = Validator(SUBMISSION)
 
 
@@ -1611,8 +1616,6 @@ PROGRESS_INTERVAL = 1.0  # seconds until progress is published that came too fas
 # lines and how many were dropped before them.
 Emit = Callable[["Context", str, Any], None]
 
-MAX_STEPS = 10_000  # of a task
-
 # Saves a step of a run, and calls the function once it can't be lost any more.
 SaveStep = Callable[["Context", Step, Callable[[], Any]], None]
 
@@ -1759,8 +1762,6 @@ class Context:
             names = self._step_names = self._step_names or set()
             if name in names:
                 raise Fail("this run has two steps called " + quote(name))
-            if len(names) >= MAX_STEPS:
-                raise Fail("a task has at most %d steps" % MAX_STEPS)
             names.add(name)
         try:
             yield self.save_step
@@ -2302,11 +2303,10 @@ class ServiceLink:
 
     def send(self, kind: str, payload: bytes) -> None:
         """Send a word and JSON."""
-        if (
-            os.getpid() == self._pid
-        ):  # else the handler has forked: the lock may be held
-            with self._lock:
-                self._connection.sendall(kind.encode() + b" " + payload + b"\n")
+        if os.getpid() != self._pid:
+            return  # the handler has forked: the lock may be held
+        with self._lock:
+            self._connection.sendall(kind.encode() + b" " + payload + b"\n")
 
     def emit(self, ctx: Context, kind: str, payload: Any) -> None:
         """Send progress, or lines of the log."""
@@ -2487,10 +2487,7 @@ def find_program(word: str) -> str:
     found = shutil.which(name, os.F_OK)
     if found:
         raise HandlerError("%s is not executable: chmod +x %s" % (quote(found), found))
-    hint = ""
-    if name == word and os.path.exists(os.path.join(FOLDER, word)):
-        hint = " on the PATH; for the file in this folder write ./" + word
-    raise HandlerError("there is no program %s%s" % (quote(word), hint))
+    raise HandlerError("there is no program " + quote(word))
 
 
 class Program:
@@ -2518,37 +2515,32 @@ class Program:
         self.__doc__ = command.strip()
         self.schema = self._schema()
 
-    def _defaults(self) -> Dict[str, Optional[str]]:
-        """Return the placeholders with their defaults; note which begin a word."""
+    def _schema(self) -> Dict[str, Any]:
+        """Return the JSON Schema of the placeholders; note which begin a word."""
+        self._first: Set[str] = set()  # their values could be options
+        properties: Dict[str, Any] = {}
         defaults: Dict[str, Optional[str]] = {}
         options_end = False
         for word in self.words[1:]:
             options_end = options_end or word == "--"
+            is_first = word[:1] == "{" and word[:2] != "{{" and not options_end
             for match in _placeholders(word):
                 name, default = match.groups()
                 if defaults.setdefault(name, default) != default:
                     raise HandlerError("{%s} has two defaults" % name)
-                if word[0] == "{" and word[:2] != "{{" and not options_end:
+                param, dot, _ = name.partition(".")
+                schema = {"type": "object"} if dot else dict(_WORD)
+                if default is not None and not dot:
+                    schema["default"] = default
+                known = properties.setdefault(param, schema)
+                if known["type"] != schema["type"]:
+                    raise HandlerError("{%s} can't be an object and a string" % param)
+                if is_first:
                     self._first.add(name)
-        return defaults
-
-    def _schema(self) -> Dict[str, Any]:
-        """Return the JSON Schema of the placeholders."""
-        self._first: Set[str] = set()  # their values could be options
-        properties: Dict[str, Any] = {}
-        required = []
-        for name, default in self._defaults().items():
-            param, dot, _ = name.partition(".")
-            schema = dict(_FIRST_WORD if name in self._first else _WORD)
-            if dot:
-                schema = {"type": "object"}
-            elif default is not None:
-                schema["default"] = default
-            if properties.setdefault(param, schema)["type"] != schema["type"]:
-                raise HandlerError("{%s} can't be an object and a string" % param)
-            if default is None and param not in required:
-                required.append(param)
-        return dict(_closed(**properties), required=required)
+                    known.update({} if dot else _FIRST_WORD)
+        names = [name for name in defaults if defaults[name] is None]
+        required = dict.fromkeys(name.partition(".")[0] for name in names)
+        return _closed(*required, **properties)
 
     def arguments(self, params: Mapping[str, Any]) -> List[str]:
         """Return the words with the params in their places."""
@@ -2756,8 +2748,7 @@ class Webhook:
             "pattern": r"^https?://(%s)([/?][!-~]*)?$(?!\n)" % names,
             "description": "an http or https URL on a host of WEBHOOK_HOSTS",
         }
-        self.schema = _closed(url=url, task={"type": "object"})
-        self.schema["required"] = ["url", "task"]
+        self.schema = _closed("url", "task", url=url, task={"type": "object"})
 
     def __call__(self, params: Dict[str, Any], ctx: Context) -> Dict[str, Any]:
         """Send it; raises Failure unless the response is a success."""
@@ -2790,12 +2781,25 @@ class Webhook:
 def post(url: str, headers: Dict[str, str], body: bytes, ctx: Context) -> Any:
     """Send a request; return the response without its body, or raise Failure.
 
-    Redirects are not followed, proxies not used. Slow servers are left in time.
+    Redirects are not followed, proxies not used. A slow server is left in time, and at
+    once when the task is to stop.
     """
     client, parts = lazy_import("http.client"), urlsplit(url)
+    secure = parts.scheme == "https"
+    connect = client.HTTPSConnection if secure else client.HTTPConnection
+    connection = connect(parts.netloc, timeout=WEBHOOK_TIMEOUT)
+
+    def stop() -> None:
+        with contextlib.suppress(OSError):  # it has just ended
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)  # below TLS
+
+    timer = threading.Timer(WEBHOOK_TIMEOUT, stop)
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
     try:
-        with connected(parts.scheme, parts.netloc, ctx) as connection:
+        with contextlib.closing(connection):
+            connection.connect()
+            timer.start()
+            ctx.on_stop(stop)
             connection.request("POST", target, body, headers)
             with connection.getresponse() as response:
                 return response
@@ -2803,32 +2807,9 @@ def post(url: str, headers: Dict[str, str], body: bytes, ctx: Context) -> Any:
         ctx.check()
         text = "no answer from %s: %s" % (parts.netloc, describe(error))
         raise Failure(text) from None
-
-
-@contextlib.contextmanager
-def connected(scheme: str, host: str, ctx: Context) -> Iterator[Any]:
-    """Connect to a host, for WEBHOOK_TIMEOUT at most, or until the task is to stop."""
-    client, more = lazy_import("http.client"), {"timeout": WEBHOOK_TIMEOUT}
-    connection = client.HTTPConnection(host, **more)
-    if scheme == "https":
-        context = lazy_import("ssl").create_default_context()
-        connection = client.HTTPSConnection(host, context=context, **more)
-    with contextlib.closing(connection):
-        connection.connect()
-        sock = connection.sock
-
-        def stop() -> None:
-            with contextlib.suppress(OSError):  # it has just ended
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # below TLS
-
-        timer = threading.Timer(WEBHOOK_TIMEOUT, stop)
-        timer.start()
-        ctx.on_stop(stop)
-        try:
-            yield connection
-        finally:
-            ctx.on_stop(None)
-            timer.cancel()
+    finally:
+        ctx.on_stop(None)
+        timer.cancel()
 
 
 def retry_after(text: str) -> float:
@@ -2876,19 +2857,17 @@ def load_executor(text: str) -> None:
     path, _, name = text.rpartition(":")
     if not (path and name):
         raise HandlerError("--executor %s: write FILE:FACTORY" % quote(text))
-    factory = getattr(_load_file("--executor", path), name, None)
+    module = _load_file("--executor", path)
     if not any(known.isolated for known in REGISTRY.values()):
         log.warning("--executor %s has nothing to run: no handler is isolated", text)
     try:
-        if not callable(factory):
-            raise HandlerError("%s has no function %s" % (path, quote(name)))
         for handlers_file in LOADED:
             with tokenize.open(handlers_file) as opened:
                 LOADED[handlers_file] = opened.read()
         with open(FILE, "rb") as file:
             source = file.read()
         with UserCode():
-            executor = factory()
+            executor = getattr(module, name)()
         if not callable(getattr(executor, "submit", None)):
             raise HandlerError("it made no Executor")
     except _NOT_LOADED as error:
@@ -6771,7 +6750,7 @@ def decode_header(text: str) -> str:
 
 
 def _by_id(**more: Schema) -> Json:
-    return {**_closed(task_id=STRING, **more), "required": ["task_id"]}
+    return _closed("task_id", task_id=STRING, **more)
 
 
 _OBJECT = {"type": "object"}

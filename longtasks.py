@@ -52,10 +52,10 @@ line:
      3762  7. Result store and task queue
      4969  8. Worker pool
      5295  9. HTTP API
-     7012  10. HTTP server
-     7918  11. Client
-     8504  12. Main
-     9037  13. The page
+     6994  10. HTTP server
+     7900  11. Client
+     8486  12. Main
+     9019  13. The page
 
 Three things hold throughout:
 
@@ -6137,7 +6137,9 @@ def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
 # The document at /openapi.json (spec.openapis.org/oas/v3.1.0) is made from ROUTES, the
 # schemas of the handlers and these tables.
 
+# The media types of bodies that are not JSON.
 MEDIA = {"text": TEXT, "html": HTML, "events": SSE, "metrics": METRICS}
+MEDIA["Problem"] = PROBLEM
 STRING: Dict[str, Any] = {"type": "string"}
 COUNT: Dict[str, Any] = {"type": "integer", "minimum": 0}
 TIME: Dict[str, Any] = {"type": "string", "format": "date-time"}
@@ -6270,9 +6272,12 @@ def openapi(handlers: Mapping[str, Handler], needs_token: bool) -> Dict[str, Any
     types = _type_components(handlers)
     submission = {"oneOf": [_ref("schemas", name) for name in types]}
     paths: Dict[str, Any] = {route.path: {} for route in ROUTES}
-    for route in ROUTES:
-        for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):
-            paths[route.path][method.lower()] = _operation(method, route)
+    for path, operations in paths.items():
+        for method, route in _ROUTES[path].items():
+            if method != "OPTIONS":
+                operations[method.lower()] = _operation(method, route)
+    refused = "The request is refused and has changed nothing; the body says why."
+    headers = "Retry-After", "Allow", "WWW-Authenticate", "Accept-Encoding"
     return {
         "openapi": "3.1.0",
         "info": {"title": "longtasks", "version": __version__},
@@ -6283,12 +6288,19 @@ def openapi(handlers: Mapping[str, Handler], needs_token: bool) -> Dict[str, Any
             "schemas": {**DOCUMENTS, "Submission": submission, **types},
             "parameters": PARAMETERS,
             "responses": {
-                "Problem": _refused(PROBLEM, "Problem"),
-                "RPCError": _refused(JSON, "Answer"),
+                name: _response(refused, name, headers)
+                for name in ("Problem", "Answer")
             },
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def numbered(form: str, name: str) -> Iterator[str]:
+    """Yield a name as it is, and then with a number from 2 on."""
+    yield name
+    for number in itertools.count(2):
+        yield form % (name, number)
 
 
 def _type_components(handlers: Mapping[str, Handler]) -> Dict[str, Any]:
@@ -6303,10 +6315,7 @@ def _type_components(handlers: Mapping[str, Handler]) -> Dict[str, Any]:
         words = re.findall("[A-Za-z0-9]+", type)
         base = "".join(word[0].upper() + word[1:] for word in words) + "Task"
         base = base if base[0].isalpha() else "Type" + base
-        name, number = base, 1
-        while name.lower() in taken:
-            number += 1
-            name = "%s%d" % (base, number)
+        name = next(n for n in numbered("%s%d", base) if n.lower() not in taken)
         taken.add(name.lower())
         own = {"type": {"const": type}, "params": entry.schema}
         found[name] = {
@@ -6320,16 +6329,15 @@ def _type_components(handlers: Mapping[str, Handler]) -> Dict[str, Any]:
 def _operation(method: str, route: "Route") -> Dict[str, Any]:
     """Return the description of a method of a path."""
     parameters = [name + "InPath" for name in re.findall("{(.*?)}", route.path)]
-    parameters += [*route.query, *route.headers]
+    parameters += route.parameters
     headers = ["Location"] * ("Accepted" in route.replies.get(202, ""))
-    headers += ["Preference-Applied"] * ("Prefer" in route.headers)
+    headers += ["Preference-Applied"] * ("Prefer" in route.parameters)
     responses = {
-        str(status): _response(HTTPStatus(status).phrase, _content(names), headers)
+        str(status): _response(HTTPStatus(status).phrase, names, headers)
         for status, names in route.replies.items()
     }
-    for status in [*map(str, route.errors), "default"]:
-        refused = "RPCError" if route.path == MCP_PATH else "Problem"
-        responses[status] = _ref("responses", refused)
+    refused = "Answer" if route.path == MCP_PATH else "Problem"
+    responses["default"] = _ref("responses", refused)
     described: Dict[str, Any] = {
         "operationId": ("head_" if method == "HEAD" else "") + route.endpoint.__name__,
         "summary": route.help,
@@ -6343,17 +6351,9 @@ def _operation(method: str, route: "Route") -> Dict[str, Any]:
     return described
 
 
-def _response(
-    description: str, content: Dict[str, Any], headers: Sequence[str]
-) -> Dict[str, Any]:
+def _response(description: str, names: str, headers: Sequence[str]) -> Dict[str, Any]:
     found = {name: {"schema": STRING} for name in headers}
-    return {"description": description, "headers": found, "content": content}
-
-
-def _refused(media: str, document: str) -> Dict[str, Any]:
-    text = "The request is refused and has changed nothing; the body says why."
-    headers = "Retry-After", "Allow", "WWW-Authenticate", "Accept-Encoding"
-    return _response(text, {media: {"schema": _ref("schemas", document)}}, headers)
+    return {"description": description, "headers": found, "content": _content(names)}
 
 
 def _content(names: str) -> Dict[str, Any]:
@@ -6361,7 +6361,7 @@ def _content(names: str) -> Dict[str, Any]:
     found: Dict[str, Any] = {}
     for name in names.split():
         content = found.setdefault(MEDIA.get(name, JSON), {"schema": {"anyOf": []}})
-        schema = STRING if name in MEDIA else _ref("schemas", name)
+        schema = _ref("schemas", name) if name in DOCUMENTS else STRING
         content["schema"]["anyOf"].append(schema)
     return found
 
@@ -6437,10 +6437,8 @@ def make_tools(handlers: Mapping[str, Handler], settings: Settings) -> Tools:
     names = {type: re.sub("[^A-Za-z0-9_.-]", "_", type) for type in only or handlers}
     # Those whose names stay as they are come first.
     for type in sorted(names, key=lambda type: (type != names[type], type)):
-        name, number = names[type], 1
-        while name in types or name in TOOLS:
-            number += 1
-            name = "%s_%d" % (names[type], number)
+        tried = numbered("%s_%d", names[type])
+        name = next(n for n in tried if n not in types and n not in TOOLS)
         types[name] = type
     return Tools(types, only, settings["MCP_WAIT"])
 
@@ -6837,9 +6835,7 @@ class Route(NamedTuple):
     path: str
     endpoint: Callable[[App, Request], Reply]
     replies: Mapping[int, str]  # status -> names in DOCUMENTS and MEDIA
-    errors: Tuple[int, ...] = ()  # statuses beside those that any request may get
-    query: Tuple[str, ...] = ()  # names in PARAMETERS
-    headers: Tuple[str, ...] = ()  # names in PARAMETERS
+    parameters: Tuple[str, ...] = ()  # names in PARAMETERS
     body: str = ""  # names in DOCUMENTS, if it has a body
     open: bool = False  # needs no token
 
@@ -6849,47 +6845,39 @@ class Route(NamedTuple):
         return inspect.getdoc(self.endpoint) or ""
 
 
-_WAIT, _PREFER, _LAST_ID = ("wait",), ("Prefer",), ("Last-Event-ID",)
-_KEY, _FILTERS = ("Prefer", "Idempotency-Key"), ("status", "type", "q")
+_WAIT, _LAST_ID = ("wait", "Prefer"), ("Last-Event-ID",)
+_SUBMIT, _FILTERS = (*_WAIT, "Idempotency-Key"), ("status", "type", "q")
 
 # fmt: off
 ROUTES = (
     Route("GET", "/", show_index, {200: "text html"}),
     Route("POST", "/api/v1/tasks", submit_task,
-          {200: "Status", 202: "Accepted BatchAccepted text"}, (406, 410, 415, 422),
-          _WAIT, _KEY, "Submission Batch"),
-    Route("GET", "/api/v1/tasks", list_tasks, {200: "List"}, (),
+          {200: "Status", 202: "Accepted BatchAccepted text"}, _SUBMIT,
+          "Submission Batch"),
+    Route("GET", "/api/v1/tasks", list_tasks, {200: "List"},
           (*_FILTERS, "limit", "after", "order")),
-    Route("DELETE", "/api/v1/tasks", delete_tasks, {200: "Count"}, (), _FILTERS),
-    Route("POST", "/api/v1/tasks/cancel", cancel_tasks, {200: "Count"}, (), _FILTERS),
-    Route("POST", "/api/v1/tasks/retry", retry_tasks, {200: "Count"}, (410, 422),
-          _FILTERS),
-    Route("GET", "/api/v1/tasks/{id}", show_task, {200: "Status text"},
-          (404, 406, 410), _WAIT, _PREFER),
+    Route("DELETE", "/api/v1/tasks", delete_tasks, {200: "Count"}, _FILTERS),
+    Route("POST", "/api/v1/tasks/cancel", cancel_tasks, {200: "Count"}, _FILTERS),
+    Route("POST", "/api/v1/tasks/retry", retry_tasks, {200: "Count"}, _FILTERS),
+    Route("GET", "/api/v1/tasks/{id}", show_task, {200: "Status text"}, _WAIT),
     Route("PUT", "/api/v1/tasks/{id}", put_task,
-          {200: "Accepted Status text", 202: "Accepted text"},
-          (406, 409, 410, 415, 422), _WAIT, _PREFER, "Submission"),
-    Route("GET", "/api/v1/tasks/{id}/submission", show_submission, {200: "Submitted"},
-          (404, 410)),
-    Route("GET", "/api/v1/tasks/{id}/result", show_result, {200: "Result text"},
-          (404, 406, 409, 410), _WAIT, _PREFER),
-    Route("GET", "/api/v1/tasks/{id}/steps", list_steps, {200: "Steps"}, (404, 410)),
-    Route("GET", "/api/v1/tasks/{id}/log", show_log, {200: "text"}, (404, 410)),
-    Route("GET", "/api/v1/tasks/{id}/events", task_events, {200: "events"},
-          (404, 406, 410), (), _LAST_ID),
+          {200: "Accepted Status text", 202: "Accepted text"}, _WAIT, "Submission"),
+    Route("GET", "/api/v1/tasks/{id}/submission", show_submission, {200: "Submitted"}),
+    Route("GET", "/api/v1/tasks/{id}/result", show_result, {200: "Result text"}, _WAIT),
+    Route("GET", "/api/v1/tasks/{id}/steps", list_steps, {200: "Steps"}),
+    Route("GET", "/api/v1/tasks/{id}/log", show_log, {200: "text"}),
+    Route("GET", "/api/v1/tasks/{id}/events", task_events, {200: "events"}, _LAST_ID),
     Route("POST", "/api/v1/tasks/{id}/cancel", cancel_task,
-          {200: "Status", 202: "Status"}, (404, 409, 410)),
+          {200: "Status", 202: "Status"}),
     Route("POST", "/api/v1/tasks/{id}/retry", retry_task,
-          {200: "Status", 202: "Accepted text"}, (404, 406, 409, 410, 422),
-          _WAIT, _KEY),
-    Route("DELETE", "/api/v1/tasks/{id}", delete_task, {204: ""}, (404, 409, 410)),
-    Route("GET", "/api/v1/events", all_events, {200: "events"}, (406,), (), _LAST_ID),
+          {200: "Status", 202: "Accepted text"}, _SUBMIT),
+    Route("DELETE", "/api/v1/tasks/{id}", delete_task, {204: ""}),
+    Route("GET", "/api/v1/events", all_events, {200: "events"}, _LAST_ID),
     Route("GET", "/api/v1/types", list_types, {200: "Types"}),
-    Route("POST", "/api/v1/types/{type}/pause", pause_type, {200: "Type"}, (404,)),
-    Route("POST", "/api/v1/types/{type}/resume", resume_type, {200: "Type"}, (404,)),
+    Route("POST", "/api/v1/types/{type}/pause", pause_type, {200: "Type"}),
+    Route("POST", "/api/v1/types/{type}/resume", resume_type, {200: "Type"}),
     Route("POST", MCP_PATH, answer_agent,
-          {200: "Answer events", 202: ""}, (404, 406, 409, 410, 415, 422), (), (),
-          "Message Messages"),
+          {200: "Answer events", 202: ""}, body="Message Messages"),
     Route("GET", "/healthz", show_health, {200: "Probe"}, open=True),
     Route("GET", "/readyz", show_readiness, {200: "Probe"}, open=True),
     Route("GET", "/metrics", show_metrics, {200: "metrics"}),
@@ -6941,15 +6929,16 @@ def find_route(request: Request) -> Route:
         allowed = allowed_methods(path)
         raise HTTPError(405, "%s supports %s" % (path, allowed), Allow=allowed)
     if request.query_text:
-        request.query = read_query(request.query_text, route.query)
-    if "wait" in route.query:
+        request.query = read_query(request.query_text, route.parameters)
+    if "wait" in route.parameters:
         request.wait = requested_wait(request)
     request.route = route
     return route
 
 
-def read_query(text: str, known: Sequence[str]) -> Dict[str, Any]:
+def read_query(text: str, parameters: Sequence[str]) -> Dict[str, Any]:
     """Return the parameters in a query, checked by their schemas; raises HTTPError."""
+    known = [name for name in parameters if PARAMETERS[name]["in"] == "query"]
     try:
         pairs = parse_qsl(text, True, errors="strict", max_num_fields=20)
     except ValueError:
@@ -6969,23 +6958,16 @@ def read_query(text: str, known: Sequence[str]) -> Dict[str, Any]:
     return query
 
 
-_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _PREFER_WAIT = re.compile(
     r'(?:^|,)[ \t]*wait[ \t]*=[ \t]*"?([0-9]{1,9})"?[ \t]*(?:[,;]|$)', re.IGNORECASE
 )
-
-
-def _without_text(quoted: "re.Match[str]") -> str:
-    """Return a quoted value of Prefer if it is a number; no other one matters."""
-    return quoted.group() if quoted.group(1).isdigit() else '""'
 
 
 def requested_wait(request: Request) -> float:
     """Return the seconds of ?wait= or of the header Prefer: wait= (RFC 7240, 4.3)."""
     if "wait" in request.query:
         return request.query["wait"]  # type: ignore[no-any-return]
-    header = _QUOTED.sub(_without_text, request.headers.get("prefer", ""))
-    preferred = _PREFER_WAIT.search(header)
+    preferred = _PREFER_WAIT.search(request.headers.get("prefer", ""))
     return float(preferred.group(1)) if preferred else 0.0
 
 

@@ -46,16 +46,16 @@ line:
       146  1. Settings
       497  2. Tasks and their states
       872  3. Task registry
-     1600  4. Execution
-     2925  5. Journal
-     3566  6. Events
-     3762  7. Result store and task queue
-     4969  8. Worker pool
-     5295  9. HTTP API
-     6994  10. HTTP server
-     7900  11. Client
-     8486  12. Main
-     9019  13. The page
+     1598  4. Execution
+     2918  5. Journal
+     3559  6. Events
+     3755  7. Result store and task queue
+     4962  8. Worker pool
+     5288  9. HTTP API
+     6987  10. HTTP server
+     7893  11. Client
+     8479  12. Main
+     9012  13. The page
 
 Three things hold throughout:
 
@@ -76,8 +76,7 @@ import errno
 import functools
 import gc
 import heapq
-import importlib.machinery
-import importlib.util
+import importlib
 import inspect
 import itertools
 import json
@@ -102,6 +101,7 @@ import threading
 import time
 import tokenize
 import traceback
+import types
 import typing
 import zlib
 from bisect import bisect_left
@@ -1515,8 +1515,8 @@ def read_rules(words: Sequence[str], schemas: Mapping[str, Any]) -> Dict[str, An
 
 # -- handlers files --------------------------------------------------------
 
-# The loaded files. Other processes load them as well, an executor's from their source.
-LOADED: Dict[str, Optional[str]] = {}
+# The loaded files with their source, from which other processes load them.
+LOADED: Dict[str, str] = {}
 
 
 def load_handlers(file: str, source: Optional[str] = None) -> None:
@@ -1526,34 +1526,32 @@ def load_handlers(file: str, source: Optional[str] = None) -> None:
     The file can import modules from its own directory. It is not read if its source is
     given.
     """
-    _load_file("--handlers", file, source)
-    LOADED[file] = source
+    _, LOADED[file] = _load_file("--handlers", file, source)
 
 
 # What a handlers file may raise; a KeyboardInterrupt comes from Ctrl-C instead.
 _NOT_LOADED = (Exception, SystemExit, GeneratorExit, Cancelled)
 
 
-def _load_file(flag: str, file: str, source: Optional[str] = None) -> Any:
-    """Run a Python file and return it as a module."""
+def _load_file(flag: str, file: str, source: Optional[str] = None) -> Tuple[Any, str]:
+    """Run a Python file and return it as a module, with its source."""
     sys.modules["longtasks"] = sys.modules[__name__]
     folder = os.path.dirname(os.path.abspath(file))
     if folder not in sys.path:
         sys.path.append(folder)  # last, so that it can't hide the standard library
     name = "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
     try:
-        loader = importlib.machinery.SourceFileLoader(name, file)
-        spec: Any = importlib.util.spec_from_file_location(name, file, loader=loader)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        if source is None:
+            with tokenize.open(file) as opened:
+                source = opened.read()
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__file__ = file
         with UserCode():
-            if source is None:
-                loader.exec_module(module)
-            else:
-                exec(compile(source, file, "exec"), vars(module))  # noqa: S102
+            exec(compile(source, file, "exec"), vars(module))  # noqa: S102
     except _NOT_LOADED as error:
         message = _load_error(error, file)
         raise HandlerError("%s %s: %s" % (flag, file, message)) from None
-    return module
+    return module, source
 
 
 def _load_error(error: BaseException, file: str) -> str:
@@ -2241,7 +2239,7 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
     with ours, process:
         ctx.on_stop(lambda: ours.shutdown(socket.SHUT_WR))
         with contextlib.suppress(OSError):  # it has ended
-            ours.sendall(to_json([LOADED, job]) + b"\n")
+            ours.sendall(to_json(job) + b"\n")
         reply = _follow_child(process.read(ours), ctx, acknowledge)
     if reply:
         return result_of(ctx, *reply)
@@ -2298,7 +2296,7 @@ class ServiceLink:
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self._pid = connection, os.getpid()
         self._lock = threading.RLock()  # guards the order of what is sent
-        self._unsaved: Deque[Tuple[Step, Callable[[], Any]]] = deque()
+        self._unsaved: Deque[Callable[[], Any]] = deque()  # one for each step
         PRIVATE.add(connection)
 
     def send(self, kind: str, payload: bytes) -> None:
@@ -2322,8 +2320,9 @@ class ServiceLink:
         """Send a step, to be saved."""
         begin = to_json([step.name, step.started_at, step.ended_at])
         with self._lock:
-            self._unsaved.append((step, on_durable))
+            self._unsaved.append(on_durable)
             self.send("step", begin + b"\t" + step.result)
+        ctx.steps[step.name] = step
 
     def await_stop(self, ctx: Context) -> None:
         """Wait until the task is to stop; see to steps and progress until then."""
@@ -2334,9 +2333,7 @@ class ServiceLink:
                 continue
             saved = self._connection.recv(100)
             for _ in saved:
-                step, on_durable = self._unsaved.popleft()
-                ctx.steps[step.name] = step
-                on_durable()
+                self._unsaved.popleft()()
         ctx.cancel()
 
 
@@ -2352,13 +2349,13 @@ def isolated_main() -> None:
         line = lines.readline()
     if not line.endswith(b"\n"):  # the service has died before all of it was sent
         os._exit(1)
-    files, job = json.loads(line)
+    job = json.loads(line)
     ctx = Context(job["task_id"], job["attempt"], link.emit)
     ctx.save_step, ctx.max_result = link.save_step, job["max_result"]
     for name, result in job["steps"].items():
         ctx.steps[name] = Step(0, 0, name, result.encode(), 0, 0)
     threading.Thread(target=link.await_stop, args=(ctx,), daemon=True).start()
-    reply = _reply_of(files, job, ctx)
+    reply = _reply_of(job, ctx)
     flush_output()
     with contextlib.suppress(OSError):  # the service is gone
         link.send(*reply)
@@ -2368,16 +2365,14 @@ def isolated_main() -> None:
 _loading = threading.Lock()
 
 
-def _reply_of(
-    files: Dict[str, Optional[str]], job: Dict[str, Any], ctx: Context
-) -> Tuple[str, bytes]:
+def _reply_of(job: Dict[str, Any], ctx: Context) -> Tuple[str, bytes]:
     """Load the handlers, run one, and return a word and JSON on how that ended."""
     try:
         with _loading:
-            if files != LOADED:
+            if job["files"] != LOADED:
                 REGISTRY.clear()
                 LOADED.clear()
-                for file, source in files.items():
+                for file, source in job["files"].items():
                     load_handlers(file, source)
         value = REGISTRY[job["name"]].run_here(job["params"], ctx)
         return "result", encode_result(value, job["max_result"])
@@ -2847,7 +2842,7 @@ if name not in sys.modules:
     code = compile(zlib.decompress(source), file, "exec", dont_inherit=True)
     exec(code, module.__dict__)
     sys.modules.setdefault(name, module)
-reply = sys.modules[name].run_remote(files, job)
+reply = sys.modules[name].run_remote(job)
 """
 _boot_values: Dict[str, Any] = {}  # what BOOT needs besides the job
 
@@ -2857,13 +2852,10 @@ def load_executor(text: str) -> None:
     path, _, name = text.rpartition(":")
     if not (path and name):
         raise HandlerError("--executor %s: write FILE:FACTORY" % quote(text))
-    module = _load_file("--executor", path)
+    module, _ = _load_file("--executor", path)
     if not any(known.isolated for known in REGISTRY.values()):
         log.warning("--executor %s has nothing to run: no handler is isolated", text)
     try:
-        for handlers_file in LOADED:
-            with tokenize.open(handlers_file) as opened:
-                LOADED[handlers_file] = opened.read()
         with open(FILE, "rb") as file:
             source = file.read()
         with UserCode():
@@ -2882,7 +2874,7 @@ def load_executor(text: str) -> None:
 
 def run_on_executor(job: Dict[str, Any], ctx: Context) -> bytes:
     """Run a handler by the executor, as if it ran here."""
-    values = {"boot": BOOT, "scope": dict(_boot_values, files=dict(LOADED), job=job)}
+    values = {"boot": BOOT, "scope": dict(_boot_values, job=job)}
     future = EXECUTOR[0].submit(eval, "(exec(boot, scope), scope['reply'])[1]", values)
     done = threading.Event()
     future.add_done_callback(lambda _: done.set())
@@ -2895,9 +2887,9 @@ def run_on_executor(job: Dict[str, Any], ctx: Context) -> bytes:
     return result_of(ctx, *future.result())
 
 
-def run_remote(files: Dict[str, Optional[str]], job: Dict[str, Any]) -> Any:
+def run_remote(job: Dict[str, Any]) -> Any:
     """Run a handler in a process of the executor, and return its reply."""
-    return _reply_of(files, job, Context(job["task_id"], job["attempt"]))
+    return _reply_of(job, Context(job["task_id"], job["attempt"]))
 
 
 def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> Any:
@@ -2911,6 +2903,7 @@ def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> Any:
     if not known.isolated:
         return encode_result(known.run_here(params, ctx), ctx.max_result)
     job = {
+        "files": LOADED,
         "name": known.name,
         "params": params,
         "task_id": ctx.task_id,

@@ -1018,20 +1018,6 @@ def write(folder, text, name="mine.py"):
     return str(path)
 
 
-def test_a_handlers_file_need_not_be_utf_8_but_for_an_executor(
-    tmp_path, registry, monkeypatch
-):
-    monkeypatch.setattr(longtasks, "LOADED", {})
-    text = "# \xe9\nfrom longtasks import handler\n@handler('odd')\ndef odd(): pass\n"
-    (tmp_path / "odd.py").write_bytes(text.encode("latin-1"))
-    longtasks.load_handlers(str(tmp_path / "odd.py"))
-    assert "odd" in longtasks.REGISTRY
-    factory = write(tmp_path, "from concurrent.futures import ThreadPoolExecutor as f")
-    with pytest.raises(HandlerError, match=r"--executor .*mine.py:f: .*odd.py"):
-        longtasks.load_executor(factory + ":f")
-    assert not longtasks.EXECUTOR
-
-
 def test_a_handlers_file_adds_types_and_may_import_its_neighbours(tmp_path, registry):
     write(tmp_path, "ANSWER = 42\n", "neighbour_of_mine.py")
     file = write(

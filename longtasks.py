@@ -46,16 +46,16 @@ line:
       146  1. Settings
       497  2. Tasks and their states
       872  3. Task registry
-     1598  4. Execution
-     2918  5. Journal
-     3559  6. Events
-     3755  7. Result store and task queue
-     4962  8. Worker pool
-     5288  9. HTTP API
-     6987  10. HTTP server
-     7893  11. Client
-     8479  12. Main
-     9012  13. The page
+     1593  4. Execution
+     2913  5. Journal
+     3554  6. Events
+     3750  7. Result store and task queue
+     4957  8. Worker pool
+     5283  9. HTTP API
+     6982  10. HTTP server
+     7888  11. Client
+     8474  12. Main
+     9007  13. The page
 
 Three things hold throughout:
 
@@ -1039,7 +1039,11 @@ def handler(
             options = dict(rules, limits=limits or {}, isolated=isolated)
             _HANDLER_OPTIONS.validate(options)
             schema, whole, context = _read_signature(function)
-            is_async = _is_async(function, isolated)
+            is_async = inspect.iscoroutinefunction(function)
+            if is_async and isolated:
+                raise HandlerError("an async handler can't be isolated")
+            if is_async:
+                lazy_import("asyncio")
             for param, limit in (limits or {}).items():
                 _narrow(schema.get("properties", {}), param, limit)
         except (HandlerError, Invalid) as error:
@@ -1095,15 +1099,6 @@ def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]
         return properties["params"], True, context
     schema = _closed(*required, **properties)
     return {**schema, "additionalProperties": others}, False, context
-
-
-def _is_async(function: Any, isolated: bool = False) -> bool:
-    """Whether a function is async; imports what it needs, or raises HandlerError."""
-    is_async = inspect.iscoroutinefunction(function)
-    if is_async and isolated:
-        text = "an async handler can't be isolated; one that calls asyncio.run() can"
-        raise HandlerError(text)
-    return is_async and bool(lazy_import("asyncio"))
 
 
 def _is_context(param: inspect.Parameter) -> bool:
@@ -1721,7 +1716,7 @@ class Context:
         failed. With an async function, await what this returns. Raises the function's
         errors, Fail, and Cancelled when the task is to stop.
         """
-        if _is_async(function):
+        if inspect.iscoroutinefunction(function):
             return self._step_async(name, functools.partial(function, *args, **kwargs))
         _refuse_to_block("ctx.step()", "give it an async function, and await it")
         with self._step_called(name) as save:

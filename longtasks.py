@@ -46,16 +46,16 @@ line:
       146  1. Settings
       497  2. Tasks and their states
       872  3. Task registry
-     1593  4. Execution
-     2913  5. Journal
-     3554  6. Events
-     3750  7. Result store and task queue
-     4957  8. Worker pool
-     5283  9. HTTP API
-     6982  10. HTTP server
-     7888  11. Client
-     8474  12. Main
-     9007  13. The page
+     1590  4. Execution
+     2910  5. Journal
+     3551  6. Events
+     3747  7. Result store and task queue
+     4954  8. Worker pool
+     5280  9. HTTP API
+     6979  10. HTTP server
+     7885  11. Client
+     8471  12. Main
+     9004  13. The page
 
 Three things hold throughout:
 
@@ -1206,8 +1206,8 @@ _JSON_TYPES: Dict[str, Tuple[Set[type], str]] = {
 }
 # The keyword for members of a container that have no schema of their own.
 _MEMBERS = {"object": "additionalProperties", "array": "items"}
-_RESTRICTIONS = {"enum", "pattern", "minimum", "maximum", "properties", "required"}
-_RESTRICTIONS.update(_MEMBERS.values())
+_RESTRICTIONS = {"enum", "anyOf", "pattern", "minimum", "maximum"}
+_RESTRICTIONS |= {"properties", "required", *_MEMBERS.values()}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -1230,11 +1230,7 @@ class Validator:
         others = self._is_container and self.schema.get(_MEMBERS[name], True)
         self._others = None if others is False else Validator(others)
         # Types whose values are all valid: a short way, since most values have one.
-        self._plain = set(self._types)
-        if self._options:
-            self._plain = set().union(*(option._plain for option in self._options))
-        if not _RESTRICTIONS.isdisjoint(self.schema):
-            self._plain.clear()
+        self._plain = set() if _RESTRICTIONS & self.schema.keys() else self._types
 
     def validate(self, value: Any, path: Path = ()) -> Any:
         """Return a value as the schema wants it: 3.0 as 3 for an integer.
@@ -1359,8 +1355,9 @@ PROGRAM_RULES: Dict[str, Schema] = {
 _HANDLER_OPTIONS = Validator(
     _closed(**RULES, isolated={"type": "boolean"}, limits=_LIMITS)
 )
+_REQUIRED = "type", "params"
 SUBMISSION = _closed(
-    *("type", "params"),
+    *_REQUIRED,
     type={"type": "string"},
     params={"type": "object"},
     timeout={"type": "number", "minimum": 0.001, "maximum": 10**9},
@@ -1376,7 +1373,7 @@ SUBMISSION = _closed(
 )
 # What follows a task is a submission, too, but nothing follows that one.
 _FOLLOW_UP = _closed(
-    *("on", "type", "params"), on={"enum": list(ENDINGS)}, **SUBMISSION["properties"]
+    "on", *_REQUIRED, on={"enum": list(ENDINGS)}, **SUBMISSION["properties"]
 )
 SUBMISSION["properties"]["then"] = {
     "type": "array",

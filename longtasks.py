@@ -6342,11 +6342,11 @@ def _response(description: str, names: str, headers: Sequence[str]) -> Dict[str,
 
 
 def _content(names: str) -> Dict[str, Any]:
-    """Return the media types of a body: names in MEDIA and DOCUMENTS."""
+    """Return the media types of a body: documents, and texts in lower case."""
     found: Dict[str, Any] = {}
     for name in names.split():
         content = found.setdefault(MEDIA.get(name, JSON), {"schema": {"anyOf": []}})
-        schema = _ref("schemas", name) if name in DOCUMENTS else STRING
+        schema = STRING if name.islower() else _ref("schemas", name)
         content["schema"]["anyOf"].append(schema)
     return found
 

@@ -46,16 +46,16 @@ line:
       146  1. Settings
       497  2. Tasks and their states
       872  3. Task registry
-     1590  4. Execution
-     2910  5. Journal
-     3551  6. Events
-     3747  7. Result store and task queue
-     4954  8. Worker pool
-     5280  9. HTTP API
-     6979  10. HTTP server
-     7885  11. Client
-     8471  12. Main
-     9004  13. The page
+     1579  4. Execution
+     2889  5. Journal
+     3530  6. Events
+     3726  7. Result store and task queue
+     4933  8. Worker pool
+     5259  9. HTTP API
+     6958  10. HTTP server
+     7864  11. Client
+     8450  12. Main
+     8983  13. The page
 
 Three things hold throughout:
 
@@ -1467,18 +1467,7 @@ def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submiss
     if not 0 < len(documents) <= MAX_BATCH:
         message = "must hold 1 to %d tasks, not %d" % (MAX_BATCH, len(documents))
         raise Invalid([((), message)])
-    submissions: List[Submission] = []
-    problems: List[Problem] = []
-    for index, document in enumerate(documents):
-        try:
-            submissions.append(check_submission(document, handlers, (index,)))
-        except Invalid as error:
-            problems += error.problems
-            if len(problems) >= MAX_PROBLEMS:
-                break
-    if problems:
-        raise Invalid(problems)
-    return submissions
+    return [check_submission(one, handlers, (n,)) for n, one in enumerate(documents)]
 
 
 def parse_value(text: str, schema: Schema) -> Any:
@@ -1672,25 +1661,15 @@ class Context:
     def log(self, text: str, level: int = logging.INFO) -> None:
         """Add lines to the task's log, and to the service's."""
         log_run(level, self, "%s", text)
-        self._emit_lines(str(text).splitlines() or [""])
-
-    def log_output(self, lines: Sequence[str], dropped: int) -> None:
-        """Add lines of a program's output to the task's log.
-
-        They go to the service's log for debugging. `dropped` is the number of lines
-        before them that were not kept.
-        """
-        if log.isEnabledFor(logging.DEBUG):
-            for line in lines:
-                log_run(logging.DEBUG, self, "%s", line)
-        self._emit_lines(lines, dropped)
+        self.emit_lines(str(text).splitlines() or [""])
 
     def log_traceback(self, trace: str) -> None:
         """Add the traceback of what the handler raised to both logs."""
         log_run(logging.WARNING, self, "raised", traceback=trace)
-        self._emit_lines(trace.splitlines())
+        self.emit_lines(trace.splitlines())
 
-    def _emit_lines(self, lines: Sequence[str], dropped: int = 0) -> None:
+    def emit_lines(self, lines: Sequence[str], dropped: int = 0) -> None:
+        """Add lines to the task's log, of which so many before them were not kept."""
         for at in range(0, len(lines), 1000):  # a lock is held for each piece
             self._emit(self, "log", (lines[at : at + 1000], 0 if at else dropped))
 
@@ -2635,7 +2614,7 @@ class ProgramOutput:
             lines = list(map(visible, lines))
         if lines:
             self.tail = (self.tail + "\n".join(lines) + "\n")[-MAX_OUTPUT:]
-            self._ctx.log_output(lines, self._dropped)
+            self._ctx.emit_lines(lines, self._dropped)
             self._dropped = 0
         if self._message:
             with contextlib.suppress(Cancelled):

@@ -1740,7 +1740,8 @@ class Context:
 
     def _new_step(self, name: str, value: Any, began: float) -> Step:
         """Return a step that has returned a value; raises Fail."""
-        room = self.max_result - sum(len(step.result) for step in self.steps.values())
+        done = list(self.steps.values())  # at once: other threads may add some
+        room = self.max_result - sum(len(step.result) for step in done)
         subject = "the result of step " + quote(name)
         result = encode_result(value, max(0, room), subject)
         return Step(0, 0, name, result, began, max(began, time.time()))
@@ -5239,8 +5240,10 @@ class EventLoop:
             context.on_stop(functools.partial(self._call_soon, run.cancel))
 
     def _end_run(self, run: Any) -> None:
+        outcome = Outcome(FAILED, error="CancelledError: other code cancelled its run")
         with UserCode():  # the handler may have changed the process
-            outcome = run.result()
+            if not run.cancelled():  # before its first step, or in its last one
+                outcome = run.result()
         if self._pool.end_run(self._runs.pop(run), outcome):
             self.slots.put(None)
 

@@ -3545,6 +3545,19 @@ def test_a_step_that_failed_can_be_tried_again_in_the_same_run(either):
     assert context.step("a", lambda: 1) == 1
 
 
+def test_threads_of_a_handler_can_do_steps_at_the_same_time(restless):
+    store = new_ledger()
+    task = store.submit("t", b"{}")
+    context = begun(store)[1]
+
+    def work(number):
+        for step in range(250):
+            context.step("step %d of %d" % (step, number), int)
+
+    together(4, work)
+    assert store.get(task.id).steps == 1000
+
+
 def test_steps_count_into_the_bytes_of_their_task():
     store = new_ledger(result_bytes=1000)
     tasks = [store.submit("t", b"{}") for _ in range(2)]
@@ -4171,8 +4184,14 @@ def test_what_goes_wrong_in_an_async_handler_fails_its_task_alone(registry):
     async def cancels_itself():
         raise asyncio.CancelledError
 
-    with serving() as service:
+    @handler("cancels its run")
+    async def cancels_its_run():
+        for run in asyncio.all_tasks():
+            run.cancel()
+
+    with serving(ASYNC_COUNT=1) as service:
         for type, error in [
+            ("cancels its run", "CancelledError: other code cancelled its run"),
             ("no json", "the result does not fit into JSON"),
             ("exits", "SystemExit: 3"),
             ("cancels itself", "CancelledError"),

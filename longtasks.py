@@ -7222,6 +7222,7 @@ def encode_head(reply: Reply, date: str, version: str, keep: bool) -> bytes:
 
 BUSY, IDLE, READING, SENDING = "busy", "idle", "reading", "sending"
 LINGERING = "lingering"
+QUICK = 0.0001  # seconds; replies that took less are sent together
 
 
 class Connection:
@@ -7243,6 +7244,7 @@ class Connection:
         self.woken: Optional[threading.Event] = None  # by the server, for a half-close
         self.counts: Counter[Tuple[str, str, int]] = Counter()  # of its replies
         self.buffer = b""  # received, but not parsed
+        self.unsent = b""  # quick replies, which are sent with the next
         self.overhead = 0  # bytes of a chunked body that are no data
         self.bare = False  # the request is a HEAD: its reply has no body
         self.streamed = 0  # bytes, of a stream
@@ -7314,6 +7316,9 @@ class Connection:
             self._send_reply(refusal(error, request), request, False)
             self._linger()
             return False
+        plain = request.method in ("GET", "HEAD") and not request.query_text
+        if not plain or "prefer" in request.headers:
+            self._send()  # since this one may take a while
         reply = respond(self.server.app, request)
         method = request.method if request.method in METHODS else OTHER
         self.counts[method, request.label, reply.status] += 1
@@ -7411,6 +7416,7 @@ class Connection:
 
     def _receive(self, size: int = PIECE) -> bytes:
         """Read more of a request that has begun; raises HTTPError."""
+        self._send()
         self.state = READING
         data: bytes = self.socket.recv(size)
         self.state = BUSY
@@ -7434,11 +7440,15 @@ class Connection:
     # -- sending
 
     def _send_reply(self, reply: Reply, request: Optional[Request], keep: bool) -> None:
-        """Send a reply, and log it."""
+        """Send a reply, or keep it for the next one, and log it."""
         version = request.version if request else "1.1"
         data = encode_head(reply, self.server.date(), version, keep)
+        data += b"" if self.bare else reply.body
         try:
-            self._send(data if self.bare else data + reply.body)
+            if keep and self.buffer and self._is_quick(reply):
+                self.unsent += data
+                return
+            self._send(data)
             for part in () if self.bare else reply.more:
                 self._send(part)
             if reply.stream is not None:
@@ -7449,13 +7459,25 @@ class Connection:
             if log.isEnabledFor(logging.DEBUG):
                 self._log(reply, request)
 
+    def _is_quick(self, reply: Reply) -> bool:
+        """Whether a reply may be sent with that to a request which is here already.
+
+        Slow ones are sent at once: a client that has left does not get many of them.
+        """
+        small = not reply.more and len(self.unsent) + len(reply.body) < LARGE
+        return small and time.monotonic() - self.began < QUICK
+
     def _has_gone(self) -> bool:
         """Whether the client has closed its socket, so that the send was refused."""
         events = closed_by_peer([self.socket.fileno()]).values()
         return any(event & (select.POLLHUP | select.POLLERR) for event in events)
 
-    def _send(self, data: bytes) -> None:
-        """Send all of this; raises OSError once the client has left or is too slow."""
+    def _send(self, data: bytes = b"") -> None:
+        """Send replies that were kept, and this.
+
+        Raises OSError once the client has left or is too slow.
+        """
+        data, self.unsent = self.unsent + data, b""
         view = memoryview(data)
         for at in range(0, len(data), LARGE):
             self.state, self.since = SENDING, time.monotonic()

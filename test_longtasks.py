@@ -8616,6 +8616,7 @@ def test_a_client_that_stops_sending_may_follow_events(service, monkeypatch):
 
 
 def test_slow_requests_of_a_client_that_has_left_are_not_answered(service, monkeypatch):
+    monkeypatch.setattr(longtasks, "QUICK", 0)
     answered, closed = [], threading.Event()
 
     def answer(app, request):
@@ -8629,6 +8630,77 @@ def test_slow_requests_of_a_client_that_has_left_are_not_answered(service, monke
     closed.set()
     until(lambda: not service.server.connections)
     assert len(answered) <= 2, "the first answer finds that it has left"
+
+
+def test_quick_replies_to_pipelined_requests_are_sent_together(service, monkeypatch):
+    monkeypatch.setattr(longtasks, "QUICK", LONG)
+    with connect(service, (GET + b"\r\n") * 50) as client:
+        assert client.recv(1 << 16).count(b"HTTP/1.1 200 OK\r\n") == 50
+
+
+def test_a_slow_reply_is_sent_at_once_and_quick_ones_before_it_with_it(
+    service, monkeypatch
+):
+    monkeypatch.setattr(longtasks, "QUICK", LONG)
+    received = threading.Event()
+
+    def answer(app, request):
+        if request.path == "/slow":
+            monkeypatch.setattr(longtasks, "QUICK", 0)
+        if request.path == "/last":
+            assert received.wait(LONG)
+        return longtasks.text_reply(request.path)
+
+    monkeypatch.setattr(longtasks, "respond", answer)
+    paths = b"/quick", b"/slow", b"/last"
+    requests = [b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path for path in paths]
+    with connect(service, b"".join(requests)) as client:
+        assert client.recv(1 << 16).count(b"HTTP/1.1 200 OK\r\n") == 2
+        received.set()
+        assert b"/last" in client.recv(1 << 16)
+
+
+@pytest.mark.parametrize(
+    "following",
+    [
+        b"GET /?wait=9 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        GET + b"Prefer: wait=9\r\n\r\n",
+        SUBMIT + b"Content-Length: 0\r\n\r\n",
+        GET,
+    ],
+    ids=["?wait", "prefer", "post", "incomplete"],
+)
+def test_a_quick_reply_does_not_wait_for_the_next(following, service, monkeypatch):
+    monkeypatch.setattr(longtasks, "QUICK", LONG)
+    answered, received = [], threading.Event()
+
+    def answer(app, request):
+        assert not answered or received.wait(LONG)
+        answered.append(request)
+        return longtasks.text_reply("ok")
+
+    monkeypatch.setattr(longtasks, "respond", answer)
+    with connect(service, GET + b"\r\n" + following) as client:
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 OK\r\n")
+        received.set()
+
+
+def test_large_replies_are_not_gathered(service, monkeypatch):
+    answered, sent = [], []
+
+    class Watched(Wire):
+        def sendall(self, data):
+            sent.append(len(answered))
+
+    def answer(app, request):
+        answered.append(request)
+        return longtasks.Reply(200, b"x" * (longtasks.LARGE // 2))
+
+    monkeypatch.setattr(longtasks, "QUICK", LONG)
+    monkeypatch.setattr(longtasks, "respond", answer)
+    wire = Watched((GET + b"\r\n") * 50)
+    longtasks.Connection(wire, ("a wire", 1), service.server).serve()
+    assert (sent[0], len(answered)) == (2, 50)
 
 
 def test_clients_share_one_copy_of_a_large_result(registry):

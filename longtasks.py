@@ -7573,6 +7573,29 @@ def _tls_socket_class(ssl: Any) -> Any:
 
 # -- Unix sockets ----------------------------------------------------------
 
+LOCK_TIMEOUT = 5.0  # seconds for which another process may lock a socket's folder
+
+
+@contextlib.contextmanager
+def locked_folder(path: str) -> Iterator[None]:
+    """While this lasts, lock the folder of a Unix socket; raises OSError.
+
+    Without the lock two processes could both listen:
+
+        one process                   another process
+        finds a dead socket           finds the same
+        removes it, binds, listens
+                                      removes the living one, binds, listens
+    """
+    fcntl = lazy_import("fcntl")
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        if not within(LOCK_TIMEOUT, lambda: fcntl.flock(folder, fcntl.LOCK_EX)):
+            raise OSError(errno.EAGAIN, "another process keeps the folder locked")
+        yield
+    finally:
+        os.close(folder)
+
 
 def remove_stale(path: str) -> None:
     """Remove the Unix socket of a dead process; raises OSError for anything else."""
@@ -7672,14 +7695,16 @@ class APIServer(ThreadingHTTPServer):
 
     def _bind_unix(self, path: str) -> None:
         """Bind to a path, for the owner of this process only."""
-        if os.path.lexists(path):
-            remove_stale(path)
-        umask = os.umask(0o177)
-        try:
-            self.socket.bind(path)
-        finally:
-            os.umask(umask)
-        self._file = os.lstat(path)
+        with NO_FORK, locked_folder(path):
+            with contextlib.suppress(FileNotFoundError):
+                remove_stale(path)
+            umask = os.umask(0o177)
+            try:
+                self.socket.bind(path)
+            finally:
+                os.umask(umask)
+            self.server_activate()  # before another process can find it dead
+            self._file = os.lstat(path)
         self.server_name, self.server_port, self.url = path, 0, "unix:" + path
         self.app.access.path = os.path.abspath(path)
 

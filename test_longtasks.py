@@ -9349,6 +9349,66 @@ def test_the_unix_socket_of_another_stays_at_the_end(registry, tmp_path):
     assert os.path.exists(path)
 
 
+@needs_unix
+def test_of_three_that_start_at_once_one_gets_the_socket_of_a_dead_process(tmp_path):
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(path)
+
+    def start(_):
+        return subprocess.Popen(
+            [sys.executable, SCRIPT, "--unix-socket", path], stderr=subprocess.PIPE
+        )
+
+    running = together(3, start)
+    try:
+        lines = [one.stderr.readline() for one in running]
+        assert sum(b"listening on unix:" in line for line in lines) == 1, lines
+        assert sum(b"can't listen" in line for line in lines) == 2
+        assert ask(UnixConnection(path)).status == 200
+    finally:
+        for one in running:
+            one.kill()
+            one.communicate()
+
+
+@needs_unix
+def test_a_unix_socket_listens_before_its_folder_is_unlocked(
+    registry, tmp_path, monkeypatch
+):
+    path, lock = str(tmp_path / "socket"), longtasks.locked_folder
+
+    @contextlib.contextmanager
+    def watched(path):
+        with lock(path):
+            yield
+        with socket.socket(socket.AF_UNIX) as another:
+            another.connect(path)
+
+    monkeypatch.setattr(longtasks, "locked_folder", watched)
+    with serving(UNIX_SOCKET=path):
+        assert ask(UnixConnection(path)).status == 200
+
+
+@needs_unix
+def test_a_start_waits_for_another_one_but_not_for_ever(
+    registry, tmp_path, capsys, monkeypatch
+):
+    import fcntl
+
+    path, folder = str(tmp_path / "socket"), os.open(str(tmp_path), os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with monkeypatch.context() as patch:
+        patch.setattr(longtasks, "LOCK_TIMEOUT", 0.01)
+        assert longtasks.main(["--unix-socket", path]) == 75
+    assert "another process keeps the folder locked\n" in capsys.readouterr().err
+    closing = threading.Timer(0.01, os.close, [folder])
+    closing.start()
+    with serving(UNIX_SOCKET=path):
+        assert ask(UnixConnection(path)).status == 200
+    closing.join()
+
+
 # -- TLS -------------------------------------------------------------------
 
 

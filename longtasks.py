@@ -53,9 +53,9 @@ line:
      4933  8. Worker pool
      5259  9. HTTP API
      6958  10. HTTP server
-     7864  11. Client
-     8450  12. Main
-     8983  13. The page
+     7918  11. Client
+     8504  12. Main
+     9054  13. The page
 
 Three things hold throughout:
 
@@ -7654,7 +7654,7 @@ class APIServer(ThreadingHTTPServer):
     def __init__(
         self, address: Any, app: App, max_body: int, max_connections: int
     ) -> None:
-        """`address` is a host and a port, or the path of a Unix socket."""
+        """`address`: a host and a port, the path of a Unix socket, or a listener."""
         self.app = app._replace(traffic=self.traffic)
         self.tls: Any = None  # an ssl.SSLContext
         self.max_body, self.max_connections = max_body, max_connections
@@ -7664,6 +7664,7 @@ class APIServer(ThreadingHTTPServer):
         # take at the slowest rate), to take LARGE bytes, and to read a refusal.
         self.timeouts = {IDLE: 60.0, READING: 20.0, SENDING: 60.0, LINGERING: 2.0}
         self.closing = False
+        self._is_passed = isinstance(address, socket.socket)  # and stays open elsewhere
         self._file: Optional[os.stat_result] = None  # the Unix socket
         # Guards the connections and the counts; notifies when a connection has ended.
         self._changed = threading.Condition()
@@ -7673,7 +7674,7 @@ class APIServer(ThreadingHTTPServer):
         self._ended = 0  # connections, since memory was given back
         if isinstance(address, str):
             self.address_family = socket.AF_UNIX
-        elif ":" in address[0]:
+        elif not self._is_passed and ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Connection)  # type: ignore
         self.socket.setblocking(False)
@@ -7686,7 +7687,12 @@ class APIServer(ThreadingHTTPServer):
         if isinstance(self.server_address, str):
             self._bind_unix(self.server_address)
             return
-        socketserver.TCPServer.server_bind(self)
+        if isinstance(self.server_address, socket.socket):
+            self.socket.close()
+            self.socket = self.server_address
+            self.server_address = self.socket.getsockname()
+        else:
+            socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore
         host = "[%s]" if ":" in self.server_name else "%s"
         self.url = self.app.scheme + "://" + host % self.server_name
@@ -7901,7 +7907,8 @@ class APIServer(ThreadingHTTPServer):
         self.closing = True
         self.timeouts.update({IDLE: 0.0, READING: 5.0})
         self.shutdown()
-        self._accept_pending()
+        if not self._is_passed:  # else the next service accepts them
+            self._accept_pending()
         self.server_close()
         end = time.monotonic() + max(5.0, timeout)
         with self._changed:
@@ -8507,6 +8514,7 @@ def client_main(name: str, argv: Sequence[str]) -> int:
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 EXIT_TIMEOUT = 5.0  # seconds for the last commit, for the log, and for child processes
+LISTEN_FD = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
 
 EventQueue = Any  # a queue.SimpleQueue of signal numbers, and of this one:
 DRAINED = "no task is left"
@@ -8516,8 +8524,9 @@ HANGUP = getattr(signal, "SIGHUP", None)  # there is none on Windows
 class ServiceManager:
     """Talks to a service manager, such as systemd, if the environment names one.
 
-    The protocols are sd_notify(3) and sd_watchdog_enabled(3). Their variables are
-    removed from `environ`, so that no child process takes itself for the service.
+    The protocols are sd_notify(3), sd_watchdog_enabled(3) and sd_listen_fds(3). Their
+    variables are removed from `environ`, so that no child process takes itself for the
+    service. Raises SettingsError for a socket that the service can't listen on.
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
@@ -8525,10 +8534,14 @@ class ServiceManager:
         path = environ.pop("NOTIFY_SOCKET", "")
         usec = environ.pop("WATCHDOG_USEC", "")
         watched = environ.pop("WATCHDOG_PID", "")
+        count, owner = environ.pop("LISTEN_FDS", "0"), environ.pop("LISTEN_PID", "")
+        environ.pop("LISTEN_FDNAMES", None)
         self._path = "\0" + path[1:] if path.startswith("@") else path  # abstract
         self._watchdog = usec.isdecimal() and watched in ("", pid)
         # Seconds between reports: at most a third of what the watchdog allows.
         self.interval = min(5.0, int(usec) / 3e6) if self._watchdog else 5.0
+        is_passed = owner == pid and count != "0"
+        self.listener = passed_listener(count) if is_passed else None
 
     def notify(self, *lines: str) -> None:
         """Send lines such as READY=1, and feed the watchdog; errors are ignored."""
@@ -8540,6 +8553,17 @@ class ServiceManager:
         ) as client:
             client.settimeout(1.0)
             client.sendto("\n".join(lines).encode(), self._path)
+
+
+def passed_listener(count: str) -> socket.socket:
+    """Return the socket that a service manager has passed; raises SettingsError."""
+    with contextlib.suppress(OSError):
+        listener = socket.socket(fileno=LISTEN_FD)
+        listener.set_inheritable(False)
+        listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if count == "1" and listens and listener.family != socket.AF_UNIX:
+            return listener
+    raise SettingsError("LISTEN_FDS must be 1: a TCP socket that listens")
 
 
 class Service:
@@ -8593,7 +8617,7 @@ class Service:
             raise SettingsError(name + ": this system has no such sockets")
         limits = settings["MAX_BODY"], settings["MAX_CONNECTIONS"]
         try:
-            return APIServer(address, app, *limits)
+            return APIServer(self.manager.listener or address, app, *limits)
         except OSError as error:
             text = "%s: can't listen: %s" % (name, error.strerror or error)
             raise SettingsError(text, is_temporary(error)) from None

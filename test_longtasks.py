@@ -11578,7 +11578,8 @@ def test_a_service_manager_gets_readiness_counts_and_the_stop(manager, tmp_path,
 
 
 def test_programs_do_not_take_themselves_for_the_service(manager):
-    env = dict.fromkeys([*manager.env, "WATCHDOG_USEC", "WATCHDOG_PID"], "0")
+    names = [*manager.env, "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"]
+    env = dict.fromkeys([*names, "LISTEN_FDNAMES"], "0")
     with process("--command", "env=env", env={**env, **manager.env}) as running:
         manager.receive("READY=1")
         output = outcome(running, "env")["result"]["output"]
@@ -11646,6 +11647,74 @@ def test_a_manager_that_is_gone_is_no_reason_to_fail(tmp_path):
     with process(env={"NOTIFY_SOCKET": str(tmp_path / "gone")}) as running:
         assert call(running.port, "GET", "/healthz").status == 200
         assert running.stop() == 0
+
+
+ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_FDS=sys.argv[2], LISTEN_PID=str(os.getpid()))
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
+"""
+
+
+def activated(number, count="1"):
+    """The command of a service that gets this descriptor as systemd passes one."""
+    return [sys.executable, "-c", ACTIVATE, str(number), count, SCRIPT]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no socket to pass")
+def test_a_listening_socket_that_is_passed_is_served_again_and_again():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(5)
+        listener.set_inheritable(True)
+        port, command = listener.getsockname()[1], activated(listener.fileno())
+        for _ in range(2):  # clients that connect before or between them are served
+            client = socket.create_connection(("127.0.0.1", port), LONG)
+            client.sendall(GET + b"\r\n")
+            with client, process(command=command) as running:
+                assert running.port == port
+                assert client.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+                assert running.stop() == 0
+
+
+def test_clients_of_a_socket_that_was_passed_wait_for_the_next_service(registry):
+    talk = longtasks.ServiceManager({})
+    talk.listener = socket.create_server(("127.0.0.1", 0))
+    settings = longtasks.read_settings([], {})
+    with talk.listener.dup() as kept, contextlib.ExitStack() as stack:
+        with running_service(
+            longtasks.Service(settings, longtasks.REGISTRY, talk)
+        ) as it:
+            it.server.shutdown()
+            client = socket.create_connection(kept.getsockname())
+            stack.enter_context(client)
+        assert kept.accept()[1] == client.getsockname()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no socket to pass")
+@pytest.mark.parametrize("kind", ["silent", "two", "no socket", "of another kind"])
+def test_a_passed_socket_that_is_of_no_use_is_one_line_and_code_2(kind, tmp_path):
+    is_unix = kind == "of another kind"
+    family = socket.AF_UNIX if is_unix else socket.AF_INET
+    with socket.socket(family) as bound, open(str(tmp_path / "file"), "w") as file:
+        bound.bind(str(tmp_path / "socket") if is_unix else ("127.0.0.1", 0))
+        if kind != "silent":
+            bound.listen(5)
+        number = (file if kind == "no socket" else bound).fileno()
+        os.set_inheritable(number, True)
+        count = "2" if kind == "two" else "1"
+        ended = subprocess.run(
+            activated(number, count), close_fds=False, stderr=subprocess.PIPE
+        )
+    expected = b"longtasks: LISTEN_FDS must be 1: a TCP socket that listens\n"
+    assert (ended.returncode, ended.stderr) == (2, expected)
+
+
+def test_a_socket_for_another_process_is_left_alone():
+    env = {"LISTEN_FDS": "1", "LISTEN_PID": "1"}
+    assert longtasks.ServiceManager(env).listener is None
+    assert env == {}
 
 
 # -- isolated handlers -----------------------------------------------------

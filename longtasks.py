@@ -47,15 +47,15 @@ line:
       497  2. Tasks and their states
       872  3. Task registry
      1579  4. Execution
-     2889  5. Journal
-     3530  6. Events
-     3726  7. Result store and task queue
-     4933  8. Worker pool
-     5259  9. HTTP API
-     6958  10. HTTP server
-     7918  11. Client
-     8504  12. Main
-     9054  13. The page
+     2890  5. Journal
+     3531  6. Events
+     3727  7. Result store and task queue
+     4934  8. Worker pool
+     5262  9. HTTP API
+     6961  10. HTTP server
+     7921  11. Client
+     8507  12. Main
+     9057  13. The page
 
 Three things hold throughout:
 

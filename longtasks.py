@@ -47,15 +47,15 @@ line:
       497  2. Tasks and their states
       872  3. Task registry
      1579  4. Execution
-     2890  5. Journal
-     3531  6. Events
-     3727  7. Result store and task queue
-     4934  8. Worker pool
-     5262  9. HTTP API
-     6961  10. HTTP server
-     7921  11. Client
-     8507  12. Main
-     9057  13. The page
+     2880  5. Journal
+     3521  6. Events
+     3717  7. Result store and task queue
+     4924  8. Worker pool
+     5252  9. HTTP API
+     6951  10. HTTP server
+     7911  11. Client
+     8497  12. Main
+     9047  13. The page
 
 Three things hold throughout:
 
@@ -1595,9 +1595,6 @@ PROGRESS_INTERVAL = 1.0  # seconds until progress is published that came too fas
 # lines and how many were dropped before them.
 Emit = Callable[["Context", str, Any], None]
 
-# Saves a step of a run, and calls the function once it can't be lost any more.
-SaveStep = Callable[["Context", Step, Callable[[], Any]], None]
-
 
 class Context:
     """A run of a task, as its handler sees it."""
@@ -1624,7 +1621,8 @@ class Context:
         self.began = 0.0  # on the monotonic clock
         self.waits_for_disk = False  # the handler does not run yet
         self.steps: Dict[str, Step] = {}  # those done in all runs, by name
-        self.save_step: Optional[SaveStep] = None  # None where that is impossible
+        # Saves a step, and calls a function once that is on disk; None if it can't.
+        self.save_step: Any = None
         self._step_names: Optional[Set[str]] = None  # of this run
         self._pid = os.getpid()
         self.thread = 0  # native id of its thread while that is bound to one CPU
@@ -1695,32 +1693,30 @@ class Context:
         if inspect.iscoroutinefunction(function):
             return self._step_async(name, functools.partial(function, *args, **kwargs))
         _refuse_to_block("ctx.step()", "give it an async function, and await it")
-        with self._step_called(name) as save:
+        with self._step_called(name):
             if name not in self.steps:
                 began, saved = time.time(), threading.Event()
-                step = self._new_step(name, function(*args, **kwargs), began)
-                save(self, step, saved.set)
+                self._save(name, function(*args, **kwargs), began, saved.set)
                 while not saved.wait(0.1):
                     self.check()
             return json.loads(self.steps[name].result)
 
     async def _step_async(self, name: str, function: Callable[[], Any]) -> Any:
-        with self._step_called(name) as save:
+        with self._step_called(name):
             if name not in self.steps:
                 began, asyncio = time.time(), lazy_import("asyncio")
-                step = self._new_step(name, await function(), began)
                 loop, saved = asyncio.get_running_loop(), asyncio.Event()
 
                 def on_durable() -> None:
                     with contextlib.suppress(RuntimeError):  # the loop is closed
                         loop.call_soon_threadsafe(saved.set)
 
-                save(self, step, on_durable)
+                self._save(name, await function(), began, on_durable)
                 await saved.wait()
             return json.loads(self.steps[name].result)
 
     @contextlib.contextmanager
-    def _step_called(self, name: str) -> Iterator[SaveStep]:
+    def _step_called(self, name: str) -> Iterator[None]:
         """Take the name of a step, and free it again if the step fails."""
         self.check()
         if not is_name(name):
@@ -1733,18 +1729,21 @@ class Context:
                 raise Fail("this run has two steps called " + quote(name))
             names.add(name)
         try:
-            yield self.save_step
+            yield
         except BaseException:
             names.discard(name)
             raise
 
-    def _new_step(self, name: str, value: Any, began: float) -> Step:
-        """Return a step that has returned a value; raises Fail."""
+    def _save(
+        self, name: str, value: Any, began: float, on_durable: Callable[[], Any]
+    ) -> None:
+        """Save the value of a step; raises Fail if it can't be stored."""
         done = list(self.steps.values())  # at once: other threads may add some
         room = self.max_result - sum(len(step.result) for step in done)
         subject = "the result of step " + quote(name)
         result = encode_result(value, max(0, room), subject)
-        return Step(0, 0, name, result, began, max(began, time.time()))
+        step = Step(0, 0, name, result, began, max(began, time.time()))
+        self.save_step(self, step, on_durable)
 
     @property
     def cancelled(self) -> bool:
@@ -1893,7 +1892,7 @@ def _after_fork_in_child() -> None:
     flush the parent's data, and wait for locks of threads that are not here. SQLite
     is left alone: a fork does not inherit its locks, and no call is safe there.
     """
-    use_all_cpus()
+    use_cpus(CPUS)
     for number, action in IN_CHILDREN.items():
         signal.signal(number, action)
     IN_CHILDREN.clear()
@@ -1912,37 +1911,23 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-# -- child processes -------------------------------------------------------
+# -- CPUs ------------------------------------------------------------------
 #
-# Programs and isolated handlers run in child processes, which can really be stopped.
-# Each has a session of its own, and ends with all that it has started.
-
-LEFT_OVER = 1 << 20  # bytes that a pipe or a socket may hold when its writer has ended
-
-
 # Threads that share the GIL never run at the same time, and passing it to a thread on
 # another CPU takes longer than most of what they do. So the service's own threads stay
 # on one CPU, which one being left to chance, and so do runs of task types whose runs
 # are short. Runs that last have all CPUs, and whatever a handler starts.
+
 CPUS: List[int] = []
 if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
     CPUS += sorted(os.sched_getaffinity(0))
-_ONE_CPU = random.sample(CPUS, min(1, len(CPUS)))
+ONE_CPU = random.sample(CPUS, min(1, len(CPUS)))
 # Its `context`: the run of a thread that is on one CPU, or the event loop in it.
 _bound = threading.local()
 
 
-def use_one_cpu() -> None:
-    """Keep this thread, and those that it starts, on the CPU of the service."""
-    _use_cpus(0, _ONE_CPU)
-
-
-def use_all_cpus(thread: int = 0) -> None:
-    """Let a thread (its native id; this one) and what it starts run on any CPU."""
-    _use_cpus(thread, CPUS)
-
-
-def _use_cpus(thread: int, cpus: Sequence[int]) -> None:
+def use_cpus(cpus: Sequence[int], thread: int = 0) -> None:
+    """Keep a thread (its native id; this one), and what it starts, on these CPUs."""
     if len(CPUS) > 1:
         with contextlib.suppress(OSError):  # forbidden: the service is slower then
             os.sched_setaffinity(thread, cpus)
@@ -1951,7 +1936,7 @@ def _use_cpus(thread: int, cpus: Sequence[int]) -> None:
 def run_on_one_cpu(ctx: Context, run: Callable[[], Any]) -> Any:
     """Call a function on one CPU, unless ctx.thread is 0 afterwards.
 
-    Then it has started a thread or a process, or use_all_cpus() was called for it.
+    Then it has started a thread or a process, or was given all CPUs meanwhile.
     """
     ctx.thread, _bound.context = threading.get_native_id(), ctx
     try:
@@ -1966,11 +1951,19 @@ def free_children(event: str, arguments: Any) -> None:
         ctx = getattr(_bound, "context", None)
         if ctx:
             ctx.thread = 0
-            use_all_cpus()
+            use_cpus(CPUS)
 
 
 if len(CPUS) > 1:
     sys.addaudithook(free_children)
+
+
+# -- child processes -------------------------------------------------------
+#
+# Programs and isolated handlers run in child processes, which can really be stopped.
+# Each has a session of its own, and ends with all that it has started.
+
+LEFT_OVER = 1 << 20  # bytes that a pipe or a socket may hold when its writer has ended
 
 
 def kill_session(session: int) -> None:
@@ -1981,13 +1974,11 @@ def kill_session(session: int) -> None:
     with contextlib.suppress(OSError):
         os.killpg(session, signal.SIGKILL)
     for _ in range(2 if sys.platform == "linux" else 0):  # one may just start another
-        names: List[str] = []
         with contextlib.suppress(OSError):  # not mounted, or too many files are open
-            names = os.listdir("/proc")
-        for pid in map(int, filter(str.isdigit, names)):
-            with contextlib.suppress(OSError):
-                if os.getsid(pid) == session:
-                    os.kill(pid, signal.SIGKILL)
+            for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+                with contextlib.suppress(OSError):
+                    if os.getsid(pid) == session:
+                        os.kill(pid, signal.SIGKILL)
 
 
 class Reaper:
@@ -2662,8 +2653,7 @@ def register_command(line: str) -> None:
     if lost:
         text = "--command %s: no shell sees its %s; for that write %s"
         log.warning(text, quote(program.name), quote(lost[0]), _AS_ARGUMENT)
-    name = program.name
-    params = Validator(program.schema)
+    name, params = program.name, Validator(program.schema)
     REGISTRY[name] = Handler(name, program, params, whole=True, context="ctx")
 
 
@@ -3390,7 +3380,7 @@ class Journal:
 
     def _run(self) -> None:
         """Write one commit after the other; after close() what is left, if possible."""
-        use_one_cpu()
+        use_cpus(ONE_CPU)
         closing = False
         while not closing or (len(self._open) and not self.error):
             with self._changed:
@@ -5069,7 +5059,7 @@ class WorkerPool:
     # -- what the threads do
 
     def _keep_time(self) -> None:
-        use_one_cpu()
+        use_cpus(ONE_CPU)
         wait = 0.0
         while self.store.await_tick(wait):
             try:
@@ -5085,7 +5075,7 @@ class WorkerPool:
                     wait = min(1.0, wait)  # the system may have a thread again then
 
     def _work(self) -> None:
-        use_one_cpu()
+        use_cpus(ONE_CPU)
         while True:
             claimed = self.store.claim()
             with self._lock:
@@ -5122,7 +5112,7 @@ class WorkerPool:
         """Run a task on one CPU if runs of its type have been short, or on all."""
         lasted, begin = self._lasted.get(task.type, 1.0), time.perf_counter()
         if lasted >= self.short_run:
-            use_all_cpus()
+            use_cpus(CPUS)
             outcome = run_one(task, context, self.handlers)
             seconds = time.perf_counter() - begin
         else:
@@ -5130,7 +5120,7 @@ class WorkerPool:
             outcome = run_on_one_cpu(context, run)
             seconds = time.perf_counter() - begin if context.thread else 1.0
         if lasted >= self.short_run or not context.thread:
-            use_one_cpu()
+            use_cpus(ONE_CPU)
         self._lasted[task.type] = 0.8 * lasted + 0.2 * min(1.0, seconds)
         return outcome
 
@@ -5143,7 +5133,7 @@ class WorkerPool:
         for context in self._busy:
             if context.thread and context.began < since:
                 thread, context.thread = context.thread, 0
-                use_all_cpus(thread)
+                use_cpus(CPUS, thread)
 
     @staticmethod
     def _log_end(context: Context, seconds: float, task: Task) -> None:
@@ -5207,7 +5197,7 @@ class EventLoop:
             log_run(logging.WARNING, context, text, traceback=trace)
 
     def _claim(self) -> None:
-        use_one_cpu()
+        use_cpus(ONE_CPU)
         while True:
             self.slots.get()
             claimed = self._pool.store.claim(is_async=True)
@@ -5231,7 +5221,7 @@ class EventLoop:
             self._loop.close()
 
     def _start_new(self) -> None:
-        use_one_cpu()  # a handler that started a process got all
+        use_cpus(ONE_CPU)  # a handler that started a process got all
         while self._new:
             task, context = self._new.popleft()
             run = self._loop.create_task(run_task(task, context, self._pool.handlers))
@@ -8667,7 +8657,7 @@ class Service:
 
     def _serve(self) -> None:
         """Accept clients until shutdown(), and then answer those that are connected."""
-        use_one_cpu()
+        use_cpus(ONE_CPU)
         self.server.serve_forever(self.server.poll_interval)
         self.server.close(self._end - time.monotonic())
         self._events.put(DRAINED)  # wakes the main thread

@@ -6961,12 +6961,6 @@ def test_a_request_of_the_newest_revision_says_all_about_itself(service):
     for header in ("MCP-Protocol-Version", "Mcp-Method", "Mcp-Name"):
         assert ask(headers={header: None})[0] == -32020
         assert ask(headers={header: "tools/list"})[0] == -32020
-    coded = "=?base64?dGFza19saXN0?="
-    answer = agent.send(
-        "tools/call", {"name": "task_list"}, headers={"Mcp-Name": coded}
-    )
-    assert answer.status == 200
-    assert ask(headers={"Mcp-Name": "=?base64?!?="})[0] == -32020
     none = {"Accept": BOTH_TYPES, "MCP-Protocol-Version": NEWEST}
     for meta in ({}, {META + "protocolVersion": NEWEST}):
         body = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
@@ -7024,7 +7018,7 @@ def test_names_of_tools_are_safe_and_unique(registry):
     for name in ("a b", "a_b", "a/b", "task_list", "ü", "a.b-C"):
         handler(name)(lambda: None)
     with serving() as service:
-        types = service.server.app.tools.types
+        types = service.server.app.tools
         tools = {type: name for name, type in types.items()}
         assert tools["a_b"] == "a_b"
         assert sorted((tools["a b"], tools["a/b"])) == ["a_b_2", "a_b_3"]
@@ -7164,7 +7158,7 @@ def test_bad_input_is_refused_and_starts_nothing(version, tools):
         assert (code, message) == (-32602, 'there is no task "x"')
         code, message = ask({"name": "task_result", "arguments": {"id": "x"}})
         assert code == -32602
-        assert "arguments.task_id is missing" in message
+        assert "task_id is missing" in message
         assert ask({"name": 5}, headers={"Mcp-Name": "5"})[0] in (-32602, -32020)
         assert ask({"name": "add", "arguments": []})[0] == -32602
         assert ask({"name": "add"}, jsonrpc="1.0", status=400)[0] == -32600

@@ -53,9 +53,9 @@ line:
      4924  8. Worker pool
      5252  9. HTTP API
      6913  10. HTTP server
-     7873  11. Client
-     8459  12. Main
-     9010  13. The page
+     7876  11. Client
+     8462  12. Main
+     9013  13. The page
 
 Three things hold throughout:
 
@@ -7667,12 +7667,15 @@ class APIServer(ThreadingHTTPServer):
         self.app.access.path = os.path.abspath(path)
 
     def server_close(self) -> None:
-        """Stop listening, and remove the Unix socket if it is still this one."""
-        super().server_close()
+        """Remove the Unix socket if it is still this one, and stop listening.
+
+        In this order, for a service that starts may replace a socket that is dead.
+        """
         path = self.app.access.path
         with contextlib.suppress(OSError):
             if self._file and os.path.samestat(self._file, os.lstat(path)):
                 os.unlink(path)
+        super().server_close()
 
     # -- accepting
 

@@ -9344,6 +9344,22 @@ def test_the_unix_socket_of_another_stays_at_the_end(registry, tmp_path):
 
 
 @needs_unix
+def test_a_unix_socket_is_not_found_dead_while_its_service_ends(
+    registry, tmp_path, monkeypatch
+):
+    path, unlink, found = str(tmp_path / "socket"), os.unlink, []
+
+    def watched(name):
+        with socket.socket(socket.AF_UNIX) as another:
+            found.append(another.connect_ex(name))
+        unlink(name)
+
+    with serving(UNIX_SOCKET=path):
+        monkeypatch.setattr(os, "unlink", watched)
+    assert found == [0]
+
+
+@needs_unix
 def test_of_three_that_start_at_once_one_gets_the_socket_of_a_dead_process(tmp_path):
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX) as left:

@@ -52,10 +52,10 @@ line:
      3717  7. Result store and task queue
      4924  8. Worker pool
      5252  9. HTTP API
-     6913  10. HTTP server
-     7876  11. Client
-     8462  12. Main
-     9013  13. The page
+     6910  10. HTTP server
+     7873  11. Client
+     8459  12. Main
+     9010  13. The page
 
 Three things hold throughout:
 
@@ -5315,8 +5315,6 @@ class Request:
     def json(self) -> Any:
         """Return the body, parsed as JSON; raises HTTPError or Malformed."""
         self.check_body_type()
-        if not self.body:
-            raise Malformed('the body is empty; send {"type": ..., "params": {...}}')
         return from_json(self.body)
 
     def check_body_type(self) -> None:
@@ -5481,7 +5479,7 @@ def status_document(task: Task, context: Optional[Context] = None) -> Dict[str, 
 
 def submission_document(task: Task) -> Dict[str, Any]:
     """Return a document that submits the same task again."""
-    defaults = NO_OPTIONS._asdict()
+    defaults = Options._field_defaults
     options = {n: v for n, v in task.options._asdict().items() if v != defaults[n]}
     if task.options.then:
         options["then"] = json.loads(task.options.then)
@@ -5571,15 +5569,19 @@ class App(NamedTuple):
 
 def submit_task(app: App, request: Request) -> Reply:
     """Submit a task, or an array of them; Idempotency-Key makes it safe to repeat."""
-    media = request.accepts(JSON, TEXT)
     submission = read_body(app, request)
-    key = request.headers.get("idempotency-key")
-    if isinstance(submission, list):
-        tasks = app.store.submit_all(submission)
-        if media == TEXT:
-            return text_reply("\n".join(task.id for task in tasks), 202)
-        return json_reply([{"id": task.id, "status": PENDING} for task in tasks], 202)
-    task = submit_one(app, submission, key)
+    if not isinstance(submission, list):
+        return accept_one(app, request, submission)
+    media, tasks = request.accepts(JSON, TEXT), app.store.submit_all(submission)
+    if media == TEXT:
+        return text_reply("\n".join(task.id for task in tasks), 202)
+    return json_reply([{"id": task.id, "status": PENDING} for task in tasks], 202)
+
+
+def accept_one(app: App, request: Request, submission: Submission) -> Reply:
+    """Submit a task, or the same one again by its Idempotency-Key."""
+    media = request.accepts(JSON, TEXT)
+    task = submit_one(app, submission, request.headers.get("idempotency-key"))
     task = task._replace(status=PENDING)  # the reply is the same each time
     return submitted_reply(app, request, task, 202, media)
 
@@ -5731,13 +5733,11 @@ def delete_task(app: App, request: Request) -> Reply:
 
 def retry_task(app: App, request: Request) -> Reply:
     """Submit a finished task again, as a new one; Idempotency-Key is as above."""
-    media, task = request.accepts(JSON, TEXT), app.store.get(request.task_id)
+    task = app.store.get(request.task_id)
     if not task.finished:
         text = "task %s is %s; only a finished one can be retried"
         raise Unfinished(text % (task.id, task.status))
-    key = request.headers.get("idempotency-key")
-    task = submit_one(app, resubmission(app, task), key)._replace(status=PENDING)
-    return submitted_reply(app, request, task, 202, media)
+    return accept_one(app, request, resubmission(app, task))
 
 
 def resubmission(app: App, task: Task) -> Submission:
@@ -6068,9 +6068,8 @@ def metric_lines(
 ) -> Iterator[str]:
     """Yield a metric as text: a value or, with labels, one for each of their values."""
     yield "# HELP %s %s\n# TYPE %s %s\n" % (name, help, name, type)
-    values = value if labels else {(): value}
-    for key in sorted(values):
-        pairs, found = dict(zip(labels, map(str, key))), values[key]
+    for key, found in sorted(value.items()) if labels else [((), value)]:
+        pairs = dict(zip(labels, key))
         if type != "histogram":
             yield _sample(name, pairs, found)
             continue
@@ -6081,13 +6080,11 @@ def metric_lines(
         yield _sample(name + "_count", pairs, sum(found.counts))
 
 
-def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
+def _sample(name: str, labels: Mapping[str, Any], value: float) -> str:
     # No label contains an end of line: the names of task types are printable.
-    pairs = [
-        '%s="%s"' % (label, re.sub(r'[\\"]', r"\\\g<0>", labels[label]))
-        for label in labels
-    ]
-    return "%s%s %r\n" % (name, "{%s}" % ",".join(pairs) if pairs else "", value)
+    texts = [(n, re.sub(r'[\\"]', r"\\\g<0>", str(labels[n]))) for n in labels]
+    pairs = ",".join(map('%s="%s"'.__mod__, texts))
+    return "%s%s %r\n" % (name, "{%s}" % pairs if pairs else "", value)
 
 
 # -- OpenAPI ---------------------------------------------------------------

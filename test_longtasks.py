@@ -125,6 +125,20 @@ def registry(monkeypatch):
 
 
 @pytest.fixture
+def refusal(capsys):
+    """A function that returns the one line with which a start is refused."""
+
+    def main(*flags):
+        assert longtasks.main(["--port=0", *flags]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith("longtasks: ")
+        return err[len("longtasks: ") : -1]
+
+    return main
+
+
+@pytest.fixture
 def gate(registry):
     """A gate that is registered as the type "gate"."""
     gate = Gate()
@@ -335,6 +349,13 @@ def test_handlers_files_come_from_repeated_flags_or_a_path_list():
     assert longtasks.read_settings(flags, environ)["HANDLERS"] == ["/c.py", "/d.py"]
 
 
+@pytest.mark.parametrize("name, flag", [("RULES", "--rule"), ("COMMANDS", "--command")])
+def test_rules_and_commands_come_from_repeated_flags_or_lines(name, flag):
+    lines, read = ["a=echo x:y", "b retries=2"], longtasks.read_settings
+    assert read([flag, lines[0], flag, lines[1]], {name: "c x=1"})[name] == lines
+    assert read([], {name: "\n".join(lines) + "\n"})[name] == lines
+
+
 PATHS = ["UNIX_SOCKET", "API_TOKEN_FILE", "TLS_CERT", "TLS_KEY"]
 PATHS += ["HANDLERS", "EXECUTOR", "DB"]
 
@@ -358,13 +379,11 @@ def test_a_path_is_relative_to_where_the_service_was_started(name, monkeypatch):
         ("HOST", ["", "a b"]),
     ],
 )
-def test_an_invalid_value_is_one_line_that_names_the_setting(name, texts, capsys):
+def test_an_invalid_value_is_one_line_that_names_the_setting(name, texts, refusal):
     flag = "--" + name.lower().replace("_", "-")
     for text in texts:
-        assert longtasks.main(["%s=%s" % (flag, text)]) == 2
-        out, err = capsys.readouterr()
-        assert (out, err.count("\n")) == ("", 1)
-        assert err.startswith("longtasks: %s (%s) must be " % (name, flag))
+        line = refusal("%s=%s" % (flag, text))
+        assert line.startswith("%s (%s) must be " % (name, flag))
 
 
 @pytest.mark.parametrize(
@@ -404,12 +423,10 @@ def test_a_switch_is_a_flag_without_a_value():
         longtasks.read_settings([], {"INSECURE": "maybe"})
 
 
-def test_an_unknown_flag_is_one_line_and_code_2(capsys):
+def test_an_unknown_flag_is_one_line_and_code_2(refusal):
     for flag in ("--prot", "--api-token"):  # a secret has no flag
-        assert longtasks.main([flag, "80"]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("longtasks: unrecognized arguments: %s 80; --help" % flag)
-        assert err.count("\n") == 1
+        expected = "unrecognized arguments: %s 80; --help" % flag
+        assert refusal(flag, "80").startswith(expected)
 
 
 def test_the_token_does_not_stay_in_the_environment(monkeypatch, tmp_path, capsys):
@@ -1044,14 +1061,12 @@ def test_a_handlers_file_adds_types_and_may_import_its_neighbours(tmp_path, regi
     ],
 )
 def test_a_handlers_file_that_does_not_load_is_one_line_and_code_2(
-    text, why, tmp_path, registry, capsys
+    text, why, tmp_path, registry, refusal
 ):
     file = write(tmp_path, text) if text else str(tmp_path / "none.py")
-    assert longtasks.main(["--port=0", "--handlers", file]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert err.startswith("longtasks: --handlers %s: " % file)
-    assert re.search(why, err), err
+    line = refusal("--handlers", file)
+    assert line.startswith("--handlers %s: " % file)
+    assert re.search(why, line), line
 
 
 def test_long_computation_keeps_an_integer_an_integer(registry):
@@ -1287,15 +1302,13 @@ def corrupt(path):
     ],
 )
 def test_a_file_that_is_not_a_sound_journal_is_refused_and_stays(
-    make, why, tmp_path, capsys
+    make, why, tmp_path, refusal
 ):
     path = tmp_path / "tasks.db"
     make(path)
     before = path.read_bytes()
-    assert longtasks.main(["--port", "0", "--db", str(path)]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert re.search(re.escape(str(path)) + ".*(" + why + ")", err), err
+    line = refusal("--db", str(path))
+    assert re.search(re.escape(str(path)) + ".*(" + why + ")", line), line
     assert path.read_bytes() == before
 
 
@@ -1307,9 +1320,8 @@ def test_a_file_that_is_not_a_sound_journal_is_refused_and_stays(
         (".", "is not a regular file"),
     ],
 )
-def test_a_path_that_cannot_be_written_is_refused(path, why, tmp_path, capsys):
-    assert longtasks.main(["--port", "0", "--db", str(tmp_path / path)]) == 2
-    assert re.fullmatch("longtasks: DB .*(%s).*\n" % why, capsys.readouterr().err)
+def test_a_path_that_cannot_be_written_is_refused(path, why, tmp_path, refusal):
+    assert re.match("DB .*(%s)" % why, refusal("--db", str(tmp_path / path)))
     assert os.listdir(str(tmp_path)) == []
 
 
@@ -4556,11 +4568,8 @@ def run_program(line, params=None, context=None):
         ("long_computation=ls", "is registered twice"),
     ],
 )
-def test_a_line_that_is_no_program_is_one_line_and_code_2(line, why, capsys):
-    assert longtasks.main(["--port", "0", "--command", line]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert why in err
+def test_a_line_that_is_no_program_is_one_line_and_code_2(line, why, refusal):
+    assert why in refusal("--command", line)
 
 
 @pytest.mark.parametrize(
@@ -4648,20 +4657,10 @@ def test_the_recipe_for_a_pipe_works(registry, tmp_path):
         ("long_computation cwd=/", "cwd is unknown; known here: timeout, retries, "),
     ],
 )
-def test_a_rule_that_can_not_be_is_one_line_and_code_2(rule, why, capsys, registry):
-    flags = ["--port", "0", "--command", "backup=echo", "--rule", rule]
-    assert longtasks.main(flags) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("longtasks: --rule ")
-    assert err.count("\n") == 1
-    assert why in err
-
-
-def test_rules_come_from_repeated_flags_or_lines():
-    lines = ["a timeout=1", "b retries=2"]
-    flags = ["--rule", lines[0], "--rule", lines[1]]
-    assert longtasks.read_settings(flags, {"RULES": "c x=1"})["RULES"] == lines
-    assert longtasks.read_settings([], {"RULES": "\n".join(lines)})["RULES"] == lines
+def test_a_rule_that_can_not_be_is_one_line_and_code_2(rule, why, refusal, registry):
+    line = refusal("--command", "backup=echo", "--rule", rule)
+    assert line.startswith("--rule ")
+    assert why in line
 
 
 def test_a_rule_from_outside_wins_over_that_of_the_handler(registry, tmp_path):
@@ -4730,14 +4729,6 @@ def test_a_program_that_became_unrunnable_fails_its_task(tmp_path):
     with pytest.raises(longtasks.Failure) as caught:
         made({}, Context("id"))
     assert str(caught.value) == 'can\'t run "%s": No such file or directory' % path
-
-
-def test_commands_come_from_repeated_flags_or_lines():
-    read = longtasks.read_settings
-    lines = ["a=echo x:y", "b=echo"]
-    assert read([], {"COMMANDS": "\n".join(lines) + "\n"})["COMMANDS"] == lines
-    flags = ["--command", "a=ls", "--command", "b=ls"]
-    assert read(flags, {})["COMMANDS"] == ["a=ls", "b=ls"]
 
 
 def test_placeholders_become_params():
@@ -7573,12 +7564,9 @@ def test_by_rule_nothing_follows_a_follow_up(ends, registry):
     ],
 )
 def test_follow_ups_that_can_not_be_are_one_line_and_code_2(
-    flags, reason, capsys, registry
+    flags, reason, refusal, registry
 ):
-    assert longtasks.main(["--port", "0", "--command", "t=echo {a}", *flags]) == 2
-    err = capsys.readouterr().err
-    assert (err.startswith("longtasks: "), err.count("\n")) == (True, 1)
-    assert reason in err
+    assert reason in refusal("--command", "t=echo {a}", *flags)
 
 
 def then_store(journal=None, **limits):
@@ -9325,12 +9313,9 @@ def test_a_file_that_is_not_a_unix_socket_is_left_alone(put, tmp_path, capsys):
 
 @needs_unix
 @pytest.mark.parametrize("name", ["none/socket", "a" * 120])
-def test_a_place_where_no_unix_socket_can_be_is_one_line(name, tmp_path, capsys):
-    assert longtasks.main(["--unix-socket", str(tmp_path / name)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("longtasks: UNIX_SOCKET /")
-    assert "No such file or directory" in err or "too long" in err
-    assert err.count("\n") == 1
+def test_a_place_where_no_unix_socket_can_be_is_one_line(name, tmp_path, refusal):
+    line = refusal("--unix-socket", str(tmp_path / name))
+    assert re.match("UNIX_SOCKET /.*(No such file or directory|too long)", line)
 
 
 @needs_unix
@@ -9629,20 +9614,17 @@ def test_a_connection_that_is_cut_off_does_not_go_on_in_plain_text(gate, pairs):
     ],
 )
 def test_a_pair_that_cannot_be_used_is_one_line_and_code_2(
-    cert, key, reason, pairs, capsys
+    cert, key, reason, pairs, refusal
 ):
     found = tls_settings(pairs, cert, key)
     flags = ["--tls-cert", found["TLS_CERT"], "--tls-key", found["TLS_KEY"]]
-    assert longtasks.main(["--port=0", *flags[: 4 if key else 2]]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("longtasks: TLS_CERT ")
-    assert reason in err
-    assert err.count("\n") == 1
+    line = refusal(*flags[: 4 if key else 2])
+    assert line.startswith("TLS_CERT ")
+    assert reason in line
 
 
-def test_a_key_needs_a_certificate(capsys):
-    assert longtasks.main(["--port=0", "--tls-key", "x"]) == 2
-    assert capsys.readouterr().err == "longtasks: TLS_KEY needs TLS_CERT as well\n"
+def test_a_key_needs_a_certificate(refusal):
+    assert refusal("--tls-key", "x") == "TLS_KEY needs TLS_CERT as well"
 
 
 # ======================================================================
@@ -10729,9 +10711,8 @@ def test_isolated_handlers_need_a_file_that_other_processes_can_run(tmp_path):
 
 
 @pytest.mark.parametrize("host", ["256.1.1.1", "no.such.host.invalid", "a\x1bb"])
-def test_a_host_that_cannot_be_listened_on_is_one_line_and_code_2(host, capsys):
-    assert longtasks.main(["--port=0", "--host", host]) == 2
-    assert re.fullmatch("longtasks: HOST [ -~]*\n", capsys.readouterr().err)
+def test_a_host_that_cannot_be_listened_on_is_one_line_and_code_2(host, refusal):
+    assert re.fullmatch("HOST [ -~]*", refusal("--host", host))
 
 
 def test_it_listens_on_ipv6_too(registry):
@@ -12374,13 +12355,10 @@ def test_a_task_elsewhere_is_cancelled_when_there_is_no_thread_left(
     ],
 )
 def test_an_executor_that_cannot_be_used_is_one_line_and_code_2(
-    executor, why, tmp_path, registry, capsys
+    executor, why, tmp_path, registry, refusal
 ):
     write(tmp_path, text_of_factories(ELSEWHERE), "f.py")
-    assert longtasks.main(["--port=0", "--executor", str(tmp_path / executor)]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert why in err
+    assert why in refusal("--executor", str(tmp_path / executor))
     assert not longtasks.EXECUTOR
 
 

@@ -52,10 +52,10 @@ line:
      3717  7. Result store and task queue
      4924  8. Worker pool
      5252  9. HTTP API
-     6910  10. HTTP server
-     7873  11. Client
-     8459  12. Main
-     9010  13. The page
+     6906  10. HTTP server
+     7869  11. Client
+     8455  12. Main
+     9006  13. The page
 
 Three things hold throughout:
 
@@ -5256,6 +5256,7 @@ class EventLoop:
 # Endpoints raise errors; respond() turns them into replies (RFC 9457).
 # ======================================================================
 
+Json = Dict[str, Any]
 LARGE = 64 << 10  # bytes; a larger body is sent in parts, without copying it
 KEEP_ALIVE = 15.0  # seconds of silence after which an event stream sends a comment
 
@@ -5299,7 +5300,7 @@ class Request:
         self.label = OTHER  # the route's path, for metrics
         self.task_id = ""
         self.type = ""
-        self.query: Dict[str, Any] = {}
+        self.query: Json = {}
         self.wait = 0.0  # seconds that the reply may wait for the end of the task
         # While the reply waits: set by the server once the client has disconnected.
         self.client_left: Optional[threading.Event] = None
@@ -5451,7 +5452,7 @@ def timestamp(when: float) -> str:
     return "%s.%03dZ" % (second, millis % 1000)
 
 
-def status_document(task: Task, context: Optional[Context] = None) -> Dict[str, Any]:
+def status_document(task: Task, context: Optional[Context] = None) -> Json:
     """Return the status document of a task, without the fields that don't apply."""
     fields = {
         "id": task.id,
@@ -5477,7 +5478,7 @@ def status_document(task: Task, context: Optional[Context] = None) -> Dict[str, 
     return {name: value for name, value in fields.items() if value}
 
 
-def submission_document(task: Task) -> Dict[str, Any]:
+def submission_document(task: Task) -> Json:
     """Return a document that submits the same task again."""
     defaults = Options._field_defaults
     options = {n: v for n, v in task.options._asdict().items() if v != defaults[n]}
@@ -5489,7 +5490,7 @@ def submission_document(task: Task) -> Dict[str, Any]:
 LONG_RESULT = 1000  # bytes; that of a step is not listed if it is longer
 
 
-def step_document(step: Step) -> Dict[str, Any]:
+def step_document(step: Step) -> Json:
     """Return the description of a step that is done."""
     times = {n: timestamp(getattr(step, n)) for n in ("started_at", "ended_at")}
     short = len(step.result) <= LONG_RESULT
@@ -5499,7 +5500,7 @@ def step_document(step: Step) -> Dict[str, Any]:
 
 def follow_ups(
     handlers: Mapping[str, Handler],
-    by_rule: Callable[[str], List[Dict[str, Any]]],
+    by_rule: Callable[[str], List[Json]],
     task: Task,
 ) -> Iterator[Submission]:
     """Yield what follows a task that has ended, by its `then` and its type's rules.
@@ -5518,7 +5519,7 @@ def follow_ups(
             yield found._replace(follows=task.id)
 
 
-def current_status(app: "App", task: Task) -> Dict[str, Any]:
+def current_status(app: "App", task: Task) -> Json:
     """Return the status document of a task, with its progress."""
     return status_document(task, app.store.context(task.id))
 
@@ -5883,7 +5884,7 @@ def list_types(app: App, request: Request) -> Reply:
     return json_reply({"types": types})
 
 
-def type_document(app: App, name: str) -> Dict[str, Any]:
+def type_document(app: App, name: str) -> Json:
     """Describe a task type, with the rules in force for it."""
     entry, rules = app.handlers[name], app.store.rules(name)._asdict()
     in_force = {rule: rules[rule] for rule in PROGRAM_RULES if rules[rule] is not None}
@@ -6092,13 +6093,11 @@ def _sample(name: str, labels: Mapping[str, Any], value: float) -> str:
 # The document at /openapi.json (spec.openapis.org/oas/v3.1.0) is made from ROUTES, the
 # schemas of the handlers and these tables.
 
-# The media types of bodies that are not JSON.
+# The media types of bodies that are not JSON; the names of texts are in lower case.
 MEDIA = {"text": TEXT, "html": HTML, "events": SSE, "metrics": METRICS}
 MEDIA["Problem"] = PROBLEM
-Json = Dict[str, Any]
-STRING: Dict[str, Any] = {"type": "string"}
-COUNT: Dict[str, Any] = {"type": "integer", "minimum": 0}
-TIME: Dict[str, Any] = {"type": "string", "format": "date-time"}
+STRING: Json = {"type": "string"}
+TIME: Json = {"type": "string", "format": "date-time"}
 ID = {"type": "string", "format": "uuid"}
 WAIT = {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?$"}
 LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}
@@ -6137,15 +6136,15 @@ QUERY_READERS: Dict[str, Callable[[str], Any]] = {
 }
 
 
-def _list(items: Schema) -> Dict[str, Any]:
+def _list(items: Schema) -> Json:
     return {"type": "array", "items": items}
 
 
-def _ref(kind: str, name: Any) -> Dict[str, Any]:
+def _ref(kind: str, name: Any) -> Json:
     return {"$ref": "#/components/%s/%s" % (kind, name)}
 
 
-def _object(names: str, **schemas: Schema) -> Dict[str, Any]:
+def _object(names: str, **schemas: Schema) -> Json:
     """Return the schema of an object with these fields; name? is optional."""
     known = {**FIELDS, **schemas}
     fields = {name.rstrip("?"): name[-1] != "?" for name in names.split()}
@@ -6161,8 +6160,8 @@ FIELDS: Dict[str, Schema] = {
     **dict.fromkeys(["id", "task_id", "retry_of", "follows"], ID),
     **dict.fromkeys(["created_at", "started_at", "ended_at", "next_attempt_at"], TIME),
     "status": {"enum": list(EXITS)},
-    "attempt": COUNT,
-    "steps": COUNT,
+    "attempt": _COUNT,
+    "steps": _COUNT,
     "priority": {"type": "integer"},
     "percent": {"type": "number"},
     "cancel_requested": {"type": "boolean"},
@@ -6173,14 +6172,11 @@ FIELDS: Dict[str, Schema] = {
 }
 META = "io.modelcontextprotocol/"
 _OBJECT = {"type": "object"}
+_FILLED = {"minItems": 1, "maxItems": MAX_BATCH}
 _ABLE = _object("extensions?", extensions=_OBJECT)
 _META = META + "protocolVersion? %sclientCapabilities? idempotency-key?" % META
 DOCUMENTS: Dict[str, Schema] = {
-    "Batch": {
-        **_list(_ref("schemas", "Submission")),
-        "minItems": 1,
-        "maxItems": MAX_BATCH,
-    },
+    "Batch": {**_list(_ref("schemas", "Submission")), **_FILLED},
     "Accepted": _object("id status"),
     "BatchAccepted": _list(_ref("schemas", "Accepted")),
     "Status": _object(
@@ -6196,11 +6192,11 @@ DOCUMENTS: Dict[str, Schema] = {
     "List": _object(
         "tasks next counts",
         tasks=_list(_ref("schemas", "Status")),
-        next={"anyOf": [COUNT, {"type": "null"}]},
-        counts=_object(" ".join(EXITS), **dict.fromkeys(EXITS, COUNT)),
+        next={"anyOf": [_COUNT, {"type": "null"}]},
+        counts=_object(" ".join(EXITS), **dict.fromkeys(EXITS, _COUNT)),
     ),
     "Steps": _object("steps", steps=_list(_object("name started_at ended_at result?"))),
-    "Count": _object("count", count=COUNT),
+    "Count": _object("count", count=_COUNT),
     "Submitted": SUBMISSION,
     "Type": _object("type description params rules paused"),
     "Types": _object("types", types=_list(_ref("schemas", "Type"))),
@@ -6214,11 +6210,11 @@ DOCUMENTS: Dict[str, Schema] = {
             "_meta?", _meta=_object(_META, **{META + "clientCapabilities": _ABLE})
         ),
     ),
-    "Messages": {**_list({}), "minItems": 1, "maxItems": MAX_BATCH},
+    "Messages": {**_list({}), **_FILLED},
     "Answer": {"anyOf": [{"type": "object"}, {"type": "array", "items": {}}]},
     "Problem": _object(
         "type title status detail errors?",
-        status=COUNT,
+        status=_COUNT,
         errors=_list(_object("pointer detail")),
     ),
 }
@@ -6229,11 +6225,11 @@ def show_openapi(app: App, request: Request) -> Reply:
     return json_reply(openapi(app.handlers, bool(app.access.token)))
 
 
-def openapi(handlers: Mapping[str, Handler], needs_token: bool) -> Dict[str, Any]:
+def openapi(handlers: Mapping[str, Handler], needs_token: bool) -> Json:
     """Return the OpenAPI document of a service with these handlers."""
     types = _type_components(handlers)
     submission = {"oneOf": [_ref("schemas", name) for name in types]}
-    paths: Dict[str, Any] = {route.path: {} for route in ROUTES}
+    paths: Json = {route.path: {} for route in ROUTES}
     for path, operations in paths.items():
         for method, route in _ROUTES[path].items():
             if method != "OPTIONS":
@@ -6265,13 +6261,13 @@ def numbered(form: str, name: str) -> Iterator[str]:
         yield form % (name, number)
 
 
-def _type_components(handlers: Mapping[str, Handler]) -> Dict[str, Any]:
+def _type_components(handlers: Mapping[str, Handler]) -> Json:
     """Return a component for each task type, the schema of its submissions.
 
     Client generators make a class and a file of each. So the names are letters and
     digits, and differ by more than upper and lower case.
     """
-    found: Dict[str, Any] = {}
+    found: Json = {}
     taken = {name.lower() for name in [*DOCUMENTS, "Submission"]}
     for type, entry in sorted(handlers.items()):
         words = re.findall("[A-Za-z0-9]+", type)
@@ -6288,7 +6284,7 @@ def _type_components(handlers: Mapping[str, Handler]) -> Dict[str, Any]:
     return found
 
 
-def _operation(method: str, route: "Route") -> Dict[str, Any]:
+def _operation(method: str, route: "Route") -> Json:
     """Return the description of a method of a path."""
     parameters = [name + "InPath" for name in re.findall("{(.*?)}", route.path)]
     parameters += route.parameters
@@ -6300,7 +6296,7 @@ def _operation(method: str, route: "Route") -> Dict[str, Any]:
     }
     refused = "Answer" if route.path == MCP_PATH else "Problem"
     responses["default"] = _ref("responses", refused)
-    described: Dict[str, Any] = {
+    described: Json = {
         "operationId": ("head_" if method == "HEAD" else "") + route.endpoint.__name__,
         "summary": route.help,
         "parameters": [_ref("parameters", name) for name in parameters],
@@ -6313,14 +6309,14 @@ def _operation(method: str, route: "Route") -> Dict[str, Any]:
     return described
 
 
-def _response(description: str, names: str, headers: Sequence[str]) -> Dict[str, Any]:
+def _response(description: str, names: str, headers: Sequence[str]) -> Json:
     found = {name: {"schema": STRING} for name in headers}
     return {"description": description, "headers": found, "content": _content(names)}
 
 
-def _content(names: str) -> Dict[str, Any]:
-    """Return the media types of a body: documents, and texts in lower case."""
-    found: Dict[str, Any] = {}
+def _content(names: str) -> Json:
+    """Return the media types of a body: names in MEDIA and DOCUMENTS."""
+    found: Json = {}
     for name in names.split():
         content = found.setdefault(MEDIA.get(name, JSON), {"schema": {"anyOf": []}})
         schema = STRING if name.islower() else _ref("schemas", name)
@@ -6439,15 +6435,15 @@ class Call:
         try:
             yield b""
             for found in new_events(self.app, subscription, until):
-                shown = [event.payload for event in found if event.kind == "progress"]
-                for document in shown[-1:]:
-                    reached = max(reached + 0.01, document.get("percent", 0.0))  # grows
+                for shown in [
+                    each.payload for each in found if each.kind == "progress"
+                ]:
+                    reached = max(reached + 0.01, shown.get("percent", 0.0))  # grows
                     params = {"progressToken": self.token, "progress": reached}
-                    params.update(total=100, message=document["message"])
+                    params.update(total=100, message=shown["message"])
                     notice = {"method": "notifications/progress", "params": params}
                     yield b"data: %b\n\n" % to_json({"jsonrpc": "2.0", **notice})
-                if not shown:
-                    yield b":\n\n"
+                yield b":\n\n"
         finally:
             self.request.client_left = None
             events.unsubscribe(subscription)

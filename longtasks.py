@@ -5190,9 +5190,10 @@ class EventLoop:
         elif run and now - self._seen_at >= 0.9:
             self._seen_at = math.inf  # it is logged once
             stack = sys._current_frames().get(self._thread.ident or 0)
+            # It may end while its lines are read from files.
+            context = self._runs.get(run)
             trace = "".join(traceback.format_stack(stack, 5))
-            name = run.get_coro().__qualname__
-            context = self._runs.get(run) or Context("?", type=name)
+            context = context or Context("?", type=run.get_coro().__qualname__)
             text = "blocks all async handlers"
             log_run(logging.WARNING, context, text, traceback=trace)
 

@@ -42,6 +42,7 @@ import symtable
 import sys
 import threading
 import time
+import traceback
 import tracemalloc
 import typing
 import unicodedata
@@ -4375,6 +4376,31 @@ def test_a_handler_that_blocks_the_event_loop_is_named_and_harms_no_other(
 
 
 def test_each_run_has_context_variables_of_its_own(async_gate):
+def test_a_handler_that_blocked_is_named_although_it_ends_meanwhile(
+    registry, monkeypatch
+):
+    format_stack = traceback.format_stack
+    ended = threading.Event()
+
+    def format_slowly(*args):
+        assert ended.wait(LONG)
+        return format_stack(*args)
+
+    @handler("blocks")
+    async def blocks():
+        time.sleep(2.5)
+
+    monkeypatch.setattr(traceback, "format_stack", format_slowly)
+    with serving() as service, records("WARNING") as kept:
+        blocks_id = submitted(service, "blocks")
+        assert result_of(service, blocks_id)["status"] == "completed"
+        ended.set()
+        text = "blocks all async handlers"
+        until(lambda: any(text in record.getMessage() for record in kept))
+        (line,) = (record.fields for record in kept if text in record.getMessage())
+        assert (line["type"], line["task_id"]) == ("blocks", blocks_id)
+
+
     number = contextvars.ContextVar("number", default=0)
 
     @handler("adds")

@@ -7945,6 +7945,9 @@ class Client:
         except (OSError, HTTPException, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error).strip()
             failure = ClientError(
+            # X509_V_ERR_...: these are about the issuer, not about the host or a date.
+            if getattr(error, "verify_code", 0) in (18, 19, 20, 21):
+                reason += "; SSL_CERT_FILE names a file with certificates to trust"
                 NO_ANSWER, "no answer from %s: %s" % (self.url, reason)
             )
             failure.temporary, failure.sent = True, sent

@@ -10277,11 +10277,15 @@ def test_a_certificate_must_be_known_and_for_this_host(
     assert ran.code == 4
     assert "CERTIFICATE_VERIFY_FAILED" in ran.complaints[0]
     monkeypatch.setenv("SSL_CERT_FILE", str(pairs / "one.crt"))
+    assert ran.complaints[0].endswith(
+        "; SSL_CERT_FILE names a file with certificates to trust"
+    )
     assert client("https://localhost:%d" % port, "types").code == 0
     ran = client("https://127.0.0.1:%d" % port, "types")
     assert ran.code == 4
     assert "127.0.0.1" in ran.complaints[0]
     for mixed in (
+    assert "SSL_CERT_FILE" not in ran.complaints[0]
         url_of(service).replace("http", "https"),
         "http://127.0.0.1:%d" % port,
     ):

@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       146  1. Settings
-      497  2. Tasks and their states
-      872  3. Task registry
-     1579  4. Execution
-     2880  5. Journal
-     3521  6. Events
-     3717  7. Result store and task queue
-     4924  8. Worker pool
-     5252  9. HTTP API
-     6906  10. HTTP server
-     7869  11. Client
-     8455  12. Main
-     9006  13. The page
+      498  2. Tasks and their states
+      873  3. Task registry
+     1580  4. Execution
+     2881  5. Journal
+     3522  6. Events
+     3718  7. Result store and task queue
+     4925  8. Worker pool
+     5254  9. HTTP API
+     6908  10. HTTP server
+     7871  11. Client
+     8460  12. Main
+     9011  13. The page
 
 Three things hold throughout:
 
@@ -406,12 +406,12 @@ def _argument_parser() -> Any:
         usage="%(prog)s [FLAG ...]\n       %(prog)s run|submit|status|result|log|"
         "cancel|retry|delete|list|types|pause|resume|help [ARGUMENT ...]",
         description="Long tasks over HTTP: submit, follow, collect the result.",
-        epilog="Brackets show each setting's environment variable. %s has no flag. "
+        epilog="Brackets show each setting's environment variable. %s have no flag. "
         "The commands are a client of the service; each has --help. A browser that "
         "opens http://HOST:PORT/ gets a page. Exit codes: 0: stopped by a signal. 1: "
         "the same, and tasks were given up or can't be written. 2: can't start until "
         "somebody corrects the cause. 75: can't start now, but perhaps later: the port "
-        "or the file is in use, or the disk is full." % ", ".join(secrets),
+        "or the file is in use, or the disk is full." % " and ".join(secrets),
     )
     version = "longtasks " + __version__
     parser.add_argument("--version", action="version", version=version)
@@ -425,7 +425,8 @@ def _argument_parser() -> Any:
             other = "no" if setting.default == "yes" else "yes"
             options = {"action": "store_const", "const": other}
         if setting.flag:
-            options.update(dest=setting.name, help="%s [%s]" % (setting.help, variable))
+            text = "don't " * setting.flag.startswith("--no-") + setting.help
+            options.update(dest=setting.name, help="%s [%s]" % (text, variable))
             parser.add_argument(setting.flag, **options)
     return parser
 
@@ -5189,9 +5190,9 @@ class EventLoop:
             self._call_soon(setattr, self, "_seen", None)
         elif run and now - self._seen_at >= 0.9:
             self._seen_at = math.inf  # it is logged once
-            stack = sys._current_frames().get(self._thread.ident or 0)
             # It may end while its lines are read from files.
             context = self._runs.get(run)
+            stack = sys._current_frames().get(self._thread.ident or 0)
             trace = "".join(traceback.format_stack(stack, 5))
             context = context or Context("?", type=run.get_coro().__qualname__)
             text = "blocks all async handlers"
@@ -7944,10 +7945,10 @@ class Client:
                     text = response.read().decode("utf-8", "replace").rstrip()
         except (OSError, HTTPException, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error).strip()
-            failure = ClientError(
             # X509_V_ERR_...: these are about the issuer, not about the host or a date.
             if getattr(error, "verify_code", 0) in (18, 19, 20, 21):
                 reason += "; SSL_CERT_FILE names a file with certificates to trust"
+            failure = ClientError(
                 NO_ANSWER, "no answer from %s: %s" % (self.url, reason)
             )
             failure.temporary, failure.sent = True, sent
@@ -9435,7 +9436,7 @@ class Row {
     const { created_at: created, started_at: started, ended_at: ended } = task;
     const { percent, message } = task.progress ?? {}, next = task.next_attempt_at;
     const progress = [
-      percent !== undefined && Math.floor(percent) + " %", message,
+      percent !== undefined && Math.floor(percent) + "%", message,
       task.cancel_requested && "stopping …",
       next && "starts in " + span(seconds(next) - now()), task.last_error, task.error,
       task.status === "pending" && isPaused(task.type) && "paused",
@@ -9548,7 +9549,8 @@ function makeField(pointer, schema, required, name = pointer.split("/").pop()) {
   const input = Object.assign(makeInput(kind), { name: pointer });
   input.initial = input.value; // while it stays so, it is left out
   const hint = [
-    type, input.type === "textarea" && "as JSON", description,
+    !/^an? /.test(description) && type, // such a description names it
+    input.type === "textarea" && "as JSON", description,
     minimum !== undefined && "at least " + minimum,
     maximum !== undefined && "at most " + maximum, required && "required",
   ];

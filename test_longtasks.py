@@ -504,6 +504,7 @@ def test_help_has_every_setting(capsys):
     for setting in longtasks.SETTINGS:
         assert (" %s " % setting.flag if setting.flag else setting.name) in text
         assert setting.help in text
+    assert "don't offer the task types to agents" in text
     assert "opens http://HOST:PORT/ gets a page" in text
     assert "75: can't start now" in text
 
@@ -4375,7 +4376,6 @@ def test_a_handler_that_blocks_the_event_loop_is_named_and_harms_no_other(
         assert result_of(service, blocks_id)["status"] == "completed"
 
 
-def test_each_run_has_context_variables_of_its_own(async_gate):
 def test_a_handler_that_blocked_is_named_although_it_ends_meanwhile(
     registry, monkeypatch
 ):
@@ -4401,6 +4401,7 @@ def test_a_handler_that_blocked_is_named_although_it_ends_meanwhile(
         assert (line["type"], line["task_id"]) == ("blocks", blocks_id)
 
 
+def test_each_run_has_context_variables_of_its_own(async_gate):
     number = contextvars.ContextVar("number", default=0)
 
     @handler("adds")
@@ -10276,16 +10277,16 @@ def test_a_certificate_must_be_known_and_for_this_host(
     ran = client(secure, "types")
     assert ran.code == 4
     assert "CERTIFICATE_VERIFY_FAILED" in ran.complaints[0]
-    monkeypatch.setenv("SSL_CERT_FILE", str(pairs / "one.crt"))
     assert ran.complaints[0].endswith(
         "; SSL_CERT_FILE names a file with certificates to trust"
     )
+    monkeypatch.setenv("SSL_CERT_FILE", str(pairs / "one.crt"))
     assert client("https://localhost:%d" % port, "types").code == 0
     ran = client("https://127.0.0.1:%d" % port, "types")
     assert ran.code == 4
     assert "127.0.0.1" in ran.complaints[0]
-    for mixed in (
     assert "SSL_CERT_FILE" not in ran.complaints[0]
+    for mixed in (
         url_of(service).replace("http", "https"),
         "http://127.0.0.1:%d" % port,
     ):
@@ -13122,7 +13123,7 @@ def test_a_task_is_submitted_followed_and_read_on_the_page(browser, steps, servi
     browser.see("#accepted", "Submitted")
     browser.see("[open] .request", '"label": "<i>tile</i>"')
     for n in range(4):
-        browser.see("[open] summary", "%d %% · <i>tile</i> %d" % (25 * n, n), " s ago")
+        browser.see("[open] summary", "%d%% · <i>tile</i> %d" % (25 * n, n), " s ago")
         browser.see("[open] .log", "line %d" % n)
         bar = "return document.querySelector('[open] progress').value"
         assert browser.run(bar) == 25 * n
@@ -13179,9 +13180,12 @@ def test_the_form_has_an_input_for_each_param_and_shows_errors_there(browser, re
     ):
         return None
 
+    longtasks.register_command("say=echo {what}")
     wrong = "[aria-invalid=true]:focus + .error"
     with serving() as service:
         browser.go(service)
+        browser.choose("say")
+        assert browser.text(field("what") + " ~ small").startswith("a string of at ")
         browser.choose("all")
         assert browser.run(FIELDS) == [
             ["text", "text", ""],
@@ -13195,6 +13199,7 @@ def test_the_form_has_an_input_for_each_param_and_shows_errors_there(browser, re
             ["note", "text", "none"],
             ["other params", "textarea", ""],
         ]
+        assert browser.text(field("text") + " ~ small") == "string, required"
         browser.type(field("text"), 'a "b" é')
         browser.type(field("n"), "0")
         browser.fill(field("x"), ".25")
@@ -13249,7 +13254,7 @@ def test_the_page_shows_all_that_comes_from_the_service_as_text(browser, gate, s
         document = {"type": runs_left, "params": {"value": value}}
         call(service, "PUT", "/api/v1/tasks/" + task_id, document)
         browser.open(task_id)
-        browser.see("[open] summary", runs_left, "50 % · " + shown)
+        browser.see("[open] summary", runs_left, "50% · " + shown)
         browser.see("[open] .log", shown + "\tlogged")
         browser.see("[open] .request", json.dumps(value))
         assert browser.run(PLACES), "the id is not to the right of the type"

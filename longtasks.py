@@ -47,15 +47,15 @@ line:
       498  2. Tasks and their states
       873  3. Task registry
      1580  4. Execution
-     2881  5. Journal
-     3522  6. Events
-     3718  7. Result store and task queue
-     4925  8. Worker pool
-     5254  9. HTTP API
-     6908  10. HTTP server
-     7871  11. Client
-     8460  12. Main
-     9011  13. The page
+     2882  5. Journal
+     3491  6. Events
+     3687  7. Result store and task queue
+     4872  8. Worker pool
+     5201  9. HTTP API
+     6858  10. HTTP server
+     7821  11. Client
+     8410  12. Main
+     8961  13. The page
 
 Three things hold throughout:
 
@@ -1618,6 +1618,7 @@ class Context:
         self.attempt = attempt
         self.grace = 1.5  # seconds from the request to stop until a process is killed
         self.kill_at = math.inf  # on the monotonic clock, once it is to stop
+        self.deadline = math.inf  # as well: it is to stop then, or is abandoned
         self.max_result = sys.maxsize  # bytes
         self.began = 0.0  # on the monotonic clock
         self.waits_for_disk = False  # the handler does not run yet
@@ -3054,7 +3055,7 @@ class Commit:
     them. Everything else has happened already, and becomes part of the next commit.
     """
 
-    __slots__ = ("new", "moves", "logs", "on_durable", "error", "_next", "_tried")
+    __slots__ = ("new", "moves", "logs", "on_durable", "error", "tried")
 
     def __init__(self) -> None:
         self.new: List[Task] = []
@@ -3063,11 +3064,10 @@ class Commit:
         self.logs: Dict[str, str] = {}  # of finished tasks, by their ids
         self.on_durable: List[Callable[[], Any]] = []  # called once it is on disk
         self.error = ""
-        self._next: Optional[Commit] = None  # the commit that has the moves of this one
-        self._tried = threading.Event()
+        self.tried = threading.Event()  # wakes all threads that wait for this commit
 
     def __len__(self) -> int:
-        return len(self.new) + len(self.moves)
+        return len(self.new) + len(self.moves) + len(self.on_durable)
 
     @property
     def records(self) -> List[Record]:
@@ -3085,32 +3085,19 @@ class Commit:
         following.moves = {**self.moves, **following.moves}
         following.logs = {**self.logs, **following.logs}
         following.on_durable = self.on_durable + following.on_durable
-        self.error, self._next = error, following
-
-    def settle(self) -> None:
-        """Wake all threads that wait for this commit."""
-        self._tried.set()
+        self.error = error
 
     def check(self) -> None:
         """Wait until the commit was tried; raises Unavailable if it has failed."""
-        self._tried.wait()
+        self.tried.wait()
         if self.error:
             raise Unavailable("nothing can be written: " + self.error)
-
-    def wait_durable(self) -> None:
-        """Wait until the moves are on disk, however many tries that takes."""
-        commit: Optional[Commit] = self
-        while commit is not None:
-            commit._tried.wait()
-            commit = commit._next
 
 
 class Journal:
     """A journal file, locked by this process. Raises JournalError."""
 
     retry_after = 1.0  # seconds from an error to the next try
-    wal_limit = 128 << 20  # bytes of the WAL above which a warning is logged
-    wal_interval = 60.0  # seconds between two looks at its size
     removed_limit = 10_000  # ids of removed tasks that are kept
 
     def __init__(self, path: str) -> None:
@@ -3127,8 +3114,6 @@ class Journal:
         self._changed = threading.Condition()
         self._open = Commit()  # takes in records until the writer is ready for it
         self._closing = False
-        self._wal_is_large = False
-        self._next_wal_check = 0.0
         self._writer: Optional[threading.Thread] = None
         try:
             sqlite3 = lazy_import("sqlite3")  # a small host may lack it
@@ -3418,12 +3403,11 @@ class Journal:
             if self.error:
                 log.warning("journal %s: it can be written again", self.path)
             self.error = ""
-            self._check_wal()
         try:
             self._on_settled(commit)
         except Exception:
             log.exception("a commit was written, but can't be shown")
-        commit.settle()
+        commit.tried.set()
 
     def write(self, records: Sequence[Record], logs: Mapping[str, str] = {}) -> None:
         """Write records in one transaction; raises OSError or sqlite3.Error."""
@@ -3462,21 +3446,6 @@ class Journal:
             return os.stat(self.path + "-wal").st_size
         except OSError:
             return 0
-
-    def _check_wal(self) -> None:
-        """Log a warning once if the WAL grows without end."""
-        now = time.monotonic()
-        if now < self._next_wal_check:
-            return
-        self._next_wal_check = now + self.wal_interval
-        large = self.wal_size() > self.wal_limit
-        if large and not self._wal_is_large:
-            text = (
-                "journal %s: its -wal has more than %d MiB, and grows until "
-                "a program that reads the file ends its transaction"
-            )
-            log.warning(text, self.path, self.wal_limit >> 20)
-        self._wal_is_large = large
 
 
 RUNS, STOPPED = "runs", "stopped"  # what the process that has the lock does or did
@@ -3778,18 +3747,15 @@ class Counters:
             histogram = self.times[key] = Histogram(RUN_BOUNDS)
         histogram.add(seconds)
 
+    def copy(self) -> "Counters":
+        """Return a copy, which does not change any more."""
+        made = Counters(self._types)
+        made.ended = self.ended.copy()
+        made.times = {key: histogram.copy() for key, histogram in self.times.items()}
+        return made
+
     def _label(self, task: Task) -> str:
         return task.type if task.type in self._types else self.others
-
-
-class Snapshot(NamedTuple):
-    """What the task store has counted, all at one moment."""
-
-    counts: Counts
-    stuck: int
-    ended: Mapping[Tuple[str, str], int]  # as in Counters
-    times: Mapping[Tuple[str, str], Histogram]
-    journal: Optional[Journal]
 
 
 class ResultStore:
@@ -4095,45 +4061,27 @@ class TaskQueue:
                     heap[:] = sorted(live)
 
 
-class Timers:
-    """Deadlines on the monotonic clock, for one thread. The caller locks."""
+class Alarm:
+    """Tells a thread when to look at the clock again. The caller locks."""
 
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, monotonic: Callable[[], float]) -> None:
         self.changed = threading.Event()  # the thread must look earlier
         self._monotonic = monotonic
-        self._deadlines: Dict[Any, float] = {}
-        self._next = math.inf  # when the thread looks again
+        self._next = math.inf  # when the thread looks
 
-    def schedule(self, key: Any, seconds: float) -> None:
-        """Have a key become due in so many seconds, instead of what it had before."""
-        self._deadlines[key] = self._monotonic() + seconds
-        self.look_in(seconds)
-
-    def cancel(self, key: Any) -> None:
-        """Let a key not become due."""
-        self._deadlines.pop(key, None)
-
-    def take_due(self) -> List[Any]:
-        """Remove and return the keys that are due."""
-        now = self._monotonic()
-        due = [key for key, when in self._deadlines.items() if when <= now]
-        for key in due:
-            del self._deadlines[key]
-        return due
-
-    def look_in(self, seconds: float) -> None:
+    def set(self, seconds: float) -> None:
         """Have the thread look in so many seconds, or earlier."""
         when = self._monotonic() + seconds
         if when < self._next:
             self._next = when
             self.changed.set()
 
-    def rest(self, longest: float) -> float:
-        """Return for how many seconds the thread may wait; at most the longest."""
+    def rest(self, seconds: float) -> float:
+        """Have it look in so many seconds, but not yet; return for how many to wait."""
         self.changed.clear()
-        now = self._monotonic()
-        self._next = min([now + longest, *self._deadlines.values()])
-        return max(0.0, self._next - now)
+        seconds = max(0.0, seconds)
+        self._next = self._monotonic() + seconds
+        return seconds
 
 
 Wait = Callable[[Commit], Any]  # awaits a commit, or leaves that to its caller
@@ -4141,7 +4089,7 @@ LOG_SIZE = 16 << 10  # characters of a finished task's log that the file keeps
 
 # What needs no wait for a disk.
 _DURABLE = Commit()
-_DURABLE.settle()
+_DURABLE.tried.set()
 
 OnDurable = Callable[[Task], Any]  # is called once a task can't be lost any more
 
@@ -4161,7 +4109,7 @@ class TaskReader:
         self._pid = os.getpid()
         # The lock guards everything below.
         self._lock = threading.Lock()
-        self._journal: Optional[Journal] = None
+        self.journal: Optional[Journal] = None  # set once, also read without the lock
         # What clients see: with a journal, each task as it is on disk. New tasks and
         # later moves that are not on disk yet, and the commits that have them:
         self._results = ResultStore(limits, clock, monotonic)
@@ -4193,8 +4141,8 @@ class TaskReader:
         """Remove finished tasks beyond the limits."""
         for task in self._results.evict():
             self.events.remove(task.id)
-            if self._journal:
-                self._journal.append(Removal(task.seq, task.id))
+            if self.journal:
+                self.journal.append(Removal(task.seq, task.id))
 
     def _latest(self, task_id: str) -> Task:
         """Return a task as it was last decided, written or not."""
@@ -4204,8 +4152,8 @@ class TaskReader:
 
     def _record(self, record: Union[Removal, Paused]) -> Commit:
         """Have a record written and then shown, or show it now without a journal."""
-        if self._journal:
-            return self._journal.append(record)
+        if self.journal:
+            return self.journal.append(record)
         self._show(record)
         return _DURABLE
 
@@ -4303,8 +4251,8 @@ class TaskReader:
     def log_text(self, task: Task) -> str:
         """Return a task's log, from the file if it isn't in memory any more."""
         text = self.events.log_text(task.id)
-        if not text and self._journal and task.finished:
-            return self._journal.log_of(task.id)
+        if not text and self.journal and task.finished:
+            return self.journal.log_of(task.id)
         return text
 
     def context(self, task_id: str) -> Optional[Context]:
@@ -4346,17 +4294,10 @@ class TaskReader:
         with self._lock:
             return len(self._active) - len(self._running)
 
-    def snapshot(self) -> Snapshot:
-        """Return what has been counted, all at one moment."""
+    def snapshot(self) -> Counters:
+        """Return a copy of what has been counted."""
         with self._lock:
-            times = {key: kept.copy() for key, kept in self._counters.times.items()}
-            return Snapshot(
-                self._results.counts(),
-                len(self._active) - len(self._running),
-                dict(self._counters.ended),
-                times,
-                self._journal,
-            )
+            return self._counters.copy()
 
     def check_open(self) -> None:
         """Raise QueueFull, Draining or Unavailable if submit() would."""
@@ -4387,7 +4328,7 @@ class TaskReader:
         self._new_bytes += one * sum(task.weight for task in tasks)
 
     def _check_journal(self) -> None:
-        error = self._journal and self._journal.error
+        error = self.journal and self.journal.error
         if error:
             raise Unavailable("nothing can be written: " + error)
 
@@ -4411,7 +4352,7 @@ class TaskReader:
 
     def _is_busy(self) -> bool:
         """Whether a drain has to wait for a run or for the disk."""
-        if self._journal and self._journal.error:  # not for a run that waits for it
+        if self.journal and self.journal.error:  # not for a run that waits for it
             return not all(map(self._waits_for_disk, self._running.values()))
         return bool(self._running or self._unwritten)
 
@@ -4422,7 +4363,7 @@ class TaskReader:
 
     def _may_start(self) -> bool:
         # With a journal, what waits can do so until the next start.
-        return not self._stopped and not (self._journal and self._on_drained)
+        return not self._stopped and not (self.journal and self._on_drained)
 
 
 class TaskStore(TaskReader):
@@ -4450,7 +4391,7 @@ class TaskStore(TaskReader):
         self._clock, self._monotonic, self.rules = clock, monotonic, rules
         # What follows the latest decisions, written or not; the lock guards it.
         self._queue = TaskQueue(clock, monotonic, rules)
-        self._timers = Timers(monotonic)  # by run
+        self._alarm = Alarm(monotonic)
         self._drained_by = math.inf  # on the monotonic clock
         # Tasks that were processing when the last process died, as they go on.
         self.interrupted: List[Task] = []
@@ -4463,7 +4404,7 @@ class TaskStore(TaskReader):
         """Go on with the tasks in a journal; from now on all of them are kept there."""
         suspects, crashed = [], not journal.stopped
         with self._lock:
-            self._journal, self._results.damaged = journal, journal.damaged
+            self.journal, self._results.damaged = journal, journal.damaged
             self.paused = self._queue.paused = journal.load_paused()
             for step in journal.load_steps():
                 self._results.steps.setdefault(step.seq, {})[step.name] = step
@@ -4567,11 +4508,12 @@ class TaskStore(TaskReader):
         its tasks may be why: the start of each of them is on disk before it runs, or no
         restart would count it. While nothing can be written, nothing starts.
         """
-        unwritten = self._unwritten.get(task.id)  # without the lock, as in get()
-        error = self._journal and self._journal.error
-        if unwritten and (error or task.seq <= self._suspect_seq):
+        journal = task.id in self._unwritten and self.journal  # without the lock
+        if journal and (journal.error or task.seq <= self._suspect_seq):
+            durable = threading.Event()
             context.waits_for_disk = True
-            unwritten[1].wait_durable()
+            journal.append(on_durable=durable.set)  # behind the start
+            durable.wait()
             context.waits_for_disk = False
         with self._lock:
             if self._running.get(task.id) is not context:
@@ -4579,7 +4521,7 @@ class TaskStore(TaskReader):
                 return False
             timeout = timeout_of(task, self.rules(task.type))
             if timeout and not context.cancelled:
-                self._timers.schedule(context, timeout)
+                self._schedule(context, timeout)
             return True
 
     def add_step(
@@ -4639,7 +4581,7 @@ class TaskStore(TaskReader):
 
     def _cancel(self, task: Task) -> Tuple[Task, Commit]:
         """Decide that a task is cancelled or is to stop. Assumes the lock."""
-        if self._stopped and self._journal is None:  # it is logged as given up
+        if self._stopped and self.journal is None:  # it is logged as given up
             raise Draining("the service is shutting down")
         self._check_journal()
         if task.id in self._running:
@@ -4665,7 +4607,6 @@ class TaskStore(TaskReader):
     ) -> Tuple[Task, Commit]:
         """Decide what becomes of a task whose run is over."""
         del self._running[context.task_id]
-        self._timers.cancel(context)
         task = self._latest(context.task_id)
         self._counters.add("running", task, self._monotonic() - context.began)
         rules = self.rules(task.type)
@@ -4676,7 +4617,11 @@ class TaskStore(TaskReader):
         """Ask a handler to stop; abandon its run if it does not within the grace."""
         if not context.cancelled:
             context.cancel(reason)
-            self._timers.schedule(context, self.limits.grace)
+            self._schedule(context, self.limits.grace)
+
+    def _schedule(self, context: Context, seconds: float) -> None:
+        context.deadline = self._monotonic() + seconds
+        self._alarm.set(seconds)
 
     def _release(self, context: Context) -> None:
         """A handler has returned: another one of its type may start."""
@@ -4689,7 +4634,8 @@ class TaskStore(TaskReader):
         """Do what is due; return the seconds until the next call at the latest."""
         abandoned = []
         with self._lock:
-            for context in self._timers.take_due():
+            now = self._monotonic()
+            for context in [r for r in self._running.values() if r.deadline <= now]:
                 if context.cancelled:
                     task, _ = self._end(context, Outcome(CANCELLED))
                     abandoned.append((context, task.status))
@@ -4698,7 +4644,8 @@ class TaskStore(TaskReader):
             self._evict()
             self._check_drained()
             running = list(self._running.values())
-            wait = self._timers.rest(min(PROGRESS_INTERVAL, self._queue.release_due()))
+            next_due = [self._queue.release_due(), *(r.deadline - now for r in running)]
+            wait = self._alarm.rest(min(PROGRESS_INTERVAL, *next_due))
         for context in running:
             context.emit_progress()
         for context, status in abandoned:
@@ -4709,7 +4656,7 @@ class TaskStore(TaskReader):
 
     def await_tick(self, timeout: float) -> bool:
         """Wait until tick() is to be called; False when it need not be any more."""
-        self._timers.changed.wait(timeout)
+        self._alarm.changed.wait(timeout)
         return not self._stopped
 
     # -- decided, written, shown; all of these assume the lock
@@ -4730,14 +4677,14 @@ class TaskStore(TaskReader):
     def _commit(self, new: List[Task], *moves: Record, call: Any = None) -> Commit:
         """Show what was decided, or have it written first."""
         tasks = [each for each in (*moves, *new) if isinstance(each, Task)]
-        if self._journal is None:
+        if self.journal is None:
             for task in tasks:
                 self._apply(task)
                 if task.finished:
                     self._evict()
             return _DURABLE
         logs = {t.id: self.events.log_text(t.id, LOG_SIZE) for t in tasks if t.finished}
-        commit = self._journal.append(*moves, new=new, logs=logs, on_durable=call)
+        commit = self.journal.append(*moves, new=new, logs=logs, on_durable=call)
         self._unwritten.update((task.id, (task, commit)) for task in tasks)
         self._count_new(new, 1)
         return commit
@@ -4771,7 +4718,7 @@ class TaskStore(TaskReader):
         if task.status == PENDING and task.id not in self._unwritten:
             wait = self._queue.add(task)
             if wait > 0:
-                self._timers.look_in(wait)
+                self._alarm.set(wait)
         elif task.finished:
             self._counters.end(task)
             for done in self._waiting.pop(task.id, ()):
@@ -4803,7 +4750,7 @@ class TaskStore(TaskReader):
                 context.cancel(SHUTDOWN)
             self._wake_waiting()
             self._queue.close()
-            self._timers.changed.set()
+            self._alarm.changed.set()
             self._check_drained()
 
     def abandon(self) -> List[Task]:
@@ -6011,14 +5958,16 @@ def show_metrics(app: App, request: Request) -> Reply:
 # fmt: off
 def service_metrics(app: App) -> List[Row]:
     """Return the metrics of tasks, the journal and HTTP."""
-    counts, stuck, ended, times, journal = app.store.snapshot()
+    counts, journal = app.store.counts(), app.store.journal
+    counters = app.store.snapshot()
+    times = counters.times
     requests, connections, limit = app.traffic()
     none = {(type, status): 0 for type in app.handlers for status in FINISHED}
     waiting = {key[1:]: times[key] for key in times if key[0] == "waiting"}
     running = {key[1:]: times[key] for key in times if key[0] == "running"}
     rows: List[Row] = [
         ("longtasks_tasks_finished_total", "counter", "Tasks that have finished.",
-         {**none, **ended}, "type", "status"),
+         {**none, **counters.ended}, "type", "status"),
         ("longtasks_tasks_pending", "gauge", "Tasks that wait.", counts.pending),
         ("longtasks_tasks_processing", "gauge", "Tasks that run.", counts.processing),
         ("longtasks_tasks_kept", "gauge", "Finished tasks kept.", counts.finished),
@@ -6026,7 +5975,8 @@ def service_metrics(app: App) -> List[Row]:
          app.store.limits.queue),
         ("longtasks_type_paused", "gauge", "Whether no task of a type may start.",
          {(name,): int(name in app.store.paused) for name in app.handlers}, "type"),
-        ("longtasks_handlers_stuck", "gauge", "Handlers that do not stop.", stuck),
+        ("longtasks_handlers_stuck", "gauge", "Handlers that do not stop.",
+         app.store.stuck()),
         ("longtasks_task_waiting_seconds", "histogram",
          "Time from when a task could start to its start.", waiting, "type"),
         ("longtasks_task_running_seconds", "histogram",

@@ -49,13 +49,13 @@ line:
      1580  4. Execution
      2882  5. Journal
      3491  6. Events
-     3687  7. Result store and task queue
-     4872  8. Worker pool
-     5201  9. HTTP API
-     6858  10. HTTP server
-     7821  11. Client
-     8410  12. Main
-     8961  13. The page
+     3685  7. Result store and task queue
+     4850  8. Worker pool
+     5173  9. HTTP API
+     6830  10. HTTP server
+     7793  11. Client
+     8382  12. Main
+     8933  13. The page
 
 Three things hold throughout:
 
@@ -105,7 +105,7 @@ import types
 import typing
 import zlib
 from bisect import bisect_left
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
@@ -3587,11 +3587,9 @@ class Events:
         """
         with self._lock:
             self.followed = True
-            oldest = self._last - len(self._recent)
-            gap = after is not None and not oldest <= after <= self._last
-            first = 0
-            if after is not None and not gap and after < self._last:
-                first = after + 1
+            after = self._last if after is None else after
+            gap = not self._last - len(self._recent) <= after <= self._last
+            first = after + 1 if after < self._last and not gap else 0
             subscription = Subscription(task_id, first, gap)
             if first or self._closed:
                 subscription.ready.set()
@@ -3697,6 +3695,9 @@ class Events:
 # ======================================================================
 
 
+Clock = Callable[[], float]  # the time in seconds
+
+
 class Limits(NamedTuple):
     """How much the task store may hold."""
 
@@ -3727,13 +3728,12 @@ class Counters:
     Types that are not registered, which an old journal may hold, count as one.
     """
 
-    others = "(not registered)"
-
     def __init__(self, types: Container[str]) -> None:
         self._types = types
         self.ended: Counter[Tuple[str, str]] = Counter()  # tasks, by type and status
         # Of what tasks did, "waiting" or "running", by that and type.
-        self.times: Dict[Tuple[str, str], Histogram] = {}
+        self.times: Dict[Tuple[str, str], Histogram]
+        self.times = defaultdict(functools.partial(Histogram, RUN_BOUNDS))
 
     def end(self, task: Task) -> None:
         """Count a task that has finished."""
@@ -3741,11 +3741,7 @@ class Counters:
 
     def add(self, activity: str, task: Task, seconds: float) -> None:
         """Count how long a task was "waiting" or "running"."""
-        key = activity, self._label(task)
-        histogram = self.times.get(key)
-        if histogram is None:
-            histogram = self.times[key] = Histogram(RUN_BOUNDS)
-        histogram.add(seconds)
+        self.times[activity, self._label(task)].add(seconds)
 
     def copy(self) -> "Counters":
         """Return a copy, which does not change any more."""
@@ -3755,7 +3751,7 @@ class Counters:
         return made
 
     def _label(self, task: Task) -> str:
-        return task.type if task.type in self._types else self.others
+        return task.type if task.type in self._types else "(not registered)"
 
 
 class ResultStore:
@@ -3765,18 +3761,11 @@ class ResultStore:
     ids are remembered for a while.
     """
 
-    def __init__(
-        self,
-        limits: Limits = Limits(),
-        clock: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, limits: Limits, clock: Clock, monotonic: Clock) -> None:
         self._limits, self._clock, self._monotonic = limits, clock, monotonic
         self._began = monotonic()
         self._tasks: Dict[str, Task] = {}
-        self._ended: Deque[str] = (
-            deque()
-        )  # ids by the tasks' ends, some of removed ones
+        self._ended: Deque[str] = deque()  # ids by the tasks' ends, or of removed ones
         self._removed: OrderedDict[str, None] = OrderedDict()
         self._counts = dict.fromkeys(EXITS, 0)
         self.steps: Dict[int, Dict[str, Step]] = {}  # by the task's seq and by name
@@ -3931,10 +3920,7 @@ class TaskQueue:
     """
 
     def __init__(
-        self,
-        clock: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = time.monotonic,
-        rules: Callable[[str], Rules] = lambda type: Rules(),
+        self, clock: Clock, monotonic: Clock, rules: Callable[[str], Rules]
     ) -> None:
         self._clock, self._monotonic, self._rules = clock, monotonic, rules
         self._ready: Sequence[queue.PriorityQueue[Entry]]
@@ -4064,17 +4050,18 @@ class TaskQueue:
 class Alarm:
     """Tells a thread when to look at the clock again. The caller locks."""
 
-    def __init__(self, monotonic: Callable[[], float]) -> None:
+    def __init__(self, monotonic: Clock) -> None:
         self.changed = threading.Event()  # the thread must look earlier
         self._monotonic = monotonic
         self._next = math.inf  # when the thread looks
 
-    def set(self, seconds: float) -> None:
-        """Have the thread look in so many seconds, or earlier."""
+    def set(self, seconds: float) -> float:
+        """Have the thread look in so many seconds, or earlier; return when that is."""
         when = self._monotonic() + seconds
         if when < self._next:
             self._next = when
             self.changed.set()
+        return when
 
     def rest(self, seconds: float) -> float:
         """Have it look in so many seconds, but not yet; return for how many to wait."""
@@ -4098,11 +4085,7 @@ class TaskReader:
     """What clients read of all tasks, and the lock that guards their state."""
 
     def __init__(
-        self,
-        limits: Limits,
-        clock: Callable[[], float],
-        monotonic: Callable[[], float],
-        types: Container[str],
+        self, limits: Limits, clock: Clock, monotonic: Clock, types: Container[str]
     ) -> None:
         self.limits = limits
         self.events = Events()
@@ -4378,10 +4361,10 @@ class TaskStore(TaskReader):
     def __init__(
         self,
         limits: Limits = Limits(),
-        clock: Callable[[], float] = time.time,
+        clock: Clock = time.time,
         journal: Optional[Journal] = None,
         rules: Callable[[str], Rules] = lambda type: Rules(),
-        monotonic: Callable[[], float] = time.monotonic,
+        monotonic: Clock = time.monotonic,
         types: Container[str] = REGISTRY,
         follow_ups: Callable[[Task], Iterable[Submission]] = lambda task: (),
     ) -> None:
@@ -4521,7 +4504,7 @@ class TaskStore(TaskReader):
                 return False
             timeout = timeout_of(task, self.rules(task.type))
             if timeout and not context.cancelled:
-                self._schedule(context, timeout)
+                context.deadline = self._alarm.set(timeout)
             return True
 
     def add_step(
@@ -4568,8 +4551,8 @@ class TaskStore(TaskReader):
         or Unavailable: then the cancel may still take effect.
         """
         with self._lock:
-            task, commit = self._find(task_id), _DURABLE
-            task, commit = self._unwritten.get(task_id, (task, commit))
+            shown = self._find(task_id), _DURABLE
+            task, commit = self._unwritten.get(task_id, shown)
             late = task.finished or only not in ("", task.status)
             if not late and not task.cancel_requested:
                 task, commit = self._cancel(task)
@@ -4617,11 +4600,7 @@ class TaskStore(TaskReader):
         """Ask a handler to stop; abandon its run if it does not within the grace."""
         if not context.cancelled:
             context.cancel(reason)
-            self._schedule(context, self.limits.grace)
-
-    def _schedule(self, context: Context, seconds: float) -> None:
-        context.deadline = self._monotonic() + seconds
-        self._alarm.set(seconds)
+            context.deadline = self._alarm.set(self.limits.grace)
 
     def _release(self, context: Context) -> None:
         """A handler has returned: another one of its type may start."""
@@ -4758,8 +4737,7 @@ class TaskStore(TaskReader):
         with self._lock:
             for context in list(self._running.values()):
                 self._end(context, Outcome(CANCELLED))
-            tasks = self._results.all()
-            latest = [self._unwritten.get(task.id, (task,))[0] for task in tasks]
+            latest = [self._latest(task.id) for task in self._results.all()]
             return [task for task in latest if not task.finished]
 
     def _check_drained(self) -> None:
@@ -4973,21 +4951,15 @@ class WorkerPool:
 
     # -- threads; these assume the lock, but for _replace()
 
-    def _start_thread(self) -> None:
-        name = "worker-%d" % (self._threads + 1)
-        thread = threading.Thread(target=self._work, name=name, daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:  # the system has no thread left
-            log.error("only %s: %s", counted(self._threads, "worker"), error)
-        else:
-            self._threads += 1
-            self._idle += 1
-
     def _grow(self) -> bool:
         """Have a worker idle, if the pool may grow; return False to be called again."""
         if not self._idle and self._threads < self._count:
-            self._start_thread()
+            try:
+                start_thread("worker-%d" % (self._threads + 1), self._work)
+                self._threads += 1
+                self._idle += 1
+            except SettingsError as error:  # the system has no thread left
+                log.error("only %s: %s", counted(self._threads, "worker"), error)
         return self._idle > 0 or self._threads >= self._count
 
     def _refill(self) -> bool:

@@ -3632,7 +3632,7 @@ def test_steps_leave_the_file_with_their_task(tmp_path):
 
 
 def test_the_steps_of_a_removed_task_take_no_memory():
-    results = longtasks.ResultStore()
+    results = longtasks.ResultStore(longtasks.Limits(), Clock(), Clock())
     task = longtasks.Task(1, "id", "t", b"{}", "completed", 0.0)
     results.put(task)
     results.steps[1] = {"a": longtasks.Step(1, 1, "a", b"1", 0.0, 0.0)}

@@ -1738,16 +1738,6 @@ def test_tasks_are_claimed_in_the_order_of_submission():
     assert [store.claim()[0].id for _ in range(5)] == ids
 
 
-def test_a_task_is_finished_once():
-    store = new_ledger()
-    task = store.submit("t", b"{}")
-    context = store.claim()[1]
-    store.finish(context, DONE)
-    with pytest.raises((longtasks.IllegalMove, KeyError)):
-        store.finish(context, longtasks.Outcome("failed", error="late"))
-    assert store.get(task.id).status == "completed"
-
-
 @pytest.mark.parametrize("attempt", range(20))
 def test_of_many_who_finish_a_task_at_once_one_wins(attempt):
     store = new_ledger()
@@ -1873,14 +1863,6 @@ def test_an_idle_ledger_can_be_told_to_expire():
     clock.now += 61
     store.tick()
     assert store.counts().finished == 0
-
-
-def test_finished_tasks_leave_by_count_oldest_first():
-    store = new_ledger(results=3)
-    tasks = [finished_task(store) for _ in range(5)]
-    assert [t.id for t in store.page(10)[0]] == [t.id for t in tasks[2:]]
-    with pytest.raises(longtasks.GoneTask):
-        store.get(tasks[1].id)
 
 
 def test_the_order_of_leaving_is_that_of_ending():
@@ -2397,16 +2379,6 @@ def test_a_drain_with_a_journal_starts_nothing_more_and_keeps_what_waits(tmp_pat
         assert store.get(running.id).finished  # told only once it is on disk
         assert [task.id for task in store.abandon()] == [waiting.id]
     assert rows_of(path) == [(running.id, "completed"), (waiting.id, "pending")]
-
-
-def test_bytes_that_wait_are_bounded_too():
-    store = new_ledger(queue_bytes=100)
-    first = store.submit("t", b'"%s"' % (b"x" * 100))
-    with pytest.raises(longtasks.QueueFull, match="102 bytes wait"):
-        store.submit("t", b"{}")
-    store.claim()
-    store.submit("t", b"{}")
-    store.finish(store.context(first.id), DONE)
 
 
 # -- steering --------------------------------------------------------------
@@ -3163,20 +3135,6 @@ def test_a_damaged_row_of_version_3_stays_damaged(change, tmp_path):
 
 
 # -- found by those who tried to break it ----------------------------------
-
-
-def test_a_cancelled_task_does_not_hold_up_the_others_of_its_type():
-    store = new_ledger(rules={"max_running": 1})
-    tasks = [store.submit("t", b"{}") for _ in range(4)]
-    context = store.claim()[1]
-    other = store.submit("other", b"{}", longtasks.Options(priority=-1))
-    # The others of the type wait for the first one's end, and the second is cancelled.
-    store.cancel(tasks[2].id)
-    store.finish(context, DONE)
-    for expected in (tasks[1], tasks[3], other):
-        task, context = store.claim()
-        assert task.id == expected.id
-        store.finish(context, DONE)
 
 
 def test_what_is_left_of_a_file_that_is_gone_is_no_part_of_the_new_one(tmp_path):

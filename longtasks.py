@@ -51,11 +51,11 @@ line:
      3491  6. Events
      3685  7. Result store and task queue
      4850  8. Worker pool
-     5173  9. HTTP API
-     6830  10. HTTP server
-     7793  11. Client
-     8382  12. Main
-     8933  13. The page
+     5170  9. HTTP API
+     6827  10. HTTP server
+     7790  11. Client
+     8379  12. Main
+     8930  13. The page
 
 Three things hold throughout:
 
@@ -4930,7 +4930,6 @@ class WorkerPool:
         # whose handler does not stop is not counted any more, so that another one can
         # take its place; it ends when its handler returns.
         self._lock = threading.Lock()
-        self._threads = 0
         self._idle = 0
         self._busy: Set[Context] = set()  # what the other threads run
         store.on_stuck = self._replace
@@ -4951,12 +4950,15 @@ class WorkerPool:
 
     # -- threads; these assume the lock, but for _replace()
 
+    @property
+    def _threads(self) -> int:
+        return self._idle + len(self._busy)
+
     def _grow(self) -> bool:
         """Have a worker idle, if the pool may grow; return False to be called again."""
         if not self._idle and self._threads < self._count:
             try:
                 start_thread("worker-%d" % (self._threads + 1), self._work)
-                self._threads += 1
                 self._idle += 1
             except SettingsError as error:  # the system has no thread left
                 log.error("only %s: %s", counted(self._threads, "worker"), error)
@@ -4973,7 +4975,6 @@ class WorkerPool:
         with self._lock:
             if context in self._busy:  # else it has just returned
                 self._busy.remove(context)
-                self._threads -= 1
                 self._refill()
 
     # -- what the threads do
@@ -5001,7 +5002,6 @@ class WorkerPool:
             with self._lock:
                 self._idle -= 1
                 if claimed is None:
-                    self._threads -= 1
                     return
                 task, context = claimed
                 self._busy.add(context)
@@ -5009,12 +5009,9 @@ class WorkerPool:
             if self.store.begin(task, context):
                 self.end_run(context, self._run_on_cpus(task, context))
             with self._lock:
-                if context in self._busy:
-                    self._busy.remove(context)
-                elif self._threads < self._count:
-                    self._threads += 1  # none could take its place
-                else:
-                    return
+                if context not in self._busy and self._threads >= self._count:
+                    return  # another one has taken its place
+                self._busy.discard(context)
                 self._idle += 1
 
     def end_run(self, context: Context, outcome: Outcome) -> bool:

@@ -48,14 +48,14 @@ line:
       873  3. Task registry
      1580  4. Execution
      2882  5. Journal
-     3491  6. Events
-     3685  7. Result store and task queue
-     4850  8. Worker pool
-     5170  9. HTTP API
-     6827  10. HTTP server
-     7790  11. Client
-     8379  12. Main
-     8930  13. The page
+     3485  6. Events
+     3679  7. Result store and task queue
+     4844  8. Worker pool
+     5164  9. HTTP API
+     6821  10. HTTP server
+     7784  11. Client
+     8373  12. Main
+     8924  13. The page
 
 Three things hold throughout:
 
@@ -3051,8 +3051,8 @@ Record = Union[Task, Step, Removal, Paused]
 class Commit:
     """Records that reach the disk in one transaction.
 
-    If it fails, its new tasks are dropped, unless they follow others: nobody has seen
-    them. Everything else has happened already, and becomes part of the next commit.
+    If it fails, its new tasks are dropped, since nobody has seen them. Everything else
+    has happened already, and becomes part of the next commit.
     """
 
     __slots__ = ("new", "moves", "logs", "on_durable", "error", "tried")
@@ -3074,14 +3074,8 @@ class Commit:
         """All records, in the order in which they are to be written and shown."""
         return [*self.new, *self.moves.values()]
 
-    @property
-    def left(self) -> List[Task]:
-        """The new tasks that it doesn't hand over if it fails."""
-        return [t for t in self.new if not (self.error and t.follows)]
-
     def fail(self, error: str, following: "Commit") -> None:
-        """Hand all but the tasks that are dropped over to the following commit."""
-        following.new = [task for task in self.new if task.follows] + following.new
+        """Hand all but the new tasks over to the following commit."""
         following.moves = {**self.moves, **following.moves}
         following.logs = {**self.logs, **following.logs}
         following.on_durable = self.on_durable + following.on_durable
@@ -4651,10 +4645,10 @@ class TaskStore(TaskReader):
         wanted = self._follow_ups(task) if task.finished else ()
         new = self._results.new((new_id(), submission) for submission in wanted)
         call = functools.partial(on_durable, task) if on_durable else None
-        return self._commit(new, *steps, task, call=call)
+        return self._commit([], *steps, task, *new, call=call)
 
     def _commit(self, new: List[Task], *moves: Record, call: Any = None) -> Commit:
-        """Show what was decided, or have it written first."""
+        """Show what was decided, or have it written first: `new` may fail."""
         tasks = [each for each in (*moves, *new) if isinstance(each, Task)]
         if self.journal is None:
             for task in tasks:
@@ -4671,8 +4665,8 @@ class TaskStore(TaskReader):
     def _settle(self, commit: Commit) -> None:
         """Show what is on disk now, or drop new tasks that are not. Takes the lock."""
         with self._lock:
-            self._count_new(commit.left, -1)
-            for task in commit.left if commit.error else ():
+            self._count_new(commit.new, -1)
+            for task in commit.new if commit.error else ():
                 del self._unwritten[task.id]
             for record in () if commit.error else commit.records:
                 if isinstance(record, Task):

@@ -48,14 +48,14 @@ line:
       873  3. Task registry
      1580  4. Execution
      2882  5. Journal
-     3485  6. Events
-     3679  7. Result store and task queue
-     4844  8. Worker pool
-     5164  9. HTTP API
-     6821  10. HTTP server
-     7784  11. Client
-     8373  12. Main
-     8924  13. The page
+     3484  6. Events
+     3678  7. Result store and task queue
+     4841  8. Worker pool
+     5161  9. HTTP API
+     6818  10. HTTP server
+     7781  11. Client
+     8370  12. Main
+     8921  13. The page
 
 Three things hold throughout:
 
@@ -3258,8 +3258,7 @@ class Journal:
             if _is_intact(row):
                 yield _to_task(row)
                 continue
-            copies = row[1], row[-1]
-            ids = self._ids_in(copies, "the task with seq %s" % row[0])
+            ids = self._ids_in((row[1], row[-1]), "the task with seq %s" % row[0])
             self.damaged_rows += 1
             self.damaged |= ids
             text = "DB %s: the row of task %s is damaged; it stays as it is"
@@ -4385,8 +4384,7 @@ class TaskStore(TaskReader):
             self.paused = self._queue.paused = journal.load_paused()
             for step in journal.load_steps():
                 self._results.steps.setdefault(step.seq, {})[step.name] = step
-            loaded = self._results.load(journal.load(), journal.load_removed())
-            for task in loaded:
+            for task in self._results.load(journal.load(), journal.load_removed()):
                 if task.finished:
                     journal.append(Removal(task.seq, task.id))
                 elif task.status == PROCESSING or (crashed and task.interruptions):
@@ -4512,7 +4510,7 @@ class TaskStore(TaskReader):
             step = step._replace(seq=task.seq, number=task.steps)
             self._results.steps[task.seq] = context.steps
             context.steps[step.name] = step
-            commit = self._decide(task, lambda _: on_durable(), step)
+            commit = self._commit([], step, task, call=on_durable)
         if commit is _DURABLE:
             on_durable()
 
@@ -4634,9 +4632,7 @@ class TaskStore(TaskReader):
 
     # -- decided, written, shown; all of these assume the lock
 
-    def _decide(
-        self, task: Task, on_durable: Optional[OnDurable] = None, *steps: Step
-    ) -> Commit:
+    def _decide(self, task: Task, on_durable: Optional[OnDurable] = None) -> Commit:
         """Make this the task's latest state; return the commit that writes it.
 
         With its end, that submits what follows: also to a full queue and in a drain,
@@ -4645,7 +4641,7 @@ class TaskStore(TaskReader):
         wanted = self._follow_ups(task) if task.finished else ()
         new = self._results.new((new_id(), submission) for submission in wanted)
         call = functools.partial(on_durable, task) if on_durable else None
-        return self._commit([], *steps, task, *new, call=call)
+        return self._commit([], task, *new, call=call)
 
     def _commit(self, new: List[Task], *moves: Record, call: Any = None) -> Commit:
         """Show what was decided, or have it written first: `new` may fail."""
@@ -4759,8 +4755,8 @@ def filtered(
 
 def after_crash(
     tasks: Sequence[Task], now: float, crashed: bool
-) -> List[Tuple[Task, Task]]:
-    """Return tasks that a process left, each with how it goes on.
+) -> Iterator[Tuple[Task, Task]]:
+    """Yield tasks that a process left, each with how it goes on.
 
     They were processing when it ended, or have been interrupted before. After a crash
     they start one after the other, first those with the fewest interruptions. So a task
@@ -4769,12 +4765,13 @@ def after_crash(
     pause, wait = min(1.0, 30.0 / max(1, len(tasks))), 0.0
     resumed = [(task, task.after_crash(now, crashed)) for task in tasks]
     resumed.sort(key=lambda pair: pair[1].interruptions)
-    for place, (before, task) in enumerate(resumed):
+    for before, task in resumed:
         if crashed and task.status == PENDING:
-            due_at = max(now + wait, task.due_at or 0.0)
-            resumed[place] = before, task._replace(due_at=due_at if wait else None)
+            due_at = max(now + wait, task.due_at or 0.0) if wait else None
+            yield before, task._replace(due_at=due_at)
             wait += pause
-    return resumed
+        else:
+            yield before, task
 
 
 def after_run(

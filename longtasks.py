@@ -47,10 +47,10 @@ line:
       498  2. Tasks and their states
       873  3. Task registry
      1580  4. Execution
-     2882  5. Journal
-     3484  6. Events
-     3678  7. Result store and task queue
-     4841  8. Worker pool
+     2880  5. Journal
+     3482  6. Events
+     3676  7. Result store and task queue
+     4839  8. Worker pool
      5161  9. HTTP API
      6818  10. HTTP server
      7781  11. Client
@@ -2711,8 +2711,6 @@ class Webhook:
 
     def __call__(self, params: Dict[str, Any], ctx: Context) -> Dict[str, Any]:
         """Send it; raises Failure unless the response is a success."""
-        if not Validator(self.schema).is_valid(params):  # it came from a journal
-            raise Fail("the url is not on a host that WEBHOOK_HOSTS lists")
         url, task = params["url"], params["task"]
         kind, when = "task.%s" % task.get("status"), task.get("ended_at")
         body = to_json({"type": kind, "timestamp": when, "data": task})
@@ -4870,7 +4868,9 @@ async def run_task(
         context.check()  # it may have been cancelled before it could begin
         check_steps(task, context)
         run, size = handlers[task.type], context.max_result
-        result = run_handler(run, params_of(task), context)
+        # An earlier process may have accepted it, for other params of this type.
+        params = run.params.validate(params_of(task), ("params",))
+        result = run_handler(run, params, context)
         result = encode_result(await result, size) if run.is_async else result
         return Outcome(COMPLETED, result)
     except Cancelled:
@@ -4883,7 +4883,7 @@ async def run_task(
         last = limit is not None and context.attempt >= limit
         status = FAILED if last else PENDING
         return Outcome(status, error=describe(error), after=after, final=last)
-    except DamagedTask as error:
+    except (DamagedTask, Invalid) as error:
         return Outcome(FAILED, error=str(error), final=True)
     except BaseException as error:  # SystemExit too: it must not end the worker
         stopped = context.cancelled and type(error).__name__ == "CancelledError"

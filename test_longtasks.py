@@ -1529,7 +1529,9 @@ def test_numbers_come_back_as_they_are_summed(tmp_path):
         ("", "its params are not JSON any more: Expecting value: "),
         ('{"duration": NaN}', "its params are not JSON any more: NaN is not a number"),
         ("[" * 10**6, "its params are not JSON any more: "),
-        ("[]", "TypeError: "),
+        ("[]", "params must be an object"),
+        ('{"duration": -1}', "params.duration must be a number from 0"),
+        ('{"length": 1}', "params.length is unknown"),
     ],
 )
 def test_spoilt_params_fail_their_task_and_not_the_start(params, error, tmp_path):
@@ -7709,8 +7711,30 @@ def test_a_webhook_goes_nowhere_but_to_the_hosts_that_are_listed(receiver):
     for url in bad:
         with pytest.raises(longtasks.Invalid, match="on a host of WEBHOOK_HOSTS"):
             known.params.validate({"url": url, "task": {}})
-        with pytest.raises(longtasks.Fail, match="WEBHOOK_HOSTS"):  # from a journal
-            known.function({"url": url, "task": {}}, Context("id"))
+        store = new_ledger()  # as from a journal of a process with other hosts
+        store.submit("webhook", longtasks.to_json({"url": url, "task": {}}))
+        outcome = longtasks.run_one(*begun(store), longtasks.REGISTRY)
+        assert outcome.final
+        assert "on a host of WEBHOOK_HOSTS" in outcome.error
+
+
+@pytest.mark.parametrize(
+    "params, error",
+    [
+        ({"name": "x"}, "params.folder is missing; params.name is unknown"),
+        ({"folder": "-rf"}, "params.folder must be a string"),
+    ],
+)
+def test_a_program_is_not_run_with_the_params_of_an_earlier_line(
+    params, error, registry
+):
+    longtasks.register_command("clean=echo {folder}")
+    store = new_ledger()
+    store.submit("clean", longtasks.to_json(params), longtasks.Options(retries=9))
+    outcome = longtasks.run_one(*begun(store), longtasks.REGISTRY)
+    assert outcome[:2] == ("failed", None)
+    assert outcome.error.startswith(error)
+    assert outcome.final
 
 
 @pytest.mark.parametrize("drips", [{}, {"a": "b"}])

@@ -5363,28 +5363,28 @@ def timestamp(when: float) -> str:
 
 def status_document(task: Task, context: Optional[Context] = None) -> Json:
     """Return the status document of a task, without the fields that don't apply."""
-    fields = {
-        "id": task.id,
-        "status": task.status,
-        "type": task.type,
-        "created_at": timestamp(task.created_at),
-        "label": label_of(task),
-        "started_at": task.started_at and timestamp(task.started_at),
-        "ended_at": task.ended_at and timestamp(task.ended_at),
-        "attempt": task.attempt,
-        "steps": task.steps,
-        "priority": task.options.priority,
-        "retry_of": task.retry_of,
-        "follows": task.follows,
-        "next_attempt_at": task.due_at and timestamp(task.due_at),
-        "error": task.finished and task.error and first_line(task.error),
-        "last_error": task.status == PENDING and task.error,
-        "cancel_requested": bool(task.cancel_requested) and not task.finished,
-        "progress": task.status == PROCESSING
-        and context
-        and context.progress_document(),
-    }
-    return {name: value for name, value in fields.items() if value}
+    document: Json = {"id": task.id, "status": task.status, "type": task.type}
+    document["created_at"] = timestamp(task.created_at)
+    finished, is_running = task.finished, task.status == PROCESSING
+    fields = (
+        ("label", label_of(task)),
+        ("started_at", task.started_at and timestamp(task.started_at)),
+        ("ended_at", task.ended_at and timestamp(task.ended_at)),
+        ("attempt", task.attempt),
+        ("steps", task.steps),
+        ("priority", task.options.priority),
+        ("retry_of", task.retry_of),
+        ("follows", task.follows),
+        ("next_attempt_at", task.due_at and timestamp(task.due_at)),
+        ("error", finished and task.error and first_line(task.error)),
+        ("last_error", task.status == PENDING and task.error),
+        ("cancel_requested", not finished and bool(task.cancel_requested)),
+        ("progress", is_running and context and context.progress_document()),
+    )
+    for name, value in fields:
+        if value:
+            document[name] = value
+    return document
 
 
 def submission_document(task: Task) -> Json:

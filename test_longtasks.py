@@ -11661,18 +11661,31 @@ def test_a_listening_socket_that_is_passed_is_served_again_and_again():
                 assert running.stop() == 0
 
 
-def test_clients_of_a_socket_that_was_passed_wait_for_the_next_service(registry):
-    talk = longtasks.ServiceManager({})
-    talk.listener = socket.create_server(("127.0.0.1", 0))
+def test_clients_of_a_socket_that_was_passed_wait_for_the_next_service(
+    registry, monkeypatch
+):
     settings = longtasks.read_settings([], {})
-    with talk.listener.dup() as kept, contextlib.ExitStack() as stack:
-        with running_service(
-            longtasks.Service(settings, longtasks.REGISTRY, talk)
-        ) as it:
-            it.server.shutdown()
-            client = socket.create_connection(kept.getsockname())
-            stack.enter_context(client)
-        assert kept.accept()[1] == client.getsockname()
+    with socket.create_server(
+        ("127.0.0.1", 0)
+    ) as kept, contextlib.ExitStack() as stack:
+        number = os.dup(kept.fileno())
+        os.set_inheritable(number, True)
+        monkeypatch.setattr(longtasks, "LISTEN_FD", number)
+        env = {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+        talk = longtasks.ServiceManager(env)
+        assert not os.get_inheritable(number), "it is not for programs"
+        service = longtasks.Service(settings, longtasks.REGISTRY, talk)
+        shutdown, names = service.server.shutdown, []
+
+        def knock():
+            shutdown()
+            client = stack.enter_context(socket.create_connection(kept.getsockname()))
+            names.append(client.getsockname())
+
+        monkeypatch.setattr(service.server, "shutdown", knock)
+        with running_service(service):
+            pass
+        assert kept.accept()[1] in names
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there is no socket to pass")
@@ -11688,7 +11701,11 @@ def test_a_passed_socket_that_is_of_no_use_is_one_line_and_code_2(kind, tmp_path
         os.set_inheritable(number, True)
         count = "2" if kind == "two" else "1"
         ended = subprocess.run(
-            activated(number, count), close_fds=False, stderr=subprocess.PIPE
+            activated(number, count),
+            close_fds=False,
+            env={**os.environ, "PORT": "0"},
+            stderr=subprocess.PIPE,
+            timeout=LONG,
         )
     expected = b"longtasks: LISTEN_FDS must be 1: a TCP socket that listens\n"
     assert (ended.returncode, ended.stderr) == (2, expected)

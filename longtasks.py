@@ -50,12 +50,12 @@ line:
      2880  5. Journal
      3482  6. Events
      3676  7. Result store and task queue
-     4839  8. Worker pool
-     5161  9. HTTP API
-     6818  10. HTTP server
-     7781  11. Client
-     8370  12. Main
-     8921  13. The page
+     4832  8. Worker pool
+     5153  9. HTTP API
+     6810  10. HTTP server
+     7773  11. Client
+     8362  12. Main
+     8913  13. The page
 
 Three things hold throughout:
 
@@ -3681,7 +3681,7 @@ class Events:
 # Without a journal, these are the same moment. Neither a handler nor a wait
 # for a disk or a client runs under the lock.
 #
-# TaskStore decides. It has a ResultStore, a TaskQueue and Timers, which rely
+# TaskStore decides. It has a ResultStore, a TaskQueue and an Alarm, which rely
 # on its lock.
 # ======================================================================
 
@@ -3758,7 +3758,7 @@ class ResultStore:
         self._tasks: Dict[str, Task] = {}
         self._ended: Deque[str] = deque()  # ids by the tasks' ends, or of removed ones
         self._removed: OrderedDict[str, None] = OrderedDict()
-        self._counts = dict.fromkeys(EXITS, 0)
+        self.totals = dict.fromkeys(EXITS, 0)  # tasks, by status
         self.steps: Dict[int, Dict[str, Step]] = {}  # by the task's seq and by name
         self.damaged: Container[str] = ()  # ids of tasks whose rows are damaged
         self.pending_bytes = 0
@@ -3810,7 +3810,7 @@ class ResultStore:
 
     def _count(self, task: Task, one: int) -> None:
         """Count a task in, or out where `one` is -1."""
-        self._counts[task.status] += one
+        self.totals[task.status] += one
         if task.status == PENDING:
             self.pending_bytes += one * task.weight
         elif task.status != PROCESSING:
@@ -3841,12 +3841,8 @@ class ResultStore:
 
     def counts(self) -> Counts:
         """Return how many tasks there are."""
-        pending, processing = self._counts[PENDING], self._counts[PROCESSING]
+        pending, processing = self.totals[PENDING], self.totals[PROCESSING]
         return Counts(pending, processing, len(self._tasks) - pending - processing)
-
-    def totals(self) -> Dict[str, int]:
-        """Return how many tasks there are in each status."""
-        return dict(self._counts)
 
     def remove(self, task: Task) -> None:
         """Remove a task, and remember its id."""
@@ -4261,7 +4257,7 @@ class TaskReader:
     def totals(self) -> Dict[str, int]:
         """Return how many tasks there are in each status."""
         with self._lock:
-            return self._results.totals()
+            return self._results.totals.copy()
 
     def stuck(self) -> int:
         """Return how many handlers still run whose tasks have ended."""
@@ -4815,10 +4811,7 @@ def timeout_of(task: Task, rules: Rules) -> float:
 
 def same_request(task: Task, wanted: Submission) -> bool:
     """Return whether a task was submitted like this, in any order of its params."""
-
-    def canonical(params: Any) -> str:
-        return json.dumps(params, sort_keys=True)
-
+    canonical = functools.partial(json.dumps, sort_keys=True)
     asked = wanted.type, wanted.options, wanted.retry_of
     if (task.type, task.options, task.retry_of) != asked:
         return False
@@ -4934,8 +4927,7 @@ class WorkerPool:
             self.loop = EventLoop(self, self.async_count)
         self.timer = start_thread("timer", self._keep_time)
         with self._lock:
-            self._grow()
-            if not self._threads:
+            if not self._grow():
                 text = "no thread can be started; tasks would never run"
                 raise SettingsError(text, temporary=True)
 

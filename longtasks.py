@@ -1810,7 +1810,7 @@ def log_run(level: int, ctx: Context, text: str, *args: Any, **fields: Any) -> N
 
 @handler("long_computation", limits={"duration": {"minimum": 0, "maximum": 604800}})
 def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
-    """Wait so many seconds (at most a week): a stand-in for a slow service."""
+    """Wait for a number of seconds, at most a week: a stand-in for a slow service."""
     ctx.log("waiting for %g s" % duration)
     begin = time.monotonic()
     steps = min(100, 1 + int(duration * 4))
@@ -5634,7 +5634,7 @@ def delete_task(app: App, request: Request) -> Reply:
 
 
 def retry_task(app: App, request: Request) -> Reply:
-    """Submit a finished task again, as a new one; Idempotency-Key is as above."""
+    """Submit a finished task as a new one; Idempotency-Key makes it safe to repeat."""
     task = app.store.get(request.task_id)
     if not task.finished:
         text = "task %s is %s; only a finished one can be retried"
@@ -6022,11 +6022,11 @@ PARAMETERS = {
         ("status", "query", {"enum": ["", *EXITS]}, "Only tasks of this status."),
         ("type", "query", STRING, "Only tasks of this type."),
         ("q", "query", STRING, "Only tasks with this in label, type, id or error."),
-        ("limit", "query", LIMIT, "How many tasks at most."),
-        ("after", "query", AFTER, "The next of the page before."),
+        ("limit", "query", LIMIT, "How many tasks to list at most."),
+        ("after", "query", AFTER, "The `next` of the page before."),
         ("order", "query", {"enum": ["asc", "desc"]}, "Oldest or newest first."),
         ("Prefer", "header", STRING, "wait=SECONDS (RFC 7240)."),
-        ("Idempotency-Key", "header", KEY, "The same for the same task."),
+        ("Idempotency-Key", "header", KEY, "Any text; repeated, it is the same task."),
         ("Last-Event-ID", "header", STRING, "The id of the last event received."),
     )
 }

@@ -5791,7 +5791,7 @@ def test_a_type_is_paused_and_resumed_over_http(registry):
 def test_types_are_listed_with_their_schema(service):
     duration = {"type": "number", "default": 180, "minimum": 0, "maximum": 604800}
     (known,) = call(service, "GET", "/api/v1/types").json["types"]
-    assert known.pop("description").startswith("Wait so many seconds (at most a week)")
+    assert known.pop("description").startswith("Wait for a number of seconds")
     assert known.pop("rules")["timeout"] == 0
     assert known.pop("paused") is False
     assert known == {

@@ -7877,9 +7877,6 @@ def refused(service, data, status):
         (SUBMIT + b"Content-Length: 5000000\r\n\r\n" + b"x" * 5_000_000, 413),
         (SUBMIT + b"Content-Type: application/json\r\n\r\n" + LAST, 411),
         (GET + b"Expect: 200-ok\r\n\r\n", 417),
-        (b"GET /" + b"a" * 1_000_000, 414),
-        (GET + b"A: b\r\n" * 200_000, 431),
-        (b"GET / HTTP/1.1\r\nHost: a, b\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: u@h/x\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: \xff\r\n\r\n", 400),
     ],
@@ -8309,20 +8306,6 @@ def test_where_it_is_cut_into_pieces_changes_nothing(data, reader):
         assert reader(data[:at], data[at:]) == whole
 
 
-def test_pipelined_requests_may_be_cut_anywhere(reader):
-    bodies = [b"", b"x", HELLO, b"\r\n\r\n", b"\n" * 9]
-    posts = [START + b"Content-Length: %d\r\n\r\n%b" % (len(b), b) for b in bodies]
-    data = b"\r\n".join(posts) + HELLOS + posts[2]
-    whole, answers = reader(data)
-    assert [each.body for each in whole] == [*bodies, b"", b"", HELLO]
-    assert re.findall(rb"\r\n\r\n(\d+)", answers) == [b"%d" % n for n in range(1, 9)]
-    chance = random.Random(1)
-    for first in range(len(data)):
-        second = chance.randrange(first, len(data))
-        pieces = data[:first], data[first:second], data[second:]
-        assert reader(*pieces) == (whole, answers)
-
-
 HEAD_LIMIT, TARGET_LIMIT = 32 * 1024, 8 * 1024
 
 
@@ -8336,21 +8319,17 @@ def sized(head, length):
     [
         (sized(HELLO[:-2], HEAD_LIMIT), 200),
         (sized(HELLO[:-2], HEAD_LIMIT + 1), 431),
-        (sized(HELLO[:-2], 10_000_000), 431),
         (b"GET /" + b"a" * (TARGET_LIMIT - 1) + HELLO[6:-4], 200),
         (b"GET /" + b"a" * TARGET_LIMIT + HELLO[6:-4], 414),
-        (b"GET /" + b"a" * 10_000_000 + HELLO[6:-4], 414),
         (b"G" * 10_000_000 + HELLO[3:-4], 414),
         (HELLO[:-4] + b"\r\nX: y" * 99, 200),
         (HELLO[:-4] + b"\r\nX: y" * 100, 431),
-        (HELLO[:-4] + b"\r\nX: y" * 1_000_000, 431),
         (HELLO[:-2] + b"Content-Length: 1000", 200),
         (HELLO[:-2] + b"Content-Length: 1001", 413),
         (HELLO[:-2] + b"Content-Length: " + b"9" * 18, 413),
         (HELLO[:-2] + b"Content-Length: " + b"9" * 19, 400),
-        (HELLO[:-2] + b"Content-Length: " + b"9" * 10_000, 400),
     ],
-    ids=range(15),
+    ids=range(11),
 )
 def test_a_head_at_a_limit_is_read_and_one_over_it_refused(head, status, reader):
     data = head + b"\r\n\r\n" + b"x" * 1000 * (b"Content-Length" in head)
@@ -8385,44 +8364,25 @@ def test_odd_large_heads_leave_no_memory_behind():
         assert held() < 300_000
 
 
-@pytest.mark.parametrize(
-    "host, status",
-    [
-        ("a" * 255 + ":12345", 200),
-        ("a" * 256, 400),
-        ("a:123456", 400),
-        ("[" + ":" * 45 + "]:1", 200),
-        ("[" + ":" * 46 + "]", 400),
-    ],
-)
-def test_a_host_is_no_longer_than_names_and_addresses_are(host, status, reader):
-    _, answers = reader(HELLO.replace(b"x", host.encode()))
-    assert answers.startswith(b"HTTP/1.1 %d " % status)
-
-
 EVIL = b"GET /evil HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.mark.parametrize(
-    "line, more",
+    "line",
+    ["GET /healthz", "HEAD /", "POST /healthz", "PUT /x", "BREW /", "POST " + TASKS],
+)
+@pytest.mark.parametrize(
+    "more",
     [
-        (line, more)
-        for line in ("GET /healthz", "HEAD /", "POST /healthz", "PUT /x", "BREW /")
-        for more in ("Content-Length: %d", "Content-Length: %d\r\nExpect: 100-continue")
-    ]
-    + [
-        ("POST /api/v1/tasks", more)
-        for more in (
-            "Content-Length: %d",
-            "Content-Length: %d\r\nContent-Type: application/json",
-            "Content-Length: %d\r\nExpect: x",
-            "Content-Length: %d\r\nOrigin: http://elsewhere",
-            "Content-Length: 9999999%d",
-            "Transfer-Encoding: chunked\r\nX: %d",
-            "Transfer-Encoding: x\r\nX: %d",
-            "Transfer-Encoding: chunked, x\r\nX: %d",
-            "Content-Length: %d\r\nTransfer-Encoding: chunked",
-        )
+        "Content-Length: %d",
+        "Content-Length: %d\r\nContent-Type: application/json",
+        "Content-Length: %d\r\nExpect: 100-continue",
+        "Content-Length: %d\r\nExpect: x",
+        "Content-Length: %d\r\nOrigin: http://elsewhere",
+        "Content-Length: 9999999%d",
+        "Transfer-Encoding: chunked\r\nX: %d",
+        "Transfer-Encoding: chunked, x\r\nX: %d",
+        "Content-Length: %d\r\nTransfer-Encoding: chunked",
     ],
 )
 def test_a_body_is_never_taken_for_a_request(line, more, service):
@@ -8435,22 +8395,15 @@ def test_a_body_is_never_taken_for_a_request(line, more, service):
         assert b"evil" not in answers
 
 
-BAD_HEADS = {
-    "lf": b"HEAD / HTTP/1.1\r\nHost: a\r\nX\n\r\n\r\n",
-    "headers": b"HEAD / HTTP/1.1\r\nHost: a\r\nX: %s\r\n\r\n" % (b"x" * 40000),
-    "target": b"HEAD /%s HTTP/1.1\r\n\r\n" % (b"x" * 40000),
-    "end": b"HEAD / HTTP/1.1\r\nHost: a",
-}
-
-
-@pytest.mark.parametrize("name", BAD_HEADS)
-@pytest.mark.parametrize("step", [7, 50000])
-def test_a_refused_head_request_has_no_body_however_it_arrives(name, step, reader):
-    data = BAD_HEADS[name]
-    _, sent = reader(*(data[at : at + step] for at in range(0, len(data), step)))
+@pytest.mark.parametrize("line", [b"X\n", b"X: " + b"x" * 40_000])
+@pytest.mark.parametrize("step", [7, 50_000])
+def test_a_refused_head_request_has_no_body_however_it_arrives(line, step, reader):
+    refused = HELLO[:-2] + line + b"\r\n\r\n"
+    head = refused.replace(b"GET", b"HEAD")
+    _, sent = reader(*(head[at : at + step] for at in range(0, len(head), step)))
     assert sent.startswith(b"HTTP/1.1 4")
     assert sent.endswith(b"\r\n\r\n")
-    _, sent = reader(HELLO.replace(b"GET", b"HEAD"), data.replace(b"HEAD", b"GET"))
+    _, sent = reader(HELLO.replace(b"GET", b"HEAD"), refused)
     assert sent.endswith(b"}\n"), "the next refusal has one"
 
 
@@ -8594,12 +8547,6 @@ def test_slow_requests_of_a_client_that_has_left_are_not_answered(service, monke
     closed.set()
     until(lambda: not service.server.connections)
     assert len(answered) <= 2, "the first answer finds that it has left"
-
-
-def test_quick_replies_to_pipelined_requests_are_sent_together(service, monkeypatch):
-    monkeypatch.setattr(longtasks, "QUICK", LONG)
-    with connect(service, (GET + b"\r\n") * 50) as client:
-        assert client.recv(1 << 16).count(b"HTTP/1.1 200 OK\r\n") == 50
 
 
 def test_a_slow_reply_is_sent_at_once_and_quick_ones_before_it_with_it(
@@ -8861,16 +8808,6 @@ def test_a_few_are_evicted_at_once_and_may_take_a_while_to_leave(registry, impat
         service.server.connections.clear()
 
 
-def test_evictions_are_logged_now_and_then(registry, impatient):
-    with records("WARNING") as kept, serving(MAX_CONNECTIONS=1) as service:
-        for _ in range(3):
-            with held_by(service, b""):
-                assert call(service, "GET", "/api/v1/types").status == 200
-            until(lambda: not service.server.connections)
-    (line,) = [record.getMessage() for record in kept]
-    assert line.startswith("evicting idle and slow clients: ")
-
-
 @pytest.mark.parametrize("denied, status", [(2, 200), (3, 503)])
 def test_without_threads_idle_clients_are_evicted_or_newcomers_refused(
     denied, status, registry, impatient, monkeypatch
@@ -9071,41 +9008,31 @@ def test_hostile_requests_leave_no_thread_behind(attacked):
     until(lambda: connection_threads() <= attacked.before, "the end of their threads")
 
 
-ACCEPT_ERRORS = [ConnectionAbortedError(), ssl.SSLError(), OSError(errno.EMFILE, "")]
-
-
-@pytest.mark.parametrize("error", ACCEPT_ERRORS, ids=repr)
+@pytest.mark.parametrize(
+    "owner, name, error",
+    [
+        (socket.socket, "accept", ConnectionAbortedError()),
+        (socket.socket, "accept", ssl.SSLError()),
+        (socket.socket, "accept", OSError(errno.EMFILE, "")),
+        (longtasks.APIServer, "process_request", MemoryError()),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_client_that_cannot_be_accepted_does_not_end_the_service(
-    error, count, service, monkeypatch
+def test_a_client_that_fails_to_be_served_does_not_end_the_service(
+    owner, name, error, count, service, monkeypatch
 ):
-    accept, errors = socket.socket.accept, [error] * count
+    work, errors = getattr(owner, name), [error] * count
 
-    def accept_or_fail(listener):
+    def work_or_fail(*given):
         if errors:
             raise errors.pop()
-        return accept(listener)
+        return work(*given)
 
-    monkeypatch.setattr(socket.socket, "accept", accept_or_fail)
-    assert call(service, "GET", "/healthz").status == 200
-    assert not errors
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_a_client_that_cannot_be_served_does_not_end_the_service(
-    first, service, monkeypatch
-):
-    serve, errors = service.server.process_request, [MemoryError()] * (1 + first)
-
-    def deny(request, address):
-        if errors:
-            raise errors.pop()
-        serve(request, address)
-
-    monkeypatch.setattr(service.server, "process_request", deny)
-    while errors:
-        with connect(service) as client:
-            assert client.recv(1) == b""
+    monkeypatch.setattr(owner, name, work_or_fail)
+    for left in range(count):
+        with connect(service):
+            until(lambda left=left: len(errors) <= count - 1 - left)
     assert call(service, "GET", "/healthz").status == 200
 
 
@@ -9138,43 +9065,6 @@ def test_memory_is_given_back_when_many_have_left_but_not_all_the_time(
         if total % server.trim_after == 0:
             server.service_actions()
     until(lambda: len(given) == times)
-
-
-GARBAGE = """
-import gc
-from longtasks import handler
-
-@handler("fail", retries=1, backoff=0)
-def fail():
-    raise ValueError("no")
-
-@handler("watch")
-def watch():
-    gc.collect()
-    gc.disable()
-    gc.set_debug(gc.DEBUG_SAVEALL)
-
-@handler("report")
-def report():
-    gc.collect()
-    return sorted({type(each).__qualname__ for each in gc.garbage})
-"""
-
-
-@pytest.mark.skipif(
-    not getattr(sys, "_is_gil_enabled", lambda: True)(),
-    reason="without a GIL some is found by the collector first",
-)
-def test_nothing_is_left_to_the_garbage_collector(tmp_path):
-    with process("--handlers", write(tmp_path, GARBAGE)) as running:
-        result_of(running.port, submitted(running.port, "watch"))
-        path = "/api/v1/tasks/%s" % submitted(running.port, "fail")
-        for asked in (path + "/events", path + "?wait=9", "/metrics", "/nothing"):
-            call(running.port, "GET", asked)
-        raw(None, b"GET / HTTP/1.1\r\n\r\n", running.port)
-        call(running.port, "GET", "/", accept="text/html")
-        report = submitted(running.port, "report")
-        assert result_of(running.port, report)["result"] == []
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="not here")
@@ -9324,29 +9214,6 @@ def test_a_unix_socket_is_not_found_dead_while_its_service_ends(
     with serving(UNIX_SOCKET=path):
         monkeypatch.setattr(os, "unlink", watched)
     assert found == [0]
-
-
-@needs_unix
-def test_of_three_that_start_at_once_one_gets_the_socket_of_a_dead_process(tmp_path):
-    path = str(tmp_path / "socket")
-    with socket.socket(socket.AF_UNIX) as left:
-        left.bind(path)
-
-    def start(_):
-        return subprocess.Popen(
-            [sys.executable, SCRIPT, "--unix-socket", path], stderr=subprocess.PIPE
-        )
-
-    running = together(3, start)
-    try:
-        lines = [one.stderr.readline() for one in running]
-        assert sum(b"listening on unix:" in line for line in lines) == 1, lines
-        assert sum(b"can't listen" in line for line in lines) == 2
-        assert ask(UnixConnection(path)).status == 200
-    finally:
-        for one in running:
-            one.kill()
-            one.communicate()
 
 
 @needs_unix

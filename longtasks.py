@@ -52,10 +52,10 @@ line:
      3676  7. Result store and task queue
      4832  8. Worker pool
      5153  9. HTTP API
-     6810  10. HTTP server
-     7773  11. Client
-     8362  12. Main
-     8913  13. The page
+     6809  10. HTTP server
+     7772  11. Client
+     8361  12. Main
+     8912  13. The page
 
 Three things hold throughout:
 
@@ -6403,11 +6403,10 @@ class Call:
     def _call(self, function: "Method", schema: Json, params: Json) -> Any:
         """Call a method or a tool with params that are checked."""
         params = Validator(schema).validate(params)
-        task_id = params.get("taskId", params.get("task_id"))
-        if task_id is not None:
-            self.task = self.app.store.get(task_id.lower())
+        for name in {"taskId", "task_id"} & schema.get("properties", {}).keys():
+            self.task = self.app.store.get(params[name].lower())
             if self.task.type not in self.tools.values():
-                raise UnknownTask("there is no task %s" % quote(task_id))
+                raise UnknownTask("there is no task " + quote(params[name]))
         return function(self, params)
 
     def _wait(

@@ -7100,7 +7100,7 @@ def test_bad_input_is_refused_and_starts_nothing(version, tools):
     with serving(MAX_BODY=4096) as service:
         agent = Agent(service, version)
         ask = functools.partial(agent.refused, "tools/call")
-        assert ask({"name": "no"}) == (-32602, 'Unknown tool: "no"')
+        assert ask({"name": "no", "taskId": 5}) == (-32602, 'Unknown tool: "no"')
         code, message = ask({"name": "add", "arguments": {"a": "x", "c": 1}})
         assert code == -32602
         assert 'a must be a whole number, not "x"' in message

@@ -50,12 +50,12 @@ line:
      2880  5. Journal
      3482  6. Events
      3676  7. Result store and task queue
-     4832  8. Worker pool
-     5153  9. HTTP API
-     6809  10. HTTP server
-     7772  11. Client
-     8361  12. Main
-     8912  13. The page
+     4833  8. Worker pool
+     5154  9. HTTP API
+     6810  10. HTTP server
+     7773  11. Client
+     8362  12. Main
+     8913  13. The page
 
 Three things hold throughout:
 
@@ -4609,8 +4609,9 @@ class TaskStore(TaskReader):
             self._evict()
             self._check_drained()
             running = list(self._running.values())
-            next_due = [self._queue.release_due(), *(r.deadline - now for r in running)]
-            wait = self._alarm.rest(min(PROGRESS_INTERVAL, *next_due))
+            wait = min([r.deadline for r in running], default=math.inf) - now
+            wait = min(PROGRESS_INTERVAL, wait, self._queue.release_due())
+            wait = self._alarm.rest(wait)
         for context in running:
             context.emit_progress()
         for context, status in abandoned:

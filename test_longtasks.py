@@ -1729,12 +1729,6 @@ def test_a_task_goes_its_way_and_every_look_is_a_value():
     assert pending.status == "pending"
 
 
-def test_tasks_are_claimed_in_the_order_of_submission():
-    store = new_ledger()
-    ids = [store.submit("t", b"{}").id for _ in range(5)]
-    assert [store.claim()[0].id for _ in range(5)] == ids
-
-
 @pytest.mark.parametrize("attempt", range(20))
 def test_of_many_who_finish_a_task_at_once_one_wins(attempt):
     store = new_ledger()
@@ -1851,15 +1845,6 @@ def test_the_timer_thread_goes_on_after_an_error(registry, monkeypatch):
         until(lambda: len(calls) > 1)
         assert service.pool.timer.is_alive()
     assert any("a timer failed" in record.getMessage() for record in kept)
-
-
-def test_an_idle_ledger_can_be_told_to_expire():
-    clock = Clock()
-    store = new_ledger(clock, result_ttl=60)
-    finished_task(store)
-    clock.now += 61
-    store.tick()
-    assert store.counts().finished == 0
 
 
 def test_the_order_of_leaving_is_that_of_ending():
@@ -1989,14 +1974,6 @@ def test_a_list_may_begin_with_the_newest():
     assert ([task.id for task in page], behind) == (ids[6:], None)
 
 
-def test_a_page_goes_on_behind_a_task_that_has_gone():
-    store = new_ledger()
-    tasks = [finished_task(store) for _ in range(6)]
-    page, behind = store.page(3)
-    store.delete(page[-1].id)
-    assert [t.id for t in store.page(3, behind)[0]] == [t.id for t in tasks[3:]]
-
-
 def test_a_draining_ledger_takes_nothing_and_tells_when_all_is_done():
     store, told = new_ledger(), []
     first, second = store.submit("t", b"{}"), store.submit("t", b"{}")
@@ -2007,12 +1984,6 @@ def test_a_draining_ledger_takes_nothing_and_tells_when_all_is_done():
     store.finish(store.context(second.id), DONE)
     assert not told
     store.finish(store.context(first.id), DONE)
-    assert told
-
-
-def test_an_idle_ledger_is_drained_at_once():
-    store, told = new_ledger(), []
-    store.drain(lambda: told.append(1))
     assert told
 
 

@@ -6079,7 +6079,7 @@ META = "io.modelcontextprotocol/"
 _OBJECT = {"type": "object"}
 _FILLED = {"minItems": 1, "maxItems": MAX_BATCH}
 _ABLE = _object("extensions?", extensions=_OBJECT)
-_META = META + "protocolVersion? %sclientCapabilities? idempotency-key?" % META
+_META = META + "clientCapabilities? idempotency-key?"
 DOCUMENTS: Dict[str, Schema] = {
     "Batch": {**_list(_ref("schemas", "Submission")), **_FILLED},
     "Accepted": _object("id status"),

@@ -46,16 +46,16 @@ line:
       146  1. Settings
       498  2. Tasks and their states
       873  3. Task registry
-     1580  4. Execution
-     2880  5. Journal
-     3482  6. Events
-     3676  7. Result store and task queue
-     4833  8. Worker pool
-     5154  9. HTTP API
-     6810  10. HTTP server
-     7773  11. Client
-     8362  12. Main
-     8913  13. The page
+     1612  4. Execution
+     2943  5. Journal
+     3545  6. Events
+     3739  7. Result store and task queue
+     4896  8. Worker pool
+     5217  9. HTTP API
+     6873  10. HTTP server
+     7836  11. Client
+     8425  12. Main
+     8976  13. The page
 
 Three things hold throughout:
 
@@ -988,8 +988,8 @@ class Handler(NamedTuple):
     @property
     def description(self) -> str:
         """The first paragraph of the function's docstring, in one line."""
-        text = inspect.getdoc(self.function) or ""
-        return " ".join(text.split("\n\n")[0].split())
+        function = getattr(self.function, "func", self.function)  # that of a partial
+        return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
 
     def run_here(self, params: Dict[str, Any], context: Any) -> Any:
         """Call the function in this process; an async one returns a coroutine."""
@@ -1040,7 +1040,7 @@ def handler(
             options = dict(rules, limits=limits or {}, isolated=isolated)
             _HANDLER_OPTIONS.validate(options)
             schema, whole, context = _read_signature(function)
-            is_async = inspect.iscoroutinefunction(function)
+            is_async = inspect.iscoroutinefunction(_called(function))
             if is_async and isolated:
                 raise HandlerError("an async handler can't be isolated")
             if is_async:
@@ -1083,9 +1083,10 @@ def rules_of(handlers: Mapping[str, Handler], timeout: float, type: str) -> Rule
 
 def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]:
     """Return the schema of a function's params, and Handler's `whole` and `context`."""
-    if not inspect.isroutine(function):
+    if not callable(function) or inspect.isclass(function):
         raise HandlerError("a handler is a function")
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+    called = _called(function)
+    if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
         raise HandlerError("a handler can't be a generator")
     params = _parameters_of(function)
     contexts = [param.name for param in params if _is_context(param)]
@@ -1102,6 +1103,15 @@ def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]
     return {**schema, "additionalProperties": others}, False, context
 
 
+def _called(function: Any) -> Any:
+    """Return the function that a functools.partial or a callable object calls."""
+    if isinstance(function, functools.partial):
+        return _called(function.func)
+    if inspect.isroutine(function) or not callable(function):
+        return function
+    return type(function).__call__
+
+
 def _is_context(param: inspect.Parameter) -> bool:
     """Whether a parameter receives the Context; raises HandlerError if none can."""
     if param.kind in (param.POSITIONAL_ONLY, param.VAR_POSITIONAL):
@@ -1114,13 +1124,24 @@ def _is_context(param: inspect.Parameter) -> bool:
 
 def _parameters_of(function: Any) -> List[inspect.Parameter]:
     """Return a function's parameters, with annotations that are text evaluated."""
+
+    def annotated() -> None:
+        """Have the annotations of the parameters alone, not that of the return."""
+
+    options: Dict[str, Any] = {}
+    if sys.version_info >= (3, 14):  # which would evaluate that of the return, too
+        options["annotation_format"] = lazy_import("annotationlib").Format.FORWARDREF
     try:
-        params = inspect.signature(function).parameters.values()
-        hints = typing.get_type_hints(function)
+        params = list(inspect.signature(function, **options).parameters.values())
+        annotated.__annotations__ = {param.name: param.annotation for param in params}
+        # Names in annotations are globals of the innermost function.
+        while hasattr(function, "__wrapped__") or _called(function) is not function:
+            function = getattr(function, "__wrapped__", _called(function))
+        hints = typing.get_type_hints(annotated, getattr(function, "__globals__", {}))
     except Exception as error:
         message = "its signature can't be read: " + describe(error)
         raise HandlerError(message) from None
-    return [p.replace(annotation=hints.get(p.name, p.annotation)) for p in params]
+    return [param.replace(annotation=hints[param.name]) for param in params]
 
 
 def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
@@ -1468,7 +1489,18 @@ def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submiss
     if not 0 < len(documents) <= MAX_BATCH:
         message = "must hold 1 to %d tasks, not %d" % (MAX_BATCH, len(documents))
         raise Invalid([((), message)])
-    return [check_submission(one, handlers, (n,)) for n, one in enumerate(documents)]
+    submissions: List[Submission] = []
+    problems: List[Problem] = []
+    for index, document in enumerate(documents):
+        try:
+            submissions.append(check_submission(document, handlers, (index,)))
+        except Invalid as error:
+            problems += error.problems
+        if len(problems) >= MAX_PROBLEMS:
+            break
+    if problems:
+        raise Invalid(problems)
+    return submissions
 
 
 def parse_value(text: str, schema: Schema) -> Any:
@@ -1692,7 +1724,7 @@ class Context:
         failed. With an async function, await what this returns. Raises the function's
         errors, Fail, and Cancelled when the task is to stop.
         """
-        if inspect.iscoroutinefunction(function):
+        if inspect.iscoroutinefunction(_called(function)):
             return self._step_async(name, functools.partial(function, *args, **kwargs))
         _refuse_to_block("ctx.step()", "give it an async function, and await it")
         with self._step_called(name):
@@ -2443,11 +2475,34 @@ def find_program(word: str) -> str:
     name = os.path.join(FOLDER, word) if os.path.dirname(word) else word
     found = shutil.which(name)
     if found:
+        fault = exec_fault(found)
+        if fault:
+            raise HandlerError("%s %s" % (quote(found), fault))
         return os.path.join(FOLDER, found)
     found = shutil.which(name, os.F_OK)
     if found:
         raise HandlerError("%s is not executable: chmod +x %s" % (quote(found), found))
-    raise HandlerError("there is no program " + quote(word))
+    hint = ""
+    if name == word and os.path.exists(os.path.join(FOLDER, word)):
+        hint = " on the PATH; for the file in this folder write ./" + word
+    raise HandlerError("there is no program %s%s" % (quote(word), hint))
+
+
+def exec_fault(path: str) -> str:
+    """Say what the first line of an executable file has that keeps it from running.
+
+    Of a missing interpreter the system says only that the file itself isn't there.
+    """
+    line = b"\0"
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        line = file.readline(4096)
+    interpreter = re.match(rb"#![ \t]*([^ \t\n]+)", line)
+    if not interpreter:
+        is_binary = b"\0" in line
+        return "" if is_binary else "does not begin with a #! line, such as #!/bin/sh"
+    name = os.fsdecode(interpreter.group(1))
+    fault = "needs the interpreter %s, which can't be found or run" % quote(name)
+    return "" if shutil.which(name) else fault
 
 
 class Program:
@@ -2535,7 +2590,8 @@ class Program:
         try:
             process = ManagedProcess(ctx, self.arguments(params), **options)
         except OSError as error:  # its file is that of the program, or the folder
-            text = "can't run %s: %s" % (quote(error.filename), error.strerror)
+            reason = exec_fault(self.words[0]) or error.strerror
+            text = "can't run %s: %s" % (quote(error.filename), reason)
             raise Failure(text) from None
         output = ProgramOutput(ctx)
         with process:
@@ -2608,11 +2664,18 @@ class ProgramOutput:
             lines = list(map(visible, lines))
         if lines:
             self.tail = (self.tail + "\n".join(lines) + "\n")[-MAX_OUTPUT:]
-            self._ctx.emit_lines(lines, self._dropped)
-            self._dropped = 0
+            self._log(lines)
         if self._message:
             with contextlib.suppress(Cancelled):
                 self._ctx.progress(self._fraction, self._message)
+
+    def _log(self, lines: Sequence[str]) -> None:
+        """Add lines to the task's log and, for debugging, to the service's."""
+        self._ctx.emit_lines(lines, self._dropped)
+        self._dropped = 0
+        if log.isEnabledFor(logging.DEBUG):
+            for line in lines:
+                log_run(logging.DEBUG, self._ctx, "%s", line)
 
     def _note_progress(self, line: str) -> None:
         self._message = visible(line).strip() or self._message

@@ -732,12 +732,19 @@ def test_at_most_20_problems_are_looked_for(registry, monkeypatch):
     described = []
     monkeypatch.setattr(longtasks, "quote", lambda value: described.append(value) or "")
 
-    for params in ({"xs": [{}] * 5000}, dict.fromkeys(map(str, range(5000)))):
+    def problems(*documents):
         described.clear()
         with pytest.raises(longtasks.Invalid) as raised:
-            longtasks.check_submission({"type": "t", "params": params}, registry)
+            longtasks.check_batch(documents, registry)
         assert len(described) in (0, 20)
-        assert len(raised.value.problems) == 20
+        return raised.value.problems
+
+    def task(**params):
+        return {"type": "t", "params": params}
+
+    assert len(problems(task(xs=[{}] * 5000))) == 20
+    assert len(problems(task(**dict.fromkeys(map(str, range(5000)))))) == 20
+    assert problems(task(), *[task(xs=[{}])] * 99)[-1][0] == (20, "params", "xs", 0)
 
 
 def test_a_whole_number_with_a_point_is_an_integer(registry):
@@ -780,6 +787,16 @@ def test_the_registry_is_a_dict_and_the_function_stays_itself(registry):
 
 async def coroutine():
     pass
+
+
+class AsyncObject:
+    async def __call__(self, number: int = 3):
+        return number
+
+
+class GeneratorObject:
+    def __call__(self):
+        yield 1
 
 
 def generator():
@@ -825,7 +842,8 @@ def test_a_type_needs_a_name_of_its_own(name, reason):
         (lambda ctx: 1, "annotate ctx"),
         (generator, "generator"),
         (async_generator, "generator"),
-        (functools.partial(coroutine), "a handler is a function"),
+        (functools.partial(async_generator), "generator"),
+        (GeneratorObject(), "generator"),
         (dict, "a handler is a function"),
         (3, "a handler is a function"),
         (annotated("Nowhere"), "NameError: name 'Nowhere'"),
@@ -881,11 +899,12 @@ import functools
 from typing import Optional
 from longtasks import Context, handler
 
-def add(a: int, b: int = 1, *, ctx: Optional[Context] = None) -> list:
+def add(a: int, b: int = 1, *, ctx: Optional[Context] = None) -> Nowhere:
+    "Add them."
     return [a + b, ctx.task_id]
 
 class Adder:
-    def add(self, a: int, ctx: Context) -> list:
+    def __call__(self, a: int, ctx: Context) -> Nowhere:
         return add(a, ctx=ctx)
 
 def wrapped(function):
@@ -895,14 +914,18 @@ def wrapped(function):
     return wrapper
 
 handler("plain")(add)
-handler("method")(Adder().add)
+handler("partial")(functools.partial(add, b=1))
+handler("object")(Adder())
+handler("method")(Adder().__call__)
 handler("wrapped")(wrapped(add))
 handler("cached")(functools.lru_cache(add))
-handler("all")(wrapped(functools.lru_cache(wrapped(add))))
+handler("all")(wrapped(functools.partial(functools.partial(wrapped(add)), b=1)))
 """
 
 
-@pytest.mark.parametrize("name", ["plain", "method", "wrapped", "cached", "all"])
+@pytest.mark.parametrize(
+    "name", ["plain", "partial", "object", "method", "wrapped", "cached", "all"]
+)
 def test_annotations_that_are_text_are_read_whatever_the_function_is_in(
     name, tmp_path, registry
 ):
@@ -911,6 +934,7 @@ def test_annotations_that_are_text_are_read_whatever_the_function_is_in(
     assert (known.context, known.schema["required"]) == ("ctx", ["a"])
     assert known.schema["properties"]["a"] == {"type": "integer"}
     assert run(registry, name, {"a": 2}) == [3, "id"]
+    assert registry["partial"].description == "Add them."
 
 
 def test_progress_is_kept_within_bounds():
@@ -4040,11 +4064,30 @@ class AsyncGate:
 def async_gate(registry):
     """Such a gate, registered as the type "wait"."""
     gate = AsyncGate()
-    handler("wait")(gate.__call__)
+    handler("wait")(gate)
     return gate
 
 
+@pytest.mark.parametrize(
+    "function", [AsyncObject(), functools.partial(AsyncObject(), number=3)]
+)
+def test_an_object_with_an_async_call_is_an_async_handler(function, registry):
+    with pytest.raises(HandlerError, match="an async handler can't be isolated"):
+        handler("isolated", isolated=True)(function)
+    handler("object")(function)
+
+    @handler("step")
+    async def step(*, ctx: Context):
+        return await ctx.step("a", function)
+
+    with serving() as service:
+        for type in ("object", "step"):
+            assert result_of(service, submitted(service, type))["result"] == 3
+
+
 def test_an_async_handler_needs_no_worker(gate, async_gate):
+    handler("partial")(functools.partial(coroutine))
+
     @handler("greet")
     async def greet(name: str, *, ctx: Context):
         ctx.progress(0.5, "half way")
@@ -4061,6 +4104,7 @@ def test_an_async_handler_needs_no_worker(gate, async_gate):
         async_gate.open()
         assert result_of(service, task_id)["result"] == "hello you"
         assert call(service, "GET", path + "/log").body == b"hello\n"
+        assert result_of(service, submitted(service, "partial"))["result"] is None
 
 
 def test_an_async_handler_is_retried_as_any_other(registry):
@@ -4163,7 +4207,7 @@ def test_an_async_handler_that_swallows_its_cancel_is_abandoned(async_gate):
 
 @pytest.mark.parametrize("count, rule", [(100, 3), (3, 0)])
 def test_no_more_async_handlers_run_at_once_than_may(count, rule, async_gate):
-    handler("limited", max_running=rule)(async_gate.__call__)
+    handler("limited", max_running=rule)(async_gate)
     with serving(ASYNC_COUNT=count) as service:
         ids = [submitted(service, "limited") for _ in range(7)]
         until(lambda: service.store.counts().processing == 3)
@@ -4630,31 +4674,67 @@ def executable(folder, content, mode=0o755):
 
 
 @pytest.mark.parametrize("word", ["%s", "backup"])
-def test_a_file_that_is_not_executable_is_refused(word, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "content, mode, reason",
+    [
+        (b"#!/bin/sh\n", 0o644, "is not executable: chmod +x %s"),
+        (b"echo 1\n", 0o755, "does not begin with a #! line, such as #!/bin/sh"),
+        (b"", 0o755, "does not begin with a #! line, such as #!/bin/sh"),
+        (b"#!/no/sh -e\n", 0o755, 'needs the interpreter "/no/sh", which can\'t be'),
+        (b"#! \t/no/sh\t-e", 0o755, 'needs the interpreter "/no/sh", which can\'t be'),
+        (b"#!/etc/passwd\n", 0o755, 'needs the interpreter "/etc/passwd", which'),
+        (b"#!/bin/sh\r\n", 0o755, 'needs the interpreter "/bin/sh\\r", which'),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_refused_with_the_reason(
+    content, mode, reason, word, tmp_path, monkeypatch
+):
     monkeypatch.setenv("PATH", str(tmp_path))
-    path = executable(tmp_path, b"#!/bin/sh\n", 0o644)
+    path = executable(tmp_path, content, mode)
     with pytest.raises(HandlerError) as caught:
         program("t=" + word.replace("%s", path))
-    assert str(caught.value) == '"%s" is not executable: chmod +x %s' % (path, path)
+    expected = '"%s" %s' % (path, reason.replace("%s", path))
+    assert str(caught.value).startswith(expected)
 
 
 def test_a_program_in_this_folder_is_found_by_its_path_only(tmp_path, monkeypatch):
     path = executable(tmp_path, b"#!/bin/sh\n")
     monkeypatch.setattr(longtasks, "FOLDER", str(tmp_path))
-    with pytest.raises(HandlerError, match='there is no program "backup"'):
+    with pytest.raises(HandlerError, match=r"on the PATH; .* write \./backup"):
         program("t=backup")
     assert os.path.samefile(program("t=./backup").words[0], path)
     with pytest.raises(HandlerError, match="there is no program"):
         program("t=%s" % tmp_path)
 
 
-def test_a_program_that_became_unrunnable_fails_its_task(tmp_path):
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"#!/no/sh", 'needs the interpreter "/no/sh", which can\'t be found or run'),
+        (b"#!/bin/sh\r\n", 'needs the interpreter "/bin/sh\\r", which can\'t be'),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_program_that_became_unrunnable_fails_its_task(content, reason, tmp_path):
     path = executable(tmp_path, b"#!/bin/sh\n")
     made = program("t=" + path)
     os.remove(path)
+    if content:
+        executable(tmp_path, content)
     with pytest.raises(longtasks.Failure) as caught:
         made({}, Context("id"))
-    assert str(caught.value) == 'can\'t run "%s": No such file or directory' % path
+    assert str(caught.value).startswith('can\'t run "%s": %s' % (path, reason))
+
+
+@pytest.mark.parametrize("level", ["DEBUG", "INFO"])
+def test_the_output_of_a_program_is_logged_for_debugging(level):
+    context = Listener()
+    with records(level) as kept:
+        run_program("t=seq 100000", context=context)
+    lines = [record.getMessage() for record in kept]
+    logged = [line for line in lines if line.isdigit()]
+    assert logged == (context.lines if level == "DEBUG" else [])
+    assert len(context.lines) + context.dropped == 100_000
 
 
 def test_placeholders_become_params():
@@ -6093,9 +6173,11 @@ def test_a_batch_is_submitted_over_http(service):
 
 
 def test_a_batch_with_a_fault_is_refused_whole(service):
-    answer = call(service, "POST", TASKS, [ONE, dict(ONE, type="x", label=1), 3])
-    problem = assert_problem(answer, 422, "[1].label must be")
-    assert [each["pointer"] for each in problem["errors"]] == ["#/1/label"]
+    wrong = [dict(ONE, type="x"), ONE, 3, dict(ONE, params={"x": 1})]
+    answer = call(service, "POST", TASKS, wrong)
+    problem = assert_problem(answer, 422, "[0].type must be", "[2] must be an object")
+    pointers = [each["pointer"] for each in problem["errors"]]
+    assert pointers == ["#/0/type", "#/2", "#/3/params/x"]
     for wrong in ([], [ONE] * 1001):
         answer = call(service, "POST", TASKS, wrong)
         assert_problem(answer, 422, "must hold 1 to 1000 tasks")

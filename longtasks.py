@@ -46,16 +46,16 @@ line:
       146  1. Settings
       498  2. Tasks and their states
       873  3. Task registry
-     1612  4. Execution
-     2943  5. Journal
-     3545  6. Events
-     3739  7. Result store and task queue
-     4896  8. Worker pool
-     5217  9. HTTP API
-     6873  10. HTTP server
-     7836  11. Client
-     8425  12. Main
-     8976  13. The page
+     1616  4. Execution
+     2950  5. Journal
+     3552  6. Events
+     3746  7. Result store and task queue
+     4903  8. Worker pool
+     5224  9. HTTP API
+     6880  10. HTTP server
+     7843  11. Client
+     8432  12. Main
+     8983  13. The page
 
 Three things hold throughout:
 
@@ -1553,7 +1553,7 @@ def _load_file(flag: str, file: str, source: Optional[str] = None) -> Tuple[Any,
     folder = os.path.dirname(os.path.abspath(file))
     if folder not in sys.path:
         sys.path.append(folder)  # last, so that it can't hide the standard library
-    name = "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
+    name = _module_name(file)
     try:
         if source is None:
             with tokenize.open(file) as opened:
@@ -1566,6 +1566,10 @@ def _load_file(flag: str, file: str, source: Optional[str] = None) -> Tuple[Any,
         message = _load_error(error, file)
         raise HandlerError("%s %s: %s" % (flag, file, message)) from None
     return module, source
+
+
+def _module_name(file: str) -> str:
+    return "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
 
 
 def _load_error(error: BaseException, file: str) -> str:
@@ -2877,7 +2881,10 @@ def load_executor(text: str) -> None:
     path, _, name = text.rpartition(":")
     if not (path and name):
         raise HandlerError("--executor %s: write FILE:FACTORY" % quote(text))
-    module, _ = _load_file("--executor", path)
+    if path in LOADED:  # it has handlers, too
+        module = sys.modules[_module_name(path)]
+    else:
+        module, _ = _load_file("--executor", path)
     if not any(known.isolated for known in REGISTRY.values()):
         log.warning("--executor %s has nothing to run: no handler is isolated", text)
     try:

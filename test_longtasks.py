@@ -12257,6 +12257,25 @@ def test_an_executor_that_cannot_be_used_is_one_line_and_code_2(
     assert not longtasks.EXECUTOR
 
 
+def test_the_factory_of_an_executor_may_be_in_the_file_of_the_handlers(tmp_path):
+    text = """
+import concurrent.futures, os
+from longtasks import handler
+
+def threads():
+    return concurrent.futures.ThreadPoolExecutor(1)
+
+@handler("pid", isolated=True)
+def pid():
+    return os.getpid()
+"""
+    file = write(tmp_path, text, "both.py")
+    with process("--handlers", file, "--executor", file + ":threads") as running:
+        assert outcome(running, "pid")["result"] == running.process.pid
+        running.signal()
+        assert running.wait() == 0
+
+
 @pytest.mark.parametrize("isolated", [True, False])
 def test_an_executor_with_nothing_to_run_is_warned_of(
     isolated, registry, tmp_path, monkeypatch

@@ -48,14 +48,14 @@ line:
       873  3. Task registry
      1616  4. Execution
      2950  5. Journal
-     3552  6. Events
-     3746  7. Result store and task queue
-     4903  8. Worker pool
-     5224  9. HTTP API
-     6880  10. HTTP server
-     7843  11. Client
-     8432  12. Main
-     8983  13. The page
+     3572  6. Events
+     3766  7. Result store and task queue
+     4923  8. Worker pool
+     5244  9. HTTP API
+     6900  10. HTTP server
+     7863  11. Client
+     8452  12. Main
+     9003  13. The page
 
 Three things hold throughout:
 
@@ -3160,6 +3160,8 @@ class Journal:
     """A journal file, locked by this process. Raises JournalError."""
 
     retry_after = 1.0  # seconds from an error to the next try
+    wal_limit = 128 << 20  # bytes of the WAL above which a warning is logged
+    wal_interval = 60.0  # seconds between two looks at its size
     removed_limit = 10_000  # ids of removed tasks that are kept
 
     def __init__(self, path: str) -> None:
@@ -3176,6 +3178,8 @@ class Journal:
         self._changed = threading.Condition()
         self._open = Commit()  # takes in records until the writer is ready for it
         self._closing = False
+        self._wal_is_large = False
+        self._next_wal_check = 0.0
         self._writer: Optional[threading.Thread] = None
         try:
             sqlite3 = lazy_import("sqlite3")  # a small host may lack it
@@ -3464,6 +3468,7 @@ class Journal:
             if self.error:
                 log.warning("journal %s: it can be written again", self.path)
             self.error = ""
+            self._check_wal()
         try:
             self._on_settled(commit)
         except Exception:
@@ -3507,6 +3512,21 @@ class Journal:
             return os.stat(self.path + "-wal").st_size
         except OSError:
             return 0
+
+    def _check_wal(self) -> None:
+        """Log a warning once if the WAL grows without end."""
+        now = time.monotonic()
+        if now < self._next_wal_check:
+            return
+        self._next_wal_check = now + self.wal_interval
+        large = self.wal_size() > self.wal_limit
+        if large and not self._wal_is_large:
+            text = (
+                "journal %s: its -wal has more than %d MiB, and grows until a program "
+            )
+            text += "that reads the file ends its transaction"
+            log.warning(text, self.path, self.wal_limit >> 20)
+        self._wal_is_large = large
 
 
 RUNS, STOPPED = "runs", "stopped"  # what the process that has the lock does or did

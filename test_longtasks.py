@@ -1672,6 +1672,27 @@ def test_commits_are_counted_with_their_time(tmp_path):
         journal.failure = None
 
 
+def test_a_wal_that_a_long_reader_keeps_is_warned_of_once(
+    tmp_path, registry, monkeypatch
+):
+    monkeypatch.setattr(longtasks.Journal, "wal_limit", 5 << 20)  # more than 1000 pages
+    monkeypatch.setattr(longtasks.Journal, "wal_interval", 0)
+    path, params = tmp_path / "tasks.db", b'{"x": "%s"}' % (b"x" * 500_000)
+    wal, later = Path(str(path) + "-wal"), longtasks.Options(delay=1000)
+    with records() as kept, serving(DB=str(path)) as service:
+        service.store.submit("t", b"{}", later)
+        with contextlib.closing(sqlite3.connect(str(path))) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM tasks").fetchone()
+            for _ in range(15):
+                service.store.submit("t", params, later)
+            found = metrics_of(service)["longtasks_journal_wal_bytes"]
+        assert 5 << 20 < found <= wal.stat().st_size
+        lines = [record.getMessage() for record in kept]
+    (line,) = [line for line in lines if "-wal" in line]
+    assert "has more than 5 MiB" in line
+
+
 def test_a_histogram_has_each_time_under_the_first_bound_that_holds_it():
     histogram = longtasks.Histogram((0.5, 1, 5))
     for time_taken in (0.5, 0.6, 1, 1.1, 5, 5.1, 400, -3):

@@ -49,7 +49,6 @@ import unicodedata
 import urllib.parse
 import uuid
 import warnings
-import zipapp
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Mapping, NamedTuple, NewType, Optional
 from typing import Sequence, Tuple, Union
@@ -196,16 +195,22 @@ def service(registry):
 JSON_BODY = {"Content-Type": "application/json"}
 
 
+def port_of(service):
+    """The port of a service in this process or in one of its own, or the port given."""
+    if isinstance(service, int):
+        return service
+    return getattr(service, "port", None) or service.server.server_port
+
+
 def call(service, method, path, body=None, **headers):
     """One request on a connection of its own. A body that isn't bytes goes as JSON."""
-    port = getattr(service, "port", service)
-    port = port if isinstance(port, int) else service.server.server_port
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     if body is not None and not isinstance(body, bytes):
         body = json.dumps(body).encode()
     if body is not None and method in ("POST", "PUT"):
         headers = {**JSON_BODY, **headers}
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
+    address = ("127.0.0.1", port_of(service))
+    connection = http.client.HTTPConnection(*address, timeout=LONG)
     try:
         connection.request(method, path, body, headers)
         response = connection.getresponse()
@@ -301,9 +306,9 @@ def result_of(service, task_id):
     return call(service, "GET", path).json
 
 
-def raw(service, data, port=None):
+def raw(service, data):
     """Send bytes as they are; return all that comes back until the server closes."""
-    address = ("127.0.0.1", port or service.server.server_port)
+    address = ("127.0.0.1", port_of(service))
     with socket.create_connection(address, timeout=LONG) as client:
         client.sendall(data)
         parts = []
@@ -9380,11 +9385,6 @@ def trust(folder, name="one.crt"):
     return context
 
 
-def port_of(service):
-    """The port of a service in this process or in one of its own."""
-    return getattr(service, "port", None) or service.server.server_port
-
-
 def knock(service, context, **options):
     """A TLS connection, as a socket."""
     client = socket.create_connection(("127.0.0.1", port_of(service)), timeout=LONG)
@@ -10210,9 +10210,9 @@ def test_the_token_in_the_environment_is_sent(client, monkeypatch, tmp_path):
 class Command:
     """A real client in a process of its own, perhaps on a terminal."""
 
-    def __init__(self, port, *words, terminal=False, **popen):
+    def __init__(self, service, *words, terminal=False, **popen):
         environ = {k: v for k, v in os.environ.items() if k not in NAMES}
-        environ.update(PORT=str(port), TERM="xterm")
+        environ.update(PORT=str(port_of(service)), TERM="xterm")
         environ.update(popen.pop("env", {}))
         environ.pop("LONGTASKS_URL", None)
         popen.setdefault("stdout", subprocess.PIPE)
@@ -10263,8 +10263,8 @@ def hears_ctrl_c():
 
 
 @contextlib.contextmanager
-def command(port, *words, **options):
-    running = Command(port, *words, **options)
+def command(service, *words, **options):
+    running = Command(service, *words, **options)
     try:
         yield running
     finally:
@@ -10339,16 +10339,14 @@ def test_ctrl_c_ends_other_commands_at_once(words):
 def test_output_that_nobody_reads_is_no_error(service):
     reading, writing = os.pipe()
     os.close(reading)
-    port = service.server.server_port
-    with command(port, "types", stdout=writing) as run:
+    with command(service, "types", stdout=writing) as run:
         os.close(writing)
         assert run.end()[0] == 0
         assert run.err == ""
 
 
 def test_messages_that_nobody_reads_do_not_change_the_exit_code(service):
-    port = service.server.server_port
-    with command(port, "run", "long_computation", "duration=0.1") as run:
+    with command(service, "run", "long_computation", "duration=0.1") as run:
         os.dup2(os.open(os.devnull, os.O_RDONLY), run.ours)  # nobody reads stderr
         assert run.end()[0] == 0
 
@@ -10358,10 +10356,9 @@ def test_messages_that_nobody_reads_do_not_change_the_exit_code(service):
     "words", [["types"], ["run", "long_computation", "duration=0"]]
 )
 def test_output_that_cannot_be_written_is_reported(words, service):
-    port, text = service.server.server_port, "can't write: No space left on device\n"
-    with open("/dev/full", "wb") as full, command(port, *words, stdout=full) as run:
+    with open("/dev/full", "wb") as full, command(service, *words, stdout=full) as run:
         assert run.end()[0] == 4
-        assert run.err.endswith("longtasks: " + text)
+        assert run.err.endswith("longtasks: can't write: No space left on device\n")
 
 
 def test_a_terminal_shows_one_line_that_changes(service, gate):
@@ -10370,7 +10367,7 @@ def test_a_terminal_shows_one_line_that_changes(service, gate):
         ctx.progress(0.5, "\x1b[31m\r\n\x9b2J")
         return gate()
 
-    with command(service.server.server_port, "run", "odd", terminal=True) as run:
+    with command(service, "run", "odd", terminal=True) as run:
         run.wait_for("50%")
         gate.release.set()
         assert run.end() == (0, "1\n")
@@ -10388,10 +10385,10 @@ def test_a_list_fits_a_terminal_and_has_colors_unless_they_are_not_wanted(
     handler("bad")(raising(ValueError("x" * 100)))
     with serving() as service:
         result_of(service, submitted(service, "bad", label="failed  failed "))
-        port, env = service.server.server_port, {"COLUMNS": "90", variable or "A": "1"}
+        env = {"COLUMNS": "90", variable or "A": "1"}
         env.update({"TERM": "dumb"} if variable == "TERM" else {})
         options = {"terminal": "for stdout, too", "env": env}
-        with command(port, "list", **options) as listed:
+        with command(service, "list", **options) as listed:
             assert listed.end()[0] == 0
             row = listed.err.splitlines()[1]
     assert row.count("\x1b[31mfailed\x1b[m") == row.count("\x1b") // 2 == (not variable)
@@ -10401,9 +10398,8 @@ def test_a_list_fits_a_terminal_and_has_colors_unless_they_are_not_wanted(
 
 
 def test_a_terminal_that_cannot_erase_gets_lines(service):
-    port, words = service.server.server_port, ["long_computation", "duration=0"]
-    dumb = {"TERM": "dumb"}
-    with command(port, "run", *words, terminal=True, env=dumb) as run:
+    words, dumb = ["long_computation", "duration=0"], {"TERM": "dumb"}
+    with command(service, "run", *words, terminal=True, env=dumb) as run:
         assert run.end()[0] == 0
         assert "\x1b" not in run.err
 
@@ -10616,18 +10612,6 @@ def apart():
 """
 
 
-def test_isolated_handlers_need_a_file_that_other_processes_can_run(tmp_path):
-    command = [sys.executable, str(tmp_path / "app.pyz"), "--port=0"]
-    command += ["--handlers", write(tmp_path, APART)]
-    (tmp_path / "app").mkdir()
-    shutil.copy(SCRIPT, tmp_path / "app" / "__main__.py")
-    zipapp.create_archive(tmp_path / "app")
-    ran = subprocess.run(command, stderr=subprocess.PIPE, timeout=LONG)
-    assert (ran.returncode, ran.stderr.count(b"\n")) == (2, 1), ran.stderr
-    text = b'the isolated task type "apart" needs longtasks.py as a file'
-    assert text in ran.stderr
-
-
 @pytest.mark.parametrize("host", ["256.1.1.1", "no.such.host.invalid", "a\x1bb"])
 def test_a_host_that_cannot_be_listened_on_is_one_line_and_code_2(host, refusal):
     assert re.fullmatch("HOST [ -~]*", refusal("--host", host))
@@ -10771,7 +10755,7 @@ def test_64_mib_are_enough_whatever_clients_do_with_the_limits_of_the_readme():
             batch = [dict(task, delay=delay)] * 450
             for _ in range(20):
                 call(running.port, "POST", "/api/v1/tasks", batch)
-        together(int(env["MAX_CONNECTIONS"]), lambda i: raw(None, HEAVY, running.port))
+        together(int(env["MAX_CONNECTIONS"]), lambda i: raw(running, HEAVY))
         status = Path("/proc/%d/status" % running.process.pid).read_text()
         # Without a GIL, CPython itself takes much more.
         most = 64 if getattr(sys, "_is_gil_enabled", lambda: True)() else 160
@@ -11922,15 +11906,14 @@ def test_processes_of_an_isolated_handler_end_with_its_task(isolated):
 @has_proc
 @pytest.mark.parametrize("by", ["SIGKILL", "a second signal"])
 def test_processes_of_an_isolated_handler_end_with_the_service(by, tmp_path):
-    flags = ["--handlers", write(tmp_path, ISOLATED), "--drain-timeout", "0"]
-    flags += ["--grace", "1000"]
+    flags = ["--handlers", write(tmp_path, ISOLATED), "--grace", "1000"]
     with process(*flags) as running:
         task_id = submitted(running.port, "family")
         pids = family_of(running, task_id)
         assert all(map(alive, pids))
         running.signal(signal.SIGKILL if by == "SIGKILL" else signal.SIGTERM)
         if by == "a second signal":
-            running.logged("asked to stop")
+            running.logged("; a second signal ends it at once")
             running.signal()
         assert running.wait() == (-9 if by == "SIGKILL" else 1)
         until(lambda: not any(map(alive, pids)))
@@ -12135,10 +12118,8 @@ def test_a_fork_waits_while_another_child_is_started(monkeypatch):
 
 # -- executors -------------------------------------------------------------
 
-ELSEWHERE = """
-from __future__ import annotations
-import concurrent.futures, os, re, sys, threading, time
-from longtasks import Context, Fail, Retry, handler
+FACTORIES = """
+import concurrent.futures, re, sys
 
 def processes():
     return concurrent.futures.ProcessPoolExecutor(2)
@@ -12163,6 +12144,11 @@ def nothing():
 
 def leave():
     raise SystemExit("no")
+"""
+ELSEWHERE = """
+from __future__ import annotations
+import os, time
+from longtasks import Context, Fail, Retry, handler
 
 def helper(n):
     return 2 * n
@@ -12204,20 +12190,11 @@ def steps(ctx: Context):
 """
 
 
-def elsewhere(tmp_path, factory, text=ELSEWHERE):
-    file = write(tmp_path, text)
-    executor = write(tmp_path, text_of_factories(text), "f.py") + ":" + factory
-    return ["--handlers", file, "--executor", executor]
-
-
-def text_of_factories(text):
-    """The part of a file that makes executors, without the handlers."""
-    return text.partition("def helper")[0]
-
-
 @pytest.mark.parametrize("factory", ["processes", "threads", "Fresh"])
 def test_isolated_handlers_run_where_the_executor_says(factory, tmp_path):
-    with process(*elsewhere(tmp_path, factory)) as running:
+    executor = write(tmp_path, FACTORIES, "f.py") + ":" + factory
+    file = write(tmp_path, ELSEWHERE)
+    with process("--handlers", file, "--executor", executor) as running:
         done = outcome(running, "double", {"n": 21})["result"]
         assert done["n"] == 42
         assert (done["pid"] == running.process.pid) == (factory != "processes")
@@ -12264,7 +12241,7 @@ def test_a_task_elsewhere_is_cancelled_when_there_is_no_thread_left(
         ("missing.py:f", "No such file"),
         ("f.py:", "write FILE:FACTORY"),
         ("f.py:missing", "has no attribute 'missing'"),
-        ("f.py:os", "'module' object is not callable"),
+        ("f.py:sys", "'module' object is not callable"),
         ("f.py:broken", "OSError: no scheduler"),
         ("f.py:nothing", "it made no Executor"),
         ("f.py:leave", "f.py:leave: SystemExit: no"),
@@ -12273,7 +12250,7 @@ def test_a_task_elsewhere_is_cancelled_when_there_is_no_thread_left(
 def test_an_executor_that_cannot_be_used_is_one_line_and_code_2(
     executor, why, tmp_path, registry, refusal
 ):
-    write(tmp_path, text_of_factories(ELSEWHERE), "f.py")
+    write(tmp_path, FACTORIES, "f.py")
     assert why in refusal("--executor", str(tmp_path / executor))
     assert not longtasks.EXECUTOR
 
@@ -12303,7 +12280,7 @@ def test_an_executor_with_nothing_to_run_is_warned_of(
 ):
     monkeypatch.setattr(longtasks, "EXECUTOR", [])
     handler("t", isolated=isolated)(lambda: 1)
-    executor = write(tmp_path, text_of_factories(ELSEWHERE), "f.py") + ":threads"
+    executor = write(tmp_path, FACTORIES, "f.py") + ":threads"
     with records("WARNING") as kept:
         longtasks.load_executor(executor)
     text = "--executor %s has nothing to run: no handler is isolated" % executor
@@ -12883,8 +12860,7 @@ class Browser:
         return self.ask("POST", "/goog/cdp/execute", cmd=command, params=params)
 
     def go(self, service):
-        port = getattr(service, "port", None) or service.server.server_port
-        self.ask("POST", "/url", url="http://127.0.0.1:%d/" % port)
+        self.ask("POST", "/url", url="http://127.0.0.1:%d/" % port_of(service))
 
     def run(self, script, *args):
         return self.ask("POST", "/execute/sync", script=script, args=args)
@@ -13395,7 +13371,9 @@ def test_axe_finds_nothing_wrong_with_the_page(scheme, browser, registry, servic
     browser.cdp("Emulation.setEmulatedMedia", features=features)
     handler("bad")(raising(ValueError("x")))
     submitted(service, "long_computation")
+    cancel(service, submitted(service, "long_computation"))
     browser.go(service)
+    browser.see(status_filter("cancelled"), "1")
     browser.open(submitted(service, "bad"))
     browser.see("[open] .result", "ValueError: x")
     for each in ("#form", "#types"):
@@ -13407,23 +13385,6 @@ def test_axe_finds_nothing_wrong_with_the_page(scheme, browser, registry, servic
     assert browser.run(script) == []
 
 
-CONTRASTS = """
-const light = (rgb) => {
-  const [r, g, b] = rgb.match(/[0-9.]+/g).map((n) => n / 255).map(
-    (c) => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
-  return .2126 * r + .7152 * g + .0722 * b;
-};
-const behind = (e) => {
-  const color = getComputedStyle(e).backgroundColor;
-  return color === "rgba(0, 0, 0, 0)" ? behind(e.parentElement) : color;
-};
-return [...document.body.querySelectorAll("*")].filter((e) => e.checkVisibility() &&
-  !e.disabled && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
-.map((e) => {
-  const [a, b] = [light(getComputedStyle(e).color), light(behind(e))];
-  return [e.className || e.tagName, (Math.max(a, b) + .05) / (Math.min(a, b) + .05)];
-});
-"""
 GROUND = "return parseInt(getComputedStyle(document.body).backgroundColor.slice(4))"
 
 
@@ -13446,9 +13407,6 @@ def test_the_page_is_legible_in_light_and_dark_and_on_a_phone(
         browser.open(runs)
         browser.see("[open] .request", "{")
         assert (browser.run(GROUND) < 128) == (scheme == "dark")
-        contrasts = browser.run(CONTRASTS)
-        assert len(contrasts) > 30
-        assert not [(element, ratio) for element, ratio in contrasts if ratio < 4.5]
         assert browser.run("return document.documentElement.scrollWidth") <= width
 
 

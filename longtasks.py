@@ -47,15 +47,15 @@ line:
       498  2. Tasks and their states
       873  3. Task registry
      1616  4. Execution
-     2950  5. Journal
-     3572  6. Events
-     3766  7. Result store and task queue
-     4923  8. Worker pool
-     5244  9. HTTP API
-     6900  10. HTTP server
-     7863  11. Client
-     8452  12. Main
-     9003  13. The page
+     2955  5. Journal
+     3577  6. Events
+     3771  7. Result store and task queue
+     4928  8. Worker pool
+     5249  9. HTTP API
+     6905  10. HTTP server
+     7868  11. Client
+     8457  12. Main
+     9008  13. The page
 
 Three things hold throughout:
 
@@ -2233,9 +2233,13 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
         with theirs:
             process = ManagedProcess(ctx, argv, stdin=theirs)
 
-    def acknowledge() -> None:
-        with contextlib.suppress(OSError):  # it has ended, or is to stop
-            ours.send(b"+", socket.MSG_DONTWAIT)
+    lock, owed = threading.Lock(), 0
+
+    def acknowledge(steps: int = 1) -> None:
+        nonlocal owed
+        with lock, contextlib.suppress(OSError):  # it has ended, or the buffer is full
+            owed += steps
+            owed -= ours.send(b"+" * owed, socket.MSG_DONTWAIT)
 
     with ours, process:
         ctx.on_stop(lambda: ours.shutdown(socket.SHUT_WR))
@@ -2250,11 +2254,12 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
 
 
 def _follow_child(
-    data: Iterator[bytes], ctx: Context, acknowledge: Callable[[], None]
+    data: Iterator[bytes], ctx: Context, acknowledge: Callable[..., None]
 ) -> Optional[Tuple[str, bytes]]:
     """Pass on what a child process does; return its reply, None for none."""
     rest = bytearray()
     for piece in data:
+        acknowledge(0)  # what did not fit into the buffer before
         rest += piece
         if b"\n" in piece:
             *lines, rest = rest.split(b"\n")

@@ -11611,7 +11611,7 @@ def test_a_socket_for_another_process_is_left_alone():
 # -- isolated handlers -----------------------------------------------------
 
 ISOLATED = """
-import multiprocessing, os, signal, socket, subprocess, time
+import asyncio, multiprocessing, os, signal, socket, subprocess, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from longtasks import Context, Fail, Retry, handler
 
@@ -11703,6 +11703,20 @@ def steps(ctx: Context, size: int = 0, twice: bool = False):
     if ctx.attempt < 3:
         os._exit(1)
     return done
+
+@handler("many steps", isolated=True)
+def many_steps(go: str, ctx: Context):
+    async def one():
+        return 1
+    async def all_of_them():
+        every = [ctx.step("step %d" % n, one) for n in range(1000)]
+        tasks = [asyncio.ensure_future(step) for step in every]
+        await asyncio.sleep(0)  # all are sent now
+        ctx.log("%d sent" % os.getpid())
+        return sum(await asyncio.gather(*tasks))
+    while not os.path.exists(go):
+        ctx.sleep(0.01)
+    return asyncio.run(all_of_them())
 
 @handler("forked", isolated=True)
 def forked(ctx: Context):
@@ -11830,6 +11844,24 @@ def test_steps_of_an_isolated_handler_outlive_its_crashes(size, isolated):
         None if size else [step["name"], ""] for step in steps
     ]
     assert call(isolated, "GET", path).json["steps"] == 8
+
+
+def test_an_isolated_handler_that_is_slow_to_read_learns_of_all_its_steps(tmp_path):
+    path, go = tmp_path / "tasks.db", tmp_path / "go"
+    file = write(tmp_path, ISOLATED)
+    with process("--handlers", file, "--db", str(path)) as running:
+        task_id = submitted(running.port, "many steps", {"go": str(go)})
+        at = TASKS + "/" + task_id
+        until(lambda: call(running.port, "GET", at).json["status"] == "processing")
+        with contextlib.closing(sqlite3.connect(str(path))) as db:
+            db.execute("BEGIN IMMEDIATE")  # none of them gets to the disk
+            go.touch()
+            until(lambda: b"sent" in call(running.port, "GET", at + "/log").body)
+            pid = int(call(running.port, "GET", at + "/log").body.split()[0])
+            os.kill(pid, signal.SIGSTOP)
+        until(lambda: call(running.port, "GET", at).json.get("steps") == 1000)
+        os.kill(pid, signal.SIGCONT)
+        assert result_of(running.port, task_id)["result"] == 1000
 
 
 def test_what_an_isolated_handler_does_wrong_with_steps_fails_its_task(isolated):

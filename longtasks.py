@@ -46,16 +46,16 @@ line:
       146  1. Settings
       498  2. Tasks and their states
       873  3. Task registry
-     1616  4. Execution
-     2955  5. Journal
-     3577  6. Events
-     3771  7. Result store and task queue
-     4928  8. Worker pool
-     5249  9. HTTP API
-     6905  10. HTTP server
-     7868  11. Client
-     8457  12. Main
-     9008  13. The page
+     1614  4. Execution
+     2953  5. Journal
+     3575  6. Events
+     3769  7. Result store and task queue
+     4926  8. Worker pool
+     5247  9. HTTP API
+     6903  10. HTTP server
+     7866  11. Client
+     8455  12. Main
+     9006  13. The page
 
 Three things hold throughout:
 
@@ -1024,8 +1024,7 @@ def handler(
     further one), and `max_running` how many tasks of this type may run at once. An
     `isolated` handler runs in a child process, where it may use a processor for long,
     or crash, without harm to the service. An `async def` function runs on an event loop
-    that all of these share: it takes no worker, and must not block. It is stopped as an
-    asyncio task is, by CancelledError.
+    that all share: it takes no worker, must not block, and ends by CancelledError.
 
     What the function returns must be JSON and becomes the task's result; an exception
     becomes its error. Raises HandlerError for a name that is taken, an unknown option,
@@ -1043,8 +1042,7 @@ def handler(
             is_async = inspect.iscoroutinefunction(_called(function))
             if is_async and isolated:
                 raise HandlerError("an async handler can't be isolated")
-            if is_async:
-                lazy_import("asyncio")
+            is_async = is_async and bool(lazy_import("asyncio"))
             for param, limit in (limits or {}).items():
                 _narrow(schema.get("properties", {}), param, limit)
         except (HandlerError, Invalid) as error:

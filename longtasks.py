@@ -52,10 +52,10 @@ line:
      3769  7. Result store and task queue
      4926  8. Worker pool
      5247  9. HTTP API
-     6903  10. HTTP server
-     7866  11. Client
-     8455  12. Main
-     9006  13. The page
+     6936  10. HTTP server
+     7899  11. Client
+     8488  12. Main
+     9039  13. The page
 
 Three things hold throughout:
 
@@ -6223,6 +6223,31 @@ def show_openapi(app: App, request: Request) -> Reply:
     return json_reply(openapi(app.handlers, bool(app.access.token)))
 
 
+REFUSALS = {  # the statuses of refusals, and what each means
+    400: "not HTTP or not JSON, or a wrong query, id or key",
+    401: "send the token as Authorization: Bearer",
+    403: "a browser sends this for a page of another origin",
+    404: "there is no such task, task type or path",
+    405: "the path does not support the method; Allow lists those that it does",
+    406: "there is no response in a format that Accept asks for",
+    408: "the request came too slowly",
+    409: "the task has not finished, or has already, or the id belongs to another one",
+    410: "the task was deleted or has expired, or its row in the file is damaged",
+    411: "a body needs a Content-Length or chunks",
+    413: "the body is larger than MAX_BODY",
+    414: "the target is longer than 8 KiB",
+    415: "send Content-Type: application/json, and no Content-Encoding",
+    417: "Expect supports nothing but 100-continue",
+    421: "without a token, the service responds to loopback names only",
+    422: "JSON, but no task that can be run; errors points to each problem",
+    431: "the headers are longer than 32 KiB",
+    500: "an error of the service; its log has more",
+    501: "unknown method or transfer coding",
+    503: "the queue or the disk is full, or the service shuts down; see Retry-After",
+    505: "the service speaks HTTP/1.1",
+}
+
+
 def openapi(handlers: Mapping[str, Handler], needs_token: bool) -> Json:
     """Return the OpenAPI document of a service with these handlers."""
     types = _type_components(handlers)
@@ -6232,7 +6257,8 @@ def openapi(handlers: Mapping[str, Handler], needs_token: bool) -> Json:
         for method, route in _ROUTES[path].items():
             if method != "OPTIONS":
                 operations[method.lower()] = _operation(method, route)
-    refused = "The request is refused and has changed nothing; the body says why."
+    refused = "The request is refused and has changed nothing; the body says why.\n\n"
+    refused += "\n".join("- %d: %s" % row for row in REFUSALS.items())
     headers = "Retry-After", "Allow", "WWW-Authenticate", "Accept-Encoding"
     return {
         "openapi": "3.1.0",
@@ -6867,16 +6893,23 @@ def read_query(text: str, parameters: Sequence[str]) -> Dict[str, Any]:
     return query
 
 
+_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _PREFER_WAIT = re.compile(
     r'(?:^|,)[ \t]*wait[ \t]*=[ \t]*"?([0-9]{1,9})"?[ \t]*(?:[,;]|$)', re.IGNORECASE
 )
+
+
+def _without_text(quoted: "re.Match[str]") -> str:
+    """Return a quoted value of Prefer if it is a number; no other one matters."""
+    return quoted.group() if quoted.group(1).isdigit() else '""'
 
 
 def requested_wait(request: Request) -> float:
     """Return the seconds of ?wait= or of the header Prefer: wait= (RFC 7240, 4.3)."""
     if "wait" in request.query:
         return request.query["wait"]  # type: ignore[no-any-return]
-    preferred = _PREFER_WAIT.search(request.headers.get("prefer", ""))
+    header = _QUOTED.sub(_without_text, request.headers.get("prefer", ""))
+    preferred = _PREFER_WAIT.search(header)
     return float(preferred.group(1)) if preferred else 0.0
 
 

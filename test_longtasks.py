@@ -6110,6 +6110,7 @@ def test_a_client_may_prefer_to_wait(service):
         'handling=lenient; a="b", wait="20"': "wait=20",
         "wait=9999": "wait=300",
         "respond-async; wait=20": None,
+        'a="b, wait=20, c", b="3"': None,
         "await=20": None,
         "wait": None,
         "wait=-1": None,
@@ -13495,6 +13496,16 @@ def test_a_room_uses_only_those_above_it():
         if room_of.get(name, 0) > bisect.bisect(lines, scope.get_lineno())
     }
     assert {name for _, name in upward} == {"PAGE"}, "which is long, and comes last"
+
+
+def test_openapi_explains_every_refusal(service):
+    document = call(service, "GET", "/openapi.json").json
+    text = document["components"]["responses"]["Problem"]["description"]
+    source = source_of(SCRIPT)
+    raised = re.findall(r"(?:HTTPError|refuse)\(\s*([0-9]+)", source)
+    raised += [str(status) for status, _ in longtasks.ERRORS.values()]
+    explained = re.findall("^- ([0-9]+): ", text, re.MULTILINE)
+    assert explained == sorted({*raised, "408", "500", "503"})
 
 
 def test_the_readme_is_short_and_shows_the_first_block_within_ten_lines():

@@ -497,9 +497,9 @@ def within(seconds: float, function: Callable[[], Any]) -> bool:
 # ======================================================================
 # 2. Tasks and their states
 #
-# A task is an immutable value, and EXITS is the table of moves: which status
-# may follow which. Params and results are stored as the JSON that comes in
-# and goes out. The errors of this room know nothing of HTTP.
+# A task is an immutable value. EXITS is the table of moves: which status may
+# follow which. The constants MAX_... are the limits that no setting changes.
+# Params and results are stored as JSON. The errors here know nothing of HTTP.
 # ======================================================================
 
 PENDING = "pending"  # waits in the queue
@@ -516,7 +516,7 @@ EXITS: Dict[str, FrozenSet[str]] = {
     CANCELLED: frozenset(),
 }
 FINISHED = frozenset(status for status, exits in EXITS.items() if not exits)
-ENDINGS = (*sorted(FINISHED), "finished")  # on which something else can follow
+ENDINGS = (*sorted(FINISHED), "finished")  # the values of `on` in a follow-up
 
 MAX_DEPTH = 100  # of nested JSON; far below the depth at which the parser fails
 MAX_DIGITS = 1000  # of a number in JSON, since parsing takes quadratic time
@@ -1614,8 +1614,8 @@ def format_trace() -> str:
 # 4. Execution
 #
 # A handler runs in a worker's thread, on an event loop (async handlers), in
-# a child process (isolated handlers and programs), or on an executor.
-# Wherever it runs, it can have a Context.
+# a child process (isolated handlers and programs), or on an executor;
+# run_handler() chooses. Wherever it runs, it can have a Context.
 # ======================================================================
 
 
@@ -5436,7 +5436,7 @@ def _pointer(path: Path) -> str:
     return "#" + "".join("/" + step for step in steps)
 
 
-# -- documents -------------------------------------------------------------
+# -- documents: status and result ------------------------------------------
 
 
 @functools.lru_cache(maxsize=1000)  # clients poll the same tasks
@@ -5448,7 +5448,7 @@ def timestamp(when: float) -> str:
 
 
 def status_document(task: Task, context: Optional[Context] = None) -> Json:
-    """Return the status document of a task, without the fields that don't apply."""
+    """Return the fields of DOCUMENTS["Status"] that apply to a task."""
     document: Json = {"id": task.id, "status": task.status, "type": task.type}
     document["created_at"] = timestamp(task.created_at)
     finished, is_running = task.finished, task.status == PROCESSING
@@ -8423,7 +8423,7 @@ _LIST = (
 )
 _RESULT = (_ID, ("--wait", "", "wait until the task has ended"))
 
-# The commands; their docstrings are their help.
+# The commands; their docstrings are their help. The usage in room 1 lists them, too.
 CLIENT: Dict[str, Tuple[Callable[[Client, Any], None], Any]] = {
     "run": (run_command, _TASK),
     "submit": (submit_command, _TASK),

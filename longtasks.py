@@ -47,15 +47,15 @@ line:
       498  2. Tasks and their states
       873  3. Task registry
      1614  4. Execution
-     2953  5. Journal
-     3575  6. Events
-     3769  7. Result store and task queue
-     4926  8. Worker pool
-     5247  9. HTTP API
-     6936  10. HTTP server
-     7899  11. Client
-     8488  12. Main
-     9039  13. The page
+     2955  5. Journal
+     3577  6. Events
+     3771  7. Result store and task queue
+     4928  8. Worker pool
+     5249  9. HTTP API
+     6938  10. HTTP server
+     7901  11. Client
+     8490  12. Main
+     9041  13. The page
 
 Three things hold throughout:
 
@@ -169,9 +169,9 @@ _TEMPORARY |= {errno.ENFILE, errno.ENOMEM, errno.ENOSPC, getattr(errno, "EDQUOT"
 def is_temporary(error: Exception) -> bool:
     """Whether an error may go away by itself, such as a full disk or a port in use.
 
-    SQLite's "disk I/O error" is one: it stands for an exceeded quota and a network file
-    system that is away, too, after which the service must come back. If the disk is
-    broken, another attempt does no harm.
+    SQLite's "disk I/O error" counts as one, since it also stands for an exceeded quota
+    and for a network file system that can't be reached now. If the disk is broken,
+    another attempt does no harm.
     """
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_AGAIN
@@ -670,7 +670,7 @@ class Task(NamedTuple):
         return self.moved_to(PENDING, started_at=None, **changes)
 
     def with_step(self, step: "Step") -> "Task":
-        """Return the task with one more step done: it gets on, although it crashes."""
+        """Return the task with one more step done, and no interruptions counted."""
         size = self.step_bytes + len(step.result)
         steps = self.steps + 1
         return self._replace(steps=steps, step_bytes=size, interruptions=0)
@@ -841,7 +841,7 @@ _STRICT = json.JSONDecoder(
 
 
 def params_of(task: Task) -> Any:
-    """Return a task's params; raises DamagedTask if a journal has spoiled them."""
+    """Return a task's params; raises DamagedTask if they are not JSON any more."""
     try:
         return _STRICT.decode(task.params.decode())
     except (ValueError, RecursionError) as error:
@@ -962,7 +962,7 @@ class Rules(NamedTuple):
     exit_codes: Optional[Sequence[int]] = None  # with which a program completes
     cwd: Optional[str] = None  # the directory in which a program runs
     is_async: bool = False  # they take no worker; it is known from the handler
-    on_cancelled: Optional[str] = None  # what follows a task that ends so: TYPE, or
+    on_cancelled: Optional[str] = None  # the follow-up of such an end: TYPE, or
     on_completed: Optional[str] = None  # TYPE?NAME=VALUE&NAME=VALUE with params
     on_failed: Optional[str] = None
     on_finished: Optional[str] = None  # however it ends
@@ -1391,7 +1391,7 @@ SUBMISSION = _closed(
         "description": "a string of at most %d characters, not blank" % MAX_LABEL,
     },
 )
-# What follows a task is a submission, too, but nothing follows that one.
+# A follow-up is a submission, too, but has no follow-ups of its own.
 _FOLLOW_UP = _closed(
     "on", *_REQUIRED, on={"enum": list(ENDINGS)}, **SUBMISSION["properties"]
 )
@@ -1428,7 +1428,7 @@ def check_params(
 def check_then(
     entries: List[Dict[str, Any]], handlers: Mapping[str, Handler], path: Path
 ) -> bytes:
-    """Return what is to follow a task, as JSON; raises Invalid."""
+    """Return the follow-ups in a `then`, checked, as JSON; raises Invalid."""
     if len(entries) > MAX_FOLLOW_UPS:
         message = "must hold at most %d, not %d" % (MAX_FOLLOW_UPS, len(entries))
         raise Invalid([(path, message)])
@@ -1441,7 +1441,7 @@ def check_then(
 
 
 def rule_entries(rules: Rules, handlers: Mapping[str, Handler]) -> List[Dict[str, Any]]:
-    """Return what follows by the rules of a type, as in a `then`."""
+    """Return the follow-ups by the rules of a type, as entries of a `then`."""
     entries = []
     for ending in ENDINGS:
         text = getattr(rules, "on_" + ending)
@@ -1456,7 +1456,7 @@ def rule_entries(rules: Rules, handlers: Mapping[str, Handler]) -> List[Dict[str
 
 
 def check_follow_ups(handlers: Mapping[str, Handler]) -> None:
-    """See that what follows by rule can be submitted; raises HandlerError."""
+    """Check that the follow-ups by all rules are valid; raises HandlerError."""
     for name, known in handlers.items():
         for entry in rule_entries(Rules(**known.rules), handlers):
             try:
@@ -1541,7 +1541,7 @@ def load_handlers(file: str, source: Optional[str] = None) -> None:
     _, LOADED[file] = _load_file("--handlers", file, source)
 
 
-# What a handlers file may raise; a KeyboardInterrupt comes from Ctrl-C instead.
+# The exceptions of a handlers file; a KeyboardInterrupt comes from Ctrl-C instead.
 _NOT_LOADED = (Exception, SystemExit, GeneratorExit, Cancelled)
 
 
@@ -1571,7 +1571,7 @@ def _module_name(file: str) -> str:
 
 
 def _load_error(error: BaseException, file: str) -> str:
-    """Return in one line what stopped a file from loading, and where in it."""
+    """Return in one line why a file could not be loaded, and where in it."""
     if isinstance(error, OSError) and error.filename == file:
         return str(error.strerror)
     trace = traceback.extract_tb(error.__traceback__)
@@ -1652,7 +1652,9 @@ class Context:
         self.attempt = attempt
         self.grace = 1.5  # seconds from the request to stop until a process is killed
         self.kill_at = math.inf  # on the monotonic clock, once it is to stop
-        self.deadline = math.inf  # as well: it is to stop then, or is abandoned
+        self.deadline = (
+            math.inf
+        )  # on it, too: when to request a stop or, after that, to abandon it
         self.max_result = sys.maxsize  # bytes
         self.began = 0.0  # on the monotonic clock
         self.waits_for_disk = False  # the handler does not run yet
@@ -1703,7 +1705,7 @@ class Context:
         self.emit_lines(trace.splitlines())
 
     def emit_lines(self, lines: Sequence[str], dropped: int = 0) -> None:
-        """Add lines to the task's log, of which so many before them were not kept."""
+        """Add lines to the task's log, after `dropped` others that were not kept."""
         for at in range(0, len(lines), 1000):  # a lock is held for each piece
             self._emit(self, "log", (lines[at : at + 1000], 0 if at else dropped))
 
@@ -1794,7 +1796,7 @@ class Context:
     def cancel(self, reason: str = BY_CLIENT) -> None:
         """Request the handler to stop; the first reason is kept.
 
-        The handler wakes from sleep(), and is raised Cancelled.
+        A sleep() of the handler returns at once, by raising Cancelled.
         """
         with self._lock:
             if not self.reason:
@@ -1857,8 +1859,8 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
 
 # -- results ---------------------------------------------------------------
 
-# What to_json() may write although it could not come in: keys that were no text, so
-# that 1 and "1" become the same key, and numbers with too many digits.
+# JSON of to_json() that parse_json() may refuse: keys that were no text, so that 1 and
+# "1" become the same key, and numbers with too many digits.
 _DOUBTFUL = re.compile(
     r'"(?:-?[0-9][^"]*|true|false|null)": |(?<![0-9])[0-9]{%d}' % (MAX_DIGITS + 1)
 )
@@ -1970,9 +1972,9 @@ def use_cpus(cpus: Sequence[int], thread: int = 0) -> None:
 
 
 def run_on_one_cpu(ctx: Context, run: Callable[[], Any]) -> Any:
-    """Call a function on one CPU, unless ctx.thread is 0 afterwards.
+    """Call a function on one CPU.
 
-    Then it has started a thread or a process, or was given all CPUs meanwhile.
+    ctx.thread is 0 afterwards if it has got all CPUs: it lasted, or has started others.
     """
     ctx.thread, _bound.context = threading.get_native_id(), ctx
     try:
@@ -2020,8 +2022,8 @@ def kill_session(session: int) -> None:
 class Reaper:
     """A small process that kills sessions if the service dies, however it dies.
 
-    Each line that it is sent has all of them. The end of its input is the service's
-    death.
+    Each line of its input lists all sessions. The end of its input means that the
+    service has died.
     """
 
     SOURCE = """
@@ -2047,7 +2049,7 @@ for pid in map(int, filter(str.isdigit, names)):
 """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards what follows, and the order of writing
+        self._lock = threading.Lock()  # guards the rest, and the order of writing
         self._sessions: Set[int] = set()
         self._process: Any = None
 
@@ -2138,7 +2140,7 @@ class ManagedProcess:
         os.killpg(self._process.pid, signal.SIGTERM)
 
     def read(self, file: Any) -> Iterator[bytes]:
-        """Yield what it writes into a file until it has ended, and b"" now and then.
+        """Yield the bytes that it writes to a file, b"" now and then, until it has ended.
 
         A process that has left the session may hold the file open and write on. So
         once this one has ended, no more is read than a pipe can hold.
@@ -2151,7 +2153,7 @@ class ManagedProcess:
             while left > 0:
                 ended, data = self._has_ended(), b""
                 if selector.select(0 if ended else pause):
-                    # It may be killed before it has read what was sent to it.
+                    # It may have been killed before it has read its input.
                     with contextlib.suppress(ConnectionResetError):
                         data = os.read(file.fileno(), 65536)
                     if not data:
@@ -2211,7 +2213,7 @@ MAX_MESSAGE = 64 << 10  # characters of a log line or a message from a child pro
 
 
 def check_isolated() -> None:
-    """See that child processes can load this file, if need be; raises HandlerError."""
+    """Check that isolated handlers can load this file; raises HandlerError."""
     isolated = [name for name, known in REGISTRY.items() if known.isolated]
     if isolated and not EXECUTOR and not os.path.isfile(FILE):
         text = "the isolated task type %s needs longtasks.py as a file, for processes "
@@ -2254,10 +2256,10 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
 def _follow_child(
     data: Iterator[bytes], ctx: Context, acknowledge: Callable[..., None]
 ) -> Optional[Tuple[str, bytes]]:
-    """Pass on what a child process does; return its reply, None for none."""
+    """Pass on a child's log, progress and steps; return its reply, None for none."""
     rest = bytearray()
     for piece in data:
-        acknowledge(0)  # what did not fit into the buffer before
+        acknowledge(0)  # steps that did not fit into the buffer before
         rest += piece
         if b"\n" in piece:
             *lines, rest = rest.split(b"\n")
@@ -2299,7 +2301,7 @@ class ServiceLink:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self._pid = connection, os.getpid()
-        self._lock = threading.RLock()  # guards the order of what is sent
+        self._lock = threading.RLock()  # guards the order of messages
         self._unsaved: Deque[Callable[[], Any]] = deque()  # one for each step
         PRIVATE.add(connection)
 
@@ -2391,7 +2393,7 @@ def _reply_of(job: Dict[str, Any], ctx: Context) -> Tuple[str, bytes]:
 
 
 def print_at_once() -> None:
-    """Have what handlers print() come line by line, also into a file or a pipe."""
+    """Have print() in handlers write each line at once, also to a file or a pipe."""
     with contextlib.suppress(Exception):  # there is none, or it is of another kind
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
@@ -2408,7 +2410,7 @@ def print_at_once() -> None:
 
 MAX_ARGUMENT = 4096  # characters of a placeholder's value
 MAX_OUTPUT = 16 << 10  # characters of a program's output that go into its result
-FLOOD = 64 << 10  # bytes of output that are kept of more than twice as many
+FLOOD = 64 << 10  # bytes of output to keep when more than twice as many wait
 # Variables that no program gets: they hold secrets, or name their files.
 SECRETS = frozenset(["API_TOKEN", "API_TOKEN_FILE", "TLS_KEY", "WEBHOOK_SECRET"])
 
@@ -2496,9 +2498,9 @@ def find_program(word: str) -> str:
 
 
 def exec_fault(path: str) -> str:
-    """Say what the first line of an executable file has that keeps it from running.
+    """Return why the first line of an executable file keeps it from running, or "".
 
-    Of a missing interpreter the system says only that the file itself isn't there.
+    If its interpreter is missing, the system reports the file itself as missing.
     """
     line = b"\0"
     with contextlib.suppress(OSError), open(path, "rb") as file:
@@ -2706,8 +2708,8 @@ def visible(line: str) -> str:
 def percentage(line: str) -> Optional[float]:
     """Return the first percentage in a line of output that looks like a meter.
 
-    A line that was drawn again is a meter. Another one is if only numbers and signs
-    stand before the percentage, so "overhead: 0.1%" is none.
+    That is a line that was drawn again, or one with only numbers and signs before the
+    percentage, so "overhead: 0.1%" is none.
     """
     find = _PERCENT.search if "\r" in line.rstrip("\r") else _METER.match
     found = "%" in line and find(visible(line)[:1000])
@@ -2715,7 +2717,7 @@ def percentage(line: str) -> Optional[float]:
 
 
 def register_command(line: str) -> None:
-    """Make a task type of a line such as "backup=rsync -a {src} /backup/"."""
+    """Register a line such as "backup=rsync -a {src} /to"; raises HandlerError."""
     try:
         program = Program(line)
         _check_name(program.name)
@@ -2808,8 +2810,8 @@ class Webhook:
 def post(url: str, headers: Dict[str, str], body: bytes, ctx: Context) -> Any:
     """Send a request; return the response without its body, or raise Failure.
 
-    Redirects are not followed, proxies not used. A slow server is left in time, and at
-    once when the task is to stop.
+    Redirects are not followed, proxies not used. The connection is cut when
+    WEBHOOK_TIMEOUT is up, and at once when the task is to stop.
     """
     client, parts = lazy_import("http.client"), urlsplit(url)
     secure = parts.scheme == "https"
@@ -2865,7 +2867,7 @@ def register_webhook(hosts: str, secret: str) -> None:
 # is given eval(), this file and the handlers files, so that nothing has to be installed
 # where they run. Each process there loads these files once.
 
-EXECUTOR: List[Any] = []  # the one, if there is one
+EXECUTOR: List[Any] = []  # holds the executor, if there is one
 BOOT = """
 import sys, types, zlib
 if name not in sys.modules:
@@ -2876,7 +2878,7 @@ if name not in sys.modules:
     sys.modules.setdefault(name, module)
 reply = sys.modules[name].run_remote(job)
 """
-_boot_values: Dict[str, Any] = {}  # what BOOT needs besides the job
+_boot_values: Dict[str, Any] = {}  # the variables of BOOT besides the job
 
 
 def load_executor(text: str) -> None:
@@ -2955,8 +2957,8 @@ def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> Any:
 # The SQLite file that tasks survive in: WAL mode, one row a task, and the
 # ids of the last tasks that were removed. One thread writes; records that
 # arrive while it writes go into the next commit. The journal decides
-# nothing. Each row has a checksum, so that a damaged row is never taken for
-# what was written.
+# nothing. Each row has a checksum, so that a damaged row is recognized and
+# never used.
 # ======================================================================
 
 APPLICATION_ID = 0x6C6F6E67  # "long", in the file's header (sqlite.org/fileformat.html)
@@ -2985,8 +2987,8 @@ _SET_VERSION = "PRAGMA user_version = %d" % SCHEMA_VERSION
 _JSON_PLACES = [place for place, column in enumerate(COLUMNS) if column[1] is bytes]
 _REPEATED_PLACES = [Task._fields.index(name) for name in ("type", "status")]
 
-# Columns that version 3 lacked, and their defaults. Only other values are summed, so
-# the rows of its files keep their checksums.
+# Columns that version 3 lacked, and their defaults; a new one belongs here, and needs a
+# new SCHEMA_VERSION. Only other values are summed, so older rows keep their checksums.
 _ADDED = dict.fromkeys(["retry_of", "follows", "label", "then"])
 _ADDED.update(steps=0, step_bytes=0)
 _ADDED_PLACES = [
@@ -3011,7 +3013,7 @@ def checksum(row: Sequence[Any]) -> str:
     """
     numbers = [_NULL if n is None else n + 0 for n in _numbers_of(row)]
     added = [(name, row[p]) for p, name in _ADDED_PLACES if row[p] != _ADDED[name]]
-    # ascii(), since what repr() escapes differs between versions of Python.
+    # ascii(), since versions of Python differ in the characters that repr() escapes.
     texts = ascii((*_texts_of(row), *added)).encode()
     return "%08x %s" % (zlib.crc32(_pack(*numbers), zlib.crc32(texts)), row[1])
 
@@ -3164,7 +3166,7 @@ class Journal:
 
     retry_after = 1.0  # seconds from an error to the next try
     wal_limit = 128 << 20  # bytes of the WAL above which a warning is logged
-    wal_interval = 60.0  # seconds between two looks at its size
+    wal_interval = 60.0  # seconds between two checks of its size
     removed_limit = 10_000  # ids of removed tasks that are kept
 
     def __init__(self, path: str) -> None:
@@ -3176,7 +3178,7 @@ class Journal:
         # count without its time; the next copy has both.
         self.commit_times = Histogram(COMMIT_BOUNDS)
         self.damaged_rows = 0  # found by load()
-        self.damaged: Set[str] = set()  # ids in them, where two copies differ both
+        self.damaged: Set[str] = set()  # the ids in them; both, where two copies differ
         # The condition guards the two that follow; the writer waits for it.
         self._changed = threading.Condition()
         self._open = Commit()  # takes in records until the writer is ready for it
@@ -3249,7 +3251,7 @@ class Journal:
     def _create(self) -> None:
         """Make an empty journal beside the path, and move it there when it is whole."""
         new = self.path + ".new"
-        # SQLite would take what was left beside a deleted file for part of this one.
+        # SQLite would take the leftovers of a deleted file for part of this one.
         for path, part in itertools.product((new, self.path), ("", *_PARTS)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path + part)
@@ -3300,7 +3302,7 @@ class Journal:
 
     @staticmethod
     def _migrate(db: Any, version: int) -> None:
-        """Add what older versions lack: columns, checksums, tables."""
+        """Add the columns, checksums and tables that older versions lack."""
         there = {row[1] for row in db.execute("PRAGMA table_info(tasks)")}
         missing = [column for column in COLUMNS if column[0] not in there]
         if "checksum" not in there:
@@ -3433,7 +3435,7 @@ class Journal:
         return not self._writer.is_alive() and not self._open.moves
 
     def _run(self) -> None:
-        """Write one commit after the other; after close() what is left, if possible."""
+        """Write one commit after the other; after close() the last, if possible."""
         use_cpus(ONE_CPU)
         closing = False
         while not closing or (len(self._open) and not self.error):
@@ -3532,7 +3534,7 @@ class Journal:
         self._wal_is_large = large
 
 
-RUNS, STOPPED = "runs", "stopped"  # what the process that has the lock does or did
+RUNS, STOPPED = "runs", "stopped"  # states of the process that has or had the lock
 
 
 def lock_file(path: str) -> Tuple[Any, bool]:
@@ -3561,7 +3563,7 @@ def lock_file(path: str) -> Tuple[Any, bool]:
 
 
 def sign_lock(file: Any, word: str) -> None:
-    """Write this process's pid and what it does into a lock file.
+    """Write this process's pid and state into a lock file.
 
     Always of the same length, so that it fits on a full disk. Not synced: the word
     matters after a crash of the process, not of the system.
@@ -3574,8 +3576,8 @@ def sign_lock(file: Any, word: str) -> None:
 # ======================================================================
 # 6. Events
 #
-# What happens to tasks, for clients that follow it: the event stream, and
-# the tasks' logs. All of it is bounded.
+# The events of tasks, for clients that follow them, and the tasks' logs. Both
+# are bounded.
 # ======================================================================
 
 
@@ -3600,7 +3602,7 @@ class Subscription:
 
 
 class TaskLog:
-    """The last lines of what a task logged."""
+    """The last lines that a task has logged."""
 
     __slots__ = ("lines", "size", "dropped")
 
@@ -3628,12 +3630,12 @@ class TaskLog:
 
 
 class Events:
-    """The recent events of all tasks, who follows them, and the tasks' logs."""
+    """The recent events of all tasks, their subscriptions, and the tasks' logs."""
 
     kept = 10_000  # events, of some 4000 characters at most
     log_size = 64 << 10  # characters of one task's log
     logs_size = 16 << 20  # characters of all logs
-    line_length = 4000
+    line_length = 4000  # characters; the rest of a line is cut off
 
     def __init__(self) -> None:
         self.life = "%x" % int(time.time() * 1000)  # of this process, in events' ids
@@ -3684,8 +3686,8 @@ class Events:
     def take(self, subscription: Subscription, timeout: float) -> List[Event]:
         """Wait for events, for so many seconds, and return those not taken yet.
 
-        A subscription that has missed some is closed: the client can come back and ask
-        for what is still kept.
+        A subscription that has missed some is closed: the client can subscribe again,
+        behind the last event that it has.
         """
         subscription.ready.wait(timeout)
         with self._lock:
@@ -3700,7 +3702,7 @@ class Events:
             return [e for e in events if subscription.task_id in ("", e.task_id)]
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """Follow no longer."""
+        """End a subscription."""
         with self._lock:
             followers = self._subscriptions[subscription.task_id]
             followers.discard(subscription)

@@ -47,15 +47,15 @@ line:
       498  2. Tasks and their states
       873  3. Task registry
      1614  4. Execution
-     2955  5. Journal
-     3577  6. Events
-     3771  7. Result store and task queue
-     4928  8. Worker pool
-     5249  9. HTTP API
-     6938  10. HTTP server
-     7901  11. Client
-     8490  12. Main
-     9041  13. The page
+     2953  5. Journal
+     3575  6. Events
+     3769  7. Result store and task queue
+     4926  8. Worker pool
+     5247  9. HTTP API
+     6936  10. HTTP server
+     7899  11. Client
+     8488  12. Main
+     9039  13. The page
 
 Three things hold throughout:
 
@@ -1652,9 +1652,7 @@ class Context:
         self.attempt = attempt
         self.grace = 1.5  # seconds from the request to stop until a process is killed
         self.kill_at = math.inf  # on the monotonic clock, once it is to stop
-        self.deadline = (
-            math.inf
-        )  # on it, too: when to request a stop or, after that, to abandon it
+        self.deadline = math.inf  # on it, too: when to request a stop, then to abandon
         self.max_result = sys.maxsize  # bytes
         self.began = 0.0  # on the monotonic clock
         self.waits_for_disk = False  # the handler does not run yet
@@ -1974,7 +1972,7 @@ def use_cpus(cpus: Sequence[int], thread: int = 0) -> None:
 def run_on_one_cpu(ctx: Context, run: Callable[[], Any]) -> Any:
     """Call a function on one CPU.
 
-    ctx.thread is 0 afterwards if it has got all CPUs: it lasted, or has started others.
+    ctx.thread is 0 afterwards if it got all CPUs, since it lasted or started a thread.
     """
     ctx.thread, _bound.context = threading.get_native_id(), ctx
     try:
@@ -2140,7 +2138,7 @@ class ManagedProcess:
         os.killpg(self._process.pid, signal.SIGTERM)
 
     def read(self, file: Any) -> Iterator[bytes]:
-        """Yield the bytes that it writes to a file, b"" now and then, until it has ended.
+        """Yield the bytes that it writes to a file until its end, b"" now and then.
 
         A process that has left the session may hold the file open and write on. So
         once this one has ended, no more is read than a pipe can hold.

@@ -3783,7 +3783,7 @@ Clock = Callable[[], float]  # the time in seconds
 
 
 class Limits(NamedTuple):
-    """How much the task store may hold."""
+    """How much the task store may hold, as the settings say."""
 
     queue: int = 10_000  # pending tasks
     queue_bytes: int = 64 << 20  # of their params
@@ -3807,7 +3807,7 @@ RUN_BOUNDS = (0.01, 0.1, 1, 5, 15, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 8
 
 
 class Counters:
-    """What has been counted since the start, by task type.
+    """Counts since the start, by task type.
 
     Types that are not registered, which an old journal may hold, count as one.
     """
@@ -3815,7 +3815,7 @@ class Counters:
     def __init__(self, types: Container[str]) -> None:
         self._types = types
         self.ended: Counter[Tuple[str, str]] = Counter()  # tasks, by type and status
-        # Of what tasks did, "waiting" or "running", by that and type.
+        # How long tasks were "waiting" or "running", by that word and type.
         self.times: Dict[Tuple[str, str], Histogram]
         self.times = defaultdict(functools.partial(Histogram, RUN_BOUNDS))
 
@@ -3995,7 +3995,7 @@ class TaskQueue:
     """The tasks that wait for a worker. The caller locks, except around get().
 
     Each waiting task has one entry: it is ready, delayed, or parked as long as its type
-    is paused or as many of it run as may. Entries of tasks that wait no longer are
+    is paused or at its limit of running tasks. Entries of tasks that wait no longer are
     stale; they are skipped where they come up.
     """
 
@@ -4046,8 +4046,8 @@ class TaskQueue:
     def start(self, entry: Entry) -> bool:
         """Return whether the task of an entry can start now, and count it as running.
 
-        Otherwise the entry is stale, or parked since its type is paused, or as many
-        tasks of it run already as may.
+        Otherwise the entry is stale, or is parked: its type is paused, or its limit of
+        running tasks is reached.
         """
         if not self._is_live(entry):
             return False
@@ -4061,7 +4061,7 @@ class TaskQueue:
         return True
 
     def end(self, type: str) -> None:
-        """Count a handler of this type as running no longer."""
+        """Record that a handler of this type has returned."""
         self._running[type] -= 1
         self._unpark(type)
 
@@ -4073,7 +4073,7 @@ class TaskQueue:
         return self.paused
 
     def discard(self, task_id: str) -> None:
-        """Let a task wait no longer."""
+        """Take a task out of the queue: its entry is stale from now on."""
         entry = self._entries.pop(task_id, None)
         if entry:
             self._unpark(entry.type)  # it may have been the one that was to start next
@@ -4128,7 +4128,7 @@ class TaskQueue:
 
 
 class Alarm:
-    """Tells a thread when to look at the clock again. The caller locks."""
+    """Wakes a thread that has to look at the clock again. The caller locks."""
 
     def __init__(self, monotonic: Clock) -> None:
         self.changed = threading.Event()  # the thread must look earlier
@@ -4154,7 +4154,7 @@ class Alarm:
 Wait = Callable[[Commit], Any]  # awaits a commit, or leaves that to its caller
 LOG_SIZE = 16 << 10  # characters of a finished task's log that the file keeps
 
-# What needs no wait for a disk.
+# The commit of records that need no wait for a disk.
 _DURABLE = Commit()
 _DURABLE.tried.set()
 
@@ -4162,7 +4162,7 @@ OnDurable = Callable[[Task], Any]  # is called once a task can't be lost any mor
 
 
 class TaskReader:
-    """What clients read of all tasks, and the lock that guards their state."""
+    """The tasks as clients read them, and the lock that guards their state."""
 
     def __init__(
         self, limits: Limits, clock: Clock, monotonic: Clock, types: Container[str]
@@ -4247,14 +4247,14 @@ class TaskReader:
     def _new_context(self, task: Task, attempt: int) -> Context:
         label = task.options.label
         context = Context(task.id, attempt, self._emit, task.type, label)
-        # Half of it, so that what can be killed has ended before it is abandoned.
+        # Half of it, so that a process is killed before its run is abandoned.
         context.grace = self.limits.grace / 2
         context.max_result = self.limits.result_bytes
         context.steps = self._results.steps.get(task.seq, {})
         return context
 
     def _emit(self, context: Context, kind: str, payload: Any) -> None:
-        """Publish what a handler emits, as long as its task is its own.
+        """Publish the progress or log of a handler, unless its run is over.
 
         Takes the lock.
         """
@@ -4296,7 +4296,7 @@ class TaskReader:
     def subscribe(
         self, task_id: str, after: Optional[int] = None
     ) -> Tuple[Optional[Task], Subscription]:
-        """Return a task as it is now, None for "", and what Events.subscribe() returns.
+        """Return a task as it is now, None for "", and a subscription to its events.
 
         No move comes between the two.
         """
@@ -4358,7 +4358,7 @@ class TaskReader:
             return len(self._active) - len(self._running)
 
     def snapshot(self) -> Counters:
-        """Return a copy of what has been counted."""
+        """Return a copy of the counters."""
         with self._lock:
             return self._counters.copy()
 
@@ -4425,7 +4425,7 @@ class TaskReader:
         return run.waits_for_disk or len(run.steps) > shown
 
     def _may_start(self) -> bool:
-        # With a journal, what waits can do so until the next start.
+        # With a journal, tasks that wait can do so until the next start.
         return not self._stopped and not (self.journal and self._on_drained)
 
 
@@ -4452,7 +4452,7 @@ class TaskStore(TaskReader):
         self._follow_ups = follow_ups
         self.on_stuck: Callable[[Context], None] = lambda context: None
         self._clock, self._monotonic, self.rules = clock, monotonic, rules
-        # What follows the latest decisions, written or not; the lock guards it.
+        # These follow the latest decisions, written or not; the lock guards them.
         self._queue = TaskQueue(clock, monotonic, rules)
         self._alarm = Alarm(monotonic)
         self._drained_by = math.inf  # on the monotonic clock
@@ -4609,8 +4609,8 @@ class TaskStore(TaskReader):
     ) -> Task:
         """Record that a handler has returned, and how.
 
-        Returns what has become of its task, and calls `on_durable` with that once it
-        can't be lost any more. Raises IllegalMove if the task had ended before.
+        Returns the task as it is then, and calls `on_durable` with it once it can't be
+        lost any more. Raises IllegalMove if the task had ended before.
         """
         with self._lock:
             self._release(context)
@@ -4636,7 +4636,7 @@ class TaskStore(TaskReader):
             if not late and not task.cancel_requested:
                 task, commit = self._cancel(task)
                 self._check_drained()
-        wait(commit)  # a crash could take back what is not on disk yet
+        wait(commit)  # until then, a crash could take it back
         if late:
             raise Finished("task %s is %s already" % (task.id, task.status))
         return task
@@ -4667,7 +4667,7 @@ class TaskStore(TaskReader):
     def _end(
         self, context: Context, outcome: Outcome, on_durable: Optional[OnDurable] = None
     ) -> Tuple[Task, Commit]:
-        """Decide what becomes of a task whose run is over."""
+        """Decide the next status of a task whose run is over."""
         del self._running[context.task_id]
         task = self._latest(context.task_id)
         self._counters.add("running", task, self._monotonic() - context.began)
@@ -4682,14 +4682,14 @@ class TaskStore(TaskReader):
             context.deadline = self._alarm.set(self.limits.grace)
 
     def _release(self, context: Context) -> None:
-        """A handler has returned: another one of its type may start."""
+        """Record that a handler has returned: another of its type may start."""
         self._active.remove(context)  # KeyError: it has returned before
         self._queue.end(context.type)
 
     # -- timers
 
     def tick(self) -> float:
-        """Do what is due; return the seconds until the next call at the latest."""
+        """Act on deadlines; return the seconds until the next call at the latest."""
         abandoned = []
         with self._lock:
             now = self._monotonic()
@@ -4723,8 +4723,8 @@ class TaskStore(TaskReader):
     def _decide(self, task: Task, on_durable: Optional[OnDurable] = None) -> Commit:
         """Make this the task's latest state; return the commit that writes it.
 
-        With its end, that submits what follows: also to a full queue and in a drain,
-        since it was promised. There is an end, for nothing follows a follow-up.
+        The end of a task submits its follow-ups: also to a full queue and in a drain,
+        since they were promised. Follow-ups have none of their own, so this stops.
         """
         wanted = self._follow_ups(task) if task.finished else ()
         new = self._results.new((new_id(), submission) for submission in wanted)
@@ -4732,7 +4732,7 @@ class TaskStore(TaskReader):
         return self._commit([], task, *new, call=call)
 
     def _commit(self, new: List[Task], *moves: Record, call: Any = None) -> Commit:
-        """Show what was decided, or have it written first: `new` may fail."""
+        """Show tasks, or have them written first: then those in `new` may fail."""
         tasks = [each for each in (*moves, *new) if isinstance(each, Task)]
         if self.journal is None:
             for task in tasks:
@@ -4747,7 +4747,7 @@ class TaskStore(TaskReader):
         return commit
 
     def _settle(self, commit: Commit) -> None:
-        """Show what is on disk now, or drop new tasks that are not. Takes the lock."""
+        """Show a commit, or drop its new tasks if it failed. Takes the lock."""
         with self._lock:
             self._count_new(commit.new, -1)
             for task in commit.new if commit.error else ():
@@ -4765,7 +4765,7 @@ class TaskStore(TaskReader):
             call()
 
     def _apply(self, task: Task) -> None:
-        """Show a task as it is now, and do what follows from that."""
+        """Show a task as it is now: publish it, queue or count it, wake its waiters."""
         self._results.put(task)
         if self.events.followed:
             options = task.options._replace(label=label_of(task))
@@ -4925,8 +4925,8 @@ def backoff(first: float, failures: int) -> float:
 # ======================================================================
 # 8. Worker pool
 #
-# run_one() runs a handler and always comes back with an outcome; the pool
-# calls it for ever in its threads. Threads are started when there is work
+# run_one() runs a handler and always returns an outcome; the threads of the
+# pool call it for one task after another. They are started when there is work
 # for them, never more than the setting says. Async handlers share one more,
 # with an event loop.
 # ======================================================================
@@ -4992,7 +4992,7 @@ def run_one(task: Task, context: Context, handlers: Mapping[str, Handler]) -> Ou
 class WorkerPool:
     """Up to `count` threads that run tasks, one that keeps time, and an event loop."""
 
-    short_run = 0.0005  # seconds, below which another CPU is not worth its while
+    short_run = 0.0005  # seconds; shorter runs stay on one CPU
     async_count = 1000  # async handlers that may run at once
 
     def __init__(
@@ -5002,14 +5002,14 @@ class WorkerPool:
         self.handlers = handlers
         self.loop: Optional[EventLoop] = None  # there are no async handlers
         self._count = count
-        # The lock guards what follows. A thread that has it may take the store's.
+        # The lock guards _idle and _busy. A thread that has it may take the store's.
         # While the pool may grow, one worker is always idle: it waits for a task. A
         # worker that takes one sees to that, before it waits for the disk. A worker
         # whose handler does not stop is not counted any more, so that another one can
         # take its place; it ends when its handler returns.
         self._lock = threading.Lock()
         self._idle = 0
-        self._busy: Set[Context] = set()  # what the other threads run
+        self._busy: Set[Context] = set()  # the runs of the other threads
         store.on_stuck = self._replace
         # How long runs of each type lasted lately, in seconds; 1 at first. Workers
         # change it without a lock: it is an estimate.
@@ -5054,7 +5054,7 @@ class WorkerPool:
                 self._busy.remove(context)
                 self._refill()
 
-    # -- what the threads do
+    # -- in the threads
 
     def _keep_time(self) -> None:
         use_cpus(ONE_CPU)
@@ -5119,7 +5119,7 @@ class WorkerPool:
         return outcome
 
     def _free_long_runs(self) -> None:
-        """Let runs have all CPUs that last although others did not. Assumes the lock.
+        """Give all CPUs to runs that last longer than usual. Assumes the lock.
 
         If one ends at this very moment, its thread may keep all CPUs for a while.
         """
@@ -5131,7 +5131,7 @@ class WorkerPool:
 
     @staticmethod
     def _log_end(context: Context, seconds: float, task: Task) -> None:
-        """Log what became of a task by a run."""
+        """Log the status of a task after a run."""
         state = task.status
         if state == PENDING:
             state = "failed, to be run again," if task.due_at else "put back"
@@ -5167,9 +5167,9 @@ class EventLoop:
         start_thread("async", self._claim)
 
     def close(self, timeout: float) -> None:
-        """Cancel what runs, let async generators end, and close the loop.
+        """Cancel all runs, let async generators end, and close the loop.
 
-        Waits for so many seconds. What can't be cancelled runs on.
+        Waits for so many seconds. Runs that can't be cancelled go on.
         """
         lazy_import("asyncio").run_coroutine_threadsafe(self._end_all(), self._loop)
         self._thread.join(timeout)
@@ -5498,9 +5498,9 @@ def follow_ups(
     by_rule: Callable[[str], List[Json]],
     task: Task,
 ) -> Iterator[Submission]:
-    """Yield what follows a task that has ended, by its `then` and its type's rules.
+    """Yield the follow-ups of a task that has ended, by its `then` and type's rules.
 
-    By rule nothing follows a task that follows another one.
+    The rules do not apply to a task that is itself a follow-up.
     """
     entries = json.loads(task.options.then) if task.options.then else []
     entries += [] if task.follows else by_rule(task.type)
@@ -5835,7 +5835,7 @@ def event_stream(app: App, request: Request, after: Optional[int]) -> Iterator[b
 def new_events(
     app: App, subscription: Subscription, until: float = math.inf
 ) -> Iterator[List[Event]]:
-    """Yield events as they come, none to keep the connection alive.
+    """Yield events as they come, an empty list to keep the connection alive.
 
     The last are those of the end of a task or of the service, or of the time `until` on
     the monotonic clock.
@@ -5843,7 +5843,7 @@ def new_events(
     ended = False
     while not ended:
         left = until - time.monotonic()
-        # Read before take(), so that what was published before the end is sent:
+        # Read before take(), so that events published before the end are sent:
         #   this thread                 the thread that ends the service
         #   reads closed: False         publishes an event, sets closed
         #   takes the event, sends it
@@ -6223,7 +6223,7 @@ def show_openapi(app: App, request: Request) -> Reply:
     return json_reply(openapi(app.handlers, bool(app.access.token)))
 
 
-REFUSALS = {  # the statuses of refusals, and what each means
+REFUSALS = {  # the statuses of refusals, and their meanings
     400: "not HTTP or not JSON, or a wrong query, id or key",
     401: "send the token as Authorization: Bearer",
     403: "a browser sends this for a page of another origin",
@@ -7102,7 +7102,7 @@ def parse_request_line(line: str) -> Tuple[str, str, str, str]:
 
 
 def check_start(head: bytes) -> None:
-    """Raise HTTPError for what can't become a head, rather than wait for its end."""
+    """Raise HTTPError for bytes that can't become a head, at once."""
     line, end, _ = head.partition(b"\r\n")
     if end:
         parse_request_line(line.decode("latin-1"))
@@ -7223,7 +7223,7 @@ class Connection:
         self.overhead = 0  # bytes of a chunked body that are no data
         self.bare = False  # the request is a HEAD: its reply has no body
         self.streamed = 0  # bytes, of a stream
-        # The last request, for clients repeat themselves, and what it was parsed from.
+        # The last request, since clients repeat themselves, and its head and token.
         self.request: Any = None
         self.head: Optional[bytes] = None
         self.token = b""
@@ -7330,7 +7330,7 @@ class Connection:
             # Some clients send an empty line first (RFC 9112, 2.2).
             skipped = 2 if self.buffer.startswith(b"\r\n") else 0
             head, end, rest = self.buffer[skipped:].partition(b"\r\n\r\n")
-            self.bare = head.startswith(b"HEAD ")  # also of what is refused
+            self.bare = head.startswith(b"HEAD ")  # of a refused request, too
             if end and len(head) <= MAX_HEAD:
                 self.buffer = rest
                 return head
@@ -7405,7 +7405,7 @@ class Connection:
         return data
 
     def _linger(self) -> None:
-        """Discard what still comes: after a close, the kernel would drop the reply."""
+        """Discard further input: after a close, the kernel would drop the reply."""
         self.socket.shutdown(socket.SHUT_WR)
         self.state, self.since = LINGERING, time.monotonic()
         end = self.since + self.server.timeouts[LINGERING]
@@ -7513,7 +7513,7 @@ def tls_context(settings: Settings) -> Any:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     for name in ("OP_NO_RENEGOTIATION", "OP_IGNORE_UNEXPECTED_EOF"):
-        context.options |= getattr(ssl, name, 0)  # HTTP itself sees what is cut off
+        context.options |= getattr(ssl, name, 0)  # HTTP itself detects an early end
     context.sslsocket_class = _tls_socket_class(ssl)
     try:
         for file in filter(None, (cert, key)):
@@ -7541,7 +7541,7 @@ def _tls_socket_class(ssl: Any) -> Any:
             with contextlib.suppress(OSError, ValueError):
                 self.setblocking(False)
                 self.unwrap()  # does not wait for the client's part
-            super().shutdown(how)  # what still comes is not decrypted any more
+            super().shutdown(how)  # further input is not decrypted
 
     return TLSSocket
 
@@ -7589,8 +7589,8 @@ def remove_stale(path: str) -> None:
 def give_back_memory() -> None:
     """Have glibc return free memory to the system, and keep less from now on.
 
-    After a thousand slow clients that is 10 MB. malloc_trim(3) does not reach what is
-    kept for each thread, megabytes once something large was freed: hence mallopt(3).
+    After a thousand slow clients that is 10 MB. malloc_trim(3) does not reach the
+    memory of each thread, megabytes once something large was freed: hence mallopt(3).
     """
     with contextlib.suppress(Exception):  # no ctypes, or another C library
         libc = lazy_import("ctypes").CDLL(None)
@@ -7622,7 +7622,7 @@ class APIServer(ThreadingHTTPServer):
     half_closed_limit = 16  # connections served whose clients had already closed
     grace = 0.2  # seconds before an idle or slow client may be evicted
     eviction_wait = 0.1  # seconds that accepting waits for an evicted client to end
-    check_interval = 0.25  # seconds between looks at all clients
+    check_interval = 0.25  # seconds between checks of all clients
     trim_after = 100  # connections that end until memory is given back,
     trim_interval = 10.0  # but not more often than in so many seconds
 
@@ -7635,8 +7635,8 @@ class APIServer(ThreadingHTTPServer):
         self.max_body, self.max_connections = max_body, max_connections
         detail = "the limit of connections, %d, is reached" % max_connections
         self.over_limit = 503, detail  # for a client for which there is no place
-        # Seconds until the first byte of a request, to send it (beside what its bytes
-        # take at the slowest rate), to take LARGE bytes, and to read a refusal.
+        # Seconds until the first byte of a request, to send it (plus the time of its
+        # bytes at the rate `slowest`), to take LARGE bytes, and to read a refusal.
         self.timeouts = {IDLE: 60.0, READING: 20.0, SENDING: 60.0, LINGERING: 2.0}
         self.closing = False
         self._is_passed = isinstance(address, socket.socket)  # and stays open elsewhere
@@ -7703,7 +7703,7 @@ class APIServer(ThreadingHTTPServer):
     # -- accepting
 
     def service_actions(self) -> None:
-        """Do what is due besides accepting one client; called by socketserver."""
+        """Accept other clients, and end slow ones; called by socketserver."""
         self._accept_pending()
         now = time.monotonic()
         if now >= self._check_at:
@@ -8074,7 +8074,7 @@ def write_line(text: str) -> None:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows on stdout, with aligned columns; a terminal shows what has room."""
+    """Print rows on stdout, with aligned columns, cut to the width of a terminal."""
     safe = [[escape(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*safe)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in safe]
@@ -8205,7 +8205,7 @@ def print_log(client: Client, task_id: str, emit: Callable[[str], Any]) -> None:
 
 
 def follow(client: Client, task_id: str, emit: Callable[[str], Any] = report) -> None:
-    """Report how an accepted task proceeds, until it has ended; emit what it logs."""
+    """Report how an accepted task proceeds, until it has ended; emit its log."""
     wait, status, next_line = 0.0, "", 0.0
     while True:
         begin, path = time.monotonic(), task_path(task_id, "?wait=%g" % wait)
@@ -8322,7 +8322,7 @@ def delete_command(client: Client, args: Any) -> None:
 
 
 def query_of(args: Any, names: Sequence[str]) -> str:
-    """Return those arguments of these names that were given, as a query."""
+    """Return the arguments of these names that are not empty, as a query."""
     query = {name: getattr(args, name) for name in names if getattr(args, name)}
     return urlencode(query, errors="surrogateescape")
 
@@ -8519,7 +8519,7 @@ class ServiceManager:
         environ.pop("LISTEN_FDNAMES", None)
         self._path = "\0" + path[1:] if path.startswith("@") else path  # abstract
         self._watchdog = usec.isdecimal() and watched in ("", pid)
-        # Seconds between reports: at most a third of what the watchdog allows.
+        # Seconds between reports: at most a third of the watchdog's timeout.
         self.interval = min(5.0, int(usec) / 3e6) if self._watchdog else 5.0
         is_passed = owner == pid and count != "0"
         self.listener = passed_listener(count) if is_passed else None
@@ -8909,7 +8909,7 @@ class Signals:
 def open_standard_files() -> None:
     """Open /dev/null in place of each of stdin, stdout and stderr that is closed.
 
-    Otherwise the next socket or file would get its number, and what is printed.
+    Otherwise the next socket or file would get its number, and all printed text.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -9008,7 +9008,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         try:
             service = _start(argv, signals)
         finally:
-            signals.starting = False  # nothing may interrupt what follows
+            signals.starting = False  # signals raise no KeyboardInterrupt from here on
         code = service.run(signals.events)
     except (SettingsError, HandlerError) as error:
         reason, code = str(error), 2
@@ -9025,7 +9025,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _end_children() -> None:
-    """End what executors and handlers have started, since nobody waits for it."""
+    """End executors, and processes of handlers, since nobody waits for them."""
     for executor in EXECUTOR:
         with contextlib.suppress(Exception):
             executor.shutdown(wait=False)

@@ -55,7 +55,7 @@ line:
      6936  10. HTTP server
      7899  11. Client
      8488  12. Main
-     9039  13. The page
+     9033  13. The page
 
 Three things hold throughout:
 
@@ -8529,9 +8529,8 @@ class ServiceManager:
         if not self._path:
             return
         lines += ("WATCHDOG=1",) if self._watchdog else ()
-        with contextlib.suppress(OSError), socket.socket(
-            socket.AF_UNIX, socket.SOCK_DGRAM
-        ) as client:
+        kind = socket.AF_UNIX, socket.SOCK_DGRAM
+        with contextlib.suppress(OSError), socket.socket(*kind) as client:
             client.settimeout(1.0)
             client.sendto("\n".join(lines).encode(), self._path)
 
@@ -8558,13 +8557,8 @@ class Service:
     ) -> None:
         self.settings = settings
         self.manager = manager or ServiceManager({})
-        names = (
-            "QUEUE_LIMIT",
-            "QUEUE_BYTES",
-            "RESULT_LIMIT",
-            "RESULT_BYTES",
-            "RESULT_TTL",
-        )
+        names = ["QUEUE_LIMIT", "QUEUE_BYTES"]
+        names += ["RESULT_LIMIT", "RESULT_BYTES", "RESULT_TTL"]
         stuck = {"grace": settings["GRACE"], "stuck": settings["STUCK_LIMIT"]}
         limits = Limits(*[settings[name] for name in names], **stuck)
         rules = functools.lru_cache(maxsize=1000)(

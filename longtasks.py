@@ -476,7 +476,7 @@ def start_thread(name: str, function: Callable[[], Any]) -> threading.Thread:
 
 
 def within(seconds: float, function: Callable[[], Any]) -> bool:
-    """Call a function that may fail or hang, but wait at most so many seconds for it.
+    """Call a function that may fail or hang, but wait at most `seconds` for it.
 
     Returns False if it has not returned by then. It is not called, and the result is
     False, if the system can't start another thread.
@@ -1646,9 +1646,9 @@ class Context:
     ) -> None:
         self.task_id = task_id
         self.type = type
-        self.label = label  # None unless the client gave one
+        self.label = label  # None if the client gave none
         # 1 in the first run. A task is run again when the process died while it ran,
-        # so a handler has to bear being run twice.
+        # so a handler must work when it is run twice.
         self.attempt = attempt
         self.grace = 1.5  # seconds from the request to stop until a process is killed
         self.kill_at = math.inf  # on the monotonic clock, once it is to stop
@@ -1688,7 +1688,7 @@ class Context:
     def emit_progress(self) -> None:
         """Publish the latest progress, unless that has been done."""
         if self._published is not self._progress:
-            # Two threads may do so at once: each publishes what is the latest then.
+            # Two threads may do so at once: each publishes the latest of its moment.
             self._published, self._published_at = self._progress, time.monotonic()
             self._emit(self, "progress", self._published)
 
@@ -1698,7 +1698,7 @@ class Context:
         self.emit_lines(str(text).splitlines() or [""])
 
     def log_traceback(self, trace: str) -> None:
-        """Add the traceback of what the handler raised to both logs."""
+        """Add the traceback of the handler's exception to both logs."""
         log_run(logging.WARNING, self, "raised", traceback=trace)
         self.emit_lines(trace.splitlines())
 
@@ -1865,7 +1865,7 @@ _DOUBTFUL = re.compile(
 
 
 def encode_result(value: Any, limit: int, subject: str = "the result") -> bytes:
-    """Return what a handler or a step returns as JSON that could come in as params.
+    """Return the result of a handler or a step as JSON that is valid as params, too.
 
     Raises Fail for anything else, and for more than `limit` bytes.
     """
@@ -1950,7 +1950,7 @@ if hasattr(os, "register_at_fork"):
 # -- CPUs ------------------------------------------------------------------
 #
 # Threads that share the GIL never run at the same time, and passing it to a thread on
-# another CPU takes longer than most of what they do. So the service's own threads stay
+# another CPU takes longer than most of their work. So the service's own threads stay
 # on one CPU, which one being left to chance, and so do runs of task types whose runs
 # are short. Runs that last have all CPUs, and whatever a handler starts.
 
@@ -1982,7 +1982,7 @@ def run_on_one_cpu(ctx: Context, run: Callable[[], Any]) -> Any:
 
 
 def free_children(event: str, arguments: Any) -> None:
-    """Let what a run starts have all CPUs: an audit hook (PEP 578)."""
+    """Give all CPUs to a run that starts a thread or process: a hook of PEP 578."""
     if event in ("subprocess.Popen", "os.posix_spawn", "os.fork") or "thread" in event:
         ctx = getattr(_bound, "context", None)
         if ctx:
@@ -2280,7 +2280,7 @@ def _follow_child(
 
 
 def result_of(ctx: Context, kind: str, payload: bytes) -> bytes:
-    """Return the result in a reply, or raise what the handler raised."""
+    """Return the result in a reply, or raise the error in it."""
     if kind == "result":
         return payload
     if kind == "cancelled":
@@ -2329,7 +2329,7 @@ class ServiceLink:
         ctx.steps[step.name] = step
 
     def await_stop(self, ctx: Context) -> None:
-        """Wait until the task is to stop; see to steps and progress until then."""
+        """Handle saved steps and progress until the task is to stop; then cancel it."""
         saved = b"+"
         while saved:
             if not select.select([self._connection], [], [], PROGRESS_INTERVAL)[0]:
@@ -2699,7 +2699,7 @@ _METER = re.compile(_BEFORE + _PERCENT.pattern, re.IGNORECASE)
 
 
 def visible(line: str) -> str:
-    """Return what a terminal would show of a line that may be drawn again (\\r)."""
+    """Return the text that a terminal shows of a line that is drawn again (\\r)."""
     return line.rstrip("\r").rpartition("\r")[2]
 
 
@@ -3419,7 +3419,7 @@ class Journal:
             return commit
 
     def close(self, timeout: float) -> bool:
-        """Write the rest, within so many seconds; return whether all is on disk.
+        """Write the rest, within `timeout` seconds; return whether all is on disk.
 
         Only the writer thread uses the disk: one that hangs can't hold up the exit.
         """
@@ -3682,7 +3682,7 @@ class Events:
             return subscription
 
     def take(self, subscription: Subscription, timeout: float) -> List[Event]:
-        """Wait for events, for so many seconds, and return those not taken yet.
+        """Wait for events, up to `timeout` seconds, and return those not taken yet.
 
         A subscription that has missed some is closed: the client can subscribe again,
         behind the last event that it has.
@@ -3740,7 +3740,7 @@ class Events:
             return (list(kept.lines), kept.dropped) if kept else ([], 0)
 
     def log_text(self, task_id: str, size: int = sys.maxsize) -> str:
-        """Return the end of a task's log, of so many characters at most, as text.
+        """Return the end of a task's log, at most `size` characters, as text.
 
         Control characters are then escaped. A first line says how many are missing.
         """
@@ -4131,12 +4131,12 @@ class Alarm:
     """Wakes a thread that has to look at the clock again. The caller locks."""
 
     def __init__(self, monotonic: Clock) -> None:
-        self.changed = threading.Event()  # the thread must look earlier
+        self.changed = threading.Event()  # the thread must wake earlier
         self._monotonic = monotonic
-        self._next = math.inf  # when the thread looks
+        self._next = math.inf  # when the thread wakes
 
     def set(self, seconds: float) -> float:
-        """Have the thread look in so many seconds, or earlier; return when that is."""
+        """Wake the thread in `seconds`, or earlier; return when, in monotonic time."""
         when = self._monotonic() + seconds
         if when < self._next:
             self._next = when
@@ -4144,7 +4144,7 @@ class Alarm:
         return when
 
     def rest(self, seconds: float) -> float:
-        """Have it look in so many seconds, but not yet; return for how many to wait."""
+        """Plan to wake it in `seconds`; return how many to wait, never under 0."""
         self.changed.clear()
         seconds = max(0.0, seconds)
         self._next = self._monotonic() + seconds
@@ -4272,7 +4272,7 @@ class TaskReader:
     def wait(
         self, task_id: str, timeout: float, done: Optional[threading.Event] = None
     ) -> Task:
-        """Return the task once it is finished, or after so many seconds as it is then.
+        """Return the task once it is finished, or as it is after `timeout` seconds.
 
         Returns at once when the service drains, or when another thread sets `done`,
         which must be new. Raises as get() does.
@@ -4396,7 +4396,7 @@ class TaskReader:
             raise Unavailable("nothing can be written: " + error)
 
     def responds(self, timeout: float) -> bool:
-        """Return whether the store's lock can be taken within so many seconds."""
+        """Return whether the store's lock can be taken within `timeout` seconds."""
         if self._lock.acquire(timeout=timeout):
             self._lock.release()
             return True
@@ -4433,7 +4433,7 @@ class TaskStore(TaskReader):
     """All tasks, from submission until they are removed: this is where they move.
 
     `clock` gives the time in seconds since 1970, and `monotonic` one that is never set.
-    `rules` gives the rules of a type, and `follow_ups` what is submitted at a task's
+    `rules` gives the rules of a type, and `follow_ups` the submissions at a task's
     end; `types` are counted apart. With a journal, the store goes on with the tasks
     that are in it.
     """
@@ -4787,8 +4787,8 @@ class TaskStore(TaskReader):
         """Accept no more tasks; call `on_drained` once the rest is done, perhaps twice.
 
         That is when no task runs, and without a journal none waits that could start
-        within so many seconds. Returns the ids of the tasks that run now. Clients that
-        wait for a task are answered. `on_drained` must not wait.
+        within `timeout` seconds. Returns the ids of the tasks that run now. Clients
+        that wait for a task are answered. `on_drained` must not wait.
         """
         with self._lock:
             self._on_drained = on_drained
@@ -5169,7 +5169,7 @@ class EventLoop:
     def close(self, timeout: float) -> None:
         """Cancel all runs, let async generators end, and close the loop.
 
-        Waits for so many seconds. Runs that can't be cancelled go on.
+        Waits up to `timeout` seconds. Runs that can't be cancelled go on.
         """
         lazy_import("asyncio").run_coroutine_threadsafe(self._end_all(), self._loop)
         self._thread.join(timeout)
@@ -7380,7 +7380,7 @@ class Connection:
         return line[:-1]
 
     def _read(self, length: int) -> bytes:
-        """Read so many bytes of a body; raises HTTPError."""
+        """Read `length` bytes of a body; raises HTTPError."""
         body = bytearray(self.buffer[:length])
         self.buffer = self.buffer[length:]
         while len(body) < length:
@@ -7623,8 +7623,8 @@ class APIServer(ThreadingHTTPServer):
     grace = 0.2  # seconds before an idle or slow client may be evicted
     eviction_wait = 0.1  # seconds that accepting waits for an evicted client to end
     check_interval = 0.25  # seconds between checks of all clients
-    trim_after = 100  # connections that end until memory is given back,
-    trim_interval = 10.0  # but not more often than in so many seconds
+    trim_after = 100  # connections that end before memory is given back
+    trim_interval = 10.0  # seconds at least between two times that it is
 
     def __init__(
         self, address: Any, app: App, max_body: int, max_connections: int
@@ -8917,7 +8917,7 @@ def open_standard_files() -> None:
 
 
 def raise_file_limit(wanted: int) -> None:
-    """Let this process open so many files and sockets, if it may (getrlimit(2)).
+    """Let this process open `wanted` files and sockets, if it may (getrlimit(2)).
 
     Many systems allow 1024 at first, which clients alone could use up.
     """

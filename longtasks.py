@@ -4949,16 +4949,16 @@ async def run_task(
     log_run(logging.DEBUG, context, "attempt %d started", task.attempt)
     try:
         if task.type not in handlers:  # it came from a journal
-            known = ", ".join(sorted(handlers))
+            names = ", ".join(sorted(handlers))
             text = "no task type %s is registered any more; known: %s"
-            raise Failure(text % (quote(task.type), known))
+            raise Failure(text % (quote(task.type), names))
         context.check()  # it may have been cancelled before it could begin
         check_steps(task, context)
-        run, size = handlers[task.type], context.max_result
+        known, size = handlers[task.type], context.max_result
         # An earlier process may have accepted it, for other params of this type.
-        params = run.params.validate(params_of(task), ("params",))
-        result = run_handler(run, params, context)
-        result = encode_result(await result, size) if run.is_async else result
+        params = known.params.validate(params_of(task), ("params",))
+        result = run_handler(known, params, context)
+        result = encode_result(await result, size) if known.is_async else result
         return Outcome(COMPLETED, result)
     except Cancelled:
         if context.cancelled:
@@ -5818,15 +5818,15 @@ def event_stream(app: App, request: Request, after: Optional[int]) -> Iterator[b
         if subscription.gap:
             yield b'event: gap\ndata: {"detail": "some events are no longer kept"}\n\n'
         elif task and task.finished:
-            found = events.take(subscription, 0)
-            yield from map(encode, found)
-            ended = any(map(ends_stream, found))
+            batch = events.take(subscription, 0)
+            yield from map(encode, batch)
+            ended = any(map(ends_stream, batch))
         if task and not ended and (task.finished or not resumes):
             document = current_status(app, task)
             yield b"event: status\ndata: %b\n\n" % to_json(document)
             ended = task.finished
-        for found in () if ended else new_events(app, subscription):
-            yield from map(encode, found) if found else [b":\n\n"]
+        for batch in () if ended else new_events(app, subscription):
+            yield from map(encode, batch) if batch else [b":\n\n"]
     finally:
         request.client_left = None
         events.unsubscribe(subscription)
@@ -5849,11 +5849,11 @@ def new_events(
         #   takes the event, sends it
         #   reads closed: True, ends
         ended = subscription.closed or left <= 0
-        found = app.store.events.take(
+        batch = app.store.events.take(
             subscription, 0 if ended else min(KEEP_ALIVE, left)
         )
-        yield found
-        ended = ended or bool(subscription.task_id and any(map(ends_stream, found)))
+        yield batch
+        ended = ended or bool(subscription.task_id and any(map(ends_stream, batch)))
 
 
 def ends_stream(event: Event) -> bool:
@@ -5881,9 +5881,9 @@ def list_types(app: App, request: Request) -> Reply:
 
 def type_document(app: App, name: str) -> Json:
     """Describe a task type, with the rules in force for it."""
-    entry, rules = app.handlers[name], app.store.rules(name)._asdict()
+    known, rules = app.handlers[name], app.store.rules(name)._asdict()
     in_force = {rule: rules[rule] for rule in PROGRAM_RULES if rules[rule] is not None}
-    document = {"type": name, "description": entry.description, "params": entry.schema}
+    document = {"type": name, "description": known.description, "params": known.schema}
     return {**document, "rules": in_force, "paused": name in app.store.paused}
 
 
@@ -6293,16 +6293,16 @@ def _type_components(handlers: Mapping[str, Handler]) -> Json:
     """
     found: Json = {}
     taken = {name.lower() for name in [*DOCUMENTS, "Submission"]}
-    for type, entry in sorted(handlers.items()):
+    for type, known in sorted(handlers.items()):
         words = re.findall("[A-Za-z0-9]+", type)
         base = "".join(word[0].upper() + word[1:] for word in words) + "Task"
         base = base if base[0].isalpha() else "Type" + base
         name = next(n for n in numbered("%s%d", base) if n.lower() not in taken)
         taken.add(name.lower())
-        own = {"type": {"const": type}, "params": entry.schema}
+        own = {"type": {"const": type}, "params": known.schema}
         found[name] = {
             **SUBMISSION,
-            "description": entry.description,
+            "description": known.description,
             "properties": {**SUBMISSION["properties"], **own},
         }
     return found
@@ -6458,9 +6458,9 @@ class Call:
         until = 0.0 if task and task.finished else self.until
         try:
             yield b""
-            for found in new_events(self.app, subscription, until):
+            for batch in new_events(self.app, subscription, until):
                 for shown in [
-                    each.payload for each in found if each.kind == "progress"
+                    each.payload for each in batch if each.kind == "progress"
                 ]:
                     reached = max(reached + 0.01, shown.get("percent", 0.0))  # grows
                     params = {"progressToken": self.token, "progress": reached}
@@ -6556,8 +6556,8 @@ class Call:
     def _list_tools(self, params: Json) -> Json:
         found = []
         for name, type in self.tools.items():
-            entry, hints = self.app.handlers[type], {**_RUNS, "title": type}
-            found.append(_tool(name, entry.description, entry.schema, hints))
+            known, hints = self.app.handlers[type], {**_RUNS, "title": type}
+            found.append(_tool(name, known.description, known.schema, hints))
             if self.version == OLD[0]:
                 found[-1]["execution"] = {"taskSupport": "optional"}
         found += [_tool(name, *row[1:]) for name, row in TOOLS.items()]

@@ -52,10 +52,10 @@ line:
      3769  7. Result store and task queue
      4926  8. Worker pool
      5247  9. HTTP API
-     6936  10. HTTP server
-     7899  11. Client
-     8488  12. Main
-     9033  13. The page
+     6939  10. HTTP server
+     7902  11. Client
+     8491  12. Main
+     9036  13. The page
 
 Three things hold throughout:
 
@@ -1951,8 +1951,8 @@ if hasattr(os, "register_at_fork"):
 #
 # Threads that share the GIL never run at the same time, and passing it to a thread on
 # another CPU takes longer than most of their work. So the service's own threads stay
-# on one CPU, which one being left to chance, and so do runs of task types whose runs
-# are short. Runs that last have all CPUs, and whatever a handler starts.
+# on one CPU, chosen at random, and so do runs of task types whose runs are short. Long
+# runs, and the threads and processes that a handler starts, may use all CPUs.
 
 CPUS: List[int] = []
 if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
@@ -2625,7 +2625,7 @@ def _placeholders(word: str) -> Iterator["re.Match[str]"]:
 class ProgramOutput:
     """Turns a program's output into lines of the log, progress, and the result.
 
-    This happens ten times a second, so that a flood costs little: only its end is kept.
+    It does so at most ten times a second, and keeps only the end of a flood.
     """
 
     def __init__(self, ctx: Context) -> None:
@@ -2721,10 +2721,10 @@ def register_command(line: str) -> None:
         _check_name(program.name)
     except HandlerError as error:
         raise HandlerError("--command %s: %s" % (quote(line), error)) from None
-    lost = list(filter(_FOR_A_SHELL.fullmatch, program.words))
-    if lost:
+    for_a_shell = list(filter(_FOR_A_SHELL.fullmatch, program.words))
+    if for_a_shell:
         text = "--command %s: no shell sees its %s; for that write %s"
-        log.warning(text, quote(program.name), quote(lost[0]), _AS_ARGUMENT)
+        log.warning(text, quote(program.name), quote(for_a_shell[0]), _AS_ARGUMENT)
     name, params = program.name, Validator(program.schema)
     REGISTRY[name] = Handler(name, program, params, whole=True, context="ctx")
 
@@ -4567,8 +4567,8 @@ class TaskStore(TaskReader):
         """Let the time of a task's run begin; False when it was put back meanwhile.
 
         A start is written while its handler runs. If the last process crashed, one of
-        its tasks may be why: the start of each of them is on disk before it runs, or no
-        restart would count it. While nothing can be written, nothing starts.
+        its tasks may be the cause: each of them runs only once its start is on disk, or
+        no restart would count it. While nothing can be written, nothing starts.
         """
         journal = task.id in self._unwritten and self.journal  # without the lock
         if journal and (journal.error or task.seq <= self._suspect_seq):
@@ -4865,7 +4865,7 @@ def after_crash(
 def after_run(
     task: Task, reason: str, outcome: Outcome, rules: Rules, now: float
 ) -> Task:
-    """Return a task after a run that ended so, and was asked to stop for that reason.
+    """Return a task after a run; `reason` is that of a request to stop, "" for none.
 
     A handler that completes has won. One that was asked to stop and did not complete
     has stopped, whatever it returned or raised.
@@ -6351,15 +6351,18 @@ def _content(names: str) -> Json:
 # -- Model Context Protocol ------------------------------------------------
 #
 # Each task type is a tool for agents (modelcontextprotocol.io/specification), in the
-# revision of NEW, where a request says all about itself, and in those of OLD, where
-# initialize began a session; none is needed here. The call of a tool has the result of
-# its task if that ends in time. Otherwise the task goes on, and the client asks for it
-# by its id, with a tool or the Tasks extension (github.com/modelcontextprotocol).
+# revision of NEW, whose requests need no session, and in those of OLD, which begin one
+# by initialize; the service keeps none. The call of a tool returns the result of its
+# task if that ends in time. Otherwise the task goes on, and the client asks for it by
+# its id, with a tool or the Tasks extension (github.com/modelcontextprotocol).
 
 MCP_PATH = "/mcp"
 NEW = ("2026-07-28",)
 OLD = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
-BATCHED, UNNAMED = OLD[2:], OLD[2]  # with batches; of a request that names none
+BATCHED, UNNAMED = (
+    OLD[2:],
+    OLD[2],
+)  # those with batches; the one of a request without a header
 TASKS_EXTENSION: Json = {META + "tasks": {}}
 OLD_TASKS: Json = {"list": {}, "cancel": {}, "requests": {"tools": {"call": {}}}}
 PARSE_ERROR, INVALID_REQUEST, UNKNOWN_METHOD = -32700, -32600, -32601
@@ -6368,7 +6371,7 @@ HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION = -32020, -32021, -3202
 # The codes of errors, by the status that other routes answer with.
 RPC_CODES = dict.fromkeys((400, 404, 409, 410, 422), INVALID_PARAMS)
 RPC_CODES.update(dict.fromkeys((500, 503), INTERNAL_ERROR))
-BRIEFLY = 0.5  # seconds that a call waits whose client takes a task for an answer
+BRIEFLY = 0.5  # seconds that a call waits if its client accepts a task as the answer
 CACHING: Json = {"ttlMs": 60_000, "cacheScope": "private"}
 ABOUT = {"name": "longtasks", "version": __version__}
 INSTRUCTIONS = """\
@@ -7215,7 +7218,7 @@ class Connection:
         self.state = BUSY
         self.since = self.began = time.monotonic()
         self.over_limit = self.half_closed = False
-        self.ended: Optional[Tuple[int, str]] = None  # by the server: why
+        self.ended: Optional[Tuple[int, str]] = None  # set by the server
         self.woken: Optional[threading.Event] = None  # by the server, for a half-close
         self.counts: Counter[Tuple[str, str, int]] = Counter()  # of its replies
         self.buffer = b""  # received, but not parsed
@@ -7624,7 +7627,7 @@ class APIServer(ThreadingHTTPServer):
     eviction_wait = 0.1  # seconds that accepting waits for an evicted client to end
     check_interval = 0.25  # seconds between checks of all clients
     trim_after = 100  # connections that end before memory is given back
-    trim_interval = 10.0  # seconds at least between two times that it is
+    trim_interval = 10.0  # seconds, at least, before it is given back again
 
     def __init__(
         self, address: Any, app: App, max_body: int, max_connections: int
@@ -8796,7 +8799,7 @@ class LogWriter(logging.Handler):
     dropped, and a line says how many; those with a task that was given up are kept.
     """
 
-    limit = 1 << 20
+    limit = 1 << 20  # characters
 
     def __init__(self, file: int = 2) -> None:
         super().__init__()

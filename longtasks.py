@@ -52,10 +52,10 @@ line:
      3769  7. Result store and task queue
      4926  8. Worker pool
      5247  9. HTTP API
-     6939  10. HTTP server
-     7902  11. Client
-     8491  12. Main
-     9036  13. The page
+     6937  10. HTTP server
+     7900  11. Client
+     8489  12. Main
+     9034  13. The page
 
 Three things hold throughout:
 
@@ -5987,8 +5987,8 @@ def show_options(app: App, request: Request) -> Reply:
 
 # -- metrics ---------------------------------------------------------------
 #
-# Prometheus' text format 0.0.4. No label holds a task id, nor anything else that
-# clients choose freely.
+# Prometheus' text format 0.0.4; a metric is a row of service_metrics(). No label holds
+# a task id, nor anything else that clients choose freely.
 
 START_TIME = time.time()
 Row = Tuple[Any, ...]  # the arguments of metric_lines()
@@ -6359,10 +6359,8 @@ def _content(names: str) -> Json:
 MCP_PATH = "/mcp"
 NEW = ("2026-07-28",)
 OLD = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
-BATCHED, UNNAMED = (
-    OLD[2:],
-    OLD[2],
-)  # those with batches; the one of a request without a header
+BATCHED = OLD[2:]  # those in which a request may have several messages
+UNNAMED = OLD[2]  # that of a request without the header MCP-Protocol-Version
 TASKS_EXTENSION: Json = {META + "tasks": {}}
 OLD_TASKS: Json = {"list": {}, "cancel": {}, "requests": {"tools": {"call": {}}}}
 PARSE_ERROR, INVALID_REQUEST, UNKNOWN_METHOD = -32700, -32600, -32601

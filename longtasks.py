@@ -8805,7 +8805,7 @@ class LogWriter(logging.Handler):
         self._file = os.dup(file)
         self._lines: Any = queue.SimpleQueue()
         self._waiting = 0  # characters; logging's lock of this handler guards both
-        self._dropped = 0  # lines, since a notice said how many
+        self._dropped = 0  # lines, since the latest notice of their number
         start_thread("log", self._run)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -9565,7 +9565,7 @@ function drawChart(name) {
 function makeField(pointer, schema, required, name = pointer.split("/").pop()) {
   const all = schema.anyOf ?? [schema];
   const kinds = all.filter(({ type }) => type !== "null");
-  // Where several kinds are possible, or null has to be said, the input is JSON.
+  // Where several kinds are possible, or null must be entered, the input is JSON.
   const simple = kinds.length === 1 && !(required && kinds.length < all.length);
   const kind = { ...(simple ? kinds[0] : {}), ...schema };
   const { type, minimum, maximum, description } = kind;

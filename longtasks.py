@@ -46,16 +46,16 @@ line:
       146  1. Settings
       498  2. Tasks and their states
       873  3. Task registry
-     1614  4. Execution
-     2953  5. Journal
-     3575  6. Events
-     3769  7. Result store and task queue
-     4926  8. Worker pool
-     5247  9. HTTP API
-     6937  10. HTTP server
-     7900  11. Client
-     8489  12. Main
-     9034  13. The page
+     1615  4. Execution
+     2954  5. Journal
+     3576  6. Events
+     3770  7. Result store and task queue
+     4927  8. Worker pool
+     5248  9. HTTP API
+     6938  10. HTTP server
+     7901  11. Client
+     8490  12. Main
+     9035  13. The page
 
 Three things hold throughout:
 
@@ -1518,9 +1518,10 @@ def read_rules(words: Sequence[str], schemas: Mapping[str, Any]) -> Dict[str, An
     pairs = []
     for rule, _, text in [word.partition("=") for word in words]:
         schema = schemas.get(rule, {})
+        value = parse_value(text, schema)
         if "items" in schema:
             value = [parse_value(part, schema["items"]) for part in text.split(",")]
-        pairs.append((rule, value if "items" in schema else parse_value(text, schema)))
+        pairs.append((rule, value))
     rules: Dict[str, Any] = Validator(_closed(**schemas)).validate(_read_object(pairs))
     return rules
 

@@ -45,17 +45,17 @@ line:
 
       146  1. Settings
       498  2. Tasks and their states
-      873  3. Task registry
-     1615  4. Execution
-     2954  5. Journal
-     3576  6. Events
-     3770  7. Result store and task queue
-     4927  8. Worker pool
-     5248  9. HTTP API
-     6938  10. HTTP server
-     7901  11. Client
-     8490  12. Main
-     9035  13. The page
+      874  3. Task registry
+     1616  4. Execution
+     2944  5. Journal
+     3566  6. Events
+     3760  7. Result store and task queue
+     4917  8. Worker pool
+     5228  9. HTTP API
+     6918  10. HTTP server
+     7881  11. Client
+     8470  12. Main
+     9015  13. The page
 
 Three things hold throughout:
 
@@ -721,6 +721,7 @@ class Outcome(NamedTuple):
     error: Optional[str] = None
     after: Optional[float] = None
     final: bool = False  # failed, and is not to be retried
+    trace: str = ""  # the traceback of an exception that was not expected
 
 
 _UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -1586,7 +1587,7 @@ def describe(error: BaseException) -> str:
     """Return "ValueError: text" for an exception, whatever its __str__ does."""
     name: str = type.__getattribute__(type(error), "__name__")
     text = _text_of(error)
-    if not isinstance(error, Failure) or not text:
+    if not isinstance(error, (Failure, TaskError)) or not text:
         text = name + (": " + text if text else "")
     text = text.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
     return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 3] + "..."
@@ -1615,8 +1616,8 @@ def format_trace() -> str:
 # 4. Execution
 #
 # A handler runs in a worker's thread, on an event loop (async handlers), in
-# a child process (isolated handlers and programs), or on an executor;
-# run_handler() chooses. Wherever it runs, it can have a Context.
+# a child process (isolated handlers and programs), or on an executor.
+# Wherever it runs, it can have a Context.
 # ======================================================================
 
 
@@ -1856,7 +1857,7 @@ def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
     return {"message": "Long computation completed successfully", "duration": duration}
 
 
-# -- results ---------------------------------------------------------------
+# -- how a run ends --------------------------------------------------------
 
 # JSON of to_json() that parse_json() may refuse: keys that were no text, so that 1 and
 # "1" become the same key, and numbers with too many digits.
@@ -1883,6 +1884,23 @@ def encode_result(value: Any, limit: int, subject: str = "the result") -> bytes:
         text = "%s has %d bytes, more than the %d that are kept"
         raise Fail(text % (subject, len(result), limit))
     return result
+
+
+def outcome_of(error: BaseException, ctx: Context) -> Outcome:
+    """Return how a run has ended by the exception that is being handled."""
+    text, after = describe(error), _number(getattr(error, "after", None))
+    if isinstance(error, Retry):
+        limit = _number(error.max_attempts)
+        last = limit is not None and ctx.attempt >= limit
+        return Outcome(FAILED if last else PENDING, None, text, after, final=last)
+    if isinstance(error, Cancelled):
+        if ctx.cancelled:
+            return Outcome(CANCELLED)
+        return Outcome(FAILED, error=text + ": raised, though nobody had asked for it")
+    stopped = ctx.cancelled and type(error).__name__ == "CancelledError"
+    is_plain = stopped or isinstance(error, (Failure, TaskError))
+    final = isinstance(error, (Fail, TaskError))
+    return Outcome(FAILED, None, text, after, final, "" if is_plain else format_trace())
 
 
 # -- forks -----------------------------------------------------------------
@@ -2192,8 +2210,8 @@ def exit_status(code: int) -> str:
 #
 # A fresh interpreter loads this file and the same handlers files. Its standard input
 # is a socket: the service sends the job as a line of JSON, and gets back lines of a
-# word and JSON. Each step among them is answered with a byte once it is on disk. The
-# end of its input requests the handler to stop.
+# JSON array, a tab and a result. Each step among them is answered with a byte once it
+# is on disk. The end of its input requests the handler to stop.
 
 FILE = os.path.join(FOLDER, globals().get("__file__", ""))
 CHILD = """
@@ -2220,8 +2238,8 @@ def check_isolated() -> None:
         raise HandlerError(text % quote(isolated[0]))
 
 
-def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
-    """Run a handler in a child process, as if it ran here."""
+def run_isolated(job: Dict[str, Any], ctx: Context) -> Outcome:
+    """Run a handler in a child process, and return how that ended."""
     flags = lazy_import("subprocess")._args_from_interpreter_flags()
     argv = [sys.executable, *flags, "-c", CHILD, FILE, *_SYS_PATH]
     with NO_FORK:
@@ -2244,9 +2262,9 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
         ctx.on_stop(lambda: ours.shutdown(socket.SHUT_WR))
         with contextlib.suppress(OSError):  # it has ended
             ours.sendall(to_json(job) + b"\n")
-        reply = _follow_child(process.read(ours), ctx, acknowledge)
-    if reply:
-        return result_of(ctx, *reply)
+        outcome = _follow_child(process.read(ours), ctx, acknowledge)
+    if outcome:
+        return outcome
     ctx.check()
     how = exit_status(process.returncode)
     raise Failure("its process ended before it was done: " + how)
@@ -2254,8 +2272,8 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> bytes:
 
 def _follow_child(
     data: Iterator[bytes], ctx: Context, acknowledge: Callable[..., None]
-) -> Optional[Tuple[str, bytes]]:
-    """Pass on a child's log, progress and steps; return its reply, None for none."""
+) -> Optional[Outcome]:
+    """Pass on a child's log, progress and steps; return its end, None if it died."""
     rest = bytearray()
     for piece in data:
         acknowledge(0)  # steps that did not fit into the buffer before
@@ -2263,36 +2281,21 @@ def _follow_child(
         if b"\n" in piece:
             *lines, rest = rest.split(b"\n")
             for line in lines:
-                kind, _, payload = bytes(line).partition(b" ")
-                if kind == b"log":
-                    ctx.log(json.loads(payload))
-                elif kind == b"progress":
+                message, _, result = bytes(line).partition(b"\t")
+                kind, *values = json.loads(message)
+                if kind == "log":
+                    ctx.log(*values)
+                elif kind == "progress":
                     with contextlib.suppress(Cancelled):
-                        ctx.progress(*json.loads(payload))
-                elif kind == b"step" and ctx.save_step:
-                    begin, _, result = payload.partition(b"\t")
-                    name, *times = json.loads(begin)
+                        ctx.progress(*values)
+                elif kind == "step":
+                    name, *times = values
                     ctx.save_step(ctx, Step(0, 0, name, result, *times), acknowledge)
                 else:
-                    return kind.decode(), payload
+                    return Outcome(*values)._replace(result=result)
         if len(rest) > ctx.max_result + 10 * MAX_MESSAGE:
             break
     return None
-
-
-def result_of(ctx: Context, kind: str, payload: bytes) -> bytes:
-    """Return the result in a reply, or raise the error in it."""
-    if kind == "result":
-        return payload
-    if kind == "cancelled":
-        raise Cancelled
-    if kind == "retry":
-        raise Retry(*json.loads(payload))
-    text, trace, is_final = json.loads(payload)
-    if is_final:
-        raise Fail(text)
-    ctx.log_traceback(trace)
-    raise Failure(text)
 
 
 class ServiceLink:
@@ -2304,29 +2307,29 @@ class ServiceLink:
         self._unsaved: Deque[Callable[[], Any]] = deque()  # one for each step
         PRIVATE.add(connection)
 
-    def send(self, kind: str, payload: bytes) -> None:
-        """Send a word and JSON."""
+    def send(self, *message: Any, result: bytes = b"") -> None:
+        """Send a message, which begins with its kind, and a result."""
         if os.getpid() != self._pid:
             return  # the handler has forked: the lock may be held
         with self._lock:
-            self._connection.sendall(kind.encode() + b" " + payload + b"\n")
+            self._connection.sendall(to_json(message) + b"\t" + result + b"\n")
 
     def emit(self, ctx: Context, kind: str, payload: Any) -> None:
         """Send progress, or lines of the log."""
         if kind == "progress":
-            self.send(kind, to_json(payload))
+            self.send(kind, *payload)
             return
         for line in payload[0]:
-            self.send(kind, to_json(line[-MAX_MESSAGE:]))
+            self.send(kind, line[-MAX_MESSAGE:])
 
     def save_step(
         self, ctx: Context, step: Step, on_durable: Callable[[], Any]
     ) -> None:
         """Send a step, to be saved."""
-        begin = to_json([step.name, step.started_at, step.ended_at])
+        times = step.started_at, step.ended_at
         with self._lock:
             self._unsaved.append(on_durable)
-            self.send("step", begin + b"\t" + step.result)
+            self.send("step", step.name, *times, result=step.result)
         ctx.steps[step.name] = step
 
     def await_stop(self, ctx: Context) -> None:
@@ -2356,22 +2359,23 @@ def isolated_main() -> None:
         os._exit(1)
     job = json.loads(line)
     ctx = Context(job["task_id"], job["attempt"], link.emit)
-    ctx.save_step, ctx.max_result = link.save_step, job["max_result"]
-    for name, result in job["steps"].items():
-        ctx.steps[name] = Step(0, 0, name, result.encode(), 0, 0)
+    ctx.save_step = link.save_step
+    for name, done in job["steps"].items():
+        ctx.steps[name] = Step(0, 0, name, done.encode(), 0, 0)
     threading.Thread(target=link.await_stop, args=(ctx,), daemon=True).start()
-    reply = _reply_of(job, ctx)
+    outcome = run_job(job, ctx)
     flush_output()
     with contextlib.suppress(OSError):  # the service is gone
-        link.send(*reply)
+        link.send("end", *outcome._replace(result=None), result=outcome.result or b"")
     os._exit(0)  # the handler may have left threads
 
 
 _loading = threading.Lock()
 
 
-def _reply_of(job: Dict[str, Any], ctx: Context) -> Tuple[str, bytes]:
-    """Load the handlers, run one, and return a word and JSON on how that ended."""
+def run_job(job: Dict[str, Any], ctx: Context) -> Outcome:
+    """Load the handlers, run one, and return how that ended."""
+    ctx.max_result = job["max_result"]
     try:
         with _loading:
             if job["files"] != LOADED:
@@ -2380,15 +2384,9 @@ def _reply_of(job: Dict[str, Any], ctx: Context) -> Tuple[str, bytes]:
                 for file, source in job["files"].items():
                     load_handlers(file, source)
         value = REGISTRY[job["name"]].run_here(job["params"], ctx)
-        return "result", encode_result(value, job["max_result"])
-    except Cancelled:
-        return "cancelled", b"null"
-    except Retry as error:
-        again = _number(error.after), _number(error.max_attempts)
-        return "retry", to_json([_text_of(error)[:MAX_MESSAGE], *again])
+        return Outcome(COMPLETED, encode_result(value, ctx.max_result))
     except BaseException as error:
-        failed = [describe(error), format_trace(), isinstance(error, Fail)]
-        return "failed", to_json(failed)
+        return outcome_of(error, ctx)
 
 
 def print_at_once() -> None:
@@ -2908,8 +2906,8 @@ def load_executor(text: str) -> None:
     EXECUTOR[:] = [executor]
 
 
-def run_on_executor(job: Dict[str, Any], ctx: Context) -> bytes:
-    """Run a handler by the executor, as if it ran here."""
+def run_on_executor(job: Dict[str, Any], ctx: Context) -> Outcome:
+    """Run a handler by the executor, and return how that ended."""
     values = {"boot": BOOT, "scope": dict(_boot_values, job=job)}
     future = EXECUTOR[0].submit(eval, "(exec(boot, scope), scope['reply'])[1]", values)
     done = threading.Event()
@@ -2920,24 +2918,16 @@ def run_on_executor(job: Dict[str, Any], ctx: Context) -> bytes:
     if future.cancelled() or not future.done():
         ctx.check()  # the run there may go on; its end is ignored
         raise Failure("the executor has cancelled it")
-    return result_of(ctx, *future.result())
+    return Outcome(*future.result())
 
 
-def run_remote(job: Dict[str, Any]) -> Any:
-    """Run a handler in a process of the executor, and return its reply."""
-    return _reply_of(job, Context(job["task_id"], job["attempt"]))
+def run_remote(job: Dict[str, Any]) -> Tuple[Any, ...]:
+    """Run a handler in a process of the executor; return the fields of its Outcome."""
+    return tuple(run_job(job, Context(job["task_id"], job["attempt"])))
 
 
-def run_handler(known: Handler, params: Dict[str, Any], ctx: Context) -> Any:
-    """Run a handler wherever it is to run, and return its result as JSON.
-
-    If it is async, return its coroutine. Raises Fail for a result that can't be stored,
-    and whatever the handler raises.
-    """
-    if known.is_async:
-        return known.run_here(params, ctx)
-    if not known.isolated:
-        return encode_result(known.run_here(params, ctx), ctx.max_result)
+def run_apart(known: Handler, params: Dict[str, Any], ctx: Context) -> Outcome:
+    """Run an isolated handler in another process, and return how that ended."""
     job = {
         "files": LOADED,
         "name": known.name,
@@ -4955,30 +4945,20 @@ async def run_task(
             raise Failure(text % (quote(task.type), names))
         context.check()  # it may have been cancelled before it could begin
         check_steps(task, context)
-        known, size = handlers[task.type], context.max_result
+        known = handlers[task.type]
         # An earlier process may have accepted it, for other params of this type.
         params = known.params.validate(params_of(task), ("params",))
-        result = run_handler(known, params, context)
-        result = encode_result(await result, size) if known.is_async else result
-        return Outcome(COMPLETED, result)
-    except Cancelled:
-        if context.cancelled:
-            return Outcome(CANCELLED)
-        error = "Cancelled: raised, though nobody had asked for it"
-        return Outcome(FAILED, error=error)
-    except Retry as error:
-        limit, after = _number(error.max_attempts), _number(error.after)
-        last = limit is not None and context.attempt >= limit
-        status = FAILED if last else PENDING
-        return Outcome(status, error=describe(error), after=after, final=last)
-    except (DamagedTask, Invalid) as error:
-        return Outcome(FAILED, error=str(error), final=True)
+        if known.isolated:
+            outcome = run_apart(known, params, context)
+        else:
+            value = known.run_here(params, context)
+            value = await value if known.is_async else value
+            outcome = Outcome(COMPLETED, encode_result(value, context.max_result))
     except BaseException as error:  # SystemExit too: it must not end the worker
-        stopped = context.cancelled and type(error).__name__ == "CancelledError"
-        if not (stopped or isinstance(error, Failure)):
-            context.log_traceback(format_trace())
-        after, final = _number(getattr(error, "after", None)), isinstance(error, Fail)
-        return Outcome(FAILED, error=describe(error), after=after, final=final)
+        outcome = outcome_of(error, context)
+    if outcome.trace:
+        context.log_traceback(outcome.trace)
+    return outcome
 
 
 def run_one(task: Task, context: Context, handlers: Mapping[str, Handler]) -> Outcome:

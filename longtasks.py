@@ -48,14 +48,14 @@ line:
       874  3. Task registry
      1616  4. Execution
      2944  5. Journal
-     3566  6. Events
-     3760  7. Result store and task queue
-     4917  8. Worker pool
-     5228  9. HTTP API
-     6918  10. HTTP server
-     7881  11. Client
-     8470  12. Main
-     9015  13. The page
+     3575  6. Events
+     3769  7. Result store and task queue
+     4927  8. Worker pool
+     5238  9. HTTP API
+     6928  10. HTTP server
+     7891  11. Client
+     8480  12. Main
+     9025  13. The page
 
 Three things hold throughout:
 
@@ -3107,7 +3107,16 @@ class Paused(NamedTuple):
     seq: int = 0  # there is one such record
 
 
-Record = Union[Task, Step, Removal, Paused]
+class EndOfLog(NamedTuple):
+    """The record of the last lines that a finished task has logged."""
+
+    seq: int
+    id: str
+    text: str
+    number: int = -1  # apart from the task's own record and its steps
+
+
+Record = Union[Task, Step, Removal, Paused, EndOfLog]
 
 
 class Commit:
@@ -3121,9 +3130,8 @@ class Commit:
 
     def __init__(self) -> None:
         self.new: List[Task] = []
-        # The latest one of each task, by its seq and 0, and steps by their number.
+        # The latest one of each task, by its seq and 0, and others by their number.
         self.moves: Dict[Tuple[int, int], Record] = {}
-        self.logs: Dict[str, str] = {}  # of finished tasks, by their ids
         self.on_durable: List[Callable[[], Any]] = []  # called once it is on disk
         self.error = ""
         self.tried = threading.Event()  # wakes all threads that wait for this commit
@@ -3139,7 +3147,6 @@ class Commit:
     def fail(self, error: str, following: "Commit") -> None:
         """Hand all but the new tasks over to the following commit."""
         following.moves = {**self.moves, **following.moves}
-        following.logs = {**self.logs, **following.logs}
         following.on_durable = self.on_durable + following.on_durable
         self.error = error
 
@@ -3394,14 +3401,12 @@ class Journal:
         self,
         *moves: Record,
         new: Sequence[Task] = (),
-        logs: Mapping[str, str] = {},
         on_durable: Optional[Callable[[], Any]] = None,
     ) -> Commit:
         """Add records to the next commit, without waiting for it; return it."""
         with self._changed:
             commit = self._open
             commit.new += new
-            commit.logs.update(logs)
             for record in moves:
                 commit.moves[record.seq, getattr(record, "number", 0)] = record
             if on_durable:
@@ -3449,7 +3454,7 @@ class Journal:
         """Write a commit, or hand its moves over to the next one."""
         begin = time.perf_counter()
         try:
-            self.write(commit.records, commit.logs)
+            self.write(commit.records)
         except Exception as error:  # whatever it is, this thread must live
             text = getattr(error, "strerror", "") or str(error) or type(error).__name__
             if text != self.error:
@@ -3469,29 +3474,15 @@ class Journal:
             log.exception("a commit was written, but can't be shown")
         commit.tried.set()
 
-    def write(self, records: Sequence[Record], logs: Mapping[str, str] = {}) -> None:
+    def write(self, records: Sequence[Record]) -> None:
         """Write records in one transaction; raises OSError or sqlite3.Error."""
         if os.stat(self.path).st_ino != self._inode:
             raise OSError("the file was replaced")
-        tasks = [_to_row(record) for record in records if isinstance(record, Task)]
-        steps = [_to_step_row(record) for record in records if isinstance(record, Step)]
-        removals = [record for record in records if isinstance(record, Removal)]
-        seqs, ids = [(r.seq,) for r in removals], [(r.id, r.id) for r in removals]
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._db.executemany(_REPLACE, tasks)
-            self._db.executemany(_REPLACE_STEP, steps)
-            self._db.executemany("DELETE FROM tasks WHERE seq = ?", seqs)
-            self._db.executemany("DELETE FROM steps WHERE seq = ?", seqs)
-            self._db.executemany("INSERT INTO gone (id, again) VALUES (?, ?)", ids)
-            texts = [(task_id, logs[task_id]) for task_id in logs if logs[task_id]]
-            self._db.executemany("REPLACE INTO logs VALUES (?, ?)", texts)
-            self._db.executemany("DELETE FROM logs WHERE id = ?", [i[:1] for i in ids])
+            for record in records:
+                self._write_record(record)
             self._db.execute(_TRIM, (self.removed_limit,))
-            for paused in (record for record in records if isinstance(record, Paused)):
-                rows = [(type, type) for type in paused.types]
-                self._db.execute("DELETE FROM paused")
-                self._db.executemany("INSERT INTO paused VALUES (?, ?)", rows)
             if self.error:  # so that a commit without records is a try, too
                 self._db.execute(_SET_VERSION)
             self._db.execute("COMMIT")
@@ -3499,6 +3490,24 @@ class Journal:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
+
+    def _write_record(self, record: Record) -> None:
+        execute = self._db.execute
+        if isinstance(record, Task):
+            execute(_REPLACE, _to_row(record))
+        elif isinstance(record, Step):
+            execute(_REPLACE_STEP, _to_step_row(record))
+        elif isinstance(record, EndOfLog):
+            execute("REPLACE INTO logs VALUES (?, ?)", (record.id, record.text))
+        elif isinstance(record, Removal):
+            execute("DELETE FROM tasks WHERE seq = ?", (record.seq,))
+            execute("DELETE FROM steps WHERE seq = ?", (record.seq,))
+            execute("DELETE FROM logs WHERE id = ?", (record.id,))
+            execute("INSERT INTO gone (id, again) VALUES (?, ?)", (record.id,) * 2)
+        else:
+            execute("DELETE FROM paused")
+            for type in record.types:
+                execute("INSERT INTO paused VALUES (?, ?)", (type, type))
 
     def wal_size(self) -> int:
         """Return the size of the WAL in bytes."""
@@ -4731,8 +4740,9 @@ class TaskStore(TaskReader):
                 if task.finished:
                     self._evict()
             return _DURABLE
-        logs = {t.id: self.events.log_text(t.id, LOG_SIZE) for t in tasks if t.finished}
-        commit = self.journal.append(*moves, new=new, logs=logs, on_durable=call)
+        texts = [(t, self.events.log_text(t.id, LOG_SIZE)) for t in tasks if t.finished]
+        logs = [EndOfLog(task.seq, task.id, text) for task, text in texts if text]
+        commit = self.journal.append(*moves, *logs, new=new, on_durable=call)
         self._unwritten.update((task.id, (task, commit)) for task in tasks)
         self._count_new(new, 1)
         return commit
@@ -4748,7 +4758,7 @@ class TaskStore(TaskReader):
                     if self._unwritten[record.id][0] is record:
                         del self._unwritten[record.id]
                     self._apply(record)
-                elif not isinstance(record, Step):
+                elif not isinstance(record, (Step, EndOfLog)):
                     self._show(record)
             self._evict()
             self._check_drained()

@@ -1148,12 +1148,12 @@ class HeldJournal(longtasks.Journal):
         self.appended += [*new, *moves]
         return commit
 
-    def write(self, records, logs):
+    def write(self, records):
         self.at_gate.release()
         assert self.let.acquire(timeout=LONG)
         if self.failure:
             raise self.failure
-        super().write(records, logs)
+        super().write(records)
         self.commits.append(list(records))
 
     def wait_held(self):

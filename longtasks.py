@@ -48,14 +48,14 @@ line:
       860  3. Task registry
      1602  4. Execution
      2931  5. Journal
-     3562  6. Events
-     3756  7. Result store and task queue
-     4914  8. Worker pool
-     5225  9. HTTP API
-     6915  10. HTTP server
-     7878  11. Client
-     8467  12. Main
-     9012  13. The page
+     3570  6. Events
+     3764  7. Result store and task queue
+     4922  8. Worker pool
+     5233  9. HTTP API
+     6923  10. HTTP server
+     7886  11. Client
+     8475  12. Main
+     9020  13. The page
 
 Three things hold throughout:
 
@@ -3106,6 +3106,14 @@ class EndOfLog(NamedTuple):
 Record = Union[Task, Step, Removal, Paused, EndOfLog]
 
 
+def _place_in_commit(record: Record) -> int:
+    """Order tasks that have not run by their seqs, as lists do; all else comes first.
+
+    A follow-up is a move, and yet as new as a task that is submitted meanwhile.
+    """
+    return record.seq if isinstance(record, Task) and not record.attempt else 0
+
+
 class Commit:
     """Records that reach the disk in one transaction.
 
@@ -3129,7 +3137,7 @@ class Commit:
     @property
     def records(self) -> List[Record]:
         """All records, in the order in which they are to be written and shown."""
-        return [*self.new, *self.moves.values()]
+        return sorted([*self.moves.values(), *self.new], key=_place_in_commit)
 
     def fail(self, error: str, following: "Commit") -> None:
         """Hand all but the new tasks over to the following commit."""

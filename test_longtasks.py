@@ -7661,6 +7661,25 @@ def test_what_follows_is_written_with_the_end_and_never_lost(tmp_path):
     assert journal.close(LONG)
 
 
+def test_what_follows_is_listed_in_order_with_what_is_submitted_meanwhile(tmp_path):
+    journal = HeldJournal(tmp_path / "tasks.db")
+    journal.let.release()
+    store = then_store(journal)
+    task = store.submit("a", b"{}")
+    _, context = begun(store)
+    journal.wait_held()
+    journal.wait_held()  # with its start
+    store.finish(context, DONE)
+    submitted = background(lambda: store.submit("x", b"{}"))
+    until(lambda: len(journal.appended) == 6)
+    journal.free()
+    last = submitted.result(LONG)
+    assert [t.type for t in store.page(9)[0]] == ["a", "b", "b", "x"]
+    assert [t.type for t in store.page(9, after=task.seq)[0]] == ["b", "b", "x"]
+    assert store.page(9, after=last.seq)[0] == []
+    assert journal.close(LONG)
+
+
 def test_what_follows_the_third_death_is_there_at_the_next_start(tmp_path):
     path = tmp_path / "tasks.db"
     for _ in range(3):
@@ -8083,7 +8102,7 @@ class Wire:
     """A socket that brings these pieces and keeps what is sent."""
 
     def __init__(self, *pieces):
-        self.pieces = [piece for piece in pieces if piece]
+        self.pieces = [memoryview(piece) for piece in pieces if piece]
         self.sent = b""
 
     def recv(self, size):
@@ -8091,7 +8110,7 @@ class Wire:
             return b""
         data, rest = self.pieces[0][:size], self.pieces[0][size:]
         self.pieces[:1] = [rest] if rest else []
-        return data
+        return bytes(data)
 
     def makefile(self, mode, size=-1):
         return io.BytesIO(b"".join(self.pieces))

@@ -47,15 +47,15 @@ line:
       498  2. Tasks and their states
       860  3. Task registry
      1602  4. Execution
-     2931  5. Journal
-     3570  6. Events
-     3764  7. Result store and task queue
-     4922  8. Worker pool
-     5233  9. HTTP API
-     6923  10. HTTP server
-     7886  11. Client
-     8475  12. Main
-     9020  13. The page
+     2916  5. Journal
+     3555  6. Events
+     3749  7. Result store and task queue
+     4907  8. Worker pool
+     5212  9. HTTP API
+     6902  10. HTTP server
+     7865  11. Client
+     8454  12. Main
+     8999  13. The page
 
 Three things hold throughout:
 
@@ -1975,18 +1975,6 @@ def use_cpus(cpus: Sequence[int], thread: int = 0) -> None:
             os.sched_setaffinity(thread, cpus)
 
 
-def run_on_one_cpu(ctx: Context, run: Callable[[], Any]) -> Any:
-    """Call a function on one CPU.
-
-    ctx.thread is 0 afterwards if it got all CPUs, since it lasted or started a thread.
-    """
-    ctx.thread, _bound.context = threading.get_native_id(), ctx
-    try:
-        return run()
-    finally:
-        _bound.context = None
-
-
 def free_children(event: str, arguments: Any) -> None:
     """Give all CPUs to a run that starts a thread or process: a hook of PEP 578."""
     if event in ("subprocess.Popen", "os.posix_spawn", "os.fork") or "thread" in event:
@@ -2034,22 +2022,19 @@ class Reaper:
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
+from contextlib import suppress
 sessions = set()
 for line in sys.stdin:
     if line.endswith("\\n"):
         sessions = set(map(int, line.split()))
 for session in sessions:
-    try:
+    with suppress(OSError):
         os.killpg(session, signal.SIGKILL)
-    except OSError:
-        pass
-names = os.listdir("/proc") if sessions and os.path.isdir("/proc/self") else ()
-for pid in map(int, filter(str.isdigit, names)):
-    try:
-        if os.getsid(pid) in sessions:
-            os.kill(pid, signal.SIGKILL)
-    except OSError:
-        pass
+with suppress(OSError):
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with suppress(OSError):
+            if os.getsid(pid) in sessions:
+                os.kill(pid, signal.SIGKILL)
 """
 
     def __init__(self) -> None:
@@ -4928,13 +4913,6 @@ def backoff(first: float, failures: int) -> float:
 # ======================================================================
 
 
-def check_steps(task: Task, context: Context) -> None:
-    """Raise DamagedTask unless a run has all steps of its task that are done."""
-    if len(context.steps) < task.steps:
-        text = "only %d of its %d steps are intact in the file"
-        raise DamagedTask(text % (len(context.steps), task.steps))
-
-
 async def run_task(
     task: Task, context: Context, handlers: Mapping[str, Handler]
 ) -> Outcome:
@@ -4949,7 +4927,9 @@ async def run_task(
             text = "no task type %s is registered any more; known: %s"
             raise Failure(text % (quote(task.type), names))
         context.check()  # it may have been cancelled before it could begin
-        check_steps(task, context)
+        if len(context.steps) < task.steps:
+            text = "only %d of its %d steps are intact in the file"
+            raise DamagedTask(text % (len(context.steps), task.steps))
         known = handlers[task.type]
         # An earlier process may have accepted it, for other params of this type.
         params = known.params.validate(params_of(task), ("params",))
@@ -5091,17 +5071,16 @@ class WorkerPool:
     def _run_on_cpus(self, task: Task, context: Context) -> Outcome:
         """Run a task on one CPU if runs of its type have been short, or on all."""
         lasted, begin = self._lasted.get(task.type, 1.0), time.perf_counter()
-        if lasted >= self.short_run:
-            use_cpus(CPUS)
-            outcome = run_one(task, context, self.handlers)
-            seconds = time.perf_counter() - begin
+        if lasted < self.short_run:
+            context.thread, _bound.context = threading.get_native_id(), context
         else:
-            run = functools.partial(run_one, task, context, self.handlers)
-            outcome = run_on_one_cpu(context, run)
-            seconds = time.perf_counter() - begin if context.thread else 1.0
-        if lasted >= self.short_run or not context.thread:
+            use_cpus(CPUS)
+        outcome = run_one(task, context, self.handlers)
+        _bound.context = None
+        if not context.thread:  # it had all, or got them since it lasts or has children
             use_cpus(ONE_CPU)
-        self._lasted[task.type] = 0.8 * lasted + 0.2 * min(1.0, seconds)
+        seconds = min(1.0, time.perf_counter() - begin)
+        self._lasted[task.type] = 0.8 * lasted + 0.2 * seconds
         return outcome
 
     def _free_long_runs(self) -> None:

@@ -46,16 +46,16 @@ line:
       146  1. Settings
       498  2. Tasks and their states
       860  3. Task registry
-     1602  4. Execution
-     2916  5. Journal
-     3555  6. Events
-     3749  7. Result store and task queue
-     4907  8. Worker pool
-     5212  9. HTTP API
-     6902  10. HTTP server
-     7865  11. Client
-     8454  12. Main
-     8999  13. The page
+     1599  4. Execution
+     2913  5. Journal
+     3552  6. Events
+     3746  7. Result store and task queue
+     4904  8. Worker pool
+     5209  9. HTTP API
+     6899  10. HTTP server
+     7862  11. Client
+     8450  12. Main
+     8991  13. The page
 
 Three things hold throughout:
 
@@ -1256,6 +1256,22 @@ class Validator:
         self._convert(value, (), problems)
         return not problems
 
+    def member(self, name: str) -> Optional["Validator"]:
+        """Return the validator of a property, or None if it is unknown."""
+        return self._properties.get(name, self._others)
+
+    def parse_member(self, name: str, text: str) -> Any:
+        """Return the value of a property in a word, such as 2 for retries=2.
+
+        It is a string if the schema allows that, else it is JSON. The value may still
+        be invalid; validate() says why.
+        """
+        own = self.member(name)
+        if own and own.schema.get("type") != "string" and not own.is_valid(text):
+            with contextlib.suppress(Malformed):
+                return from_json(text.encode("utf-8", "surrogateescape"))
+        return text
+
     def _convert(self, value: Any, path: Path, problems: List[Problem]) -> Any:
         """Return a value as the schema wants it; append what is wrong to `problems`."""
         kind = type(value)
@@ -1396,63 +1412,38 @@ def check_submission(
     """Return the task that a document submits; raises Invalid."""
     wanted = _SUBMISSION.validate(document, path)
     name, params = wanted.pop("type"), wanted.pop("params")
-    params = check_params(name, params, handlers, path)
+    known = find_handler(name, handlers, (*path, "type"))
+    params = known.params.validate(params, (*path, "params"))
     if "then" in wanted:
-        wanted["then"] = check_then(wanted["then"], handlers, (*path, "then"))
+        wanted["then"] = _check_then(wanted["then"], handlers, (*path, "then"))
     options = Options(**wanted) if wanted else NO_OPTIONS
     return Submission(name, to_json(params), options)
 
 
-def check_params(
-    name: str, params: Any, handlers: Mapping[str, Handler], path: Path
-) -> Dict[str, Any]:
-    """Return the params of a task as its type wants them; raises Invalid."""
+def find_handler(name: str, handlers: Mapping[str, Handler], path: Path) -> Handler:
+    """Return the handler of a type; raises Invalid with the `path` to the name."""
     if name not in handlers:
-        Validator({"enum": sorted(handlers)}).validate(name, (*path, "type"))
-    return handlers[name].params.validate(params, (*path, "params"))  # type: ignore
+        Validator({"enum": sorted(handlers)}).validate(name, path)
+    return handlers[name]
 
 
-def check_then(
-    entries: List[Dict[str, Any]], handlers: Mapping[str, Handler], path: Path
-) -> bytes:
+def _check_then(entries: List[Any], handlers: Mapping[str, Handler], at: Path) -> bytes:
     """Return the follow-ups in a `then`, checked, as JSON; raises Invalid."""
     if len(entries) > MAX_FOLLOW_UPS:
         message = "must hold at most %d, not %d" % (MAX_FOLLOW_UPS, len(entries))
-        raise Invalid([(path, message)])
+        raise Invalid([(at, message)])
     for index, entry in enumerate(entries):
-        name, own = entry["type"], entry["params"]
-        completed = with_task(handlers.get(name), own, _ANY_TASK)
-        checked = check_params(name, completed, handlers, (*path, index))
-        entry["params"] = {key: checked[key] for key in own}
+        _check_follow_up(entry, handlers, (*at, index))
     return json.dumps(entries, sort_keys=True).encode()  # the same for the same request
 
 
-def rule_entries(rules: Rules, handlers: Mapping[str, Handler]) -> List[Dict[str, Any]]:
-    """Return the follow-ups by the rules of a type, as entries of a `then`."""
-    entries = []
-    for ending in ENDINGS:
-        text = getattr(rules, "on_" + ending)
-        if text:
-            type, _, query = text.partition("?")
-            schema = handlers[type].schema if type in handlers else {}
-            known = schema.get("properties", {})
-            pairs = parse_qsl(query, keep_blank_values=True)
-            params = {key: parse_value(word, known.get(key, {})) for key, word in pairs}
-            entries.append({"on": ending, "type": type, "params": params})
-    return entries
-
-
-def check_follow_ups(handlers: Mapping[str, Handler]) -> None:
-    """Check that the follow-ups by all rules are valid; raises HandlerError."""
-    for name, known in handlers.items():
-        for entry in rule_entries(Rules(**known.rules), handlers):
-            try:
-                check_then([entry], handlers, ("on_" + entry["on"],))
-            except Invalid as error:
-                raise HandlerError("task type %s: %s" % (quote(name), error)) from None
-
-
-_ANY_TASK = {"id": "", "attempt": 1}  # stands for a status document
+def _check_follow_up(
+    entry: Dict[str, Any], handlers: Mapping[str, Handler], at: Path
+) -> None:
+    known, own = find_handler(entry["type"], handlers, (*at, "type")), entry["params"]
+    params = with_task(known, own, {"id": "", "attempt": 1})  # like a status document
+    checked = known.params.validate(params, (*at, "params"))
+    entry["params"] = {key: checked[key] for key in own}
 
 
 def with_task(
@@ -1462,11 +1453,30 @@ def with_task(
 
     Params that have a `task`, and those of a type that takes none, stay as they are.
     """
-    schema = known.schema if known else {}
-    others = schema.get("additionalProperties", True)
-    own = schema.get("properties", {}).get("task", others)
-    takes_task = own is not False and Validator(own).is_valid(_ANY_TASK)
-    return {"task": document, **params} if takes_task else params
+    own = known.params.member("task") if known else Validator({})
+    return {"task": document, **params} if own and own.is_valid(document) else params
+
+
+def follow_ups_by_rule(handlers: Mapping[str, Handler]) -> Dict[str, List[Any]]:
+    """Return the follow-ups by the rules of each type, as entries of a `then`.
+
+    Raises HandlerError for one that can't be submitted.
+    """
+    found: Dict[str, List[Any]] = {name: [] for name in handlers}
+    for name, ending in itertools.product(handlers, ENDINGS):
+        rule = "on_" + ending
+        type, _, query = handlers[name].rules.get(rule, "").partition("?")
+        if type:
+            try:
+                params = find_handler(type, handlers, (rule, "type")).params
+                words = parse_qsl(query, keep_blank_values=True)
+                own = {key: params.parse_member(key, word) for key, word in words}
+                entry = {"on": ending, "type": type, "params": own}
+                _check_follow_up(entry, handlers, (rule,))
+            except Invalid as error:
+                raise HandlerError("task type %s: %s" % (quote(name), error)) from None
+            found[name].append(entry)
+    return found
 
 
 def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submission]:
@@ -1488,28 +1498,15 @@ def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submiss
     return submissions
 
 
-def parse_value(text: str, schema: Schema) -> Any:
-    """Return the value of a word: a string if the schema allows it, else its JSON.
-
-    Validation refuses a value that does not fit the schema, and says why.
-    """
-    is_string = isinstance(schema, dict) and schema.get("type") == "string"
-    if not (is_string or Validator(schema).is_valid(text)):
-        with contextlib.suppress(Malformed):
-            return from_json(text.encode("utf-8", "surrogateescape"))
-    return text
-
-
 def read_rules(words: Sequence[str], schemas: Mapping[str, Any]) -> Dict[str, Any]:
     """Return the rules in words such as "retries=2"; raises ValueError or Invalid."""
-    pairs = []
+    validator, pairs = Validator(_closed(**schemas)), []
     for rule, _, text in [word.partition("=") for word in words]:
-        schema = schemas.get(rule, {})
-        value = parse_value(text, schema)
-        if "items" in schema:
-            value = [parse_value(part, schema["items"]) for part in text.split(",")]
+        value = validator.parse_member(rule, text)
+        if rule == "exit_codes":
+            value = [int(x) if x.isdecimal() else x for x in text.split(",")]
         pairs.append((rule, value))
-    rules: Dict[str, Any] = Validator(_closed(**schemas)).validate(_read_object(pairs))
+    rules: Dict[str, Any] = validator.validate(_read_object(pairs))
     return rules
 
 
@@ -2707,10 +2704,10 @@ def set_rules(line: str) -> None:
     """
     try:
         name, *words = shlex.split(line) or [""]
-        Validator({"enum": sorted(REGISTRY)}).validate(name, ("the type",))
+        known = find_handler(name, REGISTRY, ("the type",))
         if not words:
             raise HandlerError("write TYPE RULE=VALUE ..., as in backup timeout=3600")
-        REGISTRY[name] = _with_rules(REGISTRY[name], words)
+        REGISTRY[name] = _with_rules(known, words)
     except (HandlerError, Invalid, ValueError) as error:
         raise HandlerError("--rule %s: %s" % (quote(line), error)) from None
 
@@ -5460,7 +5457,7 @@ def step_document(step: Step) -> Json:
 
 def follow_ups(
     handlers: Mapping[str, Handler],
-    by_rule: Callable[[str], List[Json]],
+    by_rule: Dict[str, List[Json]],
     task: Task,
 ) -> Iterator[Submission]:
     """Yield the follow-ups of a task that has ended, by its `then` and type's rules.
@@ -5468,7 +5465,7 @@ def follow_ups(
     The rules do not apply to a task that is itself a follow-up.
     """
     entries = json.loads(task.options.then) if task.options.then else []
-    entries += [] if task.follows else by_rule(task.type)
+    entries += [] if task.follows else by_rule.get(task.type, [])
     document = status_document(task) if entries else {}
     for entry in entries:
         if entry["on"] in (task.status, "finished"):
@@ -8110,14 +8107,13 @@ def read_task(client: Client, args: Any) -> Tuple[str, Dict[str, Any]]:
         if not schemas:
             types = client.get("/api/v1/types", "types")["types"]
             schemas = {each["type"]: each["params"] for each in types}
-        schema = schemas.get(args.type, {})
-        others = schema.get("additionalProperties", True)
-        params[key] = parse_value(text, schema.get("properties", {}).get(key, others))
+        params[key] = Validator(schemas.get(args.type, {})).parse_member(key, text)
     document = {"type": args.type, "params": params}
     for name in Options._fields:
         if getattr(args, name) is not None:
-            schema = SUBMISSION["properties"][name]
-            document[name] = parse_value(getattr(args, name), schema)
+            document[name] = Validator(SUBMISSION).parse_member(
+                name, getattr(args, name)
+            )
     return task_id, document
 
 
@@ -8532,10 +8528,7 @@ class Service:
         )
         access = Access(read_token(settings), settings["INSECURE"])
         tls = tls_context(settings)
-        by_rule = functools.lru_cache(maxsize=1000)(
-            lambda type: rule_entries(rules(type), handlers)
-        )
-        follow = functools.partial(follow_ups, handlers, by_rule)
+        follow = functools.partial(follow_ups, handlers, follow_ups_by_rule(handlers))
         self.store = TaskStore(limits, rules=rules, types=handlers, follow_ups=follow)
         self.pool = WorkerPool(self.store, handlers, settings["WORKER_COUNT"])
         self.pool.async_count = settings["ASYNC_COUNT"]
@@ -8924,7 +8917,7 @@ def _start(argv: Sequence[str], signals: Signals) -> Service:
     manager = ServiceManager(os.environ)
     _register_types(settings)
     signals.install(bool(settings["API_TOKEN_FILE"] or settings["TLS_CERT"]))
-    service = Service(settings, manager=manager)
+    service = Service(settings, REGISTRY, manager)
     raise_file_limit(settings["MAX_CONNECTIONS"] + 1000)
     signals.starting = False
     service.start()
@@ -8949,7 +8942,6 @@ def _register_types(settings: Settings) -> None:
     if settings["EXECUTOR"]:
         load_executor(settings["EXECUTOR"])
     check_isolated()
-    check_follow_ups(REGISTRY)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -7572,7 +7572,6 @@ def test_by_rule_nothing_follows_a_follow_up(ends, registry):
     handler("again", on_finished="again", on_failed="nothing")(lambda: 1)
     longtasks.set_rules("again on_completed=follower?n=2")
     longtasks.set_rules("again on_failed=follower")
-    longtasks.check_follow_ups(registry)
     with serving() as service:
         found = followers(service, submitted(service, "again"), 2)
         assert [task["type"] for task, _ in found] == ["follower", "again"]
@@ -7585,10 +7584,10 @@ def test_by_rule_nothing_follows_a_follow_up(ends, registry):
     [
         (
             ["--rule", "t on_failed=alert"],
-            '"t": on_failed[0].type must be one of "long',
+            '"t": on_failed.type must be one of "long',
         ),
-        (["--rule", "t on_failed=t?a=1&b=2"], "on_failed[0].params.b is unknown"),
-        (["--rule", "t on_failed=t"], "on_failed[0].params.a is missing"),
+        (["--rule", "t on_failed=t?a=1&b=2"], "on_failed.params.b is unknown"),
+        (["--rule", "t on_failed=t"], "on_failed.params.a is missing"),
         (["--command", "u=echo {b} {b.c}"], "{b} can't be an object and a string"),
         (["--webhook-hosts", "a"], "WEBHOOK_HOSTS needs WEBHOOK_SECRET as well"),
         (["--webhook-hosts", "http://a"], "hosts, or HOST:PORT, with commas between"),

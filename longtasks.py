@@ -46,16 +46,16 @@ line:
       146  1. Settings
       498  2. Tasks and their states
       860  3. Task registry
-     1599  4. Execution
-     2913  5. Journal
-     3552  6. Events
-     3746  7. Result store and task queue
-     4904  8. Worker pool
-     5209  9. HTTP API
-     6899  10. HTTP server
-     7862  11. Client
-     8450  12. Main
-     8991  13. The page
+     1573  4. Execution
+     2887  5. Journal
+     3526  6. Events
+     3720  7. Result store and task queue
+     4878  8. Worker pool
+     5183  9. HTTP API
+     6873  10. HTTP server
+     7836  11. Client
+     8424  12. Main
+     8965  13. The page
 
 Three things hold throughout:
 
@@ -1024,7 +1024,7 @@ def handler(
             if isolated and not hasattr(os, "killpg"):
                 raise HandlerError("this system has no process groups to isolate it in")
             options = dict(rules, limits=limits or {}, isolated=isolated)
-            _HANDLER_OPTIONS.validate(options)
+            Validator(_HANDLER_OPTIONS).validate(options)
             schema, whole, context = _read_signature(function)
             is_async = inspect.iscoroutinefunction(_called(function))
             if is_async and isolated:
@@ -1144,17 +1144,17 @@ def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
     return schema
 
 
-_TYPE_NAMES: Dict[Any, str] = {
-    bool: "boolean",
-    int: "integer",
-    float: "number",
-    str: "string",
-    list: "array",
-    collections.abc.Sequence: "array",
-    dict: "object",
-    collections.abc.Mapping: "object",
-    None: "null",
-    type(None): "null",
+# Of each type in JSON: what it is in annotations, the exact types that the JSON reader
+# makes (a bool is no integer), and what messages call it.
+_JSON_TYPES: Dict[str, Tuple[Tuple[Any, ...], Set[type], str]] = {
+    "boolean": ((bool,), {bool}, "true or false"),
+    "integer": ((int,), {int}, "a whole number"),
+    "number": ((float,), {int, float}, "a number"),
+    "string": ((str,), {str}, "a string"),
+    "array": ((list, collections.abc.Sequence), {list}, "a list"),
+    "object": ((dict, collections.abc.Mapping), {dict}, "an object"),
+    "null": ((type(None),), {type(None)}, "null"),
+    "": ((), {bool, int, float, str, list, dict, type(None)}, "a value"),
 }
 
 
@@ -1165,25 +1165,21 @@ def schema_of(annotation: Any) -> Dict[str, Any]:
     if annotation in (Any, object, inspect.Parameter.empty):
         return {}
     origin = typing.get_origin(annotation) or annotation
-    # Python 3.8's bare List and Dict have a TypeVar as argument.
     args = typing.get_args(annotation)
-    args = tuple(Any if isinstance(arg, typing.TypeVar) else arg for arg in args)
     if origin is Union or type(annotation).__name__ == "UnionType":  # int | None: 3.10
         return {"anyOf": [schema_of(arg) for arg in args]}
-    literal = {str, int, bool, type(None)}.issuperset(map(type, args))
-    if origin is typing.Literal and literal:
+    is_json = {str, int, bool, type(None)}.issuperset(map(type, args))
+    if origin is typing.Literal and is_json:
         return {"enum": list(args)}
-    hashable = isinstance(origin, collections.abc.Hashable)
-    name = _TYPE_NAMES.get(origin) if hashable else None
-    if name == "array" and args:
+    names = [name for name, (kinds, *_) in _JSON_TYPES.items() if origin in kinds]
+    if names == ["array"] and args:
         return {"type": "array", "items": schema_of(args[0])}
-    if name == "object" and args and args[0] in (str, Any):
+    if names == ["object"] and args and args[0] in (str, Any):
         return {"type": "object", "additionalProperties": schema_of(args[1])}
-    if not name or args:
-        message = "the annotation %s has no counterpart in JSON; use a type that has "
-        message += "one, such as str, and convert it"
-        raise HandlerError(message % (annotation,))
-    return {"type": name}
+    if names and not args:
+        return {"type": names[0]}
+    message = "the annotation %s has no counterpart in JSON; use a type that has one, "
+    raise HandlerError(message % (annotation,) + "such as str, and convert it")
 
 
 def _narrow(properties: Dict[str, Any], param: str, limit: Dict[str, float]) -> None:
@@ -1200,17 +1196,6 @@ def _narrow(properties: Dict[str, Any], param: str, limit: Dict[str, float]) -> 
 
 Schema = Union[bool, Dict[str, Any]]  # False allows nothing, True and {} everything
 
-# The exact types that the JSON reader makes: a bool is no integer.
-_JSON_TYPES: Dict[str, Tuple[Set[type], str]] = {
-    "boolean": ({bool}, "true or false"),
-    "integer": ({int}, "a whole number"),
-    "number": ({int, float}, "a number"),
-    "string": ({str}, "a string"),
-    "array": ({list}, "a list"),
-    "object": ({dict}, "an object"),
-    "null": ({type(None)}, "null"),
-    "": ({bool, int, float, str, list, dict, type(None)}, "a value"),
-}
 # The keyword for members of a container that have no schema of their own.
 _MEMBERS = {"object": "additionalProperties", "array": "items"}
 _RESTRICTIONS = {"enum", "anyOf", "pattern", "minimum", "maximum"}
@@ -1229,7 +1214,7 @@ class Validator:
     def __init__(self, schema: Schema) -> None:
         self.schema: Dict[str, Any] = schema if isinstance(schema, dict) else {}
         name = self.schema.get("type", "")
-        self._types, _ = _JSON_TYPES[name]
+        _, self._types, _ = _JSON_TYPES[name]
         self._options = [Validator(below) for below in self.schema.get("anyOf", ())]
         properties = self.schema.get("properties", {})
         self._properties = {key: Validator(properties[key]) for key in properties}
@@ -1284,10 +1269,8 @@ class Validator:
             converted = option._convert(value, path, rejected)
             if not rejected:
                 return converted
-        # Beyond 2**53 a float may stand for another integer than the client's.
-        wants_integer = "enum" in self.schema or self.schema.get("type") == "integer"
-        if wants_integer and kind is float and value.is_integer():
-            value = int(value) if abs(value) <= 2**53 else value
+        if self._types == {int} and kind is float and value.is_integer():
+            value = int(value)
         if self._options or not self._fits(value):
             problem = "must be %s, not %s" % (_in_words(self.schema), quote(value))
             problems.append((path, problem))
@@ -1340,7 +1323,7 @@ def _in_words(schema: Dict[str, Any]) -> str:
         return " or ".join(map(_in_words, schema["anyOf"]))
     if "pattern" in schema:
         return str(schema["description"])
-    _, words = _JSON_TYPES[schema.get("type", "")]
+    _, _, words = _JSON_TYPES[schema.get("type", "")]
     if "minimum" in schema:
         words += " from %s" % quote(schema["minimum"])
     if "maximum" in schema:
@@ -1358,10 +1341,7 @@ def _closed(*required: str, **properties: Schema) -> Dict[str, Any]:
 _DURATION = {"type": "number", "minimum": 0, "maximum": 10**9}  # seconds
 _COUNT = {"type": "integer", "minimum": 0}
 _BOUND = {"type": "number", "minimum": -1e300, "maximum": 1e300}  # not infinite or NaN
-_LIMITS = {
-    "type": "object",
-    "additionalProperties": _closed(minimum=_BOUND, maximum=_BOUND),
-}
+_LIMIT = _closed(minimum=_BOUND, maximum=_BOUND)
 # The rules that a type may have, and those of a program.
 RULES: Dict[str, Schema] = {
     "timeout": _DURATION,
@@ -1375,34 +1355,28 @@ PROGRAM_RULES: Dict[str, Schema] = {
     "exit_codes": {"type": "array", "items": {**_COUNT, "maximum": 255}},
     "cwd": {"type": "string"},
 }
-_HANDLER_OPTIONS = Validator(
-    _closed(**RULES, isolated={"type": "boolean"}, limits=_LIMITS)
+_HANDLER_OPTIONS = _closed(
+    **RULES,
+    isolated={"type": "boolean"},
+    limits={"type": "object", "additionalProperties": _LIMIT},
 )
-_REQUIRED = "type", "params"
-SUBMISSION = _closed(
-    *_REQUIRED,
-    type={"type": "string"},
-    params={"type": "object"},
-    timeout={"type": "number", "minimum": 0.001, "maximum": 10**9},
-    retries={"type": "integer", "minimum": 0, "maximum": 1000},
-    delay=_DURATION,
-    priority={"type": "integer", "minimum": -1000, "maximum": 1000},
-    label={
+_PROPERTIES: Dict[str, Schema] = {  # of a submission, and of a follow-up
+    "type": {"type": "string"},
+    "params": {"type": "object"},
+    "timeout": {**_DURATION, "minimum": 0.001},
+    "retries": {**_COUNT, "maximum": 1000},
+    "delay": _DURATION,
+    "priority": {"type": "integer", "minimum": -1000, "maximum": 1000},
+    "label": {
         "type": "string",
         "maxLength": MAX_LABEL,
         "pattern": r"\S",
         "description": "a string of at most %d characters, not blank" % MAX_LABEL,
     },
-)
-# A follow-up is a submission, too, but has no follow-ups of its own.
-_FOLLOW_UP = _closed(
-    "on", *_REQUIRED, on={"enum": list(ENDINGS)}, **SUBMISSION["properties"]
-)
-SUBMISSION["properties"]["then"] = {
-    "type": "array",
-    "items": _FOLLOW_UP,
-    "maxItems": MAX_FOLLOW_UPS,
 }
+_FOLLOW_UP = _closed("on", "type", "params", on={"enum": list(ENDINGS)}, **_PROPERTIES)
+_THEN = {"type": "array", "items": _FOLLOW_UP, "maxItems": MAX_FOLLOW_UPS}
+SUBMISSION = _closed("type", "params", **_PROPERTIES, then=_THEN)
 _SUBMISSION = Validator(SUBMISSION)
 
 

@@ -46,16 +46,16 @@ line:
       146  1. Settings
       498  2. Tasks and their states
       860  3. Task registry
-     1573  4. Execution
-     2887  5. Journal
-     3526  6. Events
-     3720  7. Result store and task queue
-     4878  8. Worker pool
-     5183  9. HTTP API
-     6873  10. HTTP server
-     7836  11. Client
-     8424  12. Main
-     8965  13. The page
+     1570  4. Execution
+     2877  5. Journal
+     3516  6. Events
+     3710  7. Result store and task queue
+     4868  8. Worker pool
+     5173  9. HTTP API
+     6863  10. HTTP server
+     7826  11. Client
+     8414  12. Main
+     8955  13. The page
 
 Three things hold throughout:
 
@@ -1497,47 +1497,44 @@ def load_handlers(file: str, source: Optional[str] = None) -> None:
     The file can import modules from its own directory. It is not read if its source is
     given.
     """
-    _, LOADED[file] = _load_file("--handlers", file, source)
+    with _loading_errors("--handlers " + file, file):
+        _, LOADED[file] = _run_file(file, source)
 
 
-# The exceptions of a handlers file; a KeyboardInterrupt comes from Ctrl-C instead.
-_NOT_LOADED = (Exception, SystemExit, GeneratorExit, Cancelled)
-
-
-def _load_file(flag: str, file: str, source: Optional[str] = None) -> Tuple[Any, str]:
-    """Run a Python file and return it as a module, with its source."""
+def _run_file(file: str, source: Optional[str] = None) -> Tuple[Any, str]:
+    """Run a Python file, if it is not loaded; return the module and its source."""
+    name = "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
+    if file in LOADED:
+        return sys.modules[name], LOADED[file]
     sys.modules["longtasks"] = sys.modules[__name__]
     folder = os.path.dirname(os.path.abspath(file))
     if folder not in sys.path:
         sys.path.append(folder)  # last, so that it can't hide the standard library
-    name = _module_name(file)
-    try:
-        if source is None:
-            with tokenize.open(file) as opened:
-                source = opened.read()
-        module = sys.modules[name] = types.ModuleType(name)
-        module.__file__ = file
-        with UserCode():
-            exec(compile(source, file, "exec"), vars(module))  # noqa: S102
-    except _NOT_LOADED as error:
-        message = _load_error(error, file)
-        raise HandlerError("%s %s: %s" % (flag, file, message)) from None
+    if source is None:
+        with tokenize.open(file) as opened:
+            source = opened.read()
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__file__ = file
+    exec(compile(source, file, "exec"), vars(module))  # noqa: S102
     return module, source
 
 
-def _module_name(file: str) -> str:
-    return "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
-
-
-def _load_error(error: BaseException, file: str) -> str:
-    """Return in one line why a file could not be loaded, and where in it."""
-    if isinstance(error, OSError) and error.filename == file:
-        return str(error.strerror)
-    trace = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in trace if frame.filename == file]
-    where = " (line %s)" % lines[-1] if lines else ""
-    text = str(error) if isinstance(error, HandlerError) else describe(error)
-    return text.replace("\n", " ") + where
+@contextlib.contextmanager
+def _loading_errors(subject: str, file: str) -> Iterator[None]:
+    """Run code of a file; raise its error as a HandlerError that names the line."""
+    try:
+        with UserCode():
+            yield
+    # A KeyboardInterrupt comes from Ctrl-C instead.
+    except (Exception, SystemExit, GeneratorExit, Cancelled) as error:
+        trace = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in trace if frame.filename == file]
+        where = " (line %s)" % lines[-1] if lines else ""
+        text = str(error) if isinstance(error, HandlerError) else describe(error)
+        if isinstance(error, OSError) and error.filename == file:
+            text = str(error.strerror)
+        text = text.replace("\n", " ") + where
+        raise HandlerError("%s: %s" % (subject, text)) from None
 
 
 def describe(error: BaseException) -> str:
@@ -2826,22 +2823,15 @@ def load_executor(text: str) -> None:
     path, _, name = text.rpartition(":")
     if not (path and name):
         raise HandlerError("--executor %s: write FILE:FACTORY" % quote(text))
-    if path in LOADED:  # it has handlers, too
-        module = sys.modules[_module_name(path)]
-    else:
-        module, _ = _load_file("--executor", path)
-    if not any(known.isolated for known in REGISTRY.values()):
-        log.warning("--executor %s has nothing to run: no handler is isolated", text)
-    try:
-        with open(FILE, "rb") as file:
-            source = file.read()
-        with UserCode():
-            executor = getattr(module, name)()
+    with _loading_errors("--executor " + text, path):
+        module, _ = _run_file(path)  # or it is loaded, and has handlers, too
+        executor = getattr(module, name)()
         if not callable(getattr(executor, "submit", None)):
             raise HandlerError("it made no Executor")
-    except _NOT_LOADED as error:
-        message = _load_error(error, path)
-        raise HandlerError("--executor %s: %s" % (text, message)) from None
+        with open(FILE, "rb") as file:
+            source = file.read()
+    if not any(known.isolated for known in REGISTRY.values()):
+        log.warning("--executor %s has nothing to run: no handler is isolated", text)
     name = "longtasks_%08x" % zlib.crc32(source)
     # Threads and forked processes have loaded all files already.
     sys.modules[name] = sys.modules[__name__]

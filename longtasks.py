@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       146  1. Settings
-      498  2. Tasks and their states
-      860  3. Task registry
-     1570  4. Execution
-     2877  5. Journal
-     3516  6. Events
-     3710  7. Result store and task queue
-     4868  8. Worker pool
-     5173  9. HTTP API
-     6863  10. HTTP server
-     7826  11. Client
-     8414  12. Main
-     8955  13. The page
+      495  2. Tasks and their states
+      857  3. Task registry
+     1567  4. Execution
+     2874  5. Journal
+     3513  6. Events
+     3707  7. Result store and task queue
+     4865  8. Worker pool
+     5170  9. HTTP API
+     6860  10. HTTP server
+     7823  11. Client
+     8411  12. Main
+     8952  13. The page
 
 Three things hold throughout:
 
@@ -216,9 +216,9 @@ def _bytes(text: str) -> int:
     return int(text[:-3]) << units[text[-3:]] if text[-3:] in units else int(text)
 
 
-# An empty address would stand for all addresses of the host; an empty token, for none.
+# An empty address would stand for all addresses of the host.
 address = matching("[!-~]{1,253}", "a host name or address, such as 127.0.0.1")
-token = matching("|[!-~]{16,255}", "16 to 255 visible ASCII characters")
+token = matching("[!-~]{16,255}", "16 to 255 visible ASCII characters")
 seconds = matching(
     r"[0-9]{1,9}(\.[0-9]{1,9})?", "a time in seconds, such as 30 or 0.5", float
 )
@@ -228,11 +228,11 @@ size = matching(
     _bytes,
 )
 hosts = matching(
-    r"(?a)|[\w.:\[\]-]+(,[\w.:\[\]-]+)*",
+    r"(?a)[\w.:\[\]-]+(,[\w.:\[\]-]+)*",
     "hosts, or HOST:PORT, with commas between them",
 )
 webhook_secret = matching(  # standardwebhooks.com: base64 of 24 to 64 bytes
-    "|whsec_([A-Za-z0-9+/]{4}){8,21}([A-Za-z0-9+/]{2,3}={1,2})?",
+    "whsec_([A-Za-z0-9+/]{4}){8,21}([A-Za-z0-9+/]{2,3}={1,2})?",
     "whsec_ and the base64 of 24 to 64 random bytes",
 )
 
@@ -275,7 +275,7 @@ class Setting(NamedTuple):
     def read(self, text: str) -> Any:
         """Return the value that `text` stands for, or raise SettingsError."""
         try:
-            return self.check(text)
+            return self.check(text) if text or self.default else ""
         except ValueError as valid:
             name = "%s (%s)" % (self.name, self.flag) if self.flag else self.name
             found = "" if self.secret else ", not " + quote(text)
@@ -365,16 +365,13 @@ def read_token(settings: Settings) -> str:
         raise SettingsError("API_TOKEN and API_TOKEN_FILE are both set: unset one")
     try:
         with open(file, encoding="latin-1") as opened:
-            found = token(opened.read(4096).strip())
+            found = str(token(opened.read(4096).strip()))
     except OSError as error:
-        message = "API_TOKEN_FILE %s: %s" % (file, error.strerror)
-        raise SettingsError(message) from None
+        raise SettingsError("API_TOKEN_FILE %s: %s" % (file, error.strerror)) from None
     except ValueError as valid:
         raise SettingsError("API_TOKEN_FILE %s must hold %s" % (file, valid)) from None
-    if not found:
-        raise SettingsError("API_TOKEN_FILE %s is empty" % file)
     warn_if_readable("API_TOKEN_FILE", file)
-    return str(found)
+    return found
 
 
 def warn_if_readable(name: str, file: str) -> None:

@@ -453,7 +453,7 @@ def test_an_invalid_token_is_reported_without_showing_it(text, capsys, monkeypat
 @pytest.mark.parametrize(
     "content, token, reason",
     [
-        (b" \n", "", "is empty"),
+        (b" \n", "", "must hold 16 to 255 visible ASCII characters"),
         (b"0123456789abcde\n", "", "must hold 16 to 255 visible ASCII characters"),
         (b"0123456789 abcdef", "", "must hold 16 to 255 visible ASCII characters"),
         (b"0123456789abcdef\xff", "", "must hold 16 to 255 visible ASCII characters"),

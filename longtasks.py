@@ -47,15 +47,15 @@ line:
       495  2. Tasks and their states
       857  3. Task registry
      1567  4. Execution
-     2874  5. Journal
-     3513  6. Events
-     3707  7. Result store and task queue
-     4865  8. Worker pool
-     5170  9. HTTP API
-     6860  10. HTTP server
-     7823  11. Client
-     8411  12. Main
-     8952  13. The page
+     2872  5. Journal
+     3511  6. Events
+     3705  7. Result store and task queue
+     4863  8. Worker pool
+     5168  9. HTTP API
+     6858  10. HTTP server
+     7821  11. Client
+     8409  12. Main
+     8950  13. The page
 
 Three things hold throughout:
 
@@ -2700,45 +2700,52 @@ WEBHOOK_TIMEOUT = 20.0  # seconds for the connection, and then for the response
 WEBHOOK_RULES = {"retries": 40, "backoff": 5}  # over about a day
 
 
-class Webhook:
-    """Send the status of a finished task to a URL, signed as a Standard Webhook."""
+def register_webhook(hosts: str, secret: str) -> None:
+    """Register the type webhook; raises SettingsError."""
+    if not secret:
+        raise SettingsError("WEBHOOK_HOSTS needs WEBHOOK_SECRET as well")
+    # re.escape() would escape a -, too, which patterns in a browser do not allow.
+    names = re.sub(r"[.\[\]]", r"\\\g<0>", hosts).replace(",", "|")
+    url = {
+        "type": "string",
+        "maxLength": MAX_ARGUMENT,
+        "pattern": r"^https?://(%s)([/?][!-~]*)?$(?!\n)" % names,
+        "description": "an http or https URL on a host of WEBHOOK_HOSTS",
+    }
+    params = Validator(_closed("url", "task", url=url, task={"type": "object"}))
+    key = lazy_import("base64").b64decode(secret.partition("_")[2])
+    made = functools.partial(send_webhook, key), params, True, "ctx", WEBHOOK_RULES
+    REGISTRY["webhook"] = Handler("webhook", *made)
 
-    def __init__(self, hosts: str, secret: str) -> None:
-        self._key = lazy_import("base64").b64decode(secret.partition("_")[2])
-        # re.escape() would escape a -, too, which patterns in a browser do not allow.
-        names = re.sub(r"[.\[\]]", r"\\\g<0>", hosts).replace(",", "|")
-        url = {
-            "type": "string",
-            "maxLength": MAX_ARGUMENT,
-            "pattern": r"^https?://(%s)([/?][!-~]*)?$(?!\n)" % names,
-            "description": "an http or https URL on a host of WEBHOOK_HOSTS",
-        }
-        self.schema = _closed("url", "task", url=url, task={"type": "object"})
 
-    def __call__(self, params: Dict[str, Any], ctx: Context) -> Dict[str, Any]:
-        """Send it; raises Failure unless the response is a success."""
-        url, task = params["url"], params["task"]
-        kind, when = "task.%s" % task.get("status"), task.get("ended_at")
-        body = to_json({"type": kind, "timestamp": when, "data": task})
-        response = post(url, self._headers(ctx.task_id, body), body, ctx)
-        answer = "%d %s" % (response.status, response.reason)
-        if 200 <= response.status < 300:
-            return {"response": answer}
-        failure = Fail(answer) if response.status == 410 else Failure(answer)
-        failure.after = retry_after(response.headers.get("Retry-After", ""))
-        raise failure
+def send_webhook(key: bytes, params: Dict[str, Any], ctx: Context) -> Dict[str, Any]:
+    """Send the status of a finished task to a URL, signed as a Standard Webhook.
 
-    def _headers(self, task_id: str, body: bytes) -> Dict[str, str]:
-        base64, hmac, now = lazy_import("base64"), lazy_import("hmac"), int(time.time())
-        signed = b"%b.%d.%b" % (task_id.encode(), now, body)
-        signature = base64.b64encode(hmac.new(self._key, signed, "sha256").digest())
-        return {
-            "webhook-id": task_id,  # the same in each attempt
-            "webhook-timestamp": str(now),
-            "webhook-signature": "v1," + signature.decode(),
-            "Content-Type": "application/json",
-            "Connection": "close",
-        }
+    Raises Failure unless the response is a success.
+    """
+    url, task = params["url"], params["task"]
+    kind, when = "task.%s" % task.get("status"), task.get("ended_at")
+    body = to_json({"type": kind, "timestamp": when, "data": task})
+    response = post(url, _webhook_headers(key, ctx.task_id, body), body, ctx)
+    answer = "%d %s" % (response.status, response.reason)
+    if 200 <= response.status < 300:
+        return {"response": answer}
+    failure = Fail(answer) if response.status == 410 else Failure(answer)
+    failure.after = retry_after(response.headers.get("Retry-After", ""))
+    raise failure
+
+
+def _webhook_headers(key: bytes, task_id: str, body: bytes) -> Dict[str, str]:
+    base64, hmac, now = lazy_import("base64"), lazy_import("hmac"), int(time.time())
+    signed = b"%b.%d.%b" % (task_id.encode(), now, body)
+    signature = base64.b64encode(hmac.new(key, signed, "sha256").digest())
+    return {
+        "webhook-id": task_id,  # the same in each attempt
+        "webhook-timestamp": str(now),
+        "webhook-signature": "v1," + signature.decode(),
+        "Content-Type": "application/json",
+        "Connection": "close",
+    }
 
 
 def post(url: str, headers: Dict[str, str], body: bytes, ctx: Context) -> Any:
@@ -2784,15 +2791,6 @@ def retry_after(text: str) -> float:
         else:
             wait = parsedate_to_datetime(text).timestamp() - time.time()
     return max(0.0, min(wait, 86_400.0))
-
-
-def register_webhook(hosts: str, secret: str) -> None:
-    """Register the type webhook; raises SettingsError."""
-    if not secret:
-        raise SettingsError("WEBHOOK_HOSTS needs WEBHOOK_SECRET as well")
-    webhook = Webhook(hosts, secret)
-    made = webhook, Validator(webhook.schema), True, "ctx", WEBHOOK_RULES
-    REGISTRY["webhook"] = Handler("webhook", *made)
 
 
 # -- executors -------------------------------------------------------------

@@ -4626,17 +4626,6 @@ def test_a_program_that_became_unrunnable_fails_its_task(tmp_path):
         made({}, Context("id"))
 
 
-@pytest.mark.parametrize("level", ["DEBUG", "INFO"])
-def test_the_output_of_a_program_is_logged_for_debugging(level):
-    context = Listener()
-    with records(level) as kept:
-        run_program("t=seq 100000", context=context)
-    lines = [record.getMessage() for record in kept]
-    logged = [line for line in lines if line.isdigit()]
-    assert logged == (context.lines if level == "DEBUG" else [])
-    assert len(context.lines) + context.dropped == 100_000
-
-
 def test_placeholders_become_params():
     schema = program("t=echo {a} x{b=1}{a} {c=} '{d=two words}' {{e}}").schema
     assert list(schema["properties"]) == ["a", "b", "c", "d"]
@@ -4754,13 +4743,17 @@ def test_a_long_line_is_searched_for_a_percentage_in_no_time():
     assert time.process_time() - begin < 1
 
 
-def test_of_a_flood_the_end_is_kept_and_the_rest_counted():
-    with records("INFO"):
+@pytest.mark.parametrize("level", ["DEBUG", "INFO"])
+def test_of_a_flood_the_end_is_kept_and_logged_for_debugging(level):
+    with records(level) as kept:
         outcome, context = run_program("t=seq 1000000")
     assert len(context.lines) + context.dropped == 10**6
     assert context.dropped > 0
     assert context.lines[-9000:] == [str(n) for n in range(991_001, 10**6 + 1)]
     assert json.loads(outcome.result)["output"].endswith("\n999999\n1000000\n")
+    lines = [record.getMessage() for record in kept]
+    logged = [line for line in lines if line.isdigit()]
+    assert logged == (context.lines if level == "DEBUG" else [])
 
 
 @pytest.mark.parametrize("piece", [b"\r1% of it", b"1% of it\r", b"."])
@@ -4932,11 +4925,10 @@ def test_a_program_that_times_out_says_so(registry):
 
 
 HALF = {"percent": 50.0, "message": "half"}
-KINDS = ["quick", "talks", "sleeps", "fails", "again"]
 
 
 def register_all_kinds():
-    """Register types that end in each of the ways there are."""
+    """Register types that end in each of the ways there are; return their names."""
 
     @handler("quick")
     def quick():
@@ -4960,16 +4952,18 @@ def register_all_kinds():
         if ctx.attempt == 1:
             raise longtasks.Retry(after=0.001)
 
+    return ["quick", "talks", "sleeps", "fails", "again"]
+
 
 class Visitor:
     """Does at random what a task store can do, and keeps what it returned."""
 
-    def __init__(self, store, seed):
-        self.store, self.dice = store, random.Random(seed)
+    def __init__(self, store, kinds, seed):
+        self.store, self.kinds, self.dice = store, kinds, random.Random(seed)
         self.ids, self.ends = [], {}
 
     def visit(self, times):
-        acts = [self.look, self.wait, self.cancel, self.delete, self.list, self.follow]
+        acts = [self.look, self.cancel, self.delete, self.list, self.follow]
         refusals = longtasks.Finished, longtasks.Unfinished, longtasks.GoneTask
         for _ in range(times):
             self.submit()
@@ -4980,19 +4974,15 @@ class Visitor:
     def submit(self):
         delay, priority = self.dice.choice([0, 0, 0.002]), self.dice.randrange(3)
         options = longtasks.Options(delay=delay, priority=priority)
-        kind = self.dice.choice(KINDS)
+        kind = self.dice.choice(self.kinds)
         self.ids.append(self.store.submit(kind, b"{}", options).id)
 
     def look(self, task_id):
-        task, context = self.store.get(task_id), self.store.context(task_id)
-        assert (context or Context("")).progress_document() in (None, HALF)
-        if task.finished:  # and nothing may change it
-            assert self.ends.setdefault(task_id, task) == task
-
-    def wait(self, task_id):
-        task = self.store.wait(task_id, 0.005)
-        if task.finished:
-            assert self.ends.setdefault(task_id, task) == task
+        context = self.store.context(task_id) or Context("")
+        assert context.progress_document() in (None, HALF)
+        for task in (self.store.get(task_id), self.store.wait(task_id, 0.005)):
+            if task.finished:  # and nothing may change it
+                assert self.ends.setdefault(task_id, task) == task
 
     def cancel(self, task_id):
         assert self.store.cancel(task_id).status in ("cancelled", "processing")
@@ -5036,23 +5026,6 @@ def all_events(store):
         store.events.unsubscribe(subscription)
 
 
-def is_idle(store):
-    """Whether no task is pending or processing, and no handler runs."""
-    return store.counts()[:2] == (0, 0) and not store.stuck()
-
-
-def check_books(store, ids, events):
-    """Check that a store in which all tasks have ended has lost none."""
-    tasks = store.page(10**6)[0]
-    ends = [e.task_id for e in events if e.kind == "status" and e.payload.finished]
-    gone = [event.task_id for event in events if event.kind == "gone"]
-    assert sorted(ends) == sorted(ids)  # each once
-    assert sorted(gone + [task.id for task in tasks]) == sorted(ids)
-    assert [event.number for event in events] == list(range(1, len(events) + 1))
-    assert {t.status for t in tasks} <= longtasks.FINISHED
-    assert store.counts() == (0, 0, len(tasks))
-
-
 @pytest.fixture
 def restless():
     """Where threads take turns, they do so as often as can be."""
@@ -5066,19 +5039,25 @@ def restless():
 def test_many_who_do_everything_at_once_leave_the_books_balanced(
     db, registry, restless, tmp_path
 ):
-    register_all_kinds()
-    path = db and str(tmp_path / db)
+    kinds, path = register_all_kinds(), db and str(tmp_path / db)
     with serving(DB=path, WORKER_COUNT=6, RESULT_LIMIT=300, GRACE=LONG) as service:
         store = service.store
-        visitors = [Visitor(store, seed) for seed in range(8)]
+        visitors = [Visitor(store, kinds, seed) for seed in range(8)]
         with all_events(store) as events:
             together(8, lambda index: visitors[index].visit(100))
-            until(lambda: is_idle(store))
-        check_books(store, [id for v in visitors for id in v.ids], events)
-        shown = store.page(10**6)[0]
+            until(lambda: store.counts()[:2] == (0, 0) and not store.stuck())
+        tasks = store.page(10**6)[0]
+        assert store.counts() == (0, 0, len(tasks))
+    ids = sorted(id for visitor in visitors for id in visitor.ids)
+    ends = [e.task_id for e in events if e.kind == "status" and e.payload.finished]
+    assert sorted(ends) == ids, "each has ended once"
+    gone = [event.task_id for event in events if event.kind == "gone"]
+    assert sorted(gone + [task.id for task in tasks]) == ids
+    assert [event.number for event in events] == list(range(1, len(events) + 1))
+    assert {task.status for task in tasks} <= longtasks.FINISHED
     if path:
         journal = longtasks.Journal(path)
-        assert sorted(journal.load()) == shown
+        assert sorted(journal.load()) == tasks
         assert journal.close(LONG)
 
 

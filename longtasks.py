@@ -50,12 +50,12 @@ line:
      2872  5. Journal
      3511  6. Events
      3705  7. Result store and task queue
-     4863  8. Worker pool
-     5168  9. HTTP API
-     6858  10. HTTP server
-     7821  11. Client
-     8409  12. Main
-     8950  13. The page
+     4904  8. Worker pool
+     5209  9. HTTP API
+     6901  10. HTTP server
+     7867  11. Client
+     8455  12. Main
+     8996  13. The page
 
 Three things hold throughout:
 
@@ -3927,6 +3927,20 @@ class Entry(NamedTuple):
 _END_OF_QUEUE = Entry(math.inf, 0, "", "", 0)  # behind all others
 
 
+class ReadyQueue(queue.PriorityQueue):  # type: ignore[type-arg]
+    """A PriorityQueue to which entries can be added without waking a worker."""
+
+    def add(self, entry: Entry) -> None:
+        """Add an entry; wake() is called later."""
+        with self.mutex:
+            self._put(entry)
+
+    def wake(self) -> None:
+        """Wake as many workers as there are entries."""
+        with self.mutex:
+            self.not_empty.notify(self._qsize())
+
+
 class TaskQueue:
     """The tasks that wait for a worker. The caller locks, except around get().
 
@@ -3939,8 +3953,8 @@ class TaskQueue:
         self, clock: Clock, monotonic: Clock, rules: Callable[[str], Rules]
     ) -> None:
         self._clock, self._monotonic, self._rules = clock, monotonic, rules
-        self._ready: Sequence[queue.PriorityQueue[Entry]]
-        self._ready = queue.PriorityQueue(), queue.PriorityQueue()  # threads', async
+        self._ready = ReadyQueue(), ReadyQueue()  # threads', async
+        self._is_unheard = False  # workers are to be woken for the latest entries
         self._entries: Dict[str, Entry] = {}  # those that are not stale, by task id
         self._delayed: List[Tuple[float, Entry]] = []  # a heap, by the monotonic clock
         self._inherited: List[Tuple[float, Entry]] = []  # a heap, by the wall clock
@@ -3949,7 +3963,7 @@ class TaskQueue:
         self.paused: FrozenSet[str] = frozenset()  # types of which none may start
 
     def add(self, task: Task, inherited: bool = False) -> float:
-        """Add a task; return in how many seconds it can start.
+        """Add a task; return in how many seconds it can start. Wakes no worker.
 
         The delay of an inherited task, which an earlier process began, goes by the wall
         clock, and follows it when it is set. Others go by the monotonic clock.
@@ -3959,16 +3973,30 @@ class TaskQueue:
         entry = Entry(rank, task.seq, task.id, task.type, due)
         self._entries[task.id] = entry
         if task.due_at is None or wait <= 0:
-            self._make_ready(entry)
+            self._ready[self._rules(entry.type).is_async].add(entry)
+            self._is_unheard = True
         elif inherited:
             heapq.heappush(self._inherited, (task.due_at, entry))
         else:
             heapq.heappush(self._delayed, (due, entry))
         return wait
 
+    def wake(self) -> None:
+        """Wake workers for the tasks that were added. Needs no lock.
+
+        this thread            another thread
+        adds a task
+                               takes the flag, wakes a worker
+        finds no flag          (or will do so in a moment)
+        """
+        if self._is_unheard:
+            self._is_unheard = False
+            for ready in self._ready:
+                ready.wake()
+
     def get(self, is_async: bool = False) -> Optional[Entry]:
         """Wait for a ready entry, and take it out; None once the queue is closed."""
-        entry = self._ready[is_async].get()
+        entry: Entry = self._ready[is_async].get()
         if entry is _END_OF_QUEUE:
             self._ready[is_async].put(entry)  # for the next worker
             return None
@@ -4429,10 +4457,16 @@ class TaskStore(TaskReader):
 
     def submit(self, type: str, params: bytes, options: Options = NO_OPTIONS) -> Task:
         """Accept a task as pending; raises QueueFull, Draining or Unavailable."""
-        return self.submit_all([Submission(type, params, options)])[0]
+        tasks = self.submit_all([Submission(type, params, options)])
+        self.wake()
+        return tasks[0]
 
     def submit_all(self, submissions: Sequence[Submission]) -> List[Task]:
-        """Accept all of these as pending, or none; raises as submit() does."""
+        """Accept all of these as pending, or none; raises as submit() does.
+
+        The caller calls wake() then: a worker that wakes earlier would take the
+        processor from a reply to the client.
+        """
         wanted = [(new_id(), submission) for submission in submissions]
         with self._lock:
             tasks, commit = self._accept(wanted)
@@ -4442,8 +4476,9 @@ class TaskStore(TaskReader):
     def submit_once(self, task_id: str, wanted: Submission) -> Tuple[Task, bool]:
         """Accept a task under an id of the caller's, unless it is there already.
 
-        Returns the task, and whether it is new. Raises DifferentRequest when something
-        else was submitted before, GoneTask, DamagedTask, and what submit() raises.
+        Returns the task, and whether it is new; then the caller calls wake(). Raises
+        DifferentRequest when something else was submitted before, GoneTask,
+        DamagedTask, and what submit() raises.
         """
         while True:
             with self._lock:
@@ -4468,6 +4503,10 @@ class TaskStore(TaskReader):
         self._check_open(len(wanted))
         tasks = self._results.new(wanted)
         return tasks, self._commit(tasks)
+
+    def wake(self) -> None:
+        """Wake workers for the tasks that were accepted."""
+        self._queue.wake()
 
     def claim(self, is_async: bool = False) -> Optional[Tuple[Task, Context]]:
         """Wait for the next task and start it; None when none will start any more.
@@ -4713,6 +4752,8 @@ class TaskStore(TaskReader):
             wait = self._queue.add(task)
             if wait > 0:
                 self._alarm.set(wait)
+            elif task.attempt or task.follows:  # else submit_all()'s caller does
+                self._queue.wake()
         elif task.finished:
             self._counters.end(task)
             for done in self._waiting.pop(task.id, ()):
@@ -5581,6 +5622,7 @@ def await_end(
     seconds = request.wait if seconds is None else seconds
     if seconds <= 0:
         return app.store.get(task_id)
+    app.store.wake()
     request.client_left = threading.Event()
     try:
         return app.store.wait(task_id, min(seconds, app.max_wait), request.client_left)
@@ -6378,6 +6420,7 @@ class Call:
         task, subscription = self.app.store.subscribe(self.task.id)
         self.request.client_left = subscription.ready
         until = 0.0 if task and task.finished else self.until
+        self.app.store.wake()
         try:
             yield b""
             for batch in new_events(self.app, subscription, until):
@@ -7221,7 +7264,10 @@ class Connection:
         self.counts[method, request.label, reply.status] += 1
         keep = request.keep and reply.stream is None
         keep = keep and not (self.over_limit or self.ended or self.server.closing)
-        self._send_reply(reply, request, keep)
+        try:
+            self._send_reply(reply, request, keep)
+        finally:
+            self.server.app.store.wake()  # for a task that it has submitted
         request.body = b""  # the request is kept for its head
         return keep
 

@@ -8606,6 +8606,27 @@ def connections(service):
     return list(service.server.connections.values())
 
 
+def test_workers_are_woken_once_the_client_has_the_reply(service, monkeypatch):
+    wake, had_reply = longtasks.TaskStore.wake, []
+
+    def noted(store):
+        if not had_reply:
+            had_reply.append(bool(select.select([client], [], [], 0)[0]))
+        wake(store)
+
+    monkeypatch.setattr(longtasks.TaskStore, "wake", noted)
+    body = b'{"type": "long_computation", "params": {"duration": 0}}'
+    head = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+    head += b"application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with connect(service) as client:
+        client.sendall(head + body)
+        until(lambda: had_reply, "the call")
+        reply = client.recv(4096)
+    task_id = json.loads(reply.partition(b"\r\n\r\n")[2])["id"]
+    assert had_reply[0]
+    assert result_of(service, task_id)["status"] == "completed"
+
+
 def waiting(service):
     """Connections whose clients wait for a task or an event."""
     found = connections(service)

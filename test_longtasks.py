@@ -348,18 +348,21 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default():
     assert longtasks.read_settings(["--port", "82"], {"PORT": "81"})["PORT"] == 82
 
 
-def test_handlers_files_come_from_repeated_flags_or_a_path_list():
-    environ = {"HANDLERS": os.pathsep.join(["/a.py", "/b.py"])}
-    assert longtasks.read_settings([], environ)["HANDLERS"] == ["/a.py", "/b.py"]
-    flags = ["--handlers", "/c.py", "--handlers", "/d.py"]
-    assert longtasks.read_settings(flags, environ)["HANDLERS"] == ["/c.py", "/d.py"]
-
-
-@pytest.mark.parametrize("name, flag", [("RULES", "--rule"), ("COMMANDS", "--command")])
-def test_rules_and_commands_come_from_repeated_flags_or_lines(name, flag):
-    lines, read = ["a=echo x:y", "b retries=2"], longtasks.read_settings
-    assert read([flag, lines[0], flag, lines[1]], {name: "c x=1"})[name] == lines
-    assert read([], {name: "\n".join(lines) + "\n"})[name] == lines
+@pytest.mark.parametrize(
+    "name, flag, values, separator",
+    [
+        ("HANDLERS", "--handlers", ["/a.py", "/b.py"], os.pathsep),
+        ("RULES", "--rule", ["a b=x:y", "b retries=2"], "\n"),
+        ("COMMANDS", "--command", ["a=echo x:y", "b=echo"], "\n"),
+    ],
+)
+def test_some_settings_have_values_of_repeated_flags_or_else_of_the_environment(
+    name, flag, values, separator
+):
+    flags, environ = [flag, values[0], flag, values[1]], {name: values[1]}
+    assert longtasks.read_settings(flags, environ)[name] == values
+    environ = {name: separator.join([*values, ""])}
+    assert longtasks.read_settings([], environ)[name] == values
 
 
 PATHS = ["UNIX_SOCKET", "API_TOKEN_FILE", "TLS_CERT", "TLS_KEY"]
@@ -375,56 +378,34 @@ def test_a_path_is_relative_to_where_the_service_was_started(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, texts",
+    "name, good, bad",
     [
-        ("PORT", ["x", "-1", "8080.0", "٣"]),
-        ("WORKER_COUNT", ["0", "1e3"]),
-        ("DRAIN_TIMEOUT", ["-1", "inf", "1d"]),
-        ("MAX_BODY", ["", "0", "64MB"]),
-        ("LOG_LEVEL", ["loud"]),
-        ("HOST", ["", "a b"]),
+        ("PORT", {"0": 0, "65535": 65_535}, ["x", "-1", "8080.0", "٣", "65536"]),
+        ("WORKER_COUNT", {"100000": 100_000}, ["0", "1e3", "100001", "1" * 400]),
+        ("QUEUE_LIMIT", {"1000000000": 10**9}, ["1000000001"]),
+        ("MAX_WAIT", {"999999999": 10**9 - 1}, ["1000000000", "-1", "inf", "1d"]),
+        ("MAX_BODY", {"1": 1, "2KiB": 2048, "3MiB": 3 << 20}, ["", "0", "64MB"]),
+        ("QUEUE_BYTES", {"1GiB": 1 << 30, "9" * 15: 10**15 - 1}, ["1" + "0" * 15]),
+        ("GRACE", {"0.5": 0.5, "2": 2}, [".5", "1e1"]),
+        ("LOG_LEVEL", {"DEBUG": "debug"}, ["loud"]),
+        ("HOST", {"::1": "::1"}, ["", "a b"]),
     ],
 )
-def test_an_invalid_value_is_one_line_that_names_the_setting(name, texts, refusal):
+def test_a_value_is_read_or_refused_in_one_line_that_names_the_setting(
+    name, good, bad, refusal
+):
+    for text, value in good.items():
+        assert longtasks.read_settings([], {name: text})[name] == value
     flag = "--" + name.lower().replace("_", "-")
-    for text in texts:
+    for text in bad:
         line = refusal("%s=%s" % (flag, text))
         assert line.startswith("%s (%s) must be " % (name, flag))
 
 
-@pytest.mark.parametrize(
-    "name, largest",
-    [
-        ("PORT", 65_535),
-        ("WORKER_COUNT", 100_000),
-        ("QUEUE_LIMIT", 10**9),
-        ("MAX_WAIT", 10**9 - 1),
-        ("MAX_BODY", 10**15 - 1),
-    ],
-)
-def test_a_number_may_be_as_large_as_its_limit_and_no_larger(name, largest):
-    assert longtasks.read_settings([], {name: str(largest)})[name] == largest
-    for larger in (largest + 1, 10**400):
-        with pytest.raises(longtasks.SettingsError, match=name):
-            longtasks.read_settings([], {name: str(larger)})
-
-
-@pytest.mark.parametrize(
-    "name, values",
-    [
-        ("MAX_BODY", {"1": 1, "2KiB": 2048, "3MiB": 3 << 20, "1GiB": 1 << 30}),
-        ("GRACE", {"0.5": 0.5, "2": 2}),
-        ("LOG_LEVEL", {"DEBUG": "debug"}),
-        ("INSECURE", {"YES": True, "yes": True, "1": True, "no": False, "0": False}),
-    ],
-)
-def test_a_value_is_read_as_its_setting_says(name, values):
-    for text, value in values.items():
-        assert longtasks.read_settings([], {name: text})[name] == value
-
-
 def test_a_switch_is_a_flag_without_a_value():
     assert longtasks.read_settings(["--insecure"], {"INSECURE": "no"})["INSECURE"]
+    for text, value in {"YES": True, "1": True, "no": False, "0": False}.items():
+        assert longtasks.read_settings([], {"INSECURE": text})["INSECURE"] is value
     with pytest.raises(longtasks.SettingsError, match="INSECURE"):
         longtasks.read_settings([], {"INSECURE": "maybe"})
 
@@ -442,6 +423,11 @@ def test_the_token_does_not_stay_in_the_environment(monkeypatch, tmp_path, capsy
     assert "is not a regular file" in capsys.readouterr().err
 
 
+def test_a_token_and_a_file_with_one_are_one_too_many(monkeypatch, refusal):
+    monkeypatch.setenv("API_TOKEN", "0123456789abcdef")
+    assert "are both set" in refusal("--api-token-file=/dev/null")
+
+
 @pytest.mark.parametrize("text", ["short", "a" * 256, "sixteen or more ", "é" * 16])
 def test_an_invalid_token_is_reported_without_showing_it(text, capsys, monkeypatch):
     monkeypatch.setenv("API_TOKEN", text)
@@ -451,25 +437,16 @@ def test_an_invalid_token_is_reported_without_showing_it(text, capsys, monkeypat
 
 
 @pytest.mark.parametrize(
-    "content, token, reason",
-    [
-        (b" \n", "", "must hold 16 to 255 visible ASCII characters"),
-        (b"0123456789abcde\n", "", "must hold 16 to 255 visible ASCII characters"),
-        (b"0123456789 abcdef", "", "must hold 16 to 255 visible ASCII characters"),
-        (b"0123456789abcdef\xff", "", "must hold 16 to 255 visible ASCII characters"),
-        (None, "", "No such file or directory"),
-        (b"0123456789abcdef", "a" * 16, "are both set"),
-    ],
+    "content",
+    [b" \n", b"0123456789abcde\n", b"0123456789 abcdef", b"0123456789abcdef\xff"],
 )
-def test_a_token_file_without_a_token_is_refused(content, token, reason, tmp_path):
+def test_a_token_file_without_a_token_is_refused(content, tmp_path, refusal):
     path = tmp_path / "token"
-    if content is not None:
-        path.write_bytes(content)
-    environ = {"API_TOKEN_FILE": str(path), "API_TOKEN": token}
-    settings = longtasks.read_settings([], environ)
-    with pytest.raises(longtasks.SettingsError, match=reason) as error:
-        longtasks.read_token(settings)
-    assert "0123" not in str(error.value)
+    assert "No such file" in refusal("--api-token-file", str(path))
+    path.write_bytes(content)
+    line = refusal("--api-token-file", str(path))
+    assert "must hold 16 to 255 visible ASCII characters" in line
+    assert "0123" not in line
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o604, 0o640, 0o600])
@@ -558,7 +535,6 @@ def test_ids_are_random_uuids_of_version_4():
         (b"[1] x", "not JSON"),
         (b'"\n"', "not JSON"),
         (b'"\xff"', "not UTF-8: byte 1"),
-        (b'"\xed\xa0\x80"', "not UTF-8"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
         (b"[NaN]", "NaN is not a number"),
         (b"[-Infinity]", "-Infinity is not a number"),
@@ -568,7 +544,6 @@ def test_ids_are_random_uuids_of_version_4():
         (b"1" * 1_000_000 + b".5", "too large"),
         (b"1e" + b"9" * 1_000_000, "too large"),
         (b'[{"a": {"__proto__": 1, "x:": 2, "__proto__": 3}}]', '"__proto__" occurs'),
-        (b'{"\\u0061": 1, "a": 2}', 'the key "a" occurs twice'),
         (b"]" * 200 + b"[" * 100, "not JSON: Expecting value"),
         (b"[" * 60 + b"]]][[[" + b"[" * 60, "not JSON: (Extra|Expecting)|100 levels"),
         (b"[" + b'["]",' * 100 + b"1" + b"]" * 101, "100 levels"),
@@ -647,6 +622,16 @@ def problems_with(params, function, registry, **options):
     return None
 
 
+def annotated(annotation):
+    """A handler whose parameter `value` has this annotation."""
+
+    def function(value):
+        return value
+
+    function.__annotations__["value"] = annotation
+    return function
+
+
 ANNOTATIONS = [
     (int, [0, -5, 10**30, 1.0, 2.0**53], [1.5, True, "1", None]),
     (float, [0, 1.5, -2], [True, "1.5", None]),
@@ -687,14 +672,11 @@ if sys.version_info >= (3, 10):
 
 @pytest.mark.parametrize("annotation, good, bad", ANNOTATIONS)
 def test_params_are_checked_against_annotations(annotation, good, bad, registry):
-    def function(value):
-        return value
-
-    function.__annotations__["value"] = annotation
     for value in good:
-        assert problems_with({"value": value}, function, registry) is None, value
+        assert problems_with({"value": value}, annotated(annotation), registry) is None
     for value in bad:
-        assert "params.value" in problems_with({"value": value}, function, registry)
+        found = problems_with({"value": value}, annotated(annotation), registry)
+        assert found.startswith("params.value")
 
 
 @pytest.mark.parametrize(
@@ -810,16 +792,6 @@ def generator():
 
 async def async_generator():
     yield 1
-
-
-def annotated(annotation):
-    """A handler whose parameter `value` has this annotation."""
-
-    def function(value):
-        return value
-
-    function.__annotations__["value"] = annotation
-    return function
 
 
 @pytest.mark.parametrize(
@@ -951,16 +923,6 @@ def test_progress_is_kept_within_bounds():
         assert context.progress_document() == document
     context.progress(None, "word")
     assert context.progress_document() == {"message": "word"}
-
-
-@pytest.mark.parametrize("count, fits", [(1000, True), (1001, False), (50_000, False)])
-def test_a_batch_may_hold_as_many_tasks_as_its_limit(count, fits, registry):
-    documents = [{"type": "long_computation", "params": {}}] * count
-    if fits:
-        assert len(longtasks.check_batch(documents, registry)) == count
-        return
-    with pytest.raises(longtasks.Invalid, match="1 to 1000 tasks, not %d" % count):
-        longtasks.check_batch(documents, registry)
 
 
 @pytest.mark.parametrize(

@@ -46,16 +46,16 @@ line:
       146  1. Settings
       495  2. Tasks and their states
       857  3. Task registry
-     1567  4. Execution
-     2872  5. Journal
-     3511  6. Events
-     3705  7. Result store and task queue
-     4904  8. Worker pool
-     5209  9. HTTP API
-     6901  10. HTTP server
-     7867  11. Client
-     8455  12. Main
-     8996  13. The page
+     1561  4. Execution
+     2866  5. Journal
+     3505  6. Events
+     3699  7. Result store and task queue
+     4898  8. Worker pool
+     5203  9. HTTP API
+     6895  10. HTTP server
+     7861  11. Client
+     8449  12. Main
+     8990  13. The page
 
 Three things hold throughout:
 
@@ -892,9 +892,6 @@ class Retry(Exception):
     (Context.attempt) has reached it is the last one, and the task fails.
     """
 
-    after: Optional[float] = None  # for subclasses that don't call __init__
-    max_attempts: Optional[float] = None
-
     def __init__(
         self,
         message: str = "",
@@ -995,13 +992,11 @@ def handler(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the task type `name`.
 
-    Its parameters are the params of a task. They may be annotated with int, float, str,
-    bool, list, dict, None, Any, object, List[...], Sequence[...], Dict[str, ...],
-    Mapping[str, ...], Optional, Union, Literal, NewType or Annotated; without an
-    annotation any value is valid. The parameter annotated with Context, or
-    Optional[Context], receives the task's Context. A single `params: dict`, or
-    `**params`, takes params of any name. `limits` restricts numbers in JSON Schema's
-    words: {"duration": {"minimum": 0, "maximum": 60}}.
+    Its parameters are the params of a task, annotated with types that JSON has, such as
+    int, Optional[str], List[float], Dict[str, ...] or Literal; without an annotation
+    any value is valid. The parameter annotated with Context receives the task's
+    Context. A single `params: dict`, or `**params`, takes params of any name. `limits`
+    restricts numbers: {"duration": {"minimum": 0, "maximum": 60}}.
 
     `timeout` is the seconds that a run may take, `retries` how many times a task is run
     again after an error, `backoff` the seconds until the first retry (doubled for each
@@ -1195,8 +1190,6 @@ Schema = Union[bool, Dict[str, Any]]  # False allows nothing, True and {} everyt
 
 # The keyword for members of a container that have no schema of their own.
 _MEMBERS = {"object": "additionalProperties", "array": "items"}
-_RESTRICTIONS = {"enum", "anyOf", "pattern", "minimum", "maximum"}
-_RESTRICTIONS |= {"properties", "required", *_MEMBERS.values()}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -1219,7 +1212,7 @@ class Validator:
         others = self._is_container and self.schema.get(_MEMBERS[name], True)
         self._others = None if others is False else Validator(others)
         # Types whose values are all valid: a short way, since most values have one.
-        self._plain = set() if _RESTRICTIONS & self.schema.keys() else self._types
+        self._plain = set() if self.schema.keys() - {"type", "default"} else self._types
 
     def validate(self, value: Any, path: Path = ()) -> Any:
         """Return a value as the schema wants it: 3.0 as 3 for an integer.
@@ -1551,8 +1544,9 @@ def _text_of(error: BaseException) -> str:
         return "(its text can't be read)"
 
 
-def _number(value: Any) -> Optional[float]:
-    """Return a delay or count that a handler gave, or None if it is no such number."""
+def _number(error: BaseException, name: str) -> Optional[float]:
+    """Return the delay or count that an exception has, None if it is no such number."""
+    value: Any = getattr(error, name, None)  # a subclass may not call __init__
     return float(value) if Validator(_DURATION).is_valid(value) else None
 
 
@@ -1840,9 +1834,9 @@ def encode_result(value: Any, limit: int, subject: str = "the result") -> bytes:
 
 def outcome_of(error: BaseException, ctx: Context) -> Outcome:
     """Return how a run has ended by the exception that is being handled."""
-    text, after = describe(error), _number(getattr(error, "after", None))
+    text, after = describe(error), _number(error, "after")
     if isinstance(error, Retry):
-        limit = _number(error.max_attempts)
+        limit = _number(error, "max_attempts")
         last = limit is not None and ctx.attempt >= limit
         return Outcome(FAILED if last else PENDING, None, text, after, final=last)
     if isinstance(error, Cancelled):

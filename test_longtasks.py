@@ -588,18 +588,12 @@ def test_json_is_written_as_the_standard_library_writes_it():
             longtasks.to_json([wrong])
 
 
-@pytest.mark.parametrize(
-    "shortened, longest, length",
-    [
-        (lambda n: longtasks.describe(longtasks.Failure("x" * n)), 4000, 4000),
-        (lambda n: longtasks.quote("x" * n), 80, 78),
-    ],
-)
-def test_a_long_text_is_cut_to_its_limit(shortened, longest, length):
-    assert shortened(length).endswith(("xx", 'x"'))
-    for longer in (length, length + 1, 10**7):
-        assert len(shortened(longer)) == longest
-    assert shortened(length + 1).endswith("...")
+def test_a_long_text_is_cut_to_its_limit():
+    assert longtasks.quote("x" * 78) == '"%s"' % ("x" * 78)
+    assert longtasks.describe(longtasks.Failure("x" * 4000)) == "x" * 4000
+    for longer in ("x" * 4001, "x" * 10**7):
+        assert longtasks.quote(longer) == '"%s...' % ("x" * 76)
+        assert longtasks.describe(longtasks.Failure(longer)) == "x" * 3997 + "..."
 
 
 def test_a_surrogate_in_an_error_which_utf_8_cant_hold_is_escaped():
@@ -644,7 +638,6 @@ ANNOTATIONS = [
     (object, [None, 1, "a", [], {}], []),
     (List[int], [[], [1, 2]], [[1, "a"], [True], {}]),
     (Dict[str, float], [{}, {"a": 1}], [{"a": "b"}, []]),
-    (List[Dict[str, int]], [[{"a": 1}]], [[{"a": "1"}], [1]]),
     (Optional[int], [1, None], ["1", 1.5, False]),
     (Union[int, str], [1, "a"], [None, 1.5, []]),
     (Literal["a", "b"], ["a", "b"], ["c", None, 1]),
@@ -654,12 +647,8 @@ ANNOTATIONS = [
     (Dict, [{}], [[]]),
     (Sequence[int], [[], [1]], ["ab", ["a"], {}]),
     (Sequence, [[], ["a"]], ["ab", {}]),
-    (collections.abc.Sequence, [[]], ["ab"]),
     (Mapping[str, int], [{}, {"a": 1}], [{"a": "b"}, []]),
-    (collections.abc.Mapping, [{}], [[]]),
-    (NewType("UserId", int), [1], ["1"]),
     (List[NewType("UserId", int)], [[1]], [["1"]]),
-    ("int", [1], ["1"]),
     (List["int"], [[1]], [["1"]]),
 ]
 if sys.version_info >= (3, 9):
@@ -668,6 +657,10 @@ if sys.version_info >= (3, 9):
     ANNOTATIONS.append((List[typing.Annotated[int, "a unit"]], [[1]], [["a"]]))
 if sys.version_info >= (3, 10):
     ANNOTATIONS.append((int | None, [1, None], ["a"]))
+
+
+NOT_IN_JSON = [set, List[set], Dict[int, str], Mapping[int, str], Tuple[int, ...]]
+NOT_IN_JSON += [tuple, Path, bytes, Literal[b"a"], Union[int, Path]]
 
 
 @pytest.mark.parametrize("annotation, good, bad", ANNOTATIONS)
@@ -682,18 +675,12 @@ def test_params_are_checked_against_annotations(annotation, good, bad, registry)
 @pytest.mark.parametrize(
     "params, problems",
     [
-        ({"a": 1}, None),
-        ({}, "params.a is missing"),
+        ({"a": 1, "n": 9, "m": None}, None),
         ({"a": 1, "c": 1}, "params.c is unknown; known here: a, b, rows, n, m"),
         (
-            {"b": "x"},
-            'params.a is missing; params.b must be a whole number, not "x"',
+            {"rows": [{"a": 1}, {"b": "x"}]},
+            'params.a is missing; params.rows[1].b must be a whole number, not "x"',
         ),
-        (
-            {"a": 1, "rows": [{"a": 1}, {"b": "x"}]},
-            'params.rows[1].b must be a whole number, not "x"',
-        ),
-        ({"a": 1, "n": 9, "m": None}, None),
         ({"a": 1, "n": 9.5}, "params.n must be a number from 0 to 9, not 9.5"),
         ({"a": 1, "m": 0}, "params.m must be a whole number from 1 or null, not 0"),
         ({"a": 1, "m": "x"}, 'params.m must be a whole number from 1 or null, not "x"'),
@@ -719,19 +706,17 @@ def test_at_most_20_problems_are_looked_for(registry, monkeypatch):
     described = []
     monkeypatch.setattr(longtasks, "quote", lambda value: described.append(value) or "")
 
-    def problems(*documents):
+    def last_place(*params):
         described.clear()
+        tasks = [{"type": "t", "params": each} for each in params]
         with pytest.raises(longtasks.Invalid) as raised:
-            longtasks.check_batch(documents, registry)
+            longtasks.check_batch(tasks, registry)
         assert len(described) in (0, 20)
-        return raised.value.problems
+        return raised.value.problems[-1][0]
 
-    def task(**params):
-        return {"type": "t", "params": params}
-
-    assert len(problems(task(xs=[{}] * 5000))) == 20
-    assert len(problems(task(**dict.fromkeys(map(str, range(5000)))))) == 20
-    assert problems(task(), *[task(xs=[{}])] * 99)[-1][0] == (20, "params", "xs", 0)
+    assert last_place({"xs": [{}] * 5000}) == (0, "params", "xs", 19)
+    assert last_place(dict.fromkeys(map(str, range(5000)))) == (0, "params", "19")
+    assert last_place({}, *[{"xs": [{}]}] * 99) == (20, "params", "xs", 0)
 
 
 def test_a_whole_number_with_a_point_is_an_integer(registry):
@@ -761,15 +746,9 @@ def test_a_handler_may_take_params_of_any_names(registry):
 
 
 def test_the_registry_is_a_dict_and_the_function_stays_itself(registry):
-    def function():
-        """Do it.
-
-        And more.
-        """
-
-    assert handler("é" * 100)(function) is function
+    function = annotated(int)
+    assert handler("é" * 100)(function) is registry["é" * 100].function is function
     assert isinstance(longtasks.REGISTRY, dict)
-    assert registry["é" * 100].description == "Do it."
 
 
 async def coroutine():
@@ -824,6 +803,7 @@ def test_a_type_needs_a_name_of_its_own(name, reason):
         (dict, "a handler is a function"),
         (3, "a handler is a function"),
         (annotated("Nowhere"), "NameError: name 'Nowhere'"),
+        *[(annotated(kind), "value: .* has no counterpart") for kind in NOT_IN_JSON],
     ],
 )
 def test_an_unusable_signature_is_refused(function, reason, registry):
@@ -858,26 +838,18 @@ def test_a_bad_option_of_a_handler_is_refused(options, reason, registry):
     assert "bad" not in registry
 
 
-@pytest.mark.parametrize(
-    "annotation",
-    [
-        *(set, List[set], Dict[int, str], Mapping[int, str], Tuple[int, ...], tuple),
-        *(Path, bytes, Literal[b"a"], Union[int, Path]),
-    ],
-)
-def test_an_annotation_without_counterpart_in_json_is_refused(annotation, registry):
-    with pytest.raises(HandlerError, match=r"value: .* has no counterpart in JSON"):
-        handler("bad")(annotated(annotation))
-
-
-ANNOTATED = """
+ANNOTATED = '''
 from __future__ import annotations
 import functools
 from typing import Optional
 from longtasks import Context, handler
 
 def add(a: int, b: int = 1, *, ctx: Optional[Context] = None) -> Nowhere:
-    "Add them."
+    """Add
+    them.
+
+    And more.
+    """
     return [a + b, ctx.task_id]
 
 class Adder:
@@ -897,7 +869,7 @@ handler("method")(Adder().__call__)
 handler("wrapped")(wrapped(add))
 handler("cached")(functools.lru_cache(add))
 handler("all")(wrapped(functools.partial(functools.partial(wrapped(add)), b=1)))
-"""
+'''
 
 
 @pytest.mark.parametrize(

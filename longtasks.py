@@ -45,17 +45,17 @@ line:
 
       146  1. Settings
       495  2. Tasks and their states
-      857  3. Task registry
-     1561  4. Execution
-     2866  5. Journal
-     3505  6. Events
-     3699  7. Result store and task queue
-     4898  8. Worker pool
-     5203  9. HTTP API
-     6895  10. HTTP server
-     7861  11. Client
-     8449  12. Main
-     8990  13. The page
+      855  3. Task registry
+     1559  4. Execution
+     2864  5. Journal
+     3503  6. Events
+     3697  7. Result store and task queue
+     4896  8. Worker pool
+     5201  9. HTTP API
+     6893  10. HTTP server
+     7859  11. Client
+     8447  12. Main
+     8988  13. The page
 
 Three things hold throughout:
 
@@ -770,8 +770,6 @@ def from_json(data: bytes) -> Any:
         text = data.decode("utf-8")
         _check_depth(text)
         return _STRICT.decode(text)
-    except UnicodeDecodeError as error:
-        raise Malformed("not UTF-8: byte %d is wrong" % error.start) from None
     except ValueError as error:
         raise Malformed("not JSON: %s" % error) from None
 
@@ -1022,8 +1020,7 @@ def handler(
             if is_async and isolated:
                 raise HandlerError("an async handler can't be isolated")
             is_async = is_async and bool(lazy_import("asyncio"))
-            for param, limit in (limits or {}).items():
-                _narrow(schema.get("properties", {}), param, limit)
+            _narrow(schema, limits or {})
         except (HandlerError, Invalid) as error:
             raise HandlerError("task type %s: %s" % (quote(name), error)) from None
         made = Validator(schema), whole, context, rules, isolated, is_async
@@ -1174,14 +1171,15 @@ def schema_of(annotation: Any) -> Dict[str, Any]:
     raise HandlerError(message % (annotation,) + "such as str, and convert it")
 
 
-def _narrow(properties: Dict[str, Any], param: str, limit: Dict[str, float]) -> None:
-    schema = properties.get(param) or {}
-    kinds = schema.get("anyOf", [schema])
-    numbers = [kind for kind in kinds if kind.get("type") in ("integer", "number")]
-    if not numbers:
-        raise HandlerError("limits: there is no int or float parameter " + quote(param))
-    for number in numbers:
-        number.update(limit)
+def _narrow(schema: Dict[str, Any], limits: Dict[str, Dict[str, float]]) -> None:
+    for param, limit in limits.items():
+        found = schema.get("properties", {}).get(param, {})
+        kinds = found.get("anyOf", [found])
+        numbers = [kind for kind in kinds if kind.get("type") in ("integer", "number")]
+        if not numbers:
+            raise HandlerError("limits: no int or float parameter " + quote(param))
+        for number in numbers:
+            number.update(limit)
 
 
 # -- validation ------------------------------------------------------------

@@ -48,14 +48,14 @@ line:
       855  3. Task registry
      1559  4. Execution
      2864  5. Journal
-     3503  6. Events
-     3697  7. Result store and task queue
-     4896  8. Worker pool
-     5201  9. HTTP API
-     6893  10. HTTP server
-     7859  11. Client
-     8447  12. Main
-     8988  13. The page
+     3478  6. Events
+     3672  7. Result store and task queue
+     4871  8. Worker pool
+     5176  9. HTTP API
+     6868  10. HTTP server
+     7834  11. Client
+     8422  12. Main
+     8963  13. The page
 
 Three things hold throughout:
 
@@ -2891,7 +2891,6 @@ _MARKS = ", ".join("?" * (len(COLUMNS) + 1))
 _REPLACE = "REPLACE INTO tasks (%s) VALUES (%s)" % (_NAMES, _MARKS)  # noqa: S608
 _SELECT = "SELECT %s FROM tasks" % _NAMES  # noqa: S608
 _TRIM = "DELETE FROM gone WHERE number <= (SELECT max(number) FROM gone) - ?"
-_PARTS = ("-wal", "-shm", "-journal")  # files that SQLite leaves beside its own
 _SET_VERSION = "PRAGMA user_version = %d" % SCHEMA_VERSION
 _JSON_PLACES = [place for place, column in enumerate(COLUMNS) if column[1] is bytes]
 _REPEATED_PLACES = [Task._fields.index(name) for name in ("type", "status")]
@@ -2927,14 +2926,6 @@ def checksum(row: Sequence[Any]) -> str:
     return "%08x %s" % (zlib.crc32(_pack(*numbers), zlib.crc32(texts)), row[1])
 
 
-def _is_intact(row: Sequence[Any]) -> bool:
-    """Whether a row is as it was written."""
-    try:
-        return bool(row[-1] == checksum(row))
-    except (struct.error, TypeError):
-        return False
-
-
 def _to_row(task: Task) -> Sequence[Any]:
     values: List[Any] = [*task[:-1], *task.options]
     for place in _JSON_PLACES:
@@ -2968,10 +2959,10 @@ def _is_plausible(row: Sequence[Any]) -> bool:
             return False
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
             return False  # it was not UTF-8
-    field = dict(zip(Task._fields, row))
-    if not _UUID.fullmatch(field["id"]) or field["status"] not in EXITS:
+    task = _to_task(row)
+    if not _UUID.fullmatch(task.id) or task.status not in EXITS:
         return False
-    return (field["status"] in FINISHED) == (field["ended_at"] is not None)
+    return task.finished == (task.ended_at is not None)
 
 
 _STEP_NAMES = ", ".join([*Step._fields, "checksum"])
@@ -3121,10 +3112,9 @@ class Journal:
                 # `stopped`: the last process was stopped, but could not write the rest.
                 self._lock, self.stopped = lock_file(self.path)
                 PRIVATE.add(self._lock)
-            if self._exists():
-                self._restrict_mode()
-            else:
+            if not self._exists():
                 self._create()
+            self._restrict_mode()
             self._db = self._connect()
             self._inode = os.stat(self.path).st_ino
         except (OSError, sqlite3.Error, UnicodeError) as error:
@@ -3173,24 +3163,12 @@ class Journal:
                     log.warning(text, path)
 
     def _create(self) -> None:
-        """Make an empty journal beside the path, and move it there when it is whole."""
-        new = self.path + ".new"
+        """Make an empty file; _connect() makes it a journal, in one transaction."""
         # SQLite would take the leftovers of a deleted file for part of this one.
-        for path, part in itertools.product((new, self.path), ("", *_PARTS)):
+        for part in ("-wal", "-shm", "-journal"):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path + part)
-        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        with contextlib.closing(self._sqlite.connect(new, isolation_level=None)) as db:
-            db.execute("CREATE TABLE tasks (seq INTEGER PRIMARY KEY)")
-            self._migrate(db, 0)
-            db.execute("PRAGMA application_id = %d" % APPLICATION_ID)
-            db.execute(_SET_VERSION)
-            db.execute("PRAGMA journal_mode = WAL")
-        os.replace(new, self.path)
-        with contextlib.suppress(OSError):  # not every system can open a folder
-            folder = os.open(os.path.dirname(self.path), os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+                os.unlink(self.path + part)
+        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
 
     def _open_file(self) -> Any:
         uri = "file:%s?mode=rw" % url_quote(os.fsencode(self.path))
@@ -3212,21 +3190,24 @@ class Journal:
             # A wrong value shows by its row's checksum.
             if found != "ok" and not re.match(r"\S+ value in ", found):
                 raise self._corrupt(found)
-        if db.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
-            raise JournalError("DB %s: this disk can't do SQLite's WAL" % self.path)
         db.execute("PRAGMA synchronous = FULL")  # a commit waits until it is on disk
         db.execute("PRAGMA fullfsync = ON")  # really on disk, on macOS
         db.execute("PRAGMA journal_size_limit = %d" % (16 << 20))
         db.execute("BEGIN IMMEDIATE")
         if version < SCHEMA_VERSION:
             self._migrate(db, version)
+        db.execute("PRAGMA application_id = %d" % APPLICATION_ID)
         db.execute(_SET_VERSION)  # so that a read-only file is noticed now
         db.execute("COMMIT")
+        # Only now: a crash would leave a file that is not known as ours.
+        if db.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+            raise JournalError("DB %s: this disk can't do SQLite's WAL" % self.path)
         return db
 
     @staticmethod
     def _migrate(db: Any, version: int) -> None:
-        """Add the columns, checksums and tables that older versions lack."""
+        """Add the columns, checksums and tables that older versions and 0 lack."""
+        db.execute("CREATE TABLE IF NOT EXISTS tasks (seq INTEGER PRIMARY KEY)")
         there = {row[1] for row in db.execute("PRAGMA table_info(tasks)")}
         missing = [column for column in COLUMNS if column[0] not in there]
         if "checksum" not in there:
@@ -3256,22 +3237,23 @@ class Journal:
         Damaged rows are left out, logged, and their ids added to `damaged`.
         """
         for row in self._query(_SELECT + " ORDER BY ended_at IS NULL, ended_at, seq"):
-            if _is_intact(row):
-                yield _to_task(row)
-                continue
-            ids = self._ids_in((row[1], row[-1]), "the task with seq %s" % row[0])
+            with contextlib.suppress(struct.error, TypeError):
+                if row[-1] == checksum(row):
+                    yield _to_task(row)
+                    continue
+            ids = set(_UUID.findall("%s %s" % (row[1], row[-1])))
+            if not ids:
+                text = "the task with seq %s is damaged, even its id"
+                raise self._corrupt(text % row[0])
             self.damaged_rows += 1
             self.damaged |= ids
             text = "DB %s: the row of task %s is damaged; it stays as it is"
             log.error(text, self.path, " or ".join(sorted(ids)))
 
     def load_removed(self) -> Iterator[str]:
-        """Yield the ids of removed tasks, the oldest first.
-
-        Where the two copies of an id differ, since one is damaged, yields both.
-        """
+        """Yield the ids of removed tasks, the oldest first; of a damaged row both."""
         for copies in self._query("SELECT id, again FROM gone ORDER BY number"):
-            yield from self._ids_in(copies, "a row of its table gone")
+            yield from set(_UUID.findall("%s %s" % copies))
 
     def load_paused(self) -> FrozenSet[str]:
         """Return the types that are paused; of a damaged row both copies."""
@@ -3306,13 +3288,6 @@ class Journal:
             yield from self._db.execute(query)
         except self._sqlite.Error as error:
             raise JournalError("DB %s: %s" % (self.path, error)) from None
-
-    def _ids_in(self, copies: Sequence[Any], place: str) -> Set[str]:
-        """Return the ids that are left in two copies of one."""
-        ids = set(_UUID.findall("%s %s" % tuple(copies)))
-        if not ids:
-            raise self._corrupt(place + " is damaged, even its id")
-        return ids
 
     # -- writing
 

@@ -50,12 +50,12 @@ line:
      2864  5. Journal
      3478  6. Events
      3672  7. Result store and task queue
-     4871  8. Worker pool
-     5176  9. HTTP API
-     6868  10. HTTP server
-     7834  11. Client
-     8422  12. Main
-     8963  13. The page
+     4833  8. Worker pool
+     5138  9. HTTP API
+     6830  10. HTTP server
+     7796  11. Client
+     8384  12. Main
+     8925  13. The page
 
 Three things hold throughout:
 
@@ -3045,7 +3045,7 @@ class Commit:
     has happened already, and becomes part of the next commit.
     """
 
-    __slots__ = ("new", "moves", "logs", "on_durable", "error", "tried")
+    __slots__ = ("new", "moves", "on_durable", "error", "tried")
 
     def __init__(self) -> None:
         self.new: List[Task] = []
@@ -3677,8 +3677,8 @@ class Events:
 # Without a journal, these are the same moment. Neither a handler nor a wait
 # for a disk or a client runs under the lock.
 #
-# TaskStore decides. It has a ResultStore, a TaskQueue and an Alarm, which rely
-# on its lock.
+# TaskStore decides. It has a ResultStore and a TaskQueue, which rely on its
+# lock.
 # ======================================================================
 
 
@@ -3710,35 +3710,20 @@ RUN_BOUNDS = (0.01, 0.1, 1, 5, 15, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 8
 
 
 class Counters:
-    """Counts since the start, by task type.
+    """Counts since the start, by task type."""
 
-    Types that are not registered, which an old journal may hold, count as one.
-    """
-
-    def __init__(self, types: Container[str]) -> None:
-        self._types = types
+    def __init__(self) -> None:
         self.ended: Counter[Tuple[str, str]] = Counter()  # tasks, by type and status
         # How long tasks were "waiting" or "running", by that word and type.
         self.times: Dict[Tuple[str, str], Histogram]
         self.times = defaultdict(functools.partial(Histogram, RUN_BOUNDS))
 
-    def end(self, task: Task) -> None:
-        """Count a task that has finished."""
-        self.ended[self._label(task), task.status] += 1
-
-    def add(self, activity: str, task: Task, seconds: float) -> None:
-        """Count how long a task was "waiting" or "running"."""
-        self.times[activity, self._label(task)].add(seconds)
-
     def copy(self) -> "Counters":
         """Return a copy, which does not change any more."""
-        made = Counters(self._types)
+        made = Counters()
         made.ended = self.ended.copy()
         made.times = {key: histogram.copy() for key, histogram in self.times.items()}
         return made
-
-    def _label(self, task: Task) -> str:
-        return task.type if task.type in self._types else "(not registered)"
 
 
 class ResultStore:
@@ -3923,8 +3908,8 @@ class TaskQueue:
         self._ready = ReadyQueue(), ReadyQueue()  # threads', async
         self._is_unheard = False  # workers are to be woken for the latest entries
         self._entries: Dict[str, Entry] = {}  # those that are not stale, by task id
-        self._delayed: List[Tuple[float, Entry]] = []  # a heap, by the monotonic clock
-        self._inherited: List[Tuple[float, Entry]] = []  # a heap, by the wall clock
+        # Heaps, by the monotonic clock and, of inherited tasks, by the wall clock.
+        self._delayed: Sequence[List[Tuple[float, Entry]]] = [], []
         self._parked: Dict[str, List[Entry]] = {}  # heaps, by type
         self._running: Counter[str] = Counter()  # handlers, by type
         self.paused: FrozenSet[str] = frozenset()  # types of which none may start
@@ -3942,10 +3927,9 @@ class TaskQueue:
         if task.due_at is None or wait <= 0:
             self._ready[self._rules(entry.type).is_async].add(entry)
             self._is_unheard = True
-        elif inherited:
-            heapq.heappush(self._inherited, (task.due_at, entry))
         else:
-            heapq.heappush(self._delayed, (due, entry))
+            moment = task.due_at if inherited else due
+            heapq.heappush(self._delayed[inherited], (moment, entry))
         return wait
 
     def wake(self) -> None:
@@ -4013,8 +3997,7 @@ class TaskQueue:
     def release_due(self) -> float:
         """Make delayed tasks ready that are due; return the seconds until the next."""
         wait = math.inf
-        clocks = (self._delayed, self._monotonic()), (self._inherited, self._clock())
-        for heap, now in clocks:
+        for heap, now in zip(self._delayed, (self._monotonic(), self._clock())):
             while heap and heap[0][0] <= now:
                 self._make_ready(heapq.heappop(heap)[1])
             if heap:
@@ -4047,8 +4030,9 @@ class TaskQueue:
         A sorted list is a heap.
         """
         limit = 2 * (len(self._entries) + 100)
-        if len(self._delayed) > limit:
-            self._delayed = sorted(d for d in self._delayed if self._is_live(d[1]))
+        for delayed in self._delayed:
+            if len(delayed) > limit:
+                delayed[:] = sorted(d for d in delayed if self._is_live(d[1]))
         threads, loop = self._ready
         for heap in (threads.queue, loop.queue, *self._parked.values()):
             if len(heap) > limit:
@@ -4056,30 +4040,6 @@ class TaskQueue:
                 with threads.mutex, loop.mutex:
                     live = [e for e in heap if e is _END_OF_QUEUE or self._is_live(e)]
                     heap[:] = sorted(live)
-
-
-class Alarm:
-    """Wakes a thread that has to look at the clock again. The caller locks."""
-
-    def __init__(self, monotonic: Clock) -> None:
-        self.changed = threading.Event()  # the thread must wake earlier
-        self._monotonic = monotonic
-        self._next = math.inf  # when the thread wakes
-
-    def set(self, seconds: float) -> float:
-        """Wake the thread in `seconds`, or earlier; return when, in monotonic time."""
-        when = self._monotonic() + seconds
-        if when < self._next:
-            self._next = when
-            self.changed.set()
-        return when
-
-    def rest(self, seconds: float) -> float:
-        """Plan to wake it in `seconds`; return how many to wait, never under 0."""
-        self.changed.clear()
-        seconds = max(0.0, seconds)
-        self._next = self._monotonic() + seconds
-        return seconds
 
 
 Wait = Callable[[Commit], Any]  # awaits a commit, or leaves that to its caller
@@ -4093,12 +4053,17 @@ OnDurable = Callable[[Task], Any]  # is called once a task can't be lost any mor
 
 
 class TaskReader:
-    """The tasks as clients read them, and the lock that guards their state."""
+    """The tasks as clients read them, how moves come to be seen, and the lock."""
 
     def __init__(
-        self, limits: Limits, clock: Clock, monotonic: Clock, types: Container[str]
+        self,
+        limits: Limits,
+        clock: Clock,
+        monotonic: Clock,
+        rules: Callable[[str], Rules],
     ) -> None:
-        self.limits = limits
+        self.limits, self.rules = limits, rules
+        self._clock, self._monotonic = clock, monotonic
         self.events = Events()
         self._pid = os.getpid()
         # The lock guards everything below.
@@ -4114,8 +4079,13 @@ class TaskReader:
         self._running: Dict[str, Context] = {}  # by task id
         self._active: Set[Context] = set()  # those, and stuck handlers
         self._waiting: Dict[str, Set[threading.Event]] = {}  # to set at a task's end
-        self._counters = Counters(types)
+        self._counters = Counters()
+        # By the latest decisions, written or not:
+        self._queue = TaskQueue(clock, monotonic, rules)
+        self._next_tick = math.inf  # when the timer thread wakes, unless by this:
+        self._tick_early = threading.Event()
         self._on_drained: Optional[Callable[[], None]] = None  # set: draining
+        self._drained_by = math.inf  # on the monotonic clock
         self._stopped = False  # handlers were asked to stop
 
     def get(self, task_id: str) -> Task:
@@ -4144,46 +4114,6 @@ class TaskReader:
             return self._unwritten[task_id][0]
         return self._results.find(task_id)
 
-    def _record(self, record: Union[Removal, Paused]) -> Commit:
-        """Have a record written and then shown, or show it now without a journal."""
-        if self.journal:
-            return self.journal.append(record)
-        self._show(record)
-        return _DURABLE
-
-    def _show(self, record: Union[Removal, Paused]) -> None:
-        """Show that types are paused, or remove a task unless its id is another's."""
-        if isinstance(record, Paused):
-            self.paused = record.types
-            return
-        task = self._results.get(record.id)
-        if task and task.seq == record.seq:
-            self._results.remove(task)
-            self.events.remove(task.id)
-
-    def delete(self, task_id: str, wait: Wait = Commit.check) -> None:
-        """Remove a finished task.
-
-        Raises Unfinished, UnknownTask, GoneTask, DamagedTask, or Unavailable: then it
-        may still be removed.
-        """
-        with self._lock:
-            task = self._find(task_id)
-            if not task.finished:
-                raise Unfinished("task %s is %s, not finished" % (task.id, task.status))
-            self._check_journal()
-            commit = self._record(Removal(task.seq, task.id))
-        wait(commit)
-
-    def _new_context(self, task: Task, attempt: int) -> Context:
-        label = task.options.label
-        context = Context(task.id, attempt, self._emit, task.type, label)
-        # Half of it, so that a process is killed before its run is abandoned.
-        context.grace = self.limits.grace / 2
-        context.max_result = self.limits.result_bytes
-        context.steps = self._results.steps.get(task.seq, {})
-        return context
-
     def _emit(self, context: Context, kind: str, payload: Any) -> None:
         """Publish the progress or log of a handler, unless its run is over.
 
@@ -4199,6 +4129,20 @@ class TaskReader:
                 self.events.log(context.task_id, *lines, dropped=dropped)
             else:
                 self.events.publish(context.task_id, kind, context.progress_document())
+
+    def delete(self, task_id: str, wait: Wait = Commit.check) -> None:
+        """Remove a finished task.
+
+        Raises Unfinished, UnknownTask, GoneTask, DamagedTask, or Unavailable: then it
+        may still be removed.
+        """
+        with self._lock:
+            task = self._find(task_id)
+            if not task.finished:
+                raise Unfinished("task %s is %s, not finished" % (task.id, task.status))
+            self._check_journal()
+            commit = self._commit(Removal(task.seq, task.id))
+        wait(commit)
 
     def wait(
         self, task_id: str, timeout: float, done: Optional[threading.Event] = None
@@ -4359,14 +4303,92 @@ class TaskReader:
         # With a journal, tasks that wait can do so until the next start.
         return not self._stopped and not (self.journal and self._on_drained)
 
+    # -- written, then shown; these assume the lock
+
+    def _commit(
+        self, *moves: Record, new: Sequence[Task] = (), call: Any = None
+    ) -> Commit:
+        """Show records, or have them written first: then those in `new` may fail."""
+        if self.journal is None:
+            for record in (*moves, *new):
+                self._show(record)
+            return _DURABLE
+        tasks = [each for each in (*moves, *new) if isinstance(each, Task)]
+        texts = [(t, self.events.log_text(t.id, LOG_SIZE)) for t in tasks if t.finished]
+        logs = [EndOfLog(task.seq, task.id, text) for task, text in texts if text]
+        commit = self.journal.append(*moves, *logs, new=new, on_durable=call)
+        self._unwritten.update((task.id, (task, commit)) for task in tasks)
+        self._count_new(new, 1)
+        return commit
+
+    def _settle(self, commit: Commit) -> None:
+        """Show a commit, or drop its new tasks if it failed. Takes the lock."""
+        with self._lock:
+            self._count_new(commit.new, -1)
+            for task in commit.new if commit.error else ():
+                del self._unwritten[task.id]
+            for record in () if commit.error else commit.records:
+                self._show(record)
+            self._check_drained()
+        for call in () if commit.error else commit.on_durable:
+            call()
+
+    def _show(self, record: Record) -> None:
+        """Let clients see a record."""
+        if isinstance(record, Task):
+            self._show_task(record)
+        elif isinstance(record, Paused):
+            self.paused = record.types
+        elif isinstance(record, Removal):
+            task = self._results.get(record.id)
+            if task and task.seq == record.seq:  # else it was removed before
+                self._results.remove(task)
+                self.events.remove(task.id)
+
+    def _show_task(self, task: Task) -> None:
+        """Show a task as it is now: publish it, queue or count it, wake its waiters."""
+        latest, _ = self._unwritten.get(task.id, (task, None))
+        if latest is task:
+            self._unwritten.pop(task.id, None)
+        self._results.put(task)
+        if self.events.followed:
+            options = task.options._replace(label=label_of(task))
+            shown = task._replace(params=b"", result=None, options=options)
+            self.events.publish(task.id, "status", shown)
+        if task.status == PENDING and latest is task:  # it isn't cancelled since
+            wait = self._queue.add(task)
+            if wait > 0:
+                self._tick_in(wait)
+            elif task.attempt or task.follows:  # else submit_all()'s caller does
+                self._queue.wake()
+        elif task.finished:
+            self._counters.ended[task.type, task.status] += 1
+            for done in self._waiting.pop(task.id, ()):
+                done.set()
+            self._evict()
+
+    def _check_drained(self) -> None:
+        """Report that the drain is over, if it is. Assumes the lock."""
+        if not self._on_drained or self._is_busy():
+            return
+        if not (self._may_start() and self._queue.waits_until(self._drained_by)):
+            self._on_drained()
+
+    def _tick_in(self, seconds: float) -> float:
+        """Have tick() called in so many seconds, or earlier; return that moment."""
+        moment = self._monotonic() + seconds
+        if moment < self._next_tick:
+            self._next_tick = moment
+            self._tick_early.set()
+        return moment
+
 
 class TaskStore(TaskReader):
     """All tasks, from submission until they are removed: this is where they move.
 
     `clock` gives the time in seconds since 1970, and `monotonic` one that is never set.
     `rules` gives the rules of a type, and `follow_ups` the submissions at a task's
-    end; `types` are counted apart. With a journal, the store goes on with the tasks
-    that are in it.
+    end. With a journal, the store goes on with the tasks that are in it.
     """
 
     def __init__(
@@ -4376,17 +4398,11 @@ class TaskStore(TaskReader):
         journal: Optional[Journal] = None,
         rules: Callable[[str], Rules] = lambda type: Rules(),
         monotonic: Clock = time.monotonic,
-        types: Container[str] = REGISTRY,
         follow_ups: Callable[[Task], Iterable[Submission]] = lambda task: (),
     ) -> None:
-        super().__init__(limits, clock, monotonic, types)
+        super().__init__(limits, clock, monotonic, rules)
         self._follow_ups = follow_ups
         self.on_stuck: Callable[[Context], None] = lambda context: None
-        self._clock, self._monotonic, self.rules = clock, monotonic, rules
-        # These follow the latest decisions, written or not; the lock guards them.
-        self._queue = TaskQueue(clock, monotonic, rules)
-        self._alarm = Alarm(monotonic)
-        self._drained_by = math.inf  # on the monotonic clock
         # Tasks that were processing when the last process died, as they go on.
         self.interrupted: List[Task] = []
         # Up to this one, tasks may have killed the last process: see begin().
@@ -4469,7 +4485,7 @@ class TaskStore(TaskReader):
         """Decide that there are new tasks. Assumes the lock."""
         self._check_open(len(wanted))
         tasks = self._results.new(wanted)
-        return tasks, self._commit(tasks)
+        return tasks, self._commit(new=tasks)
 
     def wake(self) -> None:
         """Wake workers for the tasks that were accepted."""
@@ -4492,13 +4508,19 @@ class TaskStore(TaskReader):
         """Decide that a task runs. Assumes the lock."""
         task = self._results.find(entry.task_id)
         now, attempt = max(self._clock(), task.created_at), task.attempt + 1
-        context = self._new_context(task, attempt)
-        context.began = self._monotonic()
+        label = task.options.label
+        context = Context(task.id, attempt, self._emit, task.type, label)
+        # Half of it, so that a process is killed before its run is abandoned.
+        context.grace = self.limits.grace / 2
+        context.max_result = self.limits.result_bytes
+        context.steps = self._results.steps.get(task.seq, {})
         context.save_step = self.add_step
+        context.began = self._monotonic()
         self._running[task.id] = context
         self._active.add(context)
         if task.due_at or attempt == 1:  # else the process has died since
-            self._counters.add("waiting", task, context.began - entry.since)
+            waited = context.began - entry.since
+            self._counters.times["waiting", task.type].add(waited)
         task = task.moved_to(
             PROCESSING, started_at=now, attempt=attempt, due_at=None, error=None
         )
@@ -4525,7 +4547,7 @@ class TaskStore(TaskReader):
                 return False
             timeout = timeout_of(task, self.rules(task.type))
             if timeout and not context.cancelled:
-                context.deadline = self._alarm.set(timeout)
+                context.deadline = self._tick_in(timeout)
             return True
 
     def add_step(
@@ -4539,7 +4561,7 @@ class TaskStore(TaskReader):
             step = step._replace(seq=task.seq, number=task.steps)
             self._results.steps[task.seq] = context.steps
             context.steps[step.name] = step
-            commit = self._commit([], step, task, call=on_durable)
+            commit = self._commit(step, task, call=on_durable)
         if commit is _DURABLE:
             on_durable()
 
@@ -4601,7 +4623,7 @@ class TaskStore(TaskReader):
         """Pause a type, or resume it; raises Unavailable as delete() does."""
         with self._lock:
             self._check_journal()
-            commit = self._record(Paused(self._queue.pause(type, paused)))
+            commit = self._commit(Paused(self._queue.pause(type, paused)))
         commit.check()
 
     # -- how a run ends; all of these assume the lock
@@ -4612,7 +4634,8 @@ class TaskStore(TaskReader):
         """Decide the next status of a task whose run is over."""
         del self._running[context.task_id]
         task = self._latest(context.task_id)
-        self._counters.add("running", task, self._monotonic() - context.began)
+        ran = self._monotonic() - context.began
+        self._counters.times["running", task.type].add(ran)
         rules = self.rules(task.type)
         task = after_run(task, context.reason, outcome, rules, self._clock())
         return task, self._decide(task, on_durable)
@@ -4621,7 +4644,7 @@ class TaskStore(TaskReader):
         """Ask a handler to stop; abandon its run if it does not within the grace."""
         if not context.cancelled:
             context.cancel(reason)
-            context.deadline = self._alarm.set(self.limits.grace)
+            context.deadline = self._tick_in(self.limits.grace)
 
     def _release(self, context: Context) -> None:
         """Record that a handler has returned: another of its type may start."""
@@ -4646,21 +4669,20 @@ class TaskStore(TaskReader):
             running = list(self._running.values())
             wait = min([r.deadline for r in running], default=math.inf) - now
             wait = min(PROGRESS_INTERVAL, wait, self._queue.release_due())
-            wait = self._alarm.rest(wait)
+            self._next_tick = now + wait
+            self._tick_early.clear()
         for context in running:
             context.emit_progress()
         for context, status in abandoned:
             message = "is %s, but its handler does not stop; %d are stuck"
             log_run(logging.ERROR, context, message, status, self.stuck())
             self.on_stuck(context)
-        return wait
+        return max(0.0, wait)
 
     def await_tick(self, timeout: float) -> bool:
         """Wait until tick() is to be called; False when it need not be any more."""
-        self._alarm.changed.wait(timeout)
+        self._tick_early.wait(timeout)
         return not self._stopped
-
-    # -- decided, written, shown; all of these assume the lock
 
     def _decide(self, task: Task, on_durable: Optional[OnDurable] = None) -> Commit:
         """Make this the task's latest state; return the commit that writes it.
@@ -4671,60 +4693,7 @@ class TaskStore(TaskReader):
         wanted = self._follow_ups(task) if task.finished else ()
         new = self._results.new((new_id(), submission) for submission in wanted)
         call = functools.partial(on_durable, task) if on_durable else None
-        return self._commit([], task, *new, call=call)
-
-    def _commit(self, new: List[Task], *moves: Record, call: Any = None) -> Commit:
-        """Show tasks, or have them written first: then those in `new` may fail."""
-        tasks = [each for each in (*moves, *new) if isinstance(each, Task)]
-        if self.journal is None:
-            for task in tasks:
-                self._apply(task)
-                if task.finished:
-                    self._evict()
-            return _DURABLE
-        texts = [(t, self.events.log_text(t.id, LOG_SIZE)) for t in tasks if t.finished]
-        logs = [EndOfLog(task.seq, task.id, text) for task, text in texts if text]
-        commit = self.journal.append(*moves, *logs, new=new, on_durable=call)
-        self._unwritten.update((task.id, (task, commit)) for task in tasks)
-        self._count_new(new, 1)
-        return commit
-
-    def _settle(self, commit: Commit) -> None:
-        """Show a commit, or drop its new tasks if it failed. Takes the lock."""
-        with self._lock:
-            self._count_new(commit.new, -1)
-            for task in commit.new if commit.error else ():
-                del self._unwritten[task.id]
-            for record in () if commit.error else commit.records:
-                if isinstance(record, Task):
-                    if self._unwritten[record.id][0] is record:
-                        del self._unwritten[record.id]
-                    self._apply(record)
-                elif not isinstance(record, (Step, EndOfLog)):
-                    self._show(record)
-            self._evict()
-            self._check_drained()
-        for call in () if commit.error else commit.on_durable:
-            call()
-
-    def _apply(self, task: Task) -> None:
-        """Show a task as it is now: publish it, queue or count it, wake its waiters."""
-        self._results.put(task)
-        if self.events.followed:
-            options = task.options._replace(label=label_of(task))
-            shown = task._replace(params=b"", result=None, options=options)
-            self.events.publish(task.id, "status", shown)
-        # Unless it was cancelled since.
-        if task.status == PENDING and task.id not in self._unwritten:
-            wait = self._queue.add(task)
-            if wait > 0:
-                self._alarm.set(wait)
-            elif task.attempt or task.follows:  # else submit_all()'s caller does
-                self._queue.wake()
-        elif task.finished:
-            self._counters.end(task)
-            for done in self._waiting.pop(task.id, ()):
-                done.set()
+        return self._commit(task, *new, call=call)
 
     # -- the end
 
@@ -4752,7 +4721,7 @@ class TaskStore(TaskReader):
                 context.cancel(SHUTDOWN)
             self._wake_waiting()
             self._queue.close()
-            self._alarm.changed.set()
+            self._tick_early.set()
             self._check_drained()
 
     def abandon(self) -> List[Task]:
@@ -4762,13 +4731,6 @@ class TaskStore(TaskReader):
                 self._end(context, Outcome(CANCELLED))
             latest = [self._latest(task.id) for task in self._results.all()]
             return [task for task in latest if not task.finished]
-
-    def _check_drained(self) -> None:
-        """Report that the drain is over, if it is. Assumes the lock."""
-        if not self._on_drained or self._is_busy():
-            return
-        if not (self._may_start() and self._queue.waits_until(self._drained_by)):
-            self._on_drained()
 
 
 def filtered(
@@ -8501,7 +8463,7 @@ class Service:
         access = Access(read_token(settings), settings["INSECURE"])
         tls = tls_context(settings)
         follow = functools.partial(follow_ups, handlers, follow_ups_by_rule(handlers))
-        self.store = TaskStore(limits, rules=rules, types=handlers, follow_ups=follow)
+        self.store = TaskStore(limits, rules=rules, follow_ups=follow)
         self.pool = WorkerPool(self.store, handlers, settings["WORKER_COUNT"])
         self.pool.async_count = settings["ASYNC_COUNT"]
         scheme = "https" if tls else "http"

@@ -1629,11 +1629,11 @@ def test_rows_of_deleted_and_expired_tasks_leave_and_their_room_is_used_again(
 DONE = longtasks.Outcome("completed", b"1")
 
 
-def new_ledger(clock=None, rules=None, types=(), **limits):
+def new_ledger(clock=None, rules=None, **limits):
     clock = clock or Clock()
     rules = longtasks.Rules(**(rules or {}))
     return longtasks.TaskStore(
-        longtasks.Limits(**limits), clock, None, lambda type: rules, clock, types
+        longtasks.Limits(**limits), clock, None, lambda type: rules, clock
     )
 
 
@@ -1953,14 +1953,13 @@ def test_what_was_given_up_cannot_finish_any_more(outcome, store):
     assert store.get(running.id) == task
 
 
-def counted(store, what, type="t"):
+def counted(store, what):
     """How many times of that kind were counted, and what they are in all."""
-    times = store.snapshot().times[what, type]
+    times = store.snapshot().times[what, "t"]
     return sum(times.counts), times.sum
 
 
-def test_what_has_ended_waited_and_run_is_counted_by_type(clock):
-    store = new_ledger(clock, types={"t"})
+def test_what_has_ended_waited_and_run_is_counted_by_type(clock, store):
     store.submit("t", b"{}", longtasks.Options(delay=10))
     clock.now += 12
     store.tick()
@@ -1973,8 +1972,7 @@ def test_what_has_ended_waited_and_run_is_counted_by_type(clock):
     assert counted(store, "running") == (1, 40.0)
 
 
-def test_a_task_that_is_run_again_has_run_and_waited_twice_but_ended_once(clock):
-    store = new_ledger(clock, types={"t"})
+def test_a_task_that_is_run_again_has_run_and_waited_twice_but_ended_once(clock, store):
     store.submit("t", b"{}", longtasks.Options(retries=1))
     for _ in range(2):
         clock.now += 1
@@ -1985,16 +1983,6 @@ def test_a_task_that_is_run_again_has_run_and_waited_twice_but_ended_once(clock)
     assert store.snapshot().ended == {("t", "failed"): 1}
     assert counted(store, "waiting") == (2, 2.0)
     assert counted(store, "running") == (2, 6.0)
-
-
-def test_types_that_are_not_registered_count_as_one():
-    store = new_ledger(types={"t"})
-    for type in ("a", "b", "t"):
-        store.submit(type, b"{}")
-        store.finish(store.claim()[1], DONE)
-    ended = {("(not registered)", "completed"): 2, ("t", "completed"): 1}
-    assert store.snapshot().ended == ended
-    assert counted(store, "running", "(not registered)")[0] == 2
 
 
 # -- with a journal --------------------------------------------------------
@@ -2561,7 +2549,7 @@ def test_what_is_taken_up_is_not_counted_again(path):
         store.submit("t", b"{}")
         store.claim()
     with journalled(path) as store:
-        assert store.snapshot().ended == {("(not registered)", "cancelled"): 1}
+        assert store.snapshot().ended == {("t", "cancelled"): 1}
         store.claim()  # it has waited since a time that nobody knows
         assert store.snapshot().times == {}
 
@@ -2615,7 +2603,7 @@ class WallClock(Clock):
 def wall_clocked(monotonic, clock, journal=None, **limits):
     rules = longtasks.Rules(retries=1, backoff=100)
     return longtasks.TaskStore(
-        longtasks.Limits(**limits), clock, journal, lambda type: rules, monotonic, {"t"}
+        longtasks.Limits(**limits), clock, journal, lambda type: rules, monotonic
     )
 
 

@@ -45,17 +45,17 @@ line:
 
       146  1. Settings
       495  2. Tasks and their states
-      855  3. Task registry
-     1559  4. Execution
-     2864  5. Journal
-     3478  6. Events
-     3672  7. Result store and task queue
-     4833  8. Worker pool
-     5138  9. HTTP API
-     6830  10. HTTP server
-     7796  11. Client
-     8384  12. Main
-     8925  13. The page
+      854  3. Task registry
+     1558  4. Execution
+     2863  5. Journal
+     3477  6. Events
+     3671  7. Result store and task queue
+     4832  8. Worker pool
+     5137  9. HTTP API
+     6829  10. HTTP server
+     7795  11. Client
+     8383  12. Main
+     8924  13. The page
 
 Three things hold throughout:
 
@@ -669,8 +669,7 @@ class Task(NamedTuple):
     def with_step(self, step: "Step") -> "Task":
         """Return the task with one more step done, and no interruptions counted."""
         size = self.step_bytes + len(step.result)
-        steps = self.steps + 1
-        return self._replace(steps=steps, step_bytes=size, interruptions=0)
+        return self._replace(steps=self.steps + 1, step_bytes=size, interruptions=0)
 
     def after_crash(self, now: float, crashed: bool = True) -> "Task":
         """Return the task as it goes on after a process that left it processing.

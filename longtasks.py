@@ -52,10 +52,10 @@ line:
      3671  7. Result store and task queue
      4832  8. Worker pool
      5137  9. HTTP API
-     6829  10. HTTP server
-     7795  11. Client
-     8383  12. Main
-     8924  13. The page
+     6850  10. HTTP server
+     7816  11. Client
+     8404  12. Main
+     8945  13. The page
 
 Three things hold throughout:
 
@@ -5681,15 +5681,33 @@ def task_events(app: App, request: Request) -> Reply:
         match = re.fullmatch(app.store.events.life + "-([0-9]{1,15})", last)
         # An id of another process becomes a number that no event has: a gap.
         after = int(match.group(1)) if match else sys.maxsize
-    stream = event_stream(app, request, after)
-    next(stream)  # subscribe now, while an error can still be the reply
-    # Proxies that buffer replies are asked not to.
-    return Reply(200, b"", SSE, {"X-Accel-Buffering": "no"}, stream)
+    return stream_reply(event_stream(app, request, after))
 
 
 def all_events(app: App, request: Request) -> Reply:
     """Follow all tasks."""
     return task_events(app, request)
+
+
+def stream_reply(stream: Iterator[bytes]) -> Reply:
+    """Reply with a stream of events, which first yields nothing."""
+    next(stream)  # subscribe now, while an error can still be the reply
+    # Proxies that buffer replies are asked not to.
+    return Reply(200, b"", SSE, {"X-Accel-Buffering": "no"}, stream)
+
+
+@contextlib.contextmanager
+def following(
+    app: App, request: Request, task_id: str, after: Optional[int] = None
+) -> Iterator[Tuple[Optional[Task], Subscription]]:
+    """Subscribe to a task until the block ends; its client may leave meanwhile."""
+    task, subscription = app.store.subscribe(task_id, after)
+    request.client_left = subscription.ready  # the stream then sends a comment
+    try:
+        yield task, subscription
+    finally:
+        request.client_left = None
+        app.store.events.unsubscribe(subscription)
 
 
 def event_stream(app: App, request: Request, after: Optional[int]) -> Iterator[bytes]:
@@ -5700,9 +5718,7 @@ def event_stream(app: App, request: Request, after: Optional[int]) -> Iterator[b
     """
     events = app.store.events
     encode = functools.partial(encode_event, events.life)
-    task, subscription = app.store.subscribe(request.task_id, after)
-    request.client_left = subscription.ready  # the stream then sends a comment
-    try:
+    with following(app, request, request.task_id, after) as (task, subscription):
         yield b""
         yield b"retry: 1000\n\n"
         ended, resumes = False, after is not None and not subscription.gap
@@ -5718,9 +5734,6 @@ def event_stream(app: App, request: Request, after: Optional[int]) -> Iterator[b
             ended = task.finished
         for batch in () if ended else new_events(app, subscription):
             yield from map(encode, batch) if batch else [b":\n\n"]
-    finally:
-        request.client_left = None
-        events.unsubscribe(subscription)
 
 
 def new_events(
@@ -5985,6 +5998,7 @@ def _sample(name: str, labels: Mapping[str, Any], value: float) -> str:
 # The media types of bodies that are not JSON; the names of texts are in lower case.
 MEDIA = {"text": TEXT, "html": HTML, "events": SSE, "metrics": METRICS}
 MEDIA["Problem"] = PROBLEM
+OBJECT: Json = {"type": "object"}
 STRING: Json = {"type": "string"}
 TIME: Json = {"type": "string", "format": "date-time"}
 ID = {"type": "string", "format": "uuid"}
@@ -6055,15 +6069,14 @@ FIELDS: Dict[str, Schema] = {
     "percent": {"type": "number"},
     "cancel_requested": {"type": "boolean"},
     "paused": {"type": "boolean"},
-    "params": {"type": "object"},
+    "params": OBJECT,
     "result": {},
     "rules": _closed(**PROGRAM_RULES),
+    **dict.fromkeys(["extensions", "arguments"], OBJECT),
 }
 META = "io.modelcontextprotocol/"
-_OBJECT = {"type": "object"}
+FIELDS[META + "clientCapabilities"] = _object("extensions?")
 _FILLED = {"minItems": 1, "maxItems": MAX_BATCH}
-_ABLE = _object("extensions?", extensions=_OBJECT)
-_META = META + "clientCapabilities? idempotency-key?"
 DOCUMENTS: Dict[str, Schema] = {
     "Batch": {**_list(_ref("schemas", "Submission")), **_FILLED},
     "Accepted": _object("id status"),
@@ -6090,17 +6103,18 @@ DOCUMENTS: Dict[str, Schema] = {
     "Type": _object("type description params rules paused"),
     "Types": _object("types", types=_list(_ref("schemas", "Type"))),
     "Probe": _object("status detail?", status=STRING),
-    "OpenAPI": _OBJECT,
+    "OpenAPI": OBJECT,
     "Message": _object(  # of JSON-RPC 2.0, as MCP has them
         "jsonrpc id? method params?",
         jsonrpc={"enum": ["2.0"]},
         id={"anyOf": [STRING, {"type": "integer"}]},
         params=_object(
-            "_meta?", _meta=_object(_META, **{META + "clientCapabilities": _ABLE})
+            "_meta?",
+            _meta=_object(META + "clientCapabilities? idempotency-key?"),
         ),
     ),
     "Messages": {**_list({}), **_FILLED},
-    "Answer": {"anyOf": [{"type": "object"}, {"type": "array", "items": {}}]},
+    "Answer": {"anyOf": [OBJECT, _list({})]},
     "Problem": _object(
         "type title status detail errors?",
         status=_COUNT,
@@ -6249,9 +6263,10 @@ def _content(names: str) -> Json:
 
 MCP_PATH = "/mcp"
 NEW = ("2026-07-28",)
-OLD = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
-BATCHED = OLD[2:]  # those in which a request may have several messages
-UNNAMED = OLD[2]  # that of a request without the header MCP-Protocol-Version
+TASKED = ("2025-11-25",)  # has tasks without an extension
+BATCHED = ("2025-03-26", "2024-11-05")  # in which a request may have several messages
+OLD = (*TASKED, "2025-06-18", *BATCHED)
+UNNAMED = BATCHED[0]  # that of a request without the header MCP-Protocol-Version
 TASKS_EXTENSION: Json = {META + "tasks": {}}
 OLD_TASKS: Json = {"list": {}, "cancel": {}, "requests": {"tools": {"call": {}}}}
 PARSE_ERROR, INVALID_REQUEST, UNKNOWN_METHOD = -32700, -32600, -32601
@@ -6306,32 +6321,36 @@ def name_tools(handlers: Mapping[str, Handler], only: Sequence[str]) -> Dict[str
 
 
 class Call:
-    """A request of JSON-RPC. It does not keep its params while it waits."""
+    """A request of JSON-RPC: a task is submitted at once, all else done in answer().
+
+    It does not keep the params of a task that it submitted.
+    """
 
     def __init__(self, app: App, request: Request, message: Any) -> None:
         self.app, self.tools, self.request = app, app.tools or {}, request
         self.id = message.get("id") if isinstance(message, dict) else None
         self.version, self.has_tasks, self.status = "", False, 200
+        self.method: Method = Call._agree  # returns the result
+        self.params: Json = {}
         self.task: Task  # the one that the params name, or that was submitted
-        self.until = 0.0  # when the wait for its end is over, on the monotonic clock
+        self.began = time.monotonic()
+        self.wait = 0.0  # seconds from then on, for the end of the task
         self.token: Any = None  # of the client, for notifications of its progress
-        self.result: Any  # or the error, or a function that returns that of the task
+        self.error: Optional[Exception] = None
         try:
-            self.result = self._begin(message)
+            self._begin(message)
         except (TaskError, HTTPError) as error:
-            self.result = error.with_traceback(None)  # that would keep the params
+            self.error = error.with_traceback(None)  # that would keep the params
 
     def answer(self) -> Json:
         """Return the response, once the task has ended or the time is up."""
-        head, result = {"jsonrpc": "2.0", "id": self.id}, self.result
+        head = {"jsonrpc": "2.0", "id": self.id}
         if type(self.id) not in (str, int):
             del head["id"]
         try:
-            if isinstance(result, Exception):
-                raise result
-            if callable(result):
-                left = self.until - time.monotonic()
-                result = result(await_end(self.app, self.request, self.task.id, left))
+            if self.error:
+                raise self.error
+            result = self.method(self, self.params)
         except (TaskError, HTTPError) as error:
             if self.version not in OLD:
                 is_invalid = isinstance(error, Invalid)
@@ -6344,52 +6363,46 @@ class Call:
 
     def stream(self) -> Iterator[bytes]:
         """Yield nothing once, then a task's progress as events, and the answer."""
-        events, reached = self.app.store.events, -0.01
-        task, subscription = self.app.store.subscribe(self.task.id)
-        self.request.client_left = subscription.ready
-        until = 0.0 if task and task.finished else self.until
-        self.app.store.wake()
-        try:
+        reached = -0.01
+        with following(self.app, self.request, self.task.id) as (task, subscription):
+            self.app.store.wake()
             yield b""
+            until = 0.0 if task and task.finished else self.began + self.wait
             for batch in new_events(self.app, subscription, until):
-                for shown in [
-                    each.payload for each in batch if each.kind == "progress"
-                ]:
+                for shown in [e.payload for e in batch if e.kind == "progress"]:
                     reached = max(reached + 0.01, shown.get("percent", 0.0))  # grows
                     params = {"progressToken": self.token, "progress": reached}
                     params.update(total=100, message=shown["message"])
                     notice = {"method": "notifications/progress", "params": params}
                     yield b"data: %b\n\n" % to_json({"jsonrpc": "2.0", **notice})
                 yield b":\n\n"
-        finally:
-            self.request.client_left = None
-            events.unsubscribe(subscription)
         yield b"data: %b\n\n" % to_json(self.answer())
 
-    def _begin(self, message: Any) -> Any:
-        """Check a message and call its method."""
+    def _begin(self, message: Any) -> None:
+        """Check a message, and submit the task that it wants to run."""
         if not _MESSAGE.is_valid(message):
             text = 'send {"jsonrpc": "2.0", "id": 1, "method": ...}'
             raise RPCError(INVALID_REQUEST, text)
         method, params = message["method"], message.get("params", {})
         meta = params.get("_meta", {})
-        self.token, self.key = meta.get("progressToken"), meta.get("idempotency-key")
+        self.token = meta.get("progressToken")
         self._read_version(meta)
-        versions, schema, function = RPC_METHODS.get(method, ((), {}, Call._agree))
+        versions, schema, self.method = RPC_METHODS.get(method, ((), {}, Call._agree))
         if self.version not in versions:
             text = "there is no method %s in MCP %s" % (quote(method), self.version)
             raise RPCError(UNKNOWN_METHOD, text, 404)
         if self.version in NEW:
             self._check_new(method, params)
-        return self._call(function, schema, params)
+        self._take(schema, params)
+        if method == "tools/call":
+            self._begin_tool(params, meta)
 
     def _read_version(self, meta: Json) -> None:
         header = self.request.headers.get("mcp-protocol-version", UNNAMED)
         version = meta.get(META + "protocolVersion", header)
-        missing = {META + "protocolVersion", META + "clientCapabilities"} - meta.keys()
-        if version in NEW and missing:
-            text = "params._meta must have " + " and ".join(sorted(missing))
-            raise RPCError(INVALID_PARAMS, text)
+        able = {}
+        if version in NEW:
+            able = _NEW_META.validate(meta, ("_meta",))[META + "clientCapabilities"]
         if version != header:
             text = "the header MCP-Protocol-Version must be " + quote(version)
             raise RPCError(HEADER_MISMATCH, text)
@@ -6397,9 +6410,7 @@ class Call:
             data = {"supported": NEW + OLD, "requested": version}
             raise RPCError(UNSUPPORTED_VERSION, "unknown version of MCP", **data)
         self.version = version
-        if version in NEW:
-            extensions = meta[META + "clientCapabilities"].get("extensions", {})
-            self.has_tasks = TASKS_EXTENSION.keys() <= extensions.keys()
+        self.has_tasks = META + "tasks" in able.get("extensions", {})
 
     def _check_new(self, method: str, params: Json) -> None:
         """Check that the headers repeat a message, and that the client knows tasks."""
@@ -6413,21 +6424,37 @@ class Call:
             needed = {"extensions": TASKS_EXTENSION}
             raise RPCError(MISSING_CAPABILITY, text, requiredCapabilities=needed)
 
-    def _call(self, function: "Method", schema: Json, params: Json) -> Any:
-        """Call a method or a tool with params that are checked."""
-        params = Validator(schema).validate(params)
-        for name in {"taskId", "task_id"} & schema.get("properties", {}).keys():
+    def _take(self, schema: Json, params: Json) -> None:
+        """Check and keep params, and find the task that they name."""
+        self.params = Validator(schema).validate(params)
+        for name in {"taskId", "task_id"}.intersection(schema.get("required", ())):
             self.task = self.app.store.get(params[name].lower())
             if self.task.type not in self.tools.values():
                 raise UnknownTask("there is no task " + quote(params[name]))
-        return function(self, params)
 
-    def _wait(
-        self, seconds: float, result: Optional[Callable[[Task], Json]] = None
-    ) -> Callable[[Task], Json]:
-        """Have the answer wait for the end of the task, and made by this function."""
-        self.until = time.monotonic() + seconds
-        return result or self._outcome
+    def _begin_tool(self, params: Json, meta: Json) -> None:
+        name, arguments = params["name"], params.get("arguments", {})
+        if name in TOOLS:
+            self.method, _, schema, _ = TOOLS[name]
+            self._take(schema, arguments)
+            if "wait" in schema["properties"]:
+                self.wait = min(arguments.get("wait", math.inf), self.app.call_wait)
+            return
+        if name not in self.tools:
+            raise RPCError(INVALID_PARAMS, "Unknown tool: " + quote(name))
+        document = {"type": self.tools[name], "params": arguments}
+        submission = check_submission(document, self.app.handlers)
+        self.task = submit_one(self.app, submission, meta.get("idempotency-key"))
+        self.method, self.params = Call._tool_result, {}
+        if self.version in TASKED and "task" in params:
+            self.method = Call._show_new
+        else:
+            self.wait = BRIEFLY if self.has_tasks else self.app.call_wait
+
+    def _ended(self, seconds: float) -> Task:
+        """Return the task, at the latest so many seconds after the call began."""
+        left = self.began + seconds - time.monotonic()
+        return await_end(self.app, self.request, self.task.id, left)
 
     # -- methods and tools
 
@@ -6437,7 +6464,7 @@ class Call:
     def _initialize(self, params: Json) -> Json:
         wanted = params["protocolVersion"]
         version = wanted if wanted in OLD else OLD[0]
-        able = {"tools": {}, **({"tasks": OLD_TASKS} if version == OLD[0] else {})}
+        able = {"tools": {}, **({"tasks": OLD_TASKS} if version in TASKED else {})}
         found = {"protocolVersion": version, "capabilities": able, "serverInfo": ABOUT}
         return {**found, "instructions": INSTRUCTIONS}
 
@@ -6449,64 +6476,54 @@ class Call:
     def _list_tools(self, params: Json) -> Json:
         found = []
         for name, type in self.tools.items():
-            known, hints = self.app.handlers[type], {**_RUNS, "title": type}
+            known, hints = self.app.handlers[type], {"title": type}
             found.append(_tool(name, known.description, known.schema, hints))
-            if self.version == OLD[0]:
+            if self.version in TASKED:
                 found[-1]["execution"] = {"taskSupport": "optional"}
         found += [_tool(name, *row[1:]) for name, row in TOOLS.items()]
         return {"tools": found, **CACHING}
 
-    def _call_tool(self, params: Json) -> Any:
-        name, arguments = params["name"], params.get("arguments", {})
-        if name in TOOLS:
-            function, _, schema, _ = TOOLS[name]
-            return self._call(function, schema, arguments)
-        if name not in self.tools:
-            raise RPCError(INVALID_PARAMS, "Unknown tool: " + quote(name))
-        document = {"type": self.tools[name], "params": arguments}
-        submission = check_submission(document, self.app.handlers)
-        self.task = submit_one(self.app, submission, self.key)
-        if self.version == OLD[0] and "task" in params:
-            return {"task": self._state(self.task)}
-        return self._wait(BRIEFLY if self.has_tasks else self.app.call_wait)
+    def _show_new(self, params: Json) -> Json:
+        return {"task": self._state(self.task)}
 
     def _get_task(self, params: Json) -> Json:
         found = self._state(self.task)
-        if self.version in NEW and found["status"] == "completed":
+        if self.version in NEW and found["status"] == COMPLETED:
             found["result"] = {"resultType": "complete", **self._outcome(self.task)}
         return found
 
-    def _await_result(self, params: Json) -> Any:
-        return self._wait(self.app.max_wait, self._last_outcome)
+    def _await_result(self, params: Json) -> Json:
+        task = self._ended(self.app.max_wait)
+        if not task.finished:
+            raise RPCError(INTERNAL_ERROR, "task %s has not ended; ask again" % task.id)
+        related = {META + "related-task": {"taskId": task.id}}
+        return {**self._outcome(task), "_meta": related}
 
     def _list_tasks(self, params: Json) -> Json:
-        cursor = params.get("cursor", "0")
-        if not re.fullmatch("[0-9]{1,17}", cursor):
-            raise RPCError(INVALID_PARAMS, "there is no cursor " + quote(cursor))
-        tasks, after = self._page(int(cursor))
+        tasks, after = self._page(int(params.get("cursor", 0)))
         found: Json = {"tasks": [self._state(task) for task in tasks]}
         return {**found, "nextCursor": str(after)} if after else found
 
-    def _cancel_task(self, params: Json) -> Any:
-        if self.version in OLD:
+    def _cancel_task(self, params: Json) -> Json:
+        if self.version in TASKED:
             self.app.store.cancel(self.task.id)
-            return self._wait(self.app.call_wait, self._state)
+            return self._state(self._ended(self.app.call_wait))
         with contextlib.suppress(Finished):
             self.app.store.cancel(self.task.id)
         return {}
 
-    def _tool_status(self, arguments: Json) -> Json:
+    def _tool_status(self, params: Json) -> Json:
         lines = self.app.store.log_text(self.task).splitlines()
         return self._report(self.task, log=lines[-20:])
 
-    def _tool_result(self, arguments: Json) -> Any:
-        return self._wait(min(arguments.get("wait", math.inf), self.app.call_wait))
+    def _tool_result(self, params: Json) -> Json:
+        return self._outcome(self._ended(self.wait))
 
-    def _tool_cancel(self, arguments: Json) -> Json:
+    def _tool_cancel(self, params: Json) -> Json:
         return self._report(self.app.store.cancel(self.task.id))
 
-    def _tool_list(self, arguments: Json) -> Json:
-        tasks, after = self._page(**arguments)
+    def _tool_list(self, params: Json) -> Json:
+        tasks, after = self._page(**params)
         documents = [current_status(self.app, task) for task in tasks]
         return tool_result({"tasks": documents, "next": after})
 
@@ -6554,12 +6571,6 @@ class Call:
             value = {"result": value}
         return tool_result(value, text)
 
-    def _last_outcome(self, task: Task) -> Json:
-        if not task.finished:
-            raise RPCError(INTERNAL_ERROR, "task %s has not ended; ask again" % task.id)
-        related = {META + "related-task": {"taskId": task.id}}
-        return {**self._outcome(task), "_meta": related}
-
     def _report(self, task: Task, **more: Any) -> Json:
         """Return the status of a task, and how to go on."""
         text = "Task %s is %s." % (task.id, task.status)
@@ -6580,14 +6591,15 @@ def _tool(name: str, description: str, schema: Schema, hints: Json) -> Json:
     return {**found, "annotations": hints}
 
 
-_RUNS = {"readOnlyHint": False, "idempotentHint": False}
-_STOPS = {"readOnlyHint": False, "idempotentHint": True, "openWorldHint": False}
+_STOPS = {"idempotentHint": True, "openWorldHint": False}
 _READS = {"readOnlyHint": True, "openWorldHint": False}
 _BY_ID = _closed("task_id", task_id=STRING)
 _BY_ID_WAIT = _closed("task_id", task_id=STRING, wait=_DURATION)
 _SOME = _closed(status={"enum": list(EXITS)}, type=STRING, limit=LIMIT, after=AFTER)
-_FOR_TASK, _NAMED = _object("taskId"), _object("name arguments?", arguments=_OBJECT)
-Method = Callable[[Call, Json], Any]
+_FOR_TASK, _NAMED = _object("taskId"), _object("name arguments?")
+_CURSOR: Json = {"type": "string", "pattern": "^[0-9]{1,17}$", "maxLength": 17}
+_CURSOR["description"] = "a nextCursor"
+Method = Callable[[Call, Json], Json]
 # fmt: off
 TOOLS: Dict[str, Tuple[Method, str, Json, Json]] = {
     "task_status": (Call._tool_status, "Show the status and last log lines of a task.",
@@ -6602,15 +6614,16 @@ RPC_METHODS: Dict[str, Tuple[Sequence[str], Json, Method]] = {
     "initialize": (OLD, _object("protocolVersion"), Call._initialize),
     "server/discover": (NEW, {}, Call._discover),
     "tools/list": (NEW + OLD, {}, Call._list_tools),
-    "tools/call": (NEW + OLD, _NAMED, Call._call_tool),
-    "tasks/get": (NEW + OLD[:1], _FOR_TASK, Call._get_task),
-    "tasks/result": (OLD[:1], _FOR_TASK, Call._await_result),
-    "tasks/list": (OLD[:1], _object("cursor?"), Call._list_tasks),
+    "tools/call": (NEW + OLD, _NAMED, Call._agree),
+    "tasks/get": (NEW + TASKED, _FOR_TASK, Call._get_task),
+    "tasks/result": (TASKED, _FOR_TASK, Call._await_result),
+    "tasks/list": (TASKED, _object("cursor?", cursor=_CURSOR), Call._list_tasks),
     "tasks/update": (NEW, _FOR_TASK, Call._agree),  # no task asks for input
-    "tasks/cancel": (NEW + OLD[:1], _FOR_TASK, Call._cancel_task),
+    "tasks/cancel": (NEW + TASKED, _FOR_TASK, Call._cancel_task),
 }
 # fmt: on
 _MESSAGE = Validator(DOCUMENTS["Message"])
+_NEW_META = Validator(_object(META + "protocolVersion " + META + "clientCapabilities"))
 
 
 def begin_calls(app: App, request: Request) -> Tuple[List[Call], bool]:
@@ -6642,15 +6655,23 @@ def answer_agent(app: App, request: Request) -> Reply:
     calls, is_batch = begin_calls(app, request)
     if not calls:
         return Reply(202)
-    first, streams = calls[0], _quality(request.headers.get("accept", ""), SSE)
-    if callable(first.result) and first.token is not None and streams and not is_batch:
-        stream = first.stream()
-        next(stream)  # subscribe now, while an error can still be the reply
-        return Reply(200, b"", SSE, {"X-Accel-Buffering": "no"}, stream)
-    answers = [call.answer() for call in calls]
     if is_batch:
-        return json_reply(answers)
-    return json_reply(answers[0], first.status)
+        return Reply(200, stream=answers(calls))
+    (call,) = calls
+    streams = call.token is not None and _quality(
+        request.headers.get("accept", ""), SSE
+    )
+    if call.wait and streams:
+        return stream_reply(call.stream())
+    answer = call.answer()  # sets the status
+    return json_reply(answer, call.status)
+
+
+def answers(calls: Sequence[Call]) -> Iterator[bytes]:
+    """Yield the answers of a batch as an array; no more than one is in memory."""
+    yield b"["
+    for call in calls:
+        yield to_json(call.answer()) + (b"]\n" if call is calls[-1] else b",\n")
 
 
 # -- routes ----------------------------------------------------------------

@@ -6455,6 +6455,26 @@ def test_batches_are_those_of_the_revisions_that_have_them(tools):
             assert call(service, "POST", "/mcp", [], **fields).status == 400
 
 
+def test_the_answers_of_a_batch_are_sent_one_at_a_time(tools):
+    message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call"}
+    names = ("task_list", "add", "gate")
+    params = [{"name": name, "arguments": {}} for name in names]
+    params[1]["arguments"]["a"] = 1
+    body = json.dumps([{**message, "params": each} for each in params])
+    with serving() as service:
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", port_of(service), timeout=LONG)
+        ) as client:
+            client.request("POST", "/mcp", body, JSON_BODY)
+            response = client.getresponse()
+            lines = [response.readline(), response.readline()]
+            tools.release.set()
+            *answers, last = json.loads(b"".join([*lines, response.read()]))
+        assert answers[0]["result"]["structuredContent"]["tasks"]  # made in its turn
+        assert texts(answers[1]["result"]) == ["2"]
+        assert texts(last["result"]) == ["1"]
+
+
 def test_each_task_type_is_a_tool(version, tools):
     with serving() as service:
         found = Agent(service, version).ask("tools/list")
@@ -6463,7 +6483,7 @@ def test_each_task_type_is_a_tool(version, tools):
         assert set(listed) == {*longtasks.REGISTRY, *built_in}
         assert listed["add"]["description"] == "Add two numbers."
         assert listed["add"]["inputSchema"] == longtasks.REGISTRY["add"].schema
-        assert listed["add"]["annotations"]["readOnlyHint"] is False
+        assert listed["add"]["annotations"] == {"title": "add"}
         assert listed["task_list"]["annotations"]["readOnlyHint"] is True
         assert ("execution" in listed["add"]) == (version == "2025-11-25")
         assert (found["ttlMs"], found["cacheScope"]) == (60000, "private")

@@ -52,10 +52,10 @@ line:
      3671  7. Result store and task queue
      4832  8. Worker pool
      5137  9. HTTP API
-     6850  10. HTTP server
-     7816  11. Client
-     8404  12. Main
-     8945  13. The page
+     6808  10. HTTP server
+     7774  11. Client
+     8362  12. Main
+     8903  13. The page
 
 Three things hold throughout:
 
@@ -5275,49 +5275,42 @@ def text_reply(text: str, status: int = 200, headers: Mapping[str, str] = {}) ->
     return Reply(status, body, TEXT, headers)
 
 
-def problem(
-    status: int, detail: str, headers: Mapping[str, str] = {}, **extra: Any
-) -> Reply:
-    """Reply with a problem document (RFC 9457)."""
-    title = HTTPStatus(status).phrase
-    document = {"type": "about:blank", "title": title, "status": status}
-    body = to_json({**document, "detail": detail, **extra}) + b"\n"
-    return Reply(status, body, PROBLEM, headers)
-
-
-# The status of each error and, if it passes, the seconds after which to retry.
-ERRORS: Dict[type, Tuple[int, Optional[int]]] = {
-    Malformed: (400, None),
-    Invalid: (422, None),
-    UnknownTask: (404, None),
-    GoneTask: (410, None),
-    DamagedTask: (410, None),
-    Unfinished: (409, 1),
-    Finished: (409, None),
-    DifferentRequest: (409, None),
-    QueueFull: (503, 5),
-    Unavailable: (503, 5),
-    Draining: (503, 30),
+ERRORS: Dict[type, Tuple[int, Dict[str, str]]] = {  # their statuses and headers
+    Malformed: (400, {}),
+    Invalid: (422, {}),
+    UnknownTask: (404, {}),
+    GoneTask: (410, {}),
+    DamagedTask: (410, {}),
+    Unfinished: (409, {"Retry-After": "1"}),
+    Finished: (409, {}),
+    DifferentRequest: (409, {}),
+    QueueFull: (503, {"Retry-After": "5"}),
+    Unavailable: (503, {"Retry-After": "5"}),
+    Draining: (503, {"Retry-After": "30"}),
 }
 
 
 def refusal(
     error: Union[TaskError, HTTPError], request: Optional[Request] = None
 ) -> Reply:
-    """Turn an error that the client can do something about into a reply."""
-    if request and request.path == MCP_PATH:
-        body = to_json({"jsonrpc": "2.0", "error": rpc_error(error)}) + b"\n"
-        return refusal(error)._replace(body=body, media=JSON)
+    """Turn an error that the client can do something about into a reply (RFC 9457)."""
     if isinstance(error, HTTPError):
-        return problem(error.status, str(error), error.headers)
-    status, after = ERRORS[type(error)]
-    if not isinstance(error, Invalid):
-        return problem(status, str(error), {"Retry-After": str(after)} if after else {})
-    found = [
-        {"pointer": _pointer(path), "detail": "%s %s" % (dotted(path), text)}
-        for path, text in error.problems
-    ]
-    return problem(status, "; ".join(each["detail"] for each in found), errors=found)
+        status, headers = error.status, error.headers
+    else:
+        status, headers = ERRORS[type(error)]
+    if request and request.path == MCP_PATH:
+        return json_reply(
+            {"jsonrpc": "2.0", "error": rpc_error(error)}, status, headers
+        )
+    title = HTTPStatus(status).phrase
+    document: Json = {"type": "about:blank", "title": title, "status": status}
+    document["detail"] = str(error)
+    if isinstance(error, Invalid):
+        document["errors"] = [
+            {"pointer": _pointer(path), "detail": "%s %s" % (dotted(path), text)}
+            for path, text in error.problems
+        ]
+    return json_reply(document, status, headers)._replace(media=PROBLEM)
 
 
 def _pointer(path: Path) -> str:
@@ -5341,23 +5334,27 @@ def status_document(task: Task, context: Optional[Context] = None) -> Json:
     """Return the fields of DOCUMENTS["Status"] that apply to a task."""
     document: Json = {"id": task.id, "status": task.status, "type": task.type}
     document["created_at"] = timestamp(task.created_at)
-    finished, is_running = task.finished, task.status == PROCESSING
-    fields = (
+    if task.started_at:
+        document["started_at"] = timestamp(task.started_at)
+    own: List[Tuple[str, Any]]  # of its status
+    if task.finished:
+        document["ended_at"] = timestamp(task.ended_at)
+        own = [("error", task.error and first_line(task.error))]
+    elif task.status == PROCESSING:
+        own = [("progress", context and context.progress_document())]
+        own += [("cancel_requested", bool(task.cancel_requested))]
+    else:
+        own = [("next_attempt_at", task.due_at and timestamp(task.due_at))]
+        own += [("last_error", task.error)]
+    for name, value in (
         ("label", label_of(task)),
-        ("started_at", task.started_at and timestamp(task.started_at)),
-        ("ended_at", task.ended_at and timestamp(task.ended_at)),
         ("attempt", task.attempt),
         ("steps", task.steps),
         ("priority", task.options.priority),
         ("retry_of", task.retry_of),
         ("follows", task.follows),
-        ("next_attempt_at", task.due_at and timestamp(task.due_at)),
-        ("error", finished and task.error and first_line(task.error)),
-        ("last_error", task.status == PENDING and task.error),
-        ("cancel_requested", not finished and bool(task.cancel_requested)),
-        ("progress", is_running and context and context.progress_document()),
-    )
-    for name, value in fields:
+        *own,
+    ):
         if value:
             document[name] = value
     return document
@@ -5466,10 +5463,10 @@ def submit_task(app: App, request: Request) -> Reply:
 
 def accept_one(app: App, request: Request, submission: Submission) -> Reply:
     """Submit a task, or the same one again by its Idempotency-Key."""
-    media = request.accepts(JSON, TEXT)
+    request.accepts(JSON, TEXT)  # else nothing is submitted
     task = submit_one(app, submission, request.headers.get("idempotency-key"))
     task = task._replace(status=PENDING)  # the reply is the same each time
-    return submitted_reply(app, request, task, 202, media)
+    return submitted_reply(app, request, task, 202)
 
 
 def submit_one(app: App, submission: Submission, key: Optional[str]) -> Task:
@@ -5485,14 +5482,14 @@ def submit_one(app: App, submission: Submission, key: Optional[str]) -> Task:
 
 def put_task(app: App, request: Request) -> Reply:
     """Submit a task under an id of your own, a UUID; safe to repeat."""
-    media = request.accepts(JSON, TEXT)
+    request.accepts(JSON, TEXT)
     if not _UUID.fullmatch(request.task_id):
         raise HTTPError(400, "the id must be a UUID, such as " + new_id())
     submission = read_body(app, request)
     if isinstance(submission, list):
         raise Malformed("the body must be an object; an array can only be posted")
     task, new = app.store.submit_once(request.task_id, submission)
-    return submitted_reply(app, request, task, 202 if new else 200, media)
+    return submitted_reply(app, request, task, 202 if new else 200)
 
 
 LARGE_BODY = 4 << 10  # bytes
@@ -5528,15 +5525,13 @@ def id_of_key(key: str) -> str:
     return str(uuid.UUID(bytes=digest[:16], version=5))
 
 
-def submitted_reply(
-    app: App, request: Request, task: Task, status: int, media: str
-) -> Reply:
+def submitted_reply(app: App, request: Request, task: Task, status: int) -> Reply:
     """Reply with the id of a new task, or with its status if it ends in time."""
     headers = {"Location": "/api/v1/tasks/" + task.id}
     if request.wait:
         with contextlib.suppress(UnknownTask, GoneTask):  # it was accepted anyway
             task = await_end(app, request, task.id)
-    if media == TEXT:
+    if request.accepts(JSON, TEXT) == TEXT:
         return text_reply(task.id, status, headers)
     if request.wait and task.finished:
         return json_reply(current_status(app, task), 200, headers)
@@ -5900,52 +5895,45 @@ Row = Tuple[Any, ...]  # the arguments of metric_lines()
 
 def show_metrics(app: App, request: Request) -> Reply:
     """Show metrics for Prometheus."""
-    rows = [*service_metrics(app), *process_metrics()]
-    lines = [line for row in rows for line in metric_lines(*row)]
-    return Reply(200, "".join(lines).encode(), METRICS)
+    rows = itertools.chain(service_metrics(app), process_metrics())
+    text = "".join(line for row in rows for line in metric_lines(*row))
+    return Reply(200, text.encode(), METRICS)
 
 
 # fmt: off
-def service_metrics(app: App) -> List[Row]:
-    """Return the metrics of tasks, the journal and HTTP."""
-    counts, journal = app.store.counts(), app.store.journal
-    counters = app.store.snapshot()
-    times = counters.times
-    requests, connections, limit = app.traffic()
-    none = {(type, status): 0 for type in app.handlers for status in FINISHED}
-    waiting = {key[1:]: times[key] for key in times if key[0] == "waiting"}
-    running = {key[1:]: times[key] for key in times if key[0] == "running"}
-    rows: List[Row] = [
-        ("longtasks_tasks_finished_total", "counter", "Tasks that have finished.",
-         {**none, **counters.ended}, "type", "status"),
-        ("longtasks_tasks_pending", "gauge", "Tasks that wait.", counts.pending),
-        ("longtasks_tasks_processing", "gauge", "Tasks that run.", counts.processing),
-        ("longtasks_tasks_kept", "gauge", "Finished tasks kept.", counts.finished),
-        ("longtasks_queue_limit", "gauge", "Tasks that may wait.",
-         app.store.limits.queue),
-        ("longtasks_type_paused", "gauge", "Whether no task of a type may start.",
-         {(name,): int(name in app.store.paused) for name in app.handlers}, "type"),
-        ("longtasks_handlers_stuck", "gauge", "Handlers that do not stop.",
-         app.store.stuck()),
-        ("longtasks_task_waiting_seconds", "histogram",
-         "Time from when a task could start to its start.", waiting, "type"),
-        ("longtasks_task_running_seconds", "histogram",
-         "Time that a run of a task took.", running, "type"),
-        ("longtasks_http_requests_total", "counter", "Requests answered.",
-         requests, "method", "route", "code"),
-        ("longtasks_http_connections", "gauge", "Open connections.", connections),
-        ("longtasks_http_connections_limit", "gauge", "Limit of connections.", limit),
-    ]
-    if journal:
-        rows += [
-            ("longtasks_journal_commit_seconds", "histogram",
-             "Time that a commit took.", journal.commit_times.copy()),
-            ("longtasks_journal_damaged_rows", "gauge",
-             "Rows that fail their checksum.", journal.damaged_rows),
-            ("longtasks_journal_wal_bytes", "gauge", "Size of the WAL.",
-             journal.wal_size()),
-        ]
-    return rows
+def service_metrics(app: App) -> Iterator[Row]:
+    """Yield the metrics of tasks, the journal and HTTP."""
+    store, (requests, connections, limit) = app.store, app.traffic()
+    counts, counters = store.counts(), store.snapshot()
+    zeros = {(type, status): 0 for type in app.handlers for status in FINISHED}
+    paused = {(name,): int(name in store.paused) for name in app.handlers}
+    yield ("longtasks_tasks_finished_total", "counter", "Tasks that have finished.",
+           {**zeros, **counters.ended}, "type", "status")
+    yield "longtasks_tasks_pending", "gauge", "Tasks that wait.", counts.pending
+    yield "longtasks_tasks_processing", "gauge", "Tasks that run.", counts.processing
+    yield "longtasks_tasks_kept", "gauge", "Finished tasks kept.", counts.finished
+    yield "longtasks_queue_limit", "gauge", "Tasks that may wait.", store.limits.queue
+    yield ("longtasks_type_paused", "gauge", "Whether no task of a type may start.",
+           paused, "type")
+    stuck, times = store.stuck(), counters.times
+    yield "longtasks_handlers_stuck", "gauge", "Handlers that do not stop.", stuck
+    yield ("longtasks_task_waiting_seconds", "histogram",
+           "Time from when a task could start to its start.",
+           {key[1:]: times[key] for key in times if key[0] == "waiting"}, "type")
+    yield ("longtasks_task_running_seconds", "histogram",
+           "Time that a run of a task took.",
+           {key[1:]: times[key] for key in times if key[0] == "running"}, "type")
+    yield ("longtasks_http_requests_total", "counter", "Requests answered.",
+           requests, "method", "route", "code")
+    yield "longtasks_http_connections", "gauge", "Open connections.", connections
+    yield "longtasks_http_connections_limit", "gauge", "Limit of connections.", limit
+    if store.journal:
+        yield ("longtasks_journal_commit_seconds", "histogram",
+               "Time that a commit took.", store.journal.commit_times.copy())
+        yield ("longtasks_journal_damaged_rows", "gauge",
+               "Rows that fail their checksum.", store.journal.damaged_rows)
+        yield ("longtasks_journal_wal_bytes", "gauge", "Size of the WAL.",
+               store.journal.wal_size())
 
 
 def process_metrics() -> Iterator[Row]:
@@ -6002,11 +5990,10 @@ OBJECT: Json = {"type": "object"}
 STRING: Json = {"type": "string"}
 TIME: Json = {"type": "string", "format": "date-time"}
 ID = {"type": "string", "format": "uuid"}
-WAIT = {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?$"}
 LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}
 AFTER = {"type": "integer", "minimum": 0, "maximum": 10**17, "default": 0}
 KEY = {"type": "string", "pattern": '^("[!-~]{1,255}"|(?!".*"$)[!-~]{1,255})$'}
-PARAMETERS = {
+PARAMETERS: Dict[str, Json] = {
     name + "InPath" * (place == "path"): {
         "name": name,
         "in": place,
@@ -6017,7 +6004,7 @@ PARAMETERS = {
     for name, place, schema, description in (
         ("id", "path", ID, "The id of the task."),
         ("type", "path", STRING, "The name of the task type."),
-        ("wait", "query", WAIT, "Seconds to wait for the end of the task."),
+        ("wait", "query", _DURATION, "Seconds to wait for the end of the task."),
         ("status", "query", {"enum": ["", *EXITS]}, "Only tasks of this status."),
         ("type", "query", STRING, "Only tasks of this type."),
         ("q", "query", STRING, "Only tasks with this in label, type, id or error."),
@@ -6028,14 +6015,6 @@ PARAMETERS = {
         ("Idempotency-Key", "header", KEY, "Any text; repeated, it is the same task."),
         ("Last-Event-ID", "header", STRING, "The id of the last event received."),
     )
-}
-# Functions that check and convert query parameters; the others are any text.
-QUERY_READERS: Dict[str, Callable[[str], Any]] = {
-    "wait": seconds,
-    "status": one_of(*EXITS, ""),
-    "limit": whole(1, 1000),
-    "after": whole(0, 10**17),
-    "order": one_of("asc", "desc"),
 }
 
 
@@ -6073,9 +6052,17 @@ FIELDS: Dict[str, Schema] = {
     "result": {},
     "rules": _closed(**PROGRAM_RULES),
     **dict.fromkeys(["extensions", "arguments"], OBJECT),
+    "count": _COUNT,
+    "counts": _closed(*EXITS, **dict.fromkeys(EXITS, _COUNT)),
+    "next": {"anyOf": [_COUNT, {"type": "null"}]},
+    "tasks": _list(_ref("schemas", "Status")),
+    "types": _list(_ref("schemas", "Type")),
 }
 META = "io.modelcontextprotocol/"
 FIELDS[META + "clientCapabilities"] = _object("extensions?")
+FIELDS["_meta"] = _object(META + "clientCapabilities? idempotency-key?")
+FIELDS["progress"] = _object("percent? message")
+FIELDS["errors"] = _list(_object("pointer detail"))
 _FILLED = {"minItems": 1, "maxItems": MAX_BATCH}
 DOCUMENTS: Dict[str, Schema] = {
     "Batch": {**_list(_ref("schemas", "Submission")), **_FILLED},
@@ -6084,42 +6071,29 @@ DOCUMENTS: Dict[str, Schema] = {
     "Status": _object(
         "id status type created_at label? started_at? ended_at? attempt? steps? "
         "priority? retry_of? follows? next_attempt_at? last_error? cancel_requested? "
-        "progress? error?",
-        progress=_object("percent? message"),
+        "progress? error?"
     ),
     "Result": _object(
         "task_id status result? error? created_at started_at ended_at",
         started_at={"anyOf": [TIME, {"type": "null"}]},
     ),
-    "List": _object(
-        "tasks next counts",
-        tasks=_list(_ref("schemas", "Status")),
-        next={"anyOf": [_COUNT, {"type": "null"}]},
-        counts=_object(" ".join(EXITS), **dict.fromkeys(EXITS, _COUNT)),
-    ),
+    "List": _object("tasks next counts"),
     "Steps": _object("steps", steps=_list(_object("name started_at ended_at result?"))),
-    "Count": _object("count", count=_COUNT),
+    "Count": _object("count"),
     "Submitted": SUBMISSION,
     "Type": _object("type description params rules paused"),
-    "Types": _object("types", types=_list(_ref("schemas", "Type"))),
+    "Types": _object("types"),
     "Probe": _object("status detail?", status=STRING),
     "OpenAPI": OBJECT,
     "Message": _object(  # of JSON-RPC 2.0, as MCP has them
         "jsonrpc id? method params?",
         jsonrpc={"enum": ["2.0"]},
         id={"anyOf": [STRING, {"type": "integer"}]},
-        params=_object(
-            "_meta?",
-            _meta=_object(META + "clientCapabilities? idempotency-key?"),
-        ),
+        params=_object("_meta?"),
     ),
     "Messages": {**_list({}), **_FILLED},
     "Answer": {"anyOf": [OBJECT, _list({})]},
-    "Problem": _object(
-        "type title status detail errors?",
-        status=_COUNT,
-        errors=_list(_object("pointer detail")),
-    ),
+    "Problem": _object("type title status detail errors?", status=_COUNT),
 }
 
 
@@ -6787,44 +6761,28 @@ def find_route(request: Request) -> Route:
 
 def read_query(text: str, parameters: Sequence[str]) -> Dict[str, Any]:
     """Return the parameters in a query, checked by their schemas; raises HTTPError."""
-    known = [name for name in parameters if PARAMETERS[name]["in"] == "query"]
+    known = [PARAMETERS[name] for name in parameters]
+    schemas = {each["name"]: each["schema"] for each in known if each["in"] == "query"}
+    validator = Validator(_closed(**schemas))
     try:
         pairs = parse_qsl(text, True, errors="strict", max_num_fields=20)
-    except ValueError:
-        raise HTTPError(400, "the query can't be parsed") from None
-    query: Dict[str, Any] = {}
-    for name, value in pairs:
-        if name not in known:
-            text = "no query parameter %s here; known: %s"
-            names = ", ".join(known) or "none"
-            raise HTTPError(400, text % (quote(name), names))
-        if name in query:
-            raise HTTPError(400, "the query parameter %s occurs twice" % name)
-        try:
-            query[name] = QUERY_READERS.get(name, str)(value)
-        except ValueError as expected:
-            raise HTTPError(400, "%s must be %s" % (name, expected)) from None
-    return query
+        values = [(name, validator.parse_member(name, value)) for name, value in pairs]
+        return validator.validate(_read_object(values))  # type: ignore[no-any-return]
+    except (ValueError, Invalid) as error:
+        raise HTTPError(400, "the query can't be used: %s" % error) from None
 
 
-_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
-_PREFER_WAIT = re.compile(
-    r'(?:^|,)[ \t]*wait[ \t]*=[ \t]*"?([0-9]{1,9})"?[ \t]*(?:[,;]|$)', re.IGNORECASE
-)
-
-
-def _without_text(quoted: "re.Match[str]") -> str:
-    """Return a quoted value of Prefer if it is a number; no other one matters."""
-    return quoted.group() if quoted.group(1).isdigit() else '""'
+_PREFERENCE = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*"?)+')
+_PREFER_WAIT = re.compile(r'\s*wait\s*=\s*"?([0-9]{1,9})"?\s*(;.*)?', re.IGNORECASE)
 
 
 def requested_wait(request: Request) -> float:
     """Return the seconds of ?wait= or of the header Prefer: wait= (RFC 7240, 4.3)."""
-    if "wait" in request.query:
-        return request.query["wait"]  # type: ignore[no-any-return]
-    header = _QUOTED.sub(_without_text, request.headers.get("prefer", ""))
-    preferred = _PREFER_WAIT.search(header)
-    return float(preferred.group(1)) if preferred else 0.0
+    header = request.headers.get("prefer")
+    if "wait" in request.query or not header:
+        return float(request.query.get("wait", 0))
+    found = map(_PREFER_WAIT.fullmatch, _PREFERENCE.findall(header))
+    return next((float(match.group(1)) for match in found if match), 0.0)
 
 
 def respond(app: App, request: Request) -> Reply:

@@ -6769,7 +6769,7 @@ def read_query(text: str, parameters: Sequence[str]) -> Dict[str, Any]:
         values = [(name, validator.parse_member(name, value)) for name, value in pairs]
         return validator.validate(_read_object(values))  # type: ignore[no-any-return]
     except (ValueError, Invalid) as error:
-        raise HTTPError(400, "the query can't be used: %s" % error) from None
+        raise HTTPError(400, str(error)) from None
 
 
 _PREFERENCE = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*"?)+')

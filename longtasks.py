@@ -48,14 +48,14 @@ line:
       854  3. Task registry
      1558  4. Execution
      2863  5. Journal
-     3477  6. Events
-     3671  7. Result store and task queue
-     4832  8. Worker pool
-     5137  9. HTTP API
-     6808  10. HTTP server
-     7774  11. Client
-     8362  12. Main
-     8903  13. The page
+     3478  6. Events
+     3672  7. Result store and task queue
+     4827  8. Worker pool
+     5132  9. HTTP API
+     6803  10. HTTP server
+     7769  11. Client
+     8357  12. Main
+     8898  13. The page
 
 Three things hold throughout:
 
@@ -2974,6 +2974,16 @@ def _to_step_row(step: Step) -> Sequence[Any]:
     return [*values, zlib.crc32(ascii(values).encode())]
 
 
+_TABLES = (
+    "tasks (seq INTEGER PRIMARY KEY)",
+    # The id or type twice, as a task's row has its id, too, in the checksum.
+    "gone (number INTEGER PRIMARY KEY, id TEXT NOT NULL, again TEXT NOT NULL)",
+    "paused (type TEXT NOT NULL, again TEXT NOT NULL)",
+    "steps (%s, PRIMARY KEY (seq, number))" % _STEP_NAMES,
+    "logs (id TEXT PRIMARY KEY, text TEXT)",
+)
+
+
 class JournalError(SettingsError):
     """A file that can't be used as a journal; the text names it and says why."""
 
@@ -3205,28 +3215,19 @@ class Journal:
 
     @staticmethod
     def _migrate(db: Any, version: int) -> None:
-        """Add the columns, checksums and tables that older versions and 0 lack."""
-        db.execute("CREATE TABLE IF NOT EXISTS tasks (seq INTEGER PRIMARY KEY)")
+        """Add the tables, columns and checksums that older versions and 0 lack."""
+        for table in _TABLES:
+            db.execute("CREATE TABLE IF NOT EXISTS " + table)
         there = {row[1] for row in db.execute("PRAGMA table_info(tasks)")}
-        missing = [column for column in COLUMNS if column[0] not in there]
-        if "checksum" not in there:
-            missing.append(("checksum", str, False))
-        for name, kind, optional in missing:
+        for name, kind, optional in (*COLUMNS, ("checksum", str, False)):
             default = " NOT NULL DEFAULT " + ("''" if _TYPES[kind] == "TEXT" else "0")
             column = '"%s" %s%s' % (name, _TYPES[kind], "" if optional else default)
-            db.execute("ALTER TABLE tasks ADD COLUMN " + column)
+            if name not in there:
+                db.execute("ALTER TABLE tasks ADD COLUMN " + column)
         if version < 3:  # its rows have no checksums
             rows = db.execute(_SELECT)
             sums = [(checksum(row), row[0]) for row in rows if _is_plausible(row)]
             db.executemany("UPDATE tasks SET checksum = ? WHERE seq = ?", sums)
-        # The id or type twice, as a task's row has its id, too, in the checksum.
-        columns = "number INTEGER PRIMARY KEY, id TEXT NOT NULL, again TEXT NOT NULL"
-        db.execute("CREATE TABLE IF NOT EXISTS gone (%s)" % columns)
-        columns = "type TEXT NOT NULL, again TEXT NOT NULL"
-        db.execute("CREATE TABLE IF NOT EXISTS paused (%s)" % columns)
-        columns = _STEP_NAMES + ", PRIMARY KEY (seq, number)"
-        db.execute("CREATE TABLE IF NOT EXISTS steps (%s)" % columns)
-        db.execute("CREATE TABLE IF NOT EXISTS logs (id TEXT PRIMARY KEY, text TEXT)")
 
     # -- reading
 
@@ -3708,21 +3709,12 @@ class Counts(NamedTuple):
 RUN_BOUNDS = (0.01, 0.1, 1, 5, 15, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
 
 
-class Counters:
+class Counters(NamedTuple):
     """Counts since the start, by task type."""
 
-    def __init__(self) -> None:
-        self.ended: Counter[Tuple[str, str]] = Counter()  # tasks, by type and status
-        # How long tasks were "waiting" or "running", by that word and type.
-        self.times: Dict[Tuple[str, str], Histogram]
-        self.times = defaultdict(functools.partial(Histogram, RUN_BOUNDS))
-
-    def copy(self) -> "Counters":
-        """Return a copy, which does not change any more."""
-        made = Counters()
-        made.ended = self.ended.copy()
-        made.times = {key: histogram.copy() for key, histogram in self.times.items()}
-        return made
+    ended: Dict[Tuple[str, str], int]  # tasks, by type and status
+    # How long tasks were "waiting" or "running", by that word and type.
+    times: Dict[Tuple[str, str], Histogram]
 
 
 class ResultStore:
@@ -4078,7 +4070,9 @@ class TaskReader:
         self._running: Dict[str, Context] = {}  # by task id
         self._active: Set[Context] = set()  # those, and stuck handlers
         self._waiting: Dict[str, Set[threading.Event]] = {}  # to set at a task's end
-        self._counters = Counters()
+        self._counters = Counters(
+            Counter(), defaultdict(functools.partial(Histogram, RUN_BOUNDS))
+        )
         # By the latest decisions, written or not:
         self._queue = TaskQueue(clock, monotonic, rules)
         self._next_tick = math.inf  # when the timer thread wakes, unless by this:
@@ -4234,7 +4228,8 @@ class TaskReader:
     def snapshot(self) -> Counters:
         """Return a copy of the counters."""
         with self._lock:
-            return self._counters.copy()
+            ended, times = self._counters
+            return Counters(ended.copy(), {key: times[key].copy() for key in times})
 
     def check_open(self) -> None:
         """Raise QueueFull, Draining or Unavailable if submit() would."""

@@ -1129,6 +1129,17 @@ def run_of(store):
     return task, begun(store)[1]
 
 
+def run_held(store):
+    """A task that runs, also on disk; the next commit waits at the gate."""
+    for _ in range(2):  # the submission and the start
+        store.journal.let.release()
+    task, context = run_of(store)
+    until(lambda: store.get(task.id).status == "processing")
+    for _ in range(2):
+        store.journal.wait_held()
+    return task, context
+
+
 def left_waiting(path, clock=None):
     """A task that a process has left in the file."""
     with journalled(path, clock) as store:
@@ -1516,43 +1527,17 @@ def test_what_cannot_be_written_is_refused_and_leaves_no_trace(path):
 @pytest.mark.parametrize("error", [sqlite3.OperationalError("full"), ValueError("odd")])
 def test_what_has_happened_is_written_when_the_disk_is_back(error, path):
     with journalled(path, kind=HeldJournal) as store:
-        journal = store.journal
-        for _ in range(3):
-            journal.let.release()
-        task = store.submit("t", b"{}")
-        other = store.submit("t", b"{}")
-        begun(store)
-        until(lambda: store.get(task.id).status == "processing")
-        journal.failure = error
-        store.finish(store.context(task.id), DONE)
-        journal.let.release()
-        until(lambda: journal.error)
+        task, context = run_held(store)
+        store.finish(context, DONE)
+        store.journal.failure = error
+        store.journal.let.release()
+        until(lambda: store.journal.error)
         assert store.get(task.id).status == "processing"
-        late = background(lambda: store.delete(other.id))
         with pytest.raises(longtasks.Unfinished):
-            late.result(LONG)
-        journal.heal()
+            store.delete(task.id)
+        store.journal.heal()
         until(lambda: store.get(task.id).finished)
-        assert not journal.error
-    assert rows_of(path) == [
-        (task.id, "completed"),
-        (other.id, "pending"),
-    ]
-
-
-def test_commits_are_counted_with_their_time(gated):
-    journal = gated.journal
-    journal.free()
-    gated.submit("t", b"{}")
-    before = sum(journal.commit_times.counts)
-    gated.submit("t", b"{}")
-    assert sum(journal.commit_times.counts) == before + 1
-    journal.failure = OSError("full")
-    with pytest.raises(longtasks.Unavailable):
-        gated.submit("t", b"{}")
-    assert sum(journal.commit_times.counts) == before + 1
-    assert 0 < journal.commit_times.sum < LONG
-    journal.failure = None
+    assert rows_of(path) == [(task.id, "completed")]
 
 
 def test_a_wal_that_a_long_reader_keeps_is_warned_of_once(
@@ -1584,20 +1569,25 @@ def test_a_histogram_has_each_time_under_the_first_bound_that_holds_it():
     assert histogram.sum == pytest.approx(413.3)
 
 
-def test_rows_of_deleted_and_expired_tasks_leave_and_their_room_is_used_again(
-    path, clock
-):
+def test_rows_of_removed_tasks_leave_and_their_room_is_used_again(path, clock):
     params = b'{"x": "%s"}' % (b"x" * 10_000)
+
+    def finish_one():
+        task = store.submit("t", params)
+        context = begun(store)[1]
+        context.step("a", int)
+        store.finish(context, DONE)
+        until(lambda: store.counts().finished == 1)
+        return task.id
+
     with journalled(path, clock, result_ttl=10) as store:
         for _ in range(20):
-            finished_task(store, params=params)
-            until(lambda: store.counts().finished == 1)
-            store.delete(store.page(1)[0][0].id)
-        assert rows_of(path) == []
-        finished_task(store, params=params)
-        until(lambda: store.counts().finished == 1)
+            store.delete(finish_one())
+        assert rows_of(path) == rows_of(path, "*", "steps") == []
+        finish_one()
         clock.advance(11, store)
         until(lambda: rows_of(path) == [])
+        assert rows_of(path, "*", "steps") == []
     assert path.stat().st_size < 10 * len(params)
 
 
@@ -2212,23 +2202,13 @@ def test_whether_cancel_or_completion_was_first_is_decided_once(attempt, store):
     assert cancelled is None or cancelled.status == "processing"
 
 
-def test_a_cancel_that_was_acknowledged_survives_the_process(path):
-    with journalled(path) as store:
-        task = store.submit("t", b"{}")
-        store.claim()
-        store.cancel(task.id)
-    with journalled(path) as store:
-        assert store.get(task.id).status == "cancelled"
-
-
 @pytest.mark.parametrize("runs", [False, True])
 def test_a_cancel_that_could_not_be_written_takes_effect_later(gated, runs):
-    gated.journal.let.release()
-    task = gated.submit("t", b"{}")
     if runs:
+        task, context = run_held(gated)
+    else:
         gated.journal.let.release()
-        _, context = begun(gated)
-        until(lambda: gated.get(task.id).status == "processing")
+        task = gated.submit("t", b"{}")
     gated.journal.failure = OSError(28, "disk full")
     gated.journal.free()
     with pytest.raises(longtasks.Unavailable, match="disk full"):
@@ -2411,15 +2391,14 @@ def test_an_interruption_is_no_failure(path):
         assert store.finish(store.claim()[1], FAILED).status == "pending"
 
 
-def test_what_is_taken_up_is_not_counted_again(path):
+def test_what_is_taken_up_is_not_counted_again_but_a_cancel_is_kept(path):
     with journalled(path) as store:
         finished_task(store)
-        stopped = store.submit("t", b"{}").id
-        store.claim()
-        store.cancel(stopped)
-        store.submit("t", b"{}")
-        store.claim()
+        stopped, _ = run_of(store)
+        store.cancel(stopped.id)
+        run_of(store)
     with journalled(path) as store:
+        assert store.get(stopped.id).status == "cancelled"
         assert store.snapshot().ended == {("t", "cancelled"): 1}
         store.claim()  # it has waited since a time that nobody knows
         assert store.snapshot().times == {}
@@ -3015,17 +2994,6 @@ def on_loop(context):
     return asyncio.run(context.step("a", e_acute))
 
 
-def run_held(store):
-    """A task that runs, also on disk; the next commit waits at the gate."""
-    for _ in range(2):  # the submission and the start
-        store.journal.let.release()
-    task, context = run_of(store)
-    until(lambda: store.get(task.id).status == "processing")
-    for _ in range(2):
-        store.journal.wait_held()
-    return task, context
-
-
 def step_held(store, call=in_thread):
     """A task, its run, and a step that waits at the gate of the journal."""
     task, context = run_held(store)
@@ -3187,20 +3155,6 @@ def test_a_task_that_gets_on_is_not_given_up_however_often_the_process_dies(path
         begun(store)[1].step("step 0", not_called)
     with journalled(path) as store:
         assert store.get(task.id).error.startswith("interrupted 3 times")
-
-
-def test_steps_leave_the_file_with_their_task(path, clock):
-    with journalled(path, clock, result_ttl=10) as store:
-        ids = [store.submit("t", b"{}").id for _ in range(3)]
-        for _ in ids:
-            context = begun(store)[1]
-            context.step("a", lambda: 1)
-            store.finish(context, DONE)
-        until(lambda: store.counts().finished == 3)
-        store.delete(ids[0])
-        assert len(rows_of(path, "*", "steps")) == 2
-        clock.advance(11, store)
-    assert rows_of(path, "*", "steps") == []
 
 
 def test_a_link_to_the_file_is_the_file(tmp_path, capsys):
@@ -4841,7 +4795,7 @@ def test_many_are_cancelled_and_deleted_in_few_commits(tmp_path, registry):
         assert call(service, "DELETE", TASKS + "?q=x").json == {"count": 1000}
         assert service.store.counts() == (0, 0, 0)
         commits = metrics_of(service)["longtasks_journal_commit_seconds_count"] - before
-        assert commits < 300
+        assert 0 < commits < 300
 
 
 def test_a_task_that_has_started_is_not_cancelled_with_those_that_wait(tmp_path):

@@ -50,12 +50,12 @@ line:
      2863  5. Journal
      3478  6. Events
      3672  7. Result store and task queue
-     4827  8. Worker pool
-     5132  9. HTTP API
-     6803  10. HTTP server
-     7769  11. Client
-     8357  12. Main
-     8898  13. The page
+     4811  8. Worker pool
+     5116  9. HTTP API
+     6787  10. HTTP server
+     7753  11. Client
+     8341  12. Main
+     8882  13. The page
 
 Three things hold throughout:
 
@@ -4044,17 +4044,27 @@ OnDurable = Callable[[Task], Any]  # is called once a task can't be lost any mor
 
 
 class TaskReader:
-    """The tasks as clients read them, how moves come to be seen, and the lock."""
+    """The tasks as clients read them, how moves come to be seen, and the lock.
+
+    `clock` gives the time in seconds since 1970, and `monotonic` one that is never set.
+    `rules` gives the rules of a type, and `follow_ups` the submissions at a task's end.
+    """
 
     def __init__(
         self,
-        limits: Limits,
-        clock: Clock,
-        monotonic: Clock,
-        rules: Callable[[str], Rules],
+        limits: Limits = Limits(),
+        clock: Clock = time.time,
+        rules: Callable[[str], Rules] = lambda type: Rules(),
+        monotonic: Clock = time.monotonic,
+        follow_ups: Callable[[Task], Iterable[Submission]] = lambda task: (),
     ) -> None:
-        self.limits, self.rules = limits, rules
+        self.limits, self.rules, self._follow_ups = limits, rules, follow_ups
         self._clock, self._monotonic = clock, monotonic
+        self.on_stuck: Callable[[Context], None] = lambda context: None
+        # Tasks that were processing when the last process died, as they go on.
+        self.interrupted: List[Task] = []
+        # Up to this one, tasks may have killed the last process: see begin().
+        self._suspect_seq = 0
         self.events = Events()
         self._pid = os.getpid()
         # The lock guards everything below.
@@ -4155,11 +4165,9 @@ class TaskReader:
                 return task
             self._waiting.setdefault(task_id, set()).add(done)
         done.wait(min(timeout, threading.TIMEOUT_MAX))
-        task = self.get(task_id)
-        if not task.finished:
-            with self._lock:
-                self._waiting.get(task_id, set()).discard(done)
-        return task
+        with self._lock:
+            self._waiting.get(task_id, set()).discard(done)
+            return self._find(task_id)
 
     def subscribe(
         self, task_id: str, after: Optional[int] = None
@@ -4378,31 +4386,7 @@ class TaskReader:
 
 
 class TaskStore(TaskReader):
-    """All tasks, from submission until they are removed: this is where they move.
-
-    `clock` gives the time in seconds since 1970, and `monotonic` one that is never set.
-    `rules` gives the rules of a type, and `follow_ups` the submissions at a task's
-    end. With a journal, the store goes on with the tasks that are in it.
-    """
-
-    def __init__(
-        self,
-        limits: Limits = Limits(),
-        clock: Clock = time.time,
-        journal: Optional[Journal] = None,
-        rules: Callable[[str], Rules] = lambda type: Rules(),
-        monotonic: Clock = time.monotonic,
-        follow_ups: Callable[[Task], Iterable[Submission]] = lambda task: (),
-    ) -> None:
-        super().__init__(limits, clock, monotonic, rules)
-        self._follow_ups = follow_ups
-        self.on_stuck: Callable[[Context], None] = lambda context: None
-        # Tasks that were processing when the last process died, as they go on.
-        self.interrupted: List[Task] = []
-        # Up to this one, tasks may have killed the last process: see begin().
-        self._suspect_seq = 0
-        if journal:
-            self.take_up(journal)
+    """All tasks, from submission until they are removed: this is where they move."""
 
     def take_up(self, journal: Journal) -> None:
         """Go on with the tasks in a journal; from now on all of them are kept there."""

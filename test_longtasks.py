@@ -1073,9 +1073,9 @@ def journalled(path, clock=None, kind=longtasks.Journal, **limits):
     rules, store = longtasks.Rules(), None
     try:
         store = longtasks.TaskStore(
-            longtasks.Limits(**limits), clock, journal, lambda type: rules, clock
+            longtasks.Limits(**limits), clock, lambda type: rules, clock
         )
-        store.journal = journal
+        store.take_up(journal)
         yield store
     finally:
         if kind is HeldJournal:
@@ -1602,7 +1602,7 @@ def new_ledger(clock=None, rules=None, **limits):
     clock = clock or Clock()
     rules = longtasks.Rules(**(rules or {}))
     return longtasks.TaskStore(
-        longtasks.Limits(**limits), clock, None, lambda type: rules, clock
+        longtasks.Limits(**limits), clock, lambda type: rules, clock
     )
 
 
@@ -2451,9 +2451,12 @@ class WallClock(Clock):
 
 def wall_clocked(monotonic, clock, journal=None, **limits):
     rules = longtasks.Rules(retries=1, backoff=100)
-    return longtasks.TaskStore(
-        longtasks.Limits(**limits), clock, journal, lambda type: rules, monotonic
+    store = longtasks.TaskStore(
+        longtasks.Limits(**limits), clock, lambda type: rules, monotonic
     )
+    if journal:
+        store.take_up(journal)
+    return store
 
 
 @pytest.mark.parametrize("wrong", [-3600, 3600])
@@ -2905,7 +2908,8 @@ def test_a_disk_that_hangs_does_not_hold_up_the_end(path, monkeypatch):
 
     journal = HeldJournal(path)
     journal.write = hang
-    store = longtasks.TaskStore(journal=journal)
+    store = longtasks.TaskStore()
+    store.take_up(journal)
     submitted = background(lambda: store.submit("t", b"{}"))
     assert hangs.wait(LONG)
     monkeypatch.setattr(longtasks.os, "fsync", hang)
@@ -2918,7 +2922,8 @@ def test_a_disk_that_hangs_does_not_hold_up_the_end(path, monkeypatch):
 
 def test_a_journal_with_nothing_unwritten_is_closed_in_peace(path):
     journal = longtasks.Journal(str(path))
-    store = longtasks.TaskStore(journal=journal)
+    store = longtasks.TaskStore()
+    store.take_up(journal)
     journal.retry_after = 0.001
 
     def fail(*about):
@@ -3463,7 +3468,8 @@ def test_threads_are_started_for_work_and_never_too_many(gate):
 
 def test_workers_run_together_however_slow_the_disk_is(gate, tmp_path):
     journal = HeldJournal(tmp_path / "tasks.db")
-    store = longtasks.TaskStore(journal=journal)
+    store = longtasks.TaskStore()
+    store.take_up(journal)
     pool = longtasks.WorkerPool(store, longtasks.REGISTRY, 3)
     journal.let.release()
     tasks = store.submit_all([asked(b"{}", "gate")] * 5)
@@ -7011,7 +7017,10 @@ def then_store(journal=None, **limits):
         return [found] * 2 if task.type == "a" else []
 
     limits = longtasks.Limits(**limits)
-    return longtasks.TaskStore(limits, journal=journal, follow_ups=follow_ups)
+    store = longtasks.TaskStore(limits, follow_ups=follow_ups)
+    if journal:
+        store.take_up(journal)
+    return store
 
 
 def test_a_full_queue_takes_what_follows_and_so_does_a_drain():

@@ -420,24 +420,16 @@ def test_an_unknown_flag_is_one_line_and_code_2(refusal):
         assert refusal(flag, "80").startswith(expected)
 
 
-def test_the_token_does_not_stay_in_the_environment(monkeypatch, tmp_path, capsys):
+def test_the_token_does_not_stay_in_the_environment(monkeypatch, refusal):
     monkeypatch.setenv("API_TOKEN", "0123456789abcdef")
-    assert longtasks.main(["--db", str(tmp_path)]) == 2
+    assert "API_TOKEN_FILE are both set" in refusal("--api-token-file=/dev/null")
     assert "API_TOKEN" not in os.environ
-    assert "is not a regular file" in capsys.readouterr().err
-
-
-def test_a_token_and_a_file_with_one_are_one_too_many(monkeypatch, refusal):
-    monkeypatch.setenv("API_TOKEN", "0123456789abcdef")
-    assert "are both set" in refusal("--api-token-file=/dev/null")
 
 
 @pytest.mark.parametrize("text", ["short", "a" * 256, "sixteen or more ", "é" * 16])
-def test_an_invalid_token_is_reported_without_showing_it(text, capsys, monkeypatch):
+def test_an_invalid_token_is_reported_without_showing_it(text, monkeypatch, refusal):
     monkeypatch.setenv("API_TOKEN", text)
-    assert longtasks.main([]) == 2
-    expected = "longtasks: API_TOKEN must be 16 to 255 visible ASCII characters\n"
-    assert capsys.readouterr().err == expected
+    assert refusal() == "API_TOKEN must be 16 to 255 visible ASCII characters"
 
 
 @pytest.mark.parametrize(
@@ -460,26 +452,25 @@ def test_a_token_file_that_others_can_read_is_a_warning(mode, tmp_path):
     settings = longtasks.read_settings(["--api-token-file", path], {})
     with records() as kept:
         assert longtasks.read_token(settings) == "0123456789abcdef"
-    assert ["others can read it" in each.getMessage() for each in kept] == (
-        [True] if mode & 0o004 else []
-    )
+    warnings = ["others can read it" in each.getMessage() for each in kept]
+    assert warnings == [True] * bool(mode & 0o004)
 
 
-def test_only_an_error_that_may_go_away_is_temporary():
-    for error in [
-        OSError(errno.ENOSPC, "No space left on device"),
-        socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
-        sqlite3.OperationalError("database is locked"),
-        sqlite3.OperationalError("database or disk is full"),
-        sqlite3.OperationalError("disk I/O error"),  # of a quota, for instance
-    ]:
-        assert longtasks.is_temporary(error), error
-    for error in [
-        OSError(errno.EACCES, "Permission denied"),
-        socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
-        sqlite3.DatabaseError("file is not a database"),
-    ]:
-        assert not longtasks.is_temporary(error), error
+@pytest.mark.parametrize(
+    "error, temporary",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure"), True),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), False),
+        (sqlite3.OperationalError("database is locked"), True),
+        (sqlite3.OperationalError("database or disk is full"), True),
+        (sqlite3.OperationalError("disk I/O error"), True),  # of a quota, for instance
+        (sqlite3.DatabaseError("file is not a database"), False),
+    ],
+)
+def test_only_an_error_that_may_go_away_is_temporary(error, temporary):
+    assert longtasks.is_temporary(error) == temporary
 
 
 def test_help_has_every_setting(capsys):
@@ -501,24 +492,19 @@ def test_help_has_every_setting(capsys):
 
 STATUSES = ["pending", "processing", "completed", "failed", "cancelled"]
 MOVES = {  # written out here, not taken from the code
-    ("pending", "processing"),
-    ("pending", "cancelled"),
-    ("processing", "completed"),
-    ("processing", "failed"),
-    ("processing", "cancelled"),
-    ("processing", "pending"),
+    "pending": ["processing", "cancelled"],
+    "processing": ["completed", "failed", "cancelled", "pending"],
 }
 
 
 @pytest.mark.parametrize("old", STATUSES)
-@pytest.mark.parametrize("new", STATUSES)
-def test_only_the_moves_of_the_table_are_possible(old, new):
+def test_only_the_moves_of_the_table_are_possible(old):
     task = longtasks.Task(1, "id", "type", b"{}", old, 0.0)
-    assert task.finished == (old in ("completed", "failed", "cancelled"))
-    if (old, new) in MOVES:
+    assert task.finished == (old not in MOVES)
+    for new in MOVES.get(old, []):
         assert task.moved_to(new).status == new
         assert task.status == old, "the task itself must not change"
-    else:
+    for new in set(STATUSES) - set(MOVES.get(old, [])):
         with pytest.raises(longtasks.IllegalMove):
             task.moved_to(new)
 

@@ -46,16 +46,16 @@ line:
       146  1. Settings
       495  2. Tasks and their states
       854  3. Task registry
-     1558  4. Execution
-     2863  5. Journal
-     3478  6. Events
-     3672  7. Result store and task queue
-     4811  8. Worker pool
-     5116  9. HTTP API
-     6787  10. HTTP server
-     7753  11. Client
-     8341  12. Main
-     8882  13. The page
+     1559  4. Execution
+     2864  5. Journal
+     3479  6. Events
+     3673  7. Result store and task queue
+     4812  8. Worker pool
+     5117  9. HTTP API
+     6788  10. HTTP server
+     7754  11. Client
+     8342  12. Main
+     8883  13. The page
 
 Three things hold throughout:
 
@@ -1401,7 +1401,8 @@ def _check_then(entries: List[Any], handlers: Mapping[str, Handler], at: Path) -
 def _check_follow_up(
     entry: Dict[str, Any], handlers: Mapping[str, Handler], at: Path
 ) -> None:
-    known, own = find_handler(entry["type"], handlers, (*at, "type")), entry["params"]
+    own = entry["params"]
+    known = find_handler(entry["type"], handlers, (*at, "type"))
     params = with_task(known, own, {"id": "", "attempt": 1})  # like a status document
     checked = known.params.validate(params, (*at, "params"))
     entry["params"] = {key: checked[key] for key in own}

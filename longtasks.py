@@ -47,15 +47,15 @@ line:
       495  2. Tasks and their states
       854  3. Task registry
      1559  4. Execution
-     2864  5. Journal
-     3479  6. Events
-     3673  7. Result store and task queue
-     4812  8. Worker pool
-     5117  9. HTTP API
-     6788  10. HTTP server
-     7754  11. Client
-     8342  12. Main
-     8883  13. The page
+     2861  5. Journal
+     3476  6. Events
+     3670  7. Result store and task queue
+     4809  8. Worker pool
+     5113  9. HTTP API
+     6784  10. HTTP server
+     7750  11. Client
+     8338  12. Main
+     8879  13. The page
 
 Three things hold throughout:
 
@@ -2015,12 +2015,11 @@ with suppress(OSError):
         """Send the sessions; start the process if it has died. Assumes the lock."""
         line = " ".join(map(str, self._sessions)) + "\n"
         for _ in range(2):
-            try:
+            with contextlib.suppress(AttributeError, OSError):
                 self._process.stdin.write(line.encode())
                 self._process.stdin.flush()
                 return
-            except (AttributeError, OSError):
-                self._start()
+            self._start()
         log.error("no reaper can be started: programs outlive a killed service")
 
     def _start(self) -> None:
@@ -2148,9 +2147,8 @@ import sys
 file, sys.path[:] = sys.argv[1], sys.argv[2:]
 from importlib import machinery, util
 loader = machinery.SourceFileLoader("longtasks", file)
-module = util.module_from_spec(machinery.ModuleSpec("longtasks", loader, origin=file))
-module.__file__ = file
-sys.modules["longtasks"] = module
+spec = util.spec_from_file_location("longtasks", file, loader=loader)
+module = sys.modules["longtasks"] = util.module_from_spec(spec)
 loader.exec_module(module)
 module.isolated_main()
 """
@@ -2408,15 +2406,12 @@ def _code_words(words: Sequence[str], code: str, valued: str) -> Iterator[str]:
 def find_program(word: str) -> str:
     """Return the absolute path of a program; raises HandlerError if it can't be run."""
     name = os.path.join(FOLDER, word) if os.path.dirname(word) else word
-    found = shutil.which(name)
+    found = shutil.which(name) or shutil.which(name, os.F_OK)
     if found:
         fault = exec_fault(found)
         if fault:
             raise HandlerError("%s %s" % (quote(found), fault))
         return os.path.join(FOLDER, found)
-    found = shutil.which(name, os.F_OK)
-    if found:
-        raise HandlerError("%s is not executable: chmod +x %s" % (quote(found), found))
     hint = ""
     if name == word and os.path.exists(os.path.join(FOLDER, word)):
         hint = " on the PATH; for the file in this folder write ./" + word
@@ -2424,10 +2419,12 @@ def find_program(word: str) -> str:
 
 
 def exec_fault(path: str) -> str:
-    """Return why the first line of an executable file keeps it from running, or "".
+    """Return why a file can't be run: by its mode or its first line; "" if it can.
 
     If its interpreter is missing, the system reports the file itself as missing.
     """
+    if os.path.exists(path) and not os.access(path, os.X_OK):
+        return "is not executable: chmod +x " + path
     line = b"\0"
     with contextlib.suppress(OSError), open(path, "rb") as file:
         line = file.readline(4096)
@@ -5053,11 +5050,10 @@ class EventLoop:
             self._call_soon(setattr, self, "_seen", None)
         elif run and now - self._seen_at >= 0.9:
             self._seen_at = math.inf  # it is logged once
-            # It may end while its lines are read from files.
-            context = self._runs.get(run)
+            inner = Context("?", type=run.get_coro().__qualname__)  # that it has made
+            context = self._runs.get(run, inner)
             stack = sys._current_frames().get(self._thread.ident or 0)
             trace = "".join(traceback.format_stack(stack, 5))
-            context = context or Context("?", type=run.get_coro().__qualname__)
             text = "blocks all async handlers"
             log_run(logging.WARNING, context, text, traceback=trace)
 

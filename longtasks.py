@@ -53,9 +53,9 @@ line:
      4809  8. Worker pool
      5113  9. HTTP API
      6784  10. HTTP server
-     7750  11. Client
-     8338  12. Main
-     8879  13. The page
+     7735  11. Client
+     8323  12. Main
+     8864  13. The page
 
 Three things hold throughout:
 
@@ -7452,9 +7452,8 @@ def give_back_memory() -> None:
 
 # -- the server ------------------------------------------------------------
 
-# Errors of accept(2): no resources are left, or no client is there.
+# Errors of accept(2) where the system has no resources left.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_NO_CLIENT = (errno.EAGAIN, errno.EBADF)
 
 
 class APIServer(ThreadingHTTPServer):
@@ -7554,8 +7553,7 @@ class APIServer(ThreadingHTTPServer):
     # -- accepting
 
     def service_actions(self) -> None:
-        """Accept other clients, and end slow ones; called by socketserver."""
-        self._accept_pending()
+        """End slow clients, and give back memory; called by socketserver."""
         now = time.monotonic()
         if now >= self._check_at:
             self._check_at = now + self.check_interval
@@ -7563,21 +7561,6 @@ class APIServer(ThreadingHTTPServer):
         if self._ended >= self.trim_after and now >= self._trim_at:
             self._ended, self._trim_at = 0, now + self.trim_interval
             give_back_memory()
-
-    def _accept_pending(self) -> None:
-        """Accept all clients that have connected by now."""
-        for _ in range(self.request_queue_size):  # no more, or it might never end
-            try:
-                client, address = self.get_request()
-            except OSError as error:
-                if error.errno in _EXHAUSTED or error.errno in _NO_CLIENT:
-                    return
-                continue  # that client has left
-            try:
-                self.process_request(client, address)
-            except Exception:  # as socketserver does
-                self.handle_error(client, address)
-                self.shutdown_request(client)
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; called by socketserver."""
@@ -7736,8 +7719,10 @@ class APIServer(ThreadingHTTPServer):
         self.closing = True
         self.timeouts.update({IDLE: 0.0, READING: 5.0})
         self.shutdown()
-        if not self._is_passed:  # else the next service accepts them
-            self._accept_pending()
+        for _ in range(self.request_queue_size):  # no more, or it might never end
+            if self._is_passed or not select.select([self.socket], (), (), 0)[0]:
+                break  # the next service accepts those of a socket that is passed
+            self.handle_request()
         self.server_close()
         end = time.monotonic() + max(5.0, timeout)
         with self._changed:

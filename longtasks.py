@@ -53,9 +53,9 @@ line:
      4809  8. Worker pool
      5113  9. HTTP API
      6784  10. HTTP server
-     7735  11. Client
-     8323  12. Main
-     8864  13. The page
+     7727  11. Client
+     8315  12. Main
+     8855  13. The page
 
 Three things hold throughout:
 
@@ -6954,11 +6954,11 @@ def check_start(head: bytes) -> None:
     line, end, _ = head.partition(b"\r\n")
     if end:
         parse_request_line(line.decode("latin-1"))
-        check_line_ends(head)
-    elif b"\n" in head or not _START.fullmatch(head[:64]):
+    elif not _START.fullmatch(head[:64]):
         raise HTTPError(400, _NOT_HTTP)
     elif len(head) > MAX_HEAD:
         raise HTTPError(414, "the target is longer than %d bytes" % MAX_TARGET)
+    check_line_ends(head)
 
 
 def check_line_ends(text: bytes) -> None:
@@ -7020,15 +7020,16 @@ def body_length(version: str, headers: Mapping[str, str]) -> int:
 
 
 _PHRASES = {int(status): status.phrase for status in HTTPStatus}
-_date = functools.lru_cache(1)(functools.partial(formatdate, usegmt=True))
+# The header Date, made once a second.
+http_date = functools.lru_cache(1)(functools.partial(formatdate, usegmt=True))
 _BODY_HEADERS = "Content-Type: %s\r\nCache-Control: no-store\r\n"
 _BODY_HEADERS += "X-Content-Type-Options: nosniff\r\n"
 
 
-def encode_head(reply: Reply, date: str, version: str, keep: bool) -> bytes:
+def encode_head(reply: Reply, version: str, keep: bool) -> bytes:
     """Return a reply's head as it is sent to a client that speaks this version."""
     text = "HTTP/1.1 %d %s\r\nServer: longtasks\r\nDate: %s\r\n"
-    text %= reply.status, _PHRASES[reply.status], date
+    text %= reply.status, _PHRASES[reply.status], http_date(int(time.time()))
     if reply.status != 204:
         text += _BODY_HEADERS % reply.media
         if reply.stream is None:
@@ -7046,6 +7047,9 @@ def encode_head(reply: Reply, date: str, version: str, keep: bool) -> bytes:
 BUSY, IDLE, READING, SENDING = "busy", "idle", "reading", "sending"
 LINGERING = "lingering"
 QUICK = 0.0001  # seconds; replies that took less are sent together
+
+
+UNREAD = Request("-", "-", "1.1", {})  # stands for one that can't be parsed
 
 
 class Connection:
@@ -7072,14 +7076,9 @@ class Connection:
         self.bare = False  # the request is a HEAD: its reply has no body
         self.streamed = 0  # bytes, of a stream
         # The last request, since clients repeat themselves, and its head and token.
-        self.request: Any = None
+        self.request = UNREAD
         self.head: Optional[bytes] = None
         self.token = b""
-
-    @property
-    def client_left(self) -> Optional[threading.Event]:
-        """The event to set once the client has left, while a reply waits."""
-        return self.request.client_left if self.request else None
 
     def serve(self) -> None:
         """Answer requests until one side is done."""
@@ -7119,7 +7118,7 @@ class Connection:
 
     def _serve_one(self) -> bool:
         """Read one request and answer it; False when it was the last."""
-        request = None
+        request = UNREAD
         try:
             head = self._read_head()
             if head is None:
@@ -7265,10 +7264,9 @@ class Connection:
 
     # -- sending
 
-    def _send_reply(self, reply: Reply, request: Optional[Request], keep: bool) -> None:
+    def _send_reply(self, reply: Reply, request: Request, keep: bool) -> None:
         """Send a reply, or keep it for the next one, and log it."""
-        version = request.version if request else "1.1"
-        data = encode_head(reply, self.server.date(), version, keep)
+        data = encode_head(reply, request.version, keep)
         data += b"" if self.bare else reply.body
         try:
             if keep and self.buffer and self._is_quick(reply):
@@ -7279,8 +7277,11 @@ class Connection:
                 self._send(part)
             if reply.stream is not None:
                 self._send_stream(reply.stream)
-            elif self.buffer and self._has_gone():
-                raise ConnectionResetError("its other requests are not answered")
+            elif self.buffer:
+                # Once it has left, its other requests are not answered.
+                error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if error:
+                    raise OSError(error, os.strerror(error))
         finally:
             if log.isEnabledFor(logging.DEBUG):
                 self._log(reply, request)
@@ -7292,11 +7293,6 @@ class Connection:
         """
         small = not reply.more and len(self.unsent) + len(reply.body) < LARGE
         return small and time.monotonic() - self.began < QUICK
-
-    def _has_gone(self) -> bool:
-        """Whether the client has closed its socket, so that the send was refused."""
-        events = closed_by_peer([self.socket.fileno()]).values()
-        return any(event & (select.POLLHUP | select.POLLERR) for event in events)
 
     def _send(self, data: bytes = b"") -> None:
         """Send replies that were kept, and this.
@@ -7319,12 +7315,12 @@ class Connection:
                 self._send(data)
                 self.streamed += len(data)
 
-    def _log(self, reply: Reply, request: Optional[Request]) -> None:
+    def _log(self, reply: Reply, request: Request) -> None:
         """Log a reply and its request; its query and headers may be secret."""
         fields = {
             "client": self.address[0],
-            "method": request.method if request else "-",
-            "path": request.path if request else "-",
+            "method": request.method,
+            "path": request.path,
             "status": reply.status,
             "bytes": 0 if self.bare else reply.size + self.streamed,
             "duration": round(time.monotonic() - self.began, 6),
@@ -7590,7 +7586,7 @@ class APIServer(ThreadingHTTPServer):
             connection.counts[OTHER, OTHER, reply.status] += 1
             client.setblocking(False)  # this is the thread that accepts
             with contextlib.suppress(OSError):
-                client.send(encode_head(reply, self.date(), "1.1", False) + reply.body)
+                client.send(encode_head(reply, "1.1", False) + reply.body)
             self.shutdown_request(client)
 
     def _admit(self, connection: Connection) -> None:
@@ -7685,10 +7681,10 @@ class APIServer(ThreadingHTTPServer):
         for c in connections.values():
             if now - c.since > self.timeouts.get(c.state, math.inf) and not c.ended:
                 c.end(*reason)
-        waiting = [n for n, c in connections.items() if c.client_left]
+        waiting = [n for n, c in connections.items() if c.request.client_left]
         for number, events in closed_by_peer(waiting).items():
             c = connections[number]
-            client_left = c.client_left
+            client_left = c.request.client_left
             if client_left and (events & select.POLLHUP or client_left is not c.woken):
                 c.woken = client_left
                 client_left.set()
@@ -7703,10 +7699,6 @@ class APIServer(ThreadingHTTPServer):
                 # A copy is made in one step, while that connection's thread counts.
                 counts.update(connection.counts.copy())
         return Traffic(counts, len(self.connections), self.max_connections)
-
-    def date(self) -> str:
-        """Return the time for the header Date, made once a second."""
-        return _date(int(time.time()))
 
     # -- stopping
 
@@ -8346,17 +8338,16 @@ class ServiceManager:
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
+        names = "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"
+        path, usec, watched = (environ.pop(name, "") for name in names)
+        names = "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"
+        count, owner, _ = (environ.pop(name, "") for name in names)
         pid = str(os.getpid())
-        path = environ.pop("NOTIFY_SOCKET", "")
-        usec = environ.pop("WATCHDOG_USEC", "")
-        watched = environ.pop("WATCHDOG_PID", "")
-        count, owner = environ.pop("LISTEN_FDS", "0"), environ.pop("LISTEN_PID", "")
-        environ.pop("LISTEN_FDNAMES", None)
         self._path = "\0" + path[1:] if path.startswith("@") else path  # abstract
         self._watchdog = usec.isdecimal() and watched in ("", pid)
         # Seconds between reports: at most a third of the watchdog's timeout.
         self.interval = min(5.0, int(usec) / 3e6) if self._watchdog else 5.0
-        is_passed = owner == pid and count != "0"
+        is_passed = owner == pid and count not in ("", "0")
         self.listener = passed_listener(count) if is_passed else None
 
     def notify(self, *lines: str) -> None:

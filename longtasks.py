@@ -6954,11 +6954,11 @@ def check_start(head: bytes) -> None:
     line, end, _ = head.partition(b"\r\n")
     if end:
         parse_request_line(line.decode("latin-1"))
-    elif not _START.fullmatch(head[:64]):
+        check_line_ends(head)
+    elif b"\n" in head or not _START.fullmatch(head[:64]):
         raise HTTPError(400, _NOT_HTTP)
     elif len(head) > MAX_HEAD:
         raise HTTPError(414, "the target is longer than %d bytes" % MAX_TARGET)
-    check_line_ends(head)
 
 
 def check_line_ends(text: bytes) -> None:

@@ -211,21 +211,27 @@ def port_of(service):
     return getattr(service, "port", None) or service.server.server_port
 
 
-def call(service, method, path, body=None, **headers):
-    """One request on a connection of its own. A body that isn't bytes goes as JSON."""
+def ask(connection, method="GET", path="/api/v1/types", body=None, **headers):
+    """One request on a connection. A body that isn't bytes goes as JSON."""
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     if body is not None and not isinstance(body, bytes):
         body = json.dumps(body).encode()
     if body is not None and method in ("POST", "PUT"):
         headers = {**JSON_BODY, **headers}
-    address = ("127.0.0.1", port_of(service))
-    connection = http.client.HTTPConnection(*address, timeout=LONG)
-    try:
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        answer = Answer(response.status, response.headers, response.read())
-    finally:
-        connection.close()
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    return Answer(response.status, response.headers, response.read())
+
+
+def connection_to(service):
+    """A connection to a service in this process or in one of its own."""
+    return http.client.HTTPConnection("127.0.0.1", port_of(service), timeout=LONG)
+
+
+def call(service, method, path, body=None, **headers):
+    """One request on a connection of its own."""
+    with contextlib.closing(connection_to(service)) as connection:
+        answer = ask(connection, method, path, body, **headers)
     assert_described(method, path, answer)
     return answer
 
@@ -315,17 +321,25 @@ def result_of(service, task_id):
     return call(service, "GET", path).json
 
 
+def connect(service, data=b"", timeout=LONG):
+    """A socket to the service, which has sent this."""
+    client = socket.create_connection(("127.0.0.1", port_of(service)), timeout)
+    client.sendall(data)
+    return client
+
+
+def all_from(client):
+    """What the service sends until it closes the connection."""
+    with client.makefile("rb") as file:
+        return file.read()
+
+
 def raw(service, data):
     """Send bytes as they are; return all that comes back until the server closes."""
-    address = ("127.0.0.1", port_of(service))
-    with socket.create_connection(address, timeout=LONG) as client:
-        client.sendall(data)
-        parts = []
+    with connect(service, data) as client:
+        parts = [b""]
         with contextlib.suppress(ConnectionResetError):
-            while True:
-                parts.append(client.recv(65536))
-                if not parts[-1]:
-                    break
+            parts += iter(functools.partial(client.recv, 65536), b"")
         return b"".join(parts)
 
 
@@ -7301,19 +7315,6 @@ CHUNKED = SUBMIT + b"Transfer-Encoding: chunked\r\n\r\n"
 BODY = b'{"type": "long_computation", "params": {"duration": 0}}'
 
 
-def connect(service, data=b"", timeout=LONG):
-    """A socket to the service, which has sent this."""
-    client = socket.create_connection(service.server.server_address, timeout)
-    client.sendall(data)
-    return client
-
-
-def all_from(client):
-    """What the service sends until it closes the connection."""
-    with client.makefile("rb") as file:
-        return file.read()
-
-
 def refused(service, data, status):
     """The answer to raw bytes must be this problem, and the connection closed."""
     answer = raw(service, data)
@@ -8354,8 +8355,7 @@ def test_without_descriptors_idle_clients_are_evicted():
     with process(command=("sh", "-c", few)) as running:
         with contextlib.ExitStack() as stack:
             for _ in range(100):
-                address = ("127.0.0.1", running.port)
-                stack.enter_context(socket.create_connection(address, LONG))
+                stack.enter_context(connect(running))
             assert "Too many open files" in running.logged("evicting")
             for _ in range(10):
                 task_id = submitted(running.port, "long_computation", {"duration": 0})
@@ -8549,11 +8549,8 @@ def test_a_client_is_a_forked_childs_at_no_moment(service, monkeypatch):
 
     def accept_and_look(listener):
         found = accept(listener)
-        taken = threading.Thread(
-            target=lambda: held.append(longtasks.NO_FORK.acquire(blocking=False))
-        )
-        taken.start()
-        taken.join()
+        take = functools.partial(longtasks.NO_FORK.acquire, blocking=False)
+        held.append(background(take).result(LONG))
         return found
 
     monkeypatch.setattr(socket.socket, "accept", accept_and_look)
@@ -8608,14 +8605,6 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(LONG)
         self.sock.connect(self.path)
-
-
-def ask(connection, method="GET", path="/api/v1/types", body=None, **headers):
-    """One request on this connection, whatever kind it is of."""
-    headers = {**(JSON_BODY if body else {}), **headers}
-    connection.request(method, path, body and json.dumps(body), headers)
-    response = connection.getresponse()
-    return Answer(response.status, response.headers, response.read())
 
 
 @needs_unix
@@ -8821,21 +8810,12 @@ def trust(folder, name="one.crt"):
 
 def knock(service, context, **options):
     """A TLS connection, as a socket."""
-    client = socket.create_connection(("127.0.0.1", port_of(service)), timeout=LONG)
-    return context.wrap_socket(client, **options)
+    return context.wrap_socket(connect(service), **options)
 
 
 def https(service, context):
     port = port_of(service)
     return http.client.HTTPSConnection("127.0.0.1", port, timeout=LONG, context=context)
-
-
-def until_closed(client):
-    """All that comes until the server says that nothing was cut off."""
-    parts = []
-    while not parts or parts[-1]:
-        parts.append(client.recv(65536))
-    return b"".join(parts)
 
 
 @needs_unix
@@ -8906,7 +8886,7 @@ def test_over_tls_the_end_of_what_is_sent_is_announced(
         with contextlib.suppress(OSError):
             client.sendall(b"x" * 5_000_000 * (b"413" in answer))
         until(lambda: not secure.server.connections, "an end that waits for no answer")
-        received = until_closed(client)
+        received = all_from(client)
     assert received.startswith(answer)
     assert end in received
 
@@ -10273,19 +10253,16 @@ def test_a_task_that_is_given_up_neither_runs_nor_is_cancelled(registry):
 def test_an_exit_answers_clients_but_does_not_wait_for_idle_ones(registry):
     settings = longtasks.read_settings(["--port=0"], {})
     service = longtasks.Service(settings, longtasks.REGISTRY)
-    address, close = ("127.0.0.1", service.server.server_port), service.server.close
     with contextlib.ExitStack() as stack:
-        idle, half, unaccepted = (
-            stack.enter_context(socket.create_connection(address, LONG))
-            for _ in range(3)
-        )
+        sent = b"", GET, GET + b"\r\n"
+        clients = [stack.enter_context(connect(service, each)) for each in sent]
+        idle, half, unaccepted = clients
+        close = service.server.close
 
         def close_late(*timeout):
             half.sendall(b"\r\n")
             close(*timeout)
 
-        unaccepted.sendall(GET + b"\r\n")
-        half.sendall(GET)
         service.server.close = close_late
         with running_service(service):
             idle.sendall(GET + b"\r\n")
@@ -10538,17 +10515,14 @@ def logged_by(output, text, *args, **fields):
 
 def read_to(file, end):
     """Read lines up to one with this in it."""
-    lines = [""]
 
     def read():
+        lines = [""]
         while end not in lines[-1]:
             lines.append(next(line for line in file if line.strip()))
+        return lines[1:]
 
-    reading = threading.Thread(target=read, daemon=True)
-    reading.start()
-    reading.join(LONG)
-    assert end in lines[-1]
-    return lines[1:]
+    return background(read).result(LONG)
 
 
 def test_a_log_that_nobody_reads_does_not_block_and_counts_dropped_lines(unread):
@@ -10931,8 +10905,7 @@ def test_a_listening_socket_that_is_passed_is_served_again_and_again():
         listener.set_inheritable(True)
         port, command = listener.getsockname()[1], activated(listener.fileno())
         for _ in range(2):  # clients that connect before or between them are served
-            client = socket.create_connection(("127.0.0.1", port), LONG)
-            client.sendall(GET + b"\r\n")
+            client = connect(port, GET + b"\r\n")
             with client, process(command=command) as running:
                 assert running.port == port
                 assert client.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
@@ -11137,11 +11110,21 @@ def outcome(running, type, params=None, **options):
     return call(running.port, "GET", "/api/v1/tasks/%s/result" % task["id"]).json
 
 
+def status_of(running, task_id):
+    """The status document of a task."""
+    return call(running, "GET", TASKS + "/" + task_id).json
+
+
+def log_of(running, task_id, word=""):
+    """The log of a task, once this word is in it."""
+    path = TASKS + "/%s/log" % task_id
+    until(lambda: word.encode() in call(running, "GET", path).body, "the line " + word)
+    return call(running, "GET", path).body.decode()
+
+
 def pid_of(running, task_id):
     """The process that a task says it runs in."""
-    path = "/api/v1/tasks/%s/log" % task_id
-    until(lambda: b"pid " in call(running.port, "GET", path).body)
-    return int(call(running.port, "GET", path).body.split()[1])
+    return int(log_of(running, task_id, "pid ").split()[1])
 
 
 def test_an_isolated_handler_runs_in_a_process_of_its_own(isolated):
@@ -11158,11 +11141,9 @@ def check_ends(running):
     """Check that isolated handlers end their retries, and where their tracebacks go."""
     for runs, error in [(1, "no account"), (2, "Retry: not yet")]:
         ended = outcome(running, "ends", {"runs": runs})
-        path = "/api/v1/tasks/" + ended["task_id"]
         assert (ended["status"], ended["error"]) == ("failed", error)
-        assert call(running.port, "GET", path).json["attempt"] == runs
-    path = "/api/v1/tasks/%s/log" % outcome(running, "bad")["task_id"]
-    log = call(running.port, "GET", path).body.decode()
+        assert status_of(running, ended["task_id"])["attempt"] == runs
+    log = log_of(running, outcome(running, "bad")["task_id"])
     assert re.match(r"Traceback \(.*, in bad\n.*\nValueError: no\n$", log, re.DOTALL)
 
 
@@ -11222,16 +11203,16 @@ def test_steps_of_an_isolated_handler_outlive_its_crashes(size, isolated):
     done = outcome(isolated, "steps", {"size": size})
     names = ["step %d" % n for n in range(8)]
     assert done["result"] == names
-    path = "/api/v1/tasks/%s" % done["task_id"]
-    log = call(isolated, "GET", path + "/log").body.decode().splitlines()
+    log = log_of(isolated, done["task_id"]).splitlines()
     called = [line for line in log if line.startswith("called")]
     assert sorted(called) == ["called " + name for name in names]
-    steps = call(isolated, "GET", path + "/steps").json["steps"]
+    path = TASKS + "/%s/steps" % done["task_id"]
+    steps = call(isolated, "GET", path).json["steps"]
     assert sorted(step["name"] for step in steps) == names
     assert [step.get("result") for step in steps] == [
         None if size else [step["name"], ""] for step in steps
     ]
-    assert call(isolated, "GET", path).json["steps"] == 8
+    assert status_of(isolated, done["task_id"])["steps"] == 8
 
 
 def test_an_isolated_handler_that_is_slow_to_read_learns_of_all_its_steps(tmp_path):
@@ -11239,15 +11220,13 @@ def test_an_isolated_handler_that_is_slow_to_read_learns_of_all_its_steps(tmp_pa
     file = write(tmp_path, ISOLATED)
     with process("--handlers", file, "--db", str(path)) as running:
         task_id = submitted(running.port, "many steps", {"go": str(go)})
-        at = TASKS + "/" + task_id
-        until(lambda: call(running.port, "GET", at).json["status"] == "processing")
+        until(lambda: status_of(running, task_id)["status"] == "processing")
         with contextlib.closing(sqlite3.connect(str(path))) as db:
             db.execute("BEGIN IMMEDIATE")  # none of them gets to the disk
             go.touch()
-            until(lambda: b"sent" in call(running.port, "GET", at + "/log").body)
-            pid = int(call(running.port, "GET", at + "/log").body.split()[0])
+            pid = int(log_of(running, task_id, "sent").split()[0])
             os.kill(pid, signal.SIGSTOP)
-        until(lambda: call(running.port, "GET", at).json.get("steps") == 1000)
+        until(lambda: status_of(running, task_id).get("steps") == 1000)
         os.kill(pid, signal.SIGCONT)
         assert result_of(running.port, task_id)["result"] == 1000
 
@@ -11262,21 +11241,20 @@ def test_what_an_isolated_handler_does_wrong_with_steps_fails_its_task(isolated)
 
 def test_a_step_of_an_isolated_handler_ends_when_its_task_is_to_stop(isolated):
     task_id = submitted(isolated.port, "waits")
-    path = "/api/v1/tasks/%s" % task_id
-    until(lambda: b"waits" in call(isolated, "GET", path + "/log").body)
+    log_of(isolated, task_id, "waits")
     assert cancel(isolated, task_id).status == 202
-    assert result_of(isolated.port, task_id)["status"] == "cancelled"
-    assert call(isolated, "GET", path + "/steps").json == {"steps": []}
+    assert result_of(isolated, task_id)["status"] == "cancelled"
+    path = TASKS + "/%s/steps" % task_id
+    assert call(isolated, "GET", path).json == {"steps": []}
 
 
 def test_an_isolated_handler_learns_that_it_is_to_stop(isolated):
     task_id = submitted(isolated.port, "told", {"n": -1})
-    path = "/api/v1/tasks/" + task_id
     expected = {"percent": 50.0, "message": "half"}
-    until(lambda: call(isolated.port, "GET", path).json.get("progress") == expected)
+    until(lambda: status_of(isolated, task_id).get("progress") == expected)
     assert cancel(isolated, task_id).status == 202
-    assert result_of(isolated.port, task_id)["status"] == "cancelled"
-    assert b"heard" in call(isolated, "GET", path + "/log").body
+    assert result_of(isolated, task_id)["status"] == "cancelled"
+    assert "heard" in log_of(isolated, task_id)
 
 
 @has_proc
@@ -11284,8 +11262,7 @@ def test_an_isolated_handler_that_does_not_listen_is_killed(isolated):
     for timeout in (0.5, 3, 10):  # a busy host may take so long to start a process
         done = outcome(isolated, "burn", timeout=timeout)
         assert done["error"] == "timed out after %g s" % timeout
-        path = "/api/v1/tasks/%s/log" % done["task_id"]
-        if b"pid " in call(isolated.port, "GET", path).body:
+        if "pid " in log_of(isolated, done["task_id"]):
             break
     pid = pid_of(isolated, done["task_id"])
     until(lambda: not alive(pid))
@@ -11303,10 +11280,9 @@ def test_an_isolated_handler_is_stopped_even_while_its_process_starts(isolated):
 
 def family_of(running, task_id):
     """A handler's process, and those that it has started by every method there is."""
-    path = "/api/v1/tasks/%s/log" % task_id
     count = 1 + len(multiprocessing.get_all_start_methods())
-    until(lambda: len(call(running.port, "GET", path).body.split()) == 2 * count)
-    return [int(pid) for pid in call(running.port, "GET", path).body.split()[1::2]]
+    until(lambda: len(log_of(running, task_id).split()) == 2 * count)
+    return [int(pid) for pid in log_of(running, task_id).split()[1::2]]
 
 
 def test_an_isolated_handler_may_use_processes_of_its_own(isolated):
@@ -11676,50 +11652,28 @@ def marked(text: str, wait: float, *, ctx: Context):
 """
 
 
-class Submitters:
-    """Four clients that submit as fast as they can, and note what was acknowledged."""
-
-    def __init__(self, port, acknowledged):
-        self.acknowledged = acknowledged
-        self.threads = [
-            threading.Thread(target=self._run, args=(port, n)) for n in range(4)
-        ]
-        for thread in self.threads:
-            thread.start()
-
-    def _run(self, port, number):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
-        count = 0
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            while True:
-                text = "%d-%d-%s" % (number, count, "é" * (count % 50))
-                params = {"text": text, "wait": 0.01 * (count % 3)}
-                body = json.dumps({"type": "marked", "params": params})
-                connection.request("POST", "/api/v1/tasks", body, JSON_BODY)
-                response = connection.getresponse()
-                document = json.loads(response.read())
-                assert response.status == 202, document
-                self.acknowledged[document["id"]] = text
-                count += 1
-
-    def join(self):
-        for thread in self.threads:
-            thread.join(LONG)
-            assert not thread.is_alive()
+def submit_until_the_end(port, acknowledged, number):
+    """Submit as fast as one client can; note what was acknowledged."""
+    connection = connection_to(port)
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        for count in itertools.count():
+            text = "%d-%d-%s" % (number, count, "é" * (count % 50))
+            params = {"text": text, "wait": 0.01 * (count % 3)}
+            body = {"type": "marked", "params": params}
+            answer = ask(connection, "POST", TASKS, body)
+            assert answer.status == 202, answer
+            acknowledged[answer.json["id"]] = text
 
 
 def results_of(port, ids):
     """The result documents of those tasks that are finished, as they were sent."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
     found = {}
-    for task_id in ids:
-        connection.request("GET", "/api/v1/tasks/%s/result" % task_id)
-        response = connection.getresponse()
-        body = response.read()
-        assert response.status in (200, 409), (task_id, body)  # never unknown
-        if response.status == 200:
-            found[task_id] = body
-    connection.close()
+    with contextlib.closing(connection_to(port)) as connection:
+        for task_id in ids:
+            answer = ask(connection, "GET", TASKS + "/%s/result" % task_id)
+            assert answer.status in (200, 409), (task_id, answer)  # never unknown
+            if answer.status == 200:
+                found[task_id] = answer.body
     return found
 
 
@@ -11768,7 +11722,7 @@ def test_tasks_that_kill_the_process_are_failed_and_the_others_complete(tmp_path
             while left and running.process.poll() is None:
                 left -= set(results_of(running.port, left))
             if not left:
-                ended = [call(running, "GET", "/api/v1/tasks/" + i).json for i in ids]
+                ended = [status_of(running, task_id) for task_id in ids]
     failed = [task["type"] for task in ended if task["status"] == "failed"]
     assert failed == ["kill", "kill"]
     assert [task["status"] for task in ended].count("completed") == len(others)
@@ -11784,7 +11738,8 @@ def test_nothing_acknowledged_is_lost_however_often_the_process_is_killed(
     acknowledged, seen, dice = {}, {}, random.Random(CRASHES)
     for _ in range(CRASHES):
         with process(*flags, env=env) as running:
-            clients = Submitters(running.port, acknowledged)
+            client = functools.partial(submit_until_the_end, running, acknowledged)
+            clients = [background(functools.partial(client, n)) for n in range(4)]
             known = dice.sample(sorted(seen), min(len(seen), 50))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running.process.wait(dice.uniform(0.02, 0.15))
@@ -11793,7 +11748,8 @@ def test_nothing_acknowledged_is_lost_however_often_the_process_is_killed(
             some = dice.sample(sorted(acknowledged), min(len(acknowledged), 50))
             seen.update(results_of(running.port, some))
             running.process.kill()
-            clients.join()
+            for client in clients:
+                client.result(LONG)
     with process(*flags, env=env) as running:
         pending = set(acknowledged)
         while pending:
@@ -11873,8 +11829,7 @@ def test_past_the_drain_timeout_running_tasks_are_put_back(type, tmp_path, held)
     (tmp_path / "a").touch()
     with process(*flags) as running:
         assert result_of(running.port, task_id)["status"] == "completed"
-        status = call(running.port, "GET", "/api/v1/tasks/" + task_id).json
-        assert status["attempt"] == 2
+        assert status_of(running, task_id)["attempt"] == 2
 
 
 @contextlib.contextmanager
@@ -11902,8 +11857,8 @@ def test_a_full_disk_refuses_new_tasks_and_loses_nothing(tmp_path, held):
             assert_problem(call(running.port, "GET", "/readyz"), 503, "nothing can be")
             (tmp_path / "a").touch()  # its handler goes on, and ends
             until((tmp_path / "a.ended").exists)
-            status = call(running.port, "GET", "/api/v1/tasks/" + before)
-            assert status.json["status"] == "processing"  # as far as is on disk
+            found = status_of(running, before)["status"]
+            assert found == "processing"  # as far as is on disk
             assert not running.has_logged("completed")
         running.logged("(deaf): completed")
         assert result_of(running.port, before)["status"] == "completed"

@@ -53,9 +53,9 @@ line:
      4809  8. Worker pool
      5113  9. HTTP API
      6784  10. HTTP server
-     7727  11. Client
-     8315  12. Main
-     8855  13. The page
+     7728  11. Client
+     8316  12. Main
+     8856  13. The page
 
 Three things hold throughout:
 
@@ -7711,9 +7711,10 @@ class APIServer(ThreadingHTTPServer):
         self.closing = True
         self.timeouts.update({IDLE: 0.0, READING: 5.0})
         self.shutdown()
-        for _ in range(self.request_queue_size):  # no more, or it might never end
-            if self._is_passed or not select.select([self.socket], (), (), 0)[0]:
-                break  # the next service accepts those of a socket that is passed
+        # The clients of a socket that is passed are left to the next service.
+        for _ in range(0 if self._is_passed else self.request_queue_size):
+            if not select.select([self.socket], (), (), 0)[0]:
+                break
             self.handle_request()
         self.server_close()
         end = time.monotonic() + max(5.0, timeout)

@@ -8180,14 +8180,12 @@ def test_workers_are_woken_once_the_client_has_the_reply(service, monkeypatch):
 
 def waiting(service):
     """Connections whose clients wait for a task or an event."""
-    found = connections(service)
-    return [each for each in found if each.request and each.request.client_left]
+    return [each for each in connections(service) if each.request.client_left]
 
 
 def waits(connection):
     """Whether it waits for its client or for a task."""
-    request = connection.request
-    return connection.state != longtasks.BUSY or (request and request.client_left)
+    return connection.state != longtasks.BUSY or connection.request.client_left
 
 
 def sending(service):

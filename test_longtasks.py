@@ -7904,11 +7904,6 @@ def test_one_empty_line_before_a_request_is_skipped_however_it_comes(reader, sta
 # -- connections -----------------------------------------------------------
 
 
-def test_a_method_that_nobody_knows_is_501(service):
-    for method in ("BREW", "get", "G-E.T"):
-        assert_problem(call(service, method, "/"), 501)
-
-
 def test_http_1_0_keeps_alive_when_it_asks_to(service):
     data = b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
     answers = raw(service, data + b"GET /healthz HTTP/1.0\r\n\r\n")

@@ -61,7 +61,7 @@ longtasks.APIServer.poll_interval = 0.01  # so that stopping many takes little t
 HERE = Path(__file__).parent
 SCRIPT = str(HERE / "longtasks.py")
 README = HERE / "README.md"
-LONG = 20.0  # seconds after which a wait in a test has failed
+LONG = 40.0  # seconds after which a wait in a test has failed
 
 has_curl = pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
 
@@ -7965,7 +7965,7 @@ def test_what_happened_before_the_end_of_the_service_is_still_sent(gate):
 @pytest.fixture
 def big(registry):
     """A type whose result does not fit into the buffers of a connection."""
-    handler("big")(lambda: "x" * 50_000_000)
+    handler("big")(lambda: "x" * 20_000_000)
 
 
 def result_path(service, type):
@@ -11658,12 +11658,13 @@ def submit_until_the_end(port, acknowledged, number):
             acknowledged[answer.json["id"]] = text
 
 
-def results_of(port, ids):
+def results_of(port, ids, wait=0):
     """The result documents of those tasks that are finished, as they were sent."""
     found = {}
     with contextlib.closing(connection_to(port)) as connection:
         for task_id in ids:
-            answer = ask(connection, "GET", TASKS + "/%s/result" % task_id)
+            path = TASKS + "/%s/result?wait=%d" % (task_id, wait)
+            answer = ask(connection, "GET", path)
             assert answer.status in (200, 409), (task_id, answer)  # never unknown
             if answer.status == 200:
                 found[task_id] = answer.body
@@ -11713,7 +11714,7 @@ def test_tasks_that_kill_the_process_are_failed_and_the_others_complete(tmp_path
         options = {"may_die": True}  # even before it has logged that it listens
         with process(*flags, **options) as running, contextlib.suppress(OSError):
             while left and running.process.poll() is None:
-                left -= set(results_of(running.port, left))
+                left -= set(results_of(running.port, left, 5))
             if not left:
                 ended = [status_of(running, task_id) for task_id in ids]
     failed = [task["type"] for task in ended if task["status"] == "failed"]
@@ -11746,7 +11747,7 @@ def test_nothing_acknowledged_is_lost_however_often_the_process_is_killed(
     with process(*flags, env=env) as running:
         pending = set(acknowledged)
         while pending:
-            found = results_of(running.port, pending)
+            found = results_of(running.port, pending, 5)
             for task_id in set(found) & set(seen):
                 assert found[task_id] == seen[task_id], "a result has changed"
             seen.update(found)

@@ -1,5 +1,7 @@
 """Task types for .ci/mcp, and those that @modelcontextprotocol/conformance calls."""
 
+import os
+
 from longtasks import Context, handler
 
 
@@ -11,18 +13,20 @@ def greet(name: str):
 
 @handler("slow_compute")
 def slow_compute(seconds: float, label: str = "slow", *, ctx: Context):
-    """Sleep for some seconds."""
+    """Sleep for some seconds, and as long as there is a file `hold`."""
     for step in range(10):
         ctx.progress(step / 10, "step %d" % step)
         ctx.log("step %d" % step)
         ctx.sleep(seconds / 10)
+    while os.path.exists("hold"):
+        ctx.sleep(0.05)
     return {"label": label}
 
 
 @handler("failing_job")
 def failing_job(*, ctx: Context):
-    """Fail after a second."""
-    ctx.sleep(0.9)
+    """Fail after a while."""
+    ctx.sleep(0.3)
     raise ValueError("it fails")
 
 

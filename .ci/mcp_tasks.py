@@ -24,9 +24,9 @@ def slow_compute(seconds: float, label: str = "slow", *, ctx: Context):
 
 
 @handler("failing_job")
-def failing_job(*, ctx: Context):
-    """Fail after a while."""
-    ctx.sleep(0.3)
+def failing_job(seconds: float = 1.5, *, ctx: Context):
+    """Fail after some seconds."""
+    ctx.sleep(seconds)
     raise ValueError("it fails")
 
 

@@ -9881,6 +9881,13 @@ def process(*flags, **options):
         running.process.stderr.close()
 
 
+def failed_start(*command, **options):
+    """The exit code of a start that fails, and what it prints."""
+    how = {"stderr": subprocess.PIPE, "universal_newlines": True, "timeout": LONG}
+    ran = subprocess.run(command, **how, **options)
+    return ran.returncode, ran.stderr
+
+
 HELD = """
 import os, threading, time
 from longtasks import Context, handler
@@ -9943,10 +9950,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_start_that_lacks_a_thread_is_one_line_and_code_75(name, tmp_path):
     command = [sys.executable, "-c", WITHOUT_THREAD, name, SCRIPT]
     command += ["--port=0", "--log-level=error", "--db", str(tmp_path / "tasks.db")]
-    ran = subprocess.run(command, stderr=subprocess.PIPE, timeout=LONG)
-    lines = [line for line in ran.stderr.splitlines() if b" ERROR " not in line]
-    assert (ran.returncode, len(lines)) == (75, 1), ran.stderr
-    assert lines[0].startswith(b"longtasks: ")
+    code, text = failed_start(*command)
+    lines = [line for line in text.splitlines() if " ERROR " not in line]
+    assert (code, len(lines)) == (75, 1), text
+    assert lines[0].startswith("longtasks: ")
 
 
 WANDERER = """
@@ -10076,10 +10083,8 @@ def test_a_python_that_lacks_modules_does_all_that_does_not_need_them(tmp_path):
 
 
 def test_a_setting_that_needs_a_missing_module_is_one_line_and_code_2(tmp_path):
-    command = [*lacking("sqlite3"), "--port=0", "--db", str(tmp_path / "x")]
-    done = subprocess.run(command, stderr=subprocess.PIPE, timeout=LONG)
-    line = b"longtasks: DB needs Python's sqlite3, which is missing\n"
-    assert (done.returncode, done.stderr) == (2, line)
+    failed = failed_start(*lacking("sqlite3"), "--port=0", "--db", str(tmp_path / "x"))
+    assert failed == (2, "longtasks: DB needs Python's sqlite3, which is missing\n")
 
 
 LOCKED = """
@@ -10944,15 +10949,9 @@ def test_a_passed_socket_that_is_of_no_use_is_one_line_and_code_2(kind, tmp_path
         number = (file if kind == "no socket" else bound).fileno()
         os.set_inheritable(number, True)
         count = "2" if kind == "two" else "1"
-        ended = subprocess.run(
-            activated(number, count),
-            close_fds=False,
-            env={**os.environ, "PORT": "0"},
-            stderr=subprocess.PIPE,
-            timeout=LONG,
-        )
-    expected = b"longtasks: LISTEN_FDS must be 1: a TCP socket that listens\n"
-    assert (ended.returncode, ended.stderr) == (2, expected)
+        env = {**os.environ, "PORT": "0"}
+        failed = failed_start(*activated(number, count), close_fds=False, env=env)
+    assert failed == (2, "longtasks: LISTEN_FDS must be 1: a TCP socket that listens\n")
 
 
 def test_a_socket_for_another_process_is_left_alone():
@@ -11929,14 +11928,10 @@ def test_a_file_that_is_refused_leaves_no_socket(tmp_path, capsys):
 def test_a_second_process_on_the_file_reports_the_pid_of_the_first(tmp_path):
     flags = ["--db", str(tmp_path / "tasks.db")]
     with process(*flags) as running:
-        second = subprocess.run(
-            [sys.executable, SCRIPT, *flags, "--port", "0"],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert second.returncode == 75
         text = "longtasks: DB %s is in use by process %d\n"
-        assert second.stderr == text % (flags[1], running.process.pid)
+        text %= flags[1], running.process.pid
+        second = failed_start(sys.executable, SCRIPT, *flags, "--port", "0")
+        assert second == (75, text)
         running.process.kill()
         running.wait()
     with process(*flags):

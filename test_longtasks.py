@@ -1068,13 +1068,9 @@ class HeldJournal(longtasks.Journal):
 @contextlib.contextmanager
 def journalled(path, clock=None, kind=longtasks.Journal, **limits):
     """A store with a journal, left as by a crash unless the store was stopped."""
-    journal = kind(str(path))
-    clock = clock or Clock()
-    rules, store = longtasks.Rules(), None
+    journal, store = kind(str(path)), None
     try:
-        store = longtasks.TaskStore(
-            longtasks.Limits(**limits), clock, lambda type: rules, clock
-        )
+        store = new_ledger(clock, **limits)
         store.take_up(journal)
         yield store
     finally:
@@ -1598,12 +1594,10 @@ def test_rows_of_removed_tasks_leave_and_their_room_is_used_again(path, clock):
 DONE = longtasks.Outcome("completed", b"1")
 
 
-def new_ledger(clock=None, rules=None, **limits):
+def new_ledger(clock=None, rules=None, monotonic=None, **limits):
     clock = clock or Clock()
-    rules = longtasks.Rules(**(rules or {}))
-    return longtasks.TaskStore(
-        longtasks.Limits(**limits), clock, lambda type: rules, clock
-    )
+    rules, limits = longtasks.Rules(**(rules or {})), longtasks.Limits(**limits)
+    return longtasks.TaskStore(limits, clock, lambda type: rules, monotonic or clock)
 
 
 def nothing_is_ready(store):
@@ -2450,10 +2444,7 @@ class WallClock(Clock):
 
 
 def wall_clocked(monotonic, clock, journal=None, **limits):
-    rules = longtasks.Rules(retries=1, backoff=100)
-    store = longtasks.TaskStore(
-        longtasks.Limits(**limits), clock, lambda type: rules, monotonic
-    )
+    store = new_ledger(clock, {"retries": 1, "backoff": 100}, monotonic, **limits)
     if journal:
         store.take_up(journal)
     return store

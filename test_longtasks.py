@@ -2210,6 +2210,17 @@ def test_a_cancel_that_could_not_be_written_takes_effect_later(gated, runs):
     assert nothing_is_ready(gated)
 
 
+def test_a_retry_that_is_cancelled_before_it_is_on_disk_does_not_run(gated):
+    task, context = run_held(gated)
+    gated.finish(context, AGAIN._replace(after=0.0))
+    gated.journal.wait_held()
+    cancelled = background(lambda: gated.cancel(task.id))
+    until(lambda: len(gated.journal.appended) == 4)
+    gated.journal.free()
+    assert cancelled.result(LONG).status == "cancelled"
+    assert nothing_is_ready(gated)
+
+
 def test_a_second_cancel_waits_for_the_first_to_be_written(gated):
     gated.journal.let.release()
     task = gated.submit("t", b"{}")

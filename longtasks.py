@@ -46,16 +46,16 @@ line:
       146  1. Settings
       495  2. Tasks and their states
       854  3. Task registry
-     1559  4. Execution
-     2861  5. Journal
-     3476  6. Events
-     3670  7. Result store and task queue
-     4809  8. Worker pool
-     5113  9. HTTP API
-     6784  10. HTTP server
-     7728  11. Client
-     8316  12. Main
-     8856  13. The page
+     1560  4. Execution
+     2862  5. Journal
+     3477  6. Events
+     3671  7. Result store and task queue
+     4810  8. Worker pool
+     5114  9. HTTP API
+     6785  10. HTTP server
+     7729  11. Client
+     8317  12. Main
+     8857  13. The page
 
 Three things hold throughout:
 
@@ -989,10 +989,10 @@ def handler(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the task type `name`.
 
-    Its parameters are the params of a task, annotated with types that JSON has, such as
-    int, Optional[str], List[float], Dict[str, ...] or Literal; without an annotation
-    any value is valid. The parameter annotated with Context receives the task's
-    Context. A single `params: dict`, or `**params`, takes params of any name. `limits`
+    Its parameters are the params of a task, annotated with int, float, str, bool, list,
+    dict, None, Any, object, List[...], Sequence[...], Dict[str, ...], Mapping[str, ...],
+    Optional, Union, Literal, NewType or Annotated; without an annotation any value is
+    valid. The parameter annotated with Context receives the task's Context. A single `params: dict`, or `**params`, takes params of any name. `limits`
     restricts numbers: {"duration": {"minimum": 0, "maximum": 60}}.
 
     `timeout` is the seconds that a run may take, `retries` how many times a task is run
@@ -1257,7 +1257,8 @@ class Validator:
             if not rejected:
                 return converted
         if self._types == {int} and kind is float and value.is_integer():
-            value = int(value)
+            # Beyond 2**53 a float may stand for another integer than the client's.
+            value = int(value) if abs(value) <= 2**53 else value
         if self._options or not self._fits(value):
             problem = "must be %s, not %s" % (_in_words(self.schema), quote(value))
             problems.append((path, problem))

@@ -732,6 +732,9 @@ def test_a_whole_number_with_a_point_is_an_integer(registry):
     wanted = longtasks.check_submission(document, registry)
     assert wanted.params == b'{"a": 3, "b": [2], "c": 3.0}'
     assert repr(wanted.options.retries) == "1"
+    params = {"a": 2.0**53 + 2}  # which may stand for another integer
+    with pytest.raises(longtasks.Invalid, match="must be a whole number"):
+        longtasks.check_submission({"type": "t", "params": params}, registry)
 
 
 def test_a_handler_may_take_params_of_any_names(registry):

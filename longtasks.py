@@ -46,16 +46,16 @@ line:
       146  1. Settings
       495  2. Tasks and their states
       854  3. Task registry
-     1560  4. Execution
-     2862  5. Journal
-     3477  6. Events
-     3671  7. Result store and task queue
-     4810  8. Worker pool
-     5114  9. HTTP API
-     6785  10. HTTP server
-     7729  11. Client
-     8317  12. Main
-     8857  13. The page
+     1561  4. Execution
+     2863  5. Journal
+     3478  6. Events
+     3672  7. Result store and task queue
+     4811  8. Worker pool
+     5115  9. HTTP API
+     6786  10. HTTP server
+     7730  11. Client
+     8318  12. Main
+     8858  13. The page
 
 Three things hold throughout:
 
@@ -990,10 +990,11 @@ def handler(
     """Register the decorated function as the task type `name`.
 
     Its parameters are the params of a task, annotated with int, float, str, bool, list,
-    dict, None, Any, object, List[...], Sequence[...], Dict[str, ...], Mapping[str, ...],
-    Optional, Union, Literal, NewType or Annotated; without an annotation any value is
-    valid. The parameter annotated with Context receives the task's Context. A single `params: dict`, or `**params`, takes params of any name. `limits`
-    restricts numbers: {"duration": {"minimum": 0, "maximum": 60}}.
+    dict, None, Any, object, List[...], Sequence[...], Dict[str, ...], Mapping[str,
+    ...], Optional, Union, Literal, NewType or Annotated; without an annotation any
+    value is valid. The parameter annotated with Context receives the task's Context. A
+    single `params: dict`, or `**params`, takes params of any name. `limits` restricts
+    numbers: {"duration": {"minimum": 0, "maximum": 60}}.
 
     `timeout` is the seconds that a run may take, `retries` how many times a task is run
     again after an error, `backoff` the seconds until the first retry (doubled for each

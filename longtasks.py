@@ -2173,11 +2173,11 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> Outcome:
     argv = [sys.executable, *flags, "-c", CHILD, FILE, *_SYS_PATH]
     with NO_FORK:
         ours, theirs = socket.socketpair()
-        PRIVATE.add(ours)
-        for end in (ours, theirs):
-            end.setblocking(True)  # whatever socket.setdefaulttimeout() was set to
-        with theirs:
-            process = ManagedProcess(ctx, argv, stdin=theirs)
+        PRIVATE.update((ours, theirs))
+    for end in (ours, theirs):
+        end.setblocking(True)  # whatever socket.setdefaulttimeout() was set to
+    with theirs:
+        process = ManagedProcess(ctx, argv, stdin=theirs)
 
     lock, owed = threading.Lock(), 0
 

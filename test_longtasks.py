@@ -11361,6 +11361,24 @@ def test_a_fork_waits_while_another_child_is_started(monkeypatch):
     assert started[1].wait(LONG) == 0
 
 
+def test_the_reaper_is_told_of_a_child_while_another_thread_can_start_it(monkeypatch):
+    def hold():
+        with longtasks.NO_FORK:
+            return "held"
+
+    class Told:
+        remove = staticmethod(int)
+
+        def add(self, session):
+            free.append(background(hold).result(LONG))
+
+    free = []
+    monkeypatch.setattr(longtasks, "REAPER", Told())
+    with pytest.raises(longtasks.Failure, match="its process ended"):
+        longtasks.run_isolated({}, Context("id"))
+    assert free == ["held"]
+
+
 # -- executors -------------------------------------------------------------
 
 FACTORIES = """

@@ -5514,6 +5514,8 @@ def test_a_client_that_left_is_not_waited_for(request_of, gate, waiters, monkeyp
         with socket.create_connection(("127.0.0.1", service.server.server_port)) as one:
             one.sendall(request_of(path).encode())
             assert waiters.acquire(timeout=LONG)
+            gate.wait_started(sum(service.store.counts()))  # no event comes after that
+            until(lambda: waiting(service))
         until(lambda: not service.server.traffic().connections)
         until(lambda: not service.store.counts().pending)  # they go on
 

@@ -43,19 +43,19 @@ Without curl, the same file is the client: submit, follow and collect in one lin
 The file is a house of rooms. A room uses only the rooms above it, and begins at this
 line:
 
-      146  1. Settings
-      495  2. Tasks and their states
-      854  3. Task registry
-     1561  4. Execution
-     2863  5. Journal
-     3478  6. Events
-     3672  7. Result store and task queue
-     4811  8. Worker pool
-     5115  9. HTTP API
-     6786  10. HTTP server
-     7730  11. Client
-     8318  12. Main
-     8858  13. The page
+      148  1. Settings
+      497  2. Tasks and their states
+      856  3. Task registry
+     1564  4. Execution
+     2866  5. Journal
+     3484  6. Events
+     3678  7. Result store and task queue
+     4817  8. Worker pool
+     5121  9. HTTP API
+     6790  10. HTTP server
+     7734  11. Client
+     8322  12. Main
+     8862  13. The page
 
 Three things hold throughout:
 
@@ -68,6 +68,8 @@ Three things hold throughout:
 The order of locks: WorkerPool, then TaskStore, then one of Events, Journal, a run's
 Context and the task queue's own. Reaper, then NO_FORK. All others are taken alone.
 """
+
+from __future__ import annotations
 
 import _thread
 import collections.abc
@@ -109,9 +111,9 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import Any, Callable, Container, Deque, Dict, FrozenSet, Iterator
-from typing import Iterable, List, Mapping, MutableMapping
-from typing import NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Container, Dict, Iterator
+from typing import Iterable, Mapping, MutableMapping
+from typing import NamedTuple, Sequence, Tuple, Union
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 from urllib.parse import quote as url_quote
 from weakref import WeakSet
@@ -123,7 +125,7 @@ __all__ = ["Cancelled", "Context", "Fail", "HandlerError", "Retry", "handler", "
 # dictConfig() with its default disable_existing_loggers, or by disable().
 log = logging.Manager(logging.root).getLogger("longtasks")
 
-_imported: Dict[str, Any] = {}
+_imported: dict[str, Any] = {}
 _SYS_PATH = list(sys.path)  # before handlers files change it, as they do in children
 
 
@@ -415,7 +417,7 @@ def _argument_parser() -> Any:
     for setting in SETTINGS:
         variable = setting.name + (setting.default and "=" + setting.default)
         metavar = setting.metavar or _METAVARS.get(setting.check, "N")
-        options: Dict[str, Any] = {"metavar": metavar}
+        options: dict[str, Any] = {"metavar": metavar}
         if setting.separator:
             options["action"] = "append"
         elif setting.check is switch:
@@ -505,7 +507,7 @@ COMPLETED = "completed"  # has a result
 FAILED = "failed"  # has an error
 CANCELLED = "cancelled"  # was stopped at a client's request
 
-EXITS: Dict[str, FrozenSet[str]] = {
+EXITS: dict[str, frozenset[str]] = {
     PENDING: frozenset({PROCESSING, CANCELLED}),
     PROCESSING: frozenset({COMPLETED, FAILED, CANCELLED, PENDING}),
     COMPLETED: frozenset(),
@@ -597,12 +599,12 @@ class IllegalMove(Exception):
 class Options(NamedTuple):
     """The options of one task; None stands for the rule of its type."""
 
-    timeout: Optional[float] = None  # seconds that a run may take
-    retries: Optional[int] = None  # how many times it is run again after an error
+    timeout: float | None = None  # seconds that a run may take
+    retries: int | None = None  # how many times it is run again after an error
     delay: float = 0.0  # seconds until the first run
     priority: int = 0  # higher ones first
-    label: Optional[str] = None  # tells the task from others
-    then: Optional[bytes] = None  # JSON array of what is submitted at the task's end
+    label: str | None = None  # tells the task from others
+    then: bytes | None = None  # JSON array of what is submitted at the task's end
 
 
 NO_OPTIONS = Options()
@@ -614,8 +616,8 @@ class Submission(NamedTuple):
     type: str
     params: bytes  # JSON object
     options: Options = NO_OPTIONS
-    retry_of: Optional[str] = None  # the id of the task that it repeats
-    follows: Optional[str] = None  # the id of the task at whose end it is submitted
+    retry_of: str | None = None  # the id of the task that it repeats
+    follows: str | None = None  # the id of the task at whose end it is submitted
 
 
 Identified = Tuple[str, Submission]  # a task's id, and how it was submitted
@@ -630,19 +632,19 @@ class Task(NamedTuple):
     params: bytes  # JSON object
     status: str
     created_at: float
-    started_at: Optional[float] = None
-    ended_at: Optional[float] = None
+    started_at: float | None = None
+    ended_at: float | None = None
     attempt: int = 0  # how many times it was started
-    result: Optional[bytes] = None  # JSON, of a completed task
-    error: Optional[str] = None  # of a failed or cancelled task, or of its last run
+    result: bytes | None = None  # JSON, of a completed task
+    error: str | None = None  # of a failed or cancelled task, or of its last run
     interruptions: int = 0  # during how many runs the process died
     failures: int = 0  # how many runs ended with an error
-    due_at: Optional[float] = None  # when a pending task may start
+    due_at: float | None = None  # when a pending task may start
     cancel_requested: int = 0  # 1 when a client wants a processing task to stop
-    retry_of: Optional[str] = None  # the id of the task that this one repeats
+    retry_of: str | None = None  # the id of the task that this one repeats
     steps: int = 0  # how many are done
     step_bytes: int = 0  # of their results
-    follows: Optional[str] = None  # the id of the task at whose end it was submitted
+    follows: str | None = None  # the id of the task at whose end it was submitted
     options: Options = NO_OPTIONS
 
     @property
@@ -656,22 +658,22 @@ class Task(NamedTuple):
         size = len(self.params) + len(self.options.then or b"") + self.step_bytes
         return size + len(self.result or b"") + len(self.error or "")
 
-    def moved_to(self, status: str, **changes: Any) -> "Task":
+    def moved_to(self, status: str, **changes: Any) -> Task:
         """Return the task after a move; raises IllegalMove if EXITS forbids it."""
         if status not in EXITS[self.status]:
             raise IllegalMove("task %s is %s, not %s" % (self.id, self.status, status))
         return self._replace(status=status, **changes)
 
-    def put_back(self, **changes: Any) -> "Task":
+    def put_back(self, **changes: Any) -> Task:
         """Return the processing task as pending again, for another run."""
         return self.moved_to(PENDING, started_at=None, **changes)
 
-    def with_step(self, step: "Step") -> "Task":
+    def with_step(self, step: Step) -> Task:
         """Return the task with one more step done, and no interruptions counted."""
         size = self.step_bytes + len(step.result)
         return self._replace(steps=self.steps + 1, step_bytes=size, interruptions=0)
 
-    def after_crash(self, now: float, crashed: bool = True) -> "Task":
+    def after_crash(self, now: float, crashed: bool = True) -> Task:
         """Return the task as it goes on after a process that left it processing.
 
         With `crashed` false, the process had stopped it but could not write that down.
@@ -713,9 +715,9 @@ class Outcome(NamedTuple):
     """
 
     status: str
-    result: Optional[bytes] = None
-    error: Optional[str] = None
-    after: Optional[float] = None
+    result: bytes | None = None
+    error: str | None = None
+    after: float | None = None
     final: bool = False  # failed, and is not to be retried
     trace: str = ""  # the traceback of an exception that was not expected
 
@@ -805,7 +807,7 @@ def _read_constant(text: str) -> Any:
     raise ValueError("%s is not a number in JSON" % text)
 
 
-def _read_object(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
@@ -892,8 +894,8 @@ class Retry(Exception):
     def __init__(
         self,
         message: str = "",
-        after: Optional[float] = None,
-        max_attempts: Optional[float] = None,
+        after: float | None = None,
+        max_attempts: float | None = None,
     ) -> None:
         super().__init__(message)
         self.after, self.max_attempts = after, max_attempts
@@ -921,7 +923,7 @@ class UserCode:
     def __enter__(self) -> None:
         self._pid = os.getpid()
 
-    def __exit__(self, kind: Any, error: Optional[BaseException], tb: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, tb: Any) -> None:
         if sys.getrecursionlimit() < _RECURSION_LIMIT:
             sys.setrecursionlimit(_RECURSION_LIMIT)
         if os.getpid() != self._pid:  # the exit status is the one that Python gives
@@ -937,13 +939,13 @@ class Rules(NamedTuple):
     retries: int = 0  # how many times a task is run again after an error
     backoff: float = 1.0  # seconds until the first retry; doubled for each further one
     max_running: int = 0  # how many may run at once; 0: as many as there are workers
-    exit_codes: Optional[Sequence[int]] = None  # with which a program completes
-    cwd: Optional[str] = None  # the directory in which a program runs
+    exit_codes: Sequence[int] | None = None  # with which a program completes
+    cwd: str | None = None  # the directory in which a program runs
     is_async: bool = False  # they take no worker; it is known from the handler
-    on_cancelled: Optional[str] = None  # the follow-up of such an end: TYPE, or
-    on_completed: Optional[str] = None  # TYPE?NAME=VALUE&NAME=VALUE with params
-    on_failed: Optional[str] = None
-    on_finished: Optional[str] = None  # however it ends
+    on_cancelled: str | None = None  # the follow-up of such an end: TYPE, or
+    on_completed: str | None = None  # TYPE?NAME=VALUE&NAME=VALUE with params
+    on_failed: str | None = None
+    on_finished: str | None = None  # however it ends
 
 
 class Handler(NamedTuple):
@@ -951,15 +953,15 @@ class Handler(NamedTuple):
 
     name: str
     function: Callable[..., Any]
-    params: "Validator"
+    params: Validator
     whole: bool = False  # the function takes all params as one dict
-    context: Optional[str] = None  # the parameter that receives the Context
+    context: str | None = None  # the parameter that receives the Context
     rules: Mapping[str, Any] = {}  # the fields of Rules that it sets
     isolated: bool = False  # runs in a child process
     is_async: bool = False  # runs on the event loop
 
     @property
-    def schema(self) -> Dict[str, Any]:
+    def schema(self) -> dict[str, Any]:
         """The JSON Schema of its params, an object."""
         return self.params.schema
 
@@ -969,7 +971,7 @@ class Handler(NamedTuple):
         function = getattr(self.function, "func", self.function)  # that of a partial
         return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
 
-    def run_here(self, params: Dict[str, Any], context: Any) -> Any:
+    def run_here(self, params: dict[str, Any], context: Any) -> Any:
         """Call the function in this process; an async one returns a coroutine."""
         extra = {self.context: context} if self.context else {}
         with UserCode():
@@ -977,13 +979,13 @@ class Handler(NamedTuple):
             return self.function(**params, **extra)
 
 
-REGISTRY: Dict[str, Handler] = {}  # filled before the service starts, then only read
+REGISTRY: dict[str, Handler] = {}  # filled before the service starts, then only read
 
 
 def handler(
     name: str,
     *,
-    limits: Optional[Dict[str, Dict[str, float]]] = None,
+    limits: dict[str, dict[str, float]] | None = None,
     isolated: bool = False,
     **rules: float,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -1055,7 +1057,7 @@ def rules_of(handlers: Mapping[str, Handler], timeout: float, type: str) -> Rule
 # -- from a signature to a schema ------------------------------------------
 
 
-def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]:
+def _read_signature(function: Any) -> tuple[dict[str, Any], bool, str | None]:
     """Return the schema of a function's params, and Handler's `whole` and `context`."""
     if not callable(function) or inspect.isclass(function):
         raise HandlerError("a handler is a function")
@@ -1068,7 +1070,7 @@ def _read_signature(function: Any) -> Tuple[Dict[str, Any], bool, Optional[str]]
     params = [param for param in params if param.name != context]
     named = [param for param in params if param.kind is not param.VAR_KEYWORD]
     others = len(named) < len(params)
-    properties: Dict[str, Any] = {param.name: _param_schema(param) for param in named}
+    properties: dict[str, Any] = {param.name: _param_schema(param) for param in named}
     required = [param.name for param in named if param.default is param.empty]
     takes_all = list(properties) == required == ["params"] and not others
     if takes_all and properties["params"].get("type") == "object":
@@ -1096,13 +1098,13 @@ def _is_context(param: inspect.Parameter) -> bool:
     return any(getattr(hint, "is_task_context", False) for hint in hints)
 
 
-def _parameters_of(function: Any) -> List[inspect.Parameter]:
+def _parameters_of(function: Any) -> list[inspect.Parameter]:
     """Return a function's parameters, with annotations that are text evaluated."""
 
     def annotated() -> None:
         """Have the annotations of the parameters alone, not that of the return."""
 
-    options: Dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if sys.version_info >= (3, 14):  # which would evaluate that of the return, too
         options["annotation_format"] = lazy_import("annotationlib").Format.FORWARDREF
     try:
@@ -1118,7 +1120,7 @@ def _parameters_of(function: Any) -> List[inspect.Parameter]:
     return [param.replace(annotation=hints[param.name]) for param in params]
 
 
-def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
+def _param_schema(param: inspect.Parameter) -> dict[str, Any]:
     try:
         schema = schema_of(param.annotation)
     except HandlerError as error:
@@ -1135,7 +1137,7 @@ def _param_schema(param: inspect.Parameter) -> Dict[str, Any]:
 
 # Of each type in JSON: what it is in annotations, the exact types that the JSON reader
 # makes (a bool is no integer), and what messages call it.
-_JSON_TYPES: Dict[str, Tuple[Tuple[Any, ...], Set[type], str]] = {
+_JSON_TYPES: dict[str, tuple[tuple[Any, ...], set[type], str]] = {
     "boolean": ((bool,), {bool}, "true or false"),
     "integer": ((int,), {int}, "a whole number"),
     "number": ((float,), {int, float}, "a number"),
@@ -1147,7 +1149,7 @@ _JSON_TYPES: Dict[str, Tuple[Tuple[Any, ...], Set[type], str]] = {
 }
 
 
-def schema_of(annotation: Any) -> Dict[str, Any]:
+def schema_of(annotation: Any) -> dict[str, Any]:
     """Return the JSON Schema for an annotation, or raise HandlerError."""
     while hasattr(annotation, "__supertype__"):  # a NewType
         annotation = annotation.__supertype__
@@ -1171,7 +1173,7 @@ def schema_of(annotation: Any) -> Dict[str, Any]:
     raise HandlerError(message % (annotation,) + "such as str, and convert it")
 
 
-def _narrow(schema: Dict[str, Any], limits: Dict[str, Dict[str, float]]) -> None:
+def _narrow(schema: dict[str, Any], limits: dict[str, dict[str, float]]) -> None:
     for param, limit in limits.items():
         found = schema.get("properties", {}).get(param, {})
         kinds = found.get("anyOf", [found])
@@ -1200,7 +1202,7 @@ class Validator:
     """
 
     def __init__(self, schema: Schema) -> None:
-        self.schema: Dict[str, Any] = schema if isinstance(schema, dict) else {}
+        self.schema: dict[str, Any] = schema if isinstance(schema, dict) else {}
         name = self.schema.get("type", "")
         _, self._types, _ = _JSON_TYPES[name]
         self._options = [Validator(below) for below in self.schema.get("anyOf", ())]
@@ -1217,7 +1219,7 @@ class Validator:
 
         Raises Invalid; `path` is the value's place in its document.
         """
-        problems: List[Problem] = []
+        problems: list[Problem] = []
         value = self._convert(value, path, problems)
         if problems:
             raise Invalid(problems)
@@ -1225,11 +1227,11 @@ class Validator:
 
     def is_valid(self, value: Any) -> bool:
         """Whether validate() accepts a value."""
-        problems: List[Problem] = []
+        problems: list[Problem] = []
         self._convert(value, (), problems)
         return not problems
 
-    def member(self, name: str) -> Optional["Validator"]:
+    def member(self, name: str) -> Validator | None:
         """Return the validator of a property, or None if it is unknown."""
         return self._properties.get(name, self._others)
 
@@ -1245,7 +1247,7 @@ class Validator:
                 return from_json(text.encode("utf-8", "surrogateescape"))
         return text
 
-    def _convert(self, value: Any, path: Path, problems: List[Problem]) -> Any:
+    def _convert(self, value: Any, path: Path, problems: list[Problem]) -> Any:
         """Return a value as the schema wants it; append what is wrong to `problems`."""
         kind = type(value)
         if kind in self._plain:
@@ -1253,7 +1255,7 @@ class Validator:
         if self._is_container and kind in self._types:
             return self._convert_members(value, path, problems)
         for option in self._options:
-            rejected: List[Problem] = []
+            rejected: list[Problem] = []
             converted = option._convert(value, path, rejected)
             if not rejected:
                 return converted
@@ -1265,7 +1267,7 @@ class Validator:
             problems.append((path, problem))
         return value
 
-    def _convert_members(self, value: Any, path: Path, problems: List[Problem]) -> Any:
+    def _convert_members(self, value: Any, path: Path, problems: list[Problem]) -> Any:
         """Convert the members of an object or an array.
 
         It stops at MAX_PROBLEMS, since they may take more memory than the value.
@@ -1304,7 +1306,7 @@ class Validator:
         return True
 
 
-def _in_words(schema: Dict[str, Any]) -> str:
+def _in_words(schema: dict[str, Any]) -> str:
     """Describe the values that a schema accepts."""
     if "enum" in schema:
         return "one of " + ", ".join(map(quote, schema["enum"]))
@@ -1321,7 +1323,7 @@ def _in_words(schema: Dict[str, Any]) -> str:
     return words
 
 
-def _closed(*required: str, **properties: Schema) -> Dict[str, Any]:
+def _closed(*required: str, **properties: Schema) -> dict[str, Any]:
     """Return the schema of an object that has no other properties than these."""
     schema = {"type": "object", "properties": properties, "required": list(required)}
     return {**schema, "additionalProperties": False}
@@ -1332,14 +1334,14 @@ _COUNT = {"type": "integer", "minimum": 0}
 _BOUND = {"type": "number", "minimum": -1e300, "maximum": 1e300}  # not infinite or NaN
 _LIMIT = _closed(minimum=_BOUND, maximum=_BOUND)
 # The rules that a type may have, and those of a program.
-RULES: Dict[str, Schema] = {
+RULES: dict[str, Schema] = {
     "timeout": _DURATION,
     "retries": _COUNT,
     "backoff": _DURATION,
     "max_running": _COUNT,
     **{"on_" + ending: {"type": "string"} for ending in ENDINGS},
 }
-PROGRAM_RULES: Dict[str, Schema] = {
+PROGRAM_RULES: dict[str, Schema] = {
     **RULES,
     "exit_codes": {"type": "array", "items": {**_COUNT, "maximum": 255}},
     "cwd": {"type": "string"},
@@ -1349,7 +1351,7 @@ _HANDLER_OPTIONS = _closed(
     isolated={"type": "boolean"},
     limits={"type": "object", "additionalProperties": _LIMIT},
 )
-_PROPERTIES: Dict[str, Schema] = {  # of a submission, and of a follow-up
+_PROPERTIES: dict[str, Schema] = {  # of a submission, and of a follow-up
     "type": {"type": "string"},
     "params": {"type": "object"},
     "timeout": {**_DURATION, "minimum": 0.001},
@@ -1390,7 +1392,7 @@ def find_handler(name: str, handlers: Mapping[str, Handler], path: Path) -> Hand
     return handlers[name]
 
 
-def _check_then(entries: List[Any], handlers: Mapping[str, Handler], at: Path) -> bytes:
+def _check_then(entries: list[Any], handlers: Mapping[str, Handler], at: Path) -> bytes:
     """Return the follow-ups in a `then`, checked, as JSON; raises Invalid."""
     if len(entries) > MAX_FOLLOW_UPS:
         message = "must hold at most %d, not %d" % (MAX_FOLLOW_UPS, len(entries))
@@ -1401,7 +1403,7 @@ def _check_then(entries: List[Any], handlers: Mapping[str, Handler], at: Path) -
 
 
 def _check_follow_up(
-    entry: Dict[str, Any], handlers: Mapping[str, Handler], at: Path
+    entry: dict[str, Any], handlers: Mapping[str, Handler], at: Path
 ) -> None:
     own = entry["params"]
     known = find_handler(entry["type"], handlers, (*at, "type"))
@@ -1411,8 +1413,8 @@ def _check_follow_up(
 
 
 def with_task(
-    known: Optional[Handler], params: Dict[str, Any], document: Dict[str, Any]
-) -> Dict[str, Any]:
+    known: Handler | None, params: dict[str, Any], document: dict[str, Any]
+) -> dict[str, Any]:
     """Return the params of a follow-up with the status document of its cause.
 
     Params that have a `task`, and those of a type that takes none, stay as they are.
@@ -1421,12 +1423,12 @@ def with_task(
     return {"task": document, **params} if own and own.is_valid(document) else params
 
 
-def follow_ups_by_rule(handlers: Mapping[str, Handler]) -> Dict[str, List[Any]]:
+def follow_ups_by_rule(handlers: Mapping[str, Handler]) -> dict[str, list[Any]]:
     """Return the follow-ups by the rules of each type, as entries of a `then`.
 
     Raises HandlerError for one that can't be submitted.
     """
-    found: Dict[str, List[Any]] = {name: [] for name in handlers}
+    found: dict[str, list[Any]] = {name: [] for name in handlers}
     for name, ending in itertools.product(handlers, ENDINGS):
         rule = "on_" + ending
         type, _, query = handlers[name].rules.get(rule, "").partition("?")
@@ -1443,13 +1445,13 @@ def follow_ups_by_rule(handlers: Mapping[str, Handler]) -> Dict[str, List[Any]]:
     return found
 
 
-def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submission]:
+def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> list[Submission]:
     """Return the tasks that an array of documents submits; raises Invalid."""
     if not 0 < len(documents) <= MAX_BATCH:
         message = "must hold 1 to %d tasks, not %d" % (MAX_BATCH, len(documents))
         raise Invalid([((), message)])
-    submissions: List[Submission] = []
-    problems: List[Problem] = []
+    submissions: list[Submission] = []
+    problems: list[Problem] = []
     for index, document in enumerate(documents):
         try:
             submissions.append(check_submission(document, handlers, (index,)))
@@ -1462,7 +1464,7 @@ def check_batch(documents: Any, handlers: Mapping[str, Handler]) -> List[Submiss
     return submissions
 
 
-def read_rules(words: Sequence[str], schemas: Mapping[str, Any]) -> Dict[str, Any]:
+def read_rules(words: Sequence[str], schemas: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rules in words such as "retries=2"; raises ValueError or Invalid."""
     validator, pairs = Validator(_closed(**schemas)), []
     for rule, _, text in [word.partition("=") for word in words]:
@@ -1470,17 +1472,17 @@ def read_rules(words: Sequence[str], schemas: Mapping[str, Any]) -> Dict[str, An
         if rule == "exit_codes":
             value = [int(x) if x.isdecimal() else x for x in text.split(",")]
         pairs.append((rule, value))
-    rules: Dict[str, Any] = validator.validate(_read_object(pairs))
+    rules: dict[str, Any] = validator.validate(_read_object(pairs))
     return rules
 
 
 # -- handlers files --------------------------------------------------------
 
 # The loaded files with their source, from which other processes load them.
-LOADED: Dict[str, str] = {}
+LOADED: dict[str, str] = {}
 
 
-def load_handlers(file: str, source: Optional[str] = None) -> None:
+def load_handlers(file: str, source: str | None = None) -> None:
     """Run a Python file that registers task types; raises HandlerError.
 
     `import longtasks` in it yields this very module, even when it runs as __main__.
@@ -1491,7 +1493,7 @@ def load_handlers(file: str, source: Optional[str] = None) -> None:
         _, LOADED[file] = _run_file(file, source)
 
 
-def _run_file(file: str, source: Optional[str] = None) -> Tuple[Any, str]:
+def _run_file(file: str, source: str | None = None) -> tuple[Any, str]:
     """Run a Python file, if it is not loaded; return the module and its source."""
     name = "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
     if file in LOADED:
@@ -1505,7 +1507,8 @@ def _run_file(file: str, source: Optional[str] = None) -> Tuple[Any, str]:
             source = opened.read()
     module = sys.modules[name] = types.ModuleType(name)
     module.__file__ = file
-    exec(compile(source, file, "exec"), vars(module))  # noqa: S102
+    # The future statements of this file are not those of the other.
+    exec(compile(source, file, "exec", dont_inherit=True), vars(module))  # noqa: S102
     return module, source
 
 
@@ -1544,7 +1547,7 @@ def _text_of(error: BaseException) -> str:
         return "(its text can't be read)"
 
 
-def _number(error: BaseException, name: str) -> Optional[float]:
+def _number(error: BaseException, name: str) -> float | None:
     """Return the delay or count that an exception has, None if it is no such number."""
     value: Any = getattr(error, name, None)  # a subclass may not call __init__
     return float(value) if Validator(_DURATION).is_valid(value) else None
@@ -1589,7 +1592,7 @@ class Context:
         attempt: int = 1,
         emit: Emit = lambda ctx, kind, payload: None,
         type: str = "",
-        label: Optional[str] = None,
+        label: str | None = None,
     ) -> None:
         self.task_id = task_id
         self.type = type
@@ -1603,22 +1606,22 @@ class Context:
         self.max_result = sys.maxsize  # bytes
         self.began = 0.0  # on the monotonic clock
         self.waits_for_disk = False  # the handler does not run yet
-        self.steps: Dict[str, Step] = {}  # those done in all runs, by name
+        self.steps: dict[str, Step] = {}  # those done in all runs, by name
         # Saves a step, and calls a function once that is on disk; None if it can't.
         self.save_step: Any = None
-        self._step_names: Optional[Set[str]] = None  # of this run
+        self._step_names: set[str] | None = None  # of this run
         self._pid = os.getpid()
         self.thread = 0  # native id of its thread while that is bound to one CPU
         self.reason = ""  # why the run is to stop, "" as long as it is not
         self._emit = emit
-        self._progress: Optional[Tuple[Optional[float], str]] = None
-        self._published: Optional[Tuple[Optional[float], str]] = None
+        self._progress: tuple[float | None, str] | None = None
+        self._published: tuple[float | None, str] | None = None
         self._published_at = 0.0
         self._lock = threading.RLock()  # guards `reason`, _wake and _on_stop
-        self._wake: Optional[threading.Event] = None  # for a handler that sleeps
-        self._on_stop: Optional[Callable[[], Any]] = None
+        self._wake: threading.Event | None = None  # for a handler that sleeps
+        self._on_stop: Callable[[], Any] | None = None
 
-    def progress(self, fraction: Optional[float], message: str = "") -> None:
+    def progress(self, fraction: float | None, message: str = "") -> None:
         """Report how far the task is: a fraction from 0 to 1, and a message.
 
         The fraction is None where it isn't known. Raises Cancelled when the task is to
@@ -1751,7 +1754,7 @@ class Context:
                     self._wake.set()
                 self.on_stop(self._on_stop)
 
-    def on_stop(self, function: Optional[Callable[[], Any]]) -> None:
+    def on_stop(self, function: Callable[[], Any] | None) -> None:
         """Call this function when the task is to stop, or now if it already is.
 
         The function must return at once, since its caller may hold the store's lock.
@@ -1764,7 +1767,7 @@ class Context:
                 with contextlib.suppress(OSError):  # what is to stop has just ended
                     function()
 
-    def progress_document(self) -> Optional[Dict[str, Any]]:
+    def progress_document(self) -> dict[str, Any] | None:
         """Return the latest progress as a status document has it, None at first."""
         fraction, message = self._progress or (None, None)
         if message is None:
@@ -1790,7 +1793,7 @@ def log_run(level: int, ctx: Context, text: str, *args: Any, **fields: Any) -> N
 
 
 @handler("long_computation", limits={"duration": {"minimum": 0, "maximum": 604800}})
-def long_computation(duration: float = 180, *, ctx: Context) -> Dict[str, Any]:
+def long_computation(duration: float = 180, *, ctx: Context) -> dict[str, Any]:
     """Wait for a number of seconds, at most a week: a stand-in for a slow service."""
     ctx.log("waiting for %g s" % duration)
     begin = time.monotonic()
@@ -1866,11 +1869,11 @@ NO_FORK = threading.RLock()
 
 # Owners of descriptors that only this process may hold. As long as a child had one,
 # too, a port would stay in use, a lock would be held, a pipe would have no end.
-PRIVATE: "WeakSet[Any]" = WeakSet()
+PRIVATE: WeakSet[Any] = WeakSet()
 
 # What forked children do with the signals that the service handles.
-IN_CHILDREN: Dict[int, Any] = {}
-_masks: List[Any] = []  # of the thread that forks; NO_FORK guards it
+IN_CHILDREN: dict[int, Any] = {}
+_masks: list[Any] = []  # of the thread that forks; NO_FORK guards it
 
 
 def _before_fork() -> None:
@@ -1919,7 +1922,7 @@ if hasattr(os, "register_at_fork"):
 # on one CPU, chosen at random, and so do runs of task types whose runs are short. Long
 # runs, and the threads and processes that a handler starts, may use all CPUs.
 
-CPUS: List[int] = []
+CPUS: list[int] = []
 if hasattr(os, "sched_setaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
     CPUS += sorted(os.sched_getaffinity(0))
 ONE_CPU = random.sample(CPUS, min(1, len(CPUS)))
@@ -1998,7 +2001,7 @@ with suppress(OSError):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the rest, and the order of writing
-        self._sessions: Set[int] = set()
+        self._sessions: set[int] = set()
         self._process: Any = None
 
     def add(self, session: int) -> None:
@@ -2071,7 +2074,7 @@ class ManagedProcess:
         with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
             file.write("1000")
 
-    def __enter__(self) -> "ManagedProcess":
+    def __enter__(self) -> ManagedProcess:
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -2167,7 +2170,7 @@ def check_isolated() -> None:
         raise HandlerError(text % quote(isolated[0]))
 
 
-def run_isolated(job: Dict[str, Any], ctx: Context) -> Outcome:
+def run_isolated(job: dict[str, Any], ctx: Context) -> Outcome:
     """Run a handler in a child process, and return how that ended."""
     flags = lazy_import("subprocess")._args_from_interpreter_flags()
     argv = [sys.executable, *flags, "-c", CHILD, FILE, *_SYS_PATH]
@@ -2201,7 +2204,7 @@ def run_isolated(job: Dict[str, Any], ctx: Context) -> Outcome:
 
 def _follow_child(
     data: Iterator[bytes], ctx: Context, acknowledge: Callable[..., None]
-) -> Optional[Outcome]:
+) -> Outcome | None:
     """Pass on a child's log, progress and steps; return its end, None if it died."""
     rest = bytearray()
     for piece in data:
@@ -2233,7 +2236,7 @@ class ServiceLink:
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self._pid = connection, os.getpid()
         self._lock = threading.RLock()  # guards the order of messages
-        self._unsaved: Deque[Callable[[], Any]] = deque()  # one for each step
+        self._unsaved: deque[Callable[[], Any]] = deque()  # one for each step
         PRIVATE.add(connection)
 
     def send(self, *message: Any, result: bytes = b"") -> None:
@@ -2302,7 +2305,7 @@ def isolated_main() -> None:
 _loading = threading.Lock()
 
 
-def run_job(job: Dict[str, Any], ctx: Context) -> Outcome:
+def run_job(job: dict[str, Any], ctx: Context) -> Outcome:
     """Load the handlers, run one, and return how that ended."""
     ctx.max_result = job["max_result"]
     try:
@@ -2344,7 +2347,7 @@ _BRACES = re.compile(
     r"\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:=([^{}]*))?\}|\{\{|\}\}|[{}]", re.ASCII
 )
 _FOR_A_SHELL = re.compile(r"\|[|&]?|&&?|([0-9&]?>>?|<)(&[0-9]|[\w./{}=-]+)?")
-_WORD: Dict[str, Any] = {
+_WORD: dict[str, Any] = {
     "type": "string",
     "maxLength": MAX_ARGUMENT,
     "pattern": r"^[^\x00]*$",
@@ -2464,11 +2467,11 @@ class Program:
         self.__doc__ = command.strip()
         self.schema = self._schema()
 
-    def _schema(self) -> Dict[str, Any]:
+    def _schema(self) -> dict[str, Any]:
         """Return the JSON Schema of the placeholders; note which begin a word."""
-        self._first: Set[str] = set()  # their values could be options
-        properties: Dict[str, Any] = {}
-        defaults: Dict[str, Optional[str]] = {}
+        self._first: set[str] = set()  # their values could be options
+        properties: dict[str, Any] = {}
+        defaults: dict[str, str | None] = {}
         options_end = False
         for word in self.words[1:]:
             options_end = options_end or word == "--"
@@ -2491,10 +2494,10 @@ class Program:
         required = dict.fromkeys(name.partition(".")[0] for name in names)
         return _closed(*required, **properties)
 
-    def arguments(self, params: Mapping[str, Any]) -> List[str]:
+    def arguments(self, params: Mapping[str, Any]) -> list[str]:
         """Return the words with the params in their places."""
 
-        def value(match: "re.Match[str]") -> str:
+        def value(match: re.Match[str]) -> str:
             name, default = match.groups("")
             if "." in name:
                 return self._member(params, name) or default
@@ -2513,7 +2516,7 @@ class Program:
             raise Fail("params.%s must not begin with -: %s" % (name, quote(text)))
         return "" if value is None else escape(text[:MAX_ARGUMENT])
 
-    def __call__(self, params: Mapping[str, str], ctx: Context) -> Dict[str, Any]:
+    def __call__(self, params: Mapping[str, str], ctx: Context) -> dict[str, Any]:
         """Run it to its end; raises Failure unless its exit code is a good one."""
         subprocess = lazy_import("subprocess")
         environ = {k: v for k, v in os.environ.items() if k not in SECRETS}
@@ -2540,7 +2543,7 @@ class Program:
         raise Failure((how + "\n" + output.tail[-MAX_ERROR + 100 :]).strip())
 
 
-def _placeholders(word: str) -> Iterator["re.Match[str]"]:
+def _placeholders(word: str) -> Iterator[re.Match[str]]:
     for match in _BRACES.finditer(word):
         if match.group(1):
             yield match
@@ -2561,7 +2564,7 @@ class ProgramOutput:
         self._new = bytearray()  # not passed on yet; a line that has no end stays here
         self._dropped = 0  # lines before that
         self._due = 0.0  # when to pass it on
-        self._fraction: Optional[float] = None
+        self._fraction: float | None = None
         self._message = ""
 
     def take(self, data: bytes) -> None:
@@ -2630,7 +2633,7 @@ def visible(line: str) -> str:
     return line.rstrip("\r").rpartition("\r")[2]
 
 
-def percentage(line: str) -> Optional[float]:
+def percentage(line: str) -> float | None:
     """Return the first percentage in a line of output that looks like a meter.
 
     That is a line that was drawn again, or one with only numbers and signs before the
@@ -2709,7 +2712,7 @@ def register_webhook(hosts: str, secret: str) -> None:
     REGISTRY["webhook"] = Handler("webhook", *made)
 
 
-def send_webhook(key: bytes, params: Dict[str, Any], ctx: Context) -> Dict[str, Any]:
+def send_webhook(key: bytes, params: dict[str, Any], ctx: Context) -> dict[str, Any]:
     """Send the status of a finished task to a URL, signed as a Standard Webhook.
 
     Raises Failure unless the response is a success.
@@ -2726,7 +2729,7 @@ def send_webhook(key: bytes, params: Dict[str, Any], ctx: Context) -> Dict[str, 
     raise failure
 
 
-def _webhook_headers(key: bytes, task_id: str, body: bytes) -> Dict[str, str]:
+def _webhook_headers(key: bytes, task_id: str, body: bytes) -> dict[str, str]:
     base64, hmac, now = lazy_import("base64"), lazy_import("hmac"), int(time.time())
     signed = b"%b.%d.%b" % (task_id.encode(), now, body)
     signature = base64.b64encode(hmac.new(key, signed, "sha256").digest())
@@ -2739,7 +2742,7 @@ def _webhook_headers(key: bytes, task_id: str, body: bytes) -> Dict[str, str]:
     }
 
 
-def post(url: str, headers: Dict[str, str], body: bytes, ctx: Context) -> Any:
+def post(url: str, headers: dict[str, str], body: bytes, ctx: Context) -> Any:
     """Send a request; return the response without its body, or raise Failure.
 
     Redirects are not followed, proxies not used. The connection is cut when
@@ -2790,7 +2793,7 @@ def retry_after(text: str) -> float:
 # is given eval(), this file and the handlers files, so that nothing has to be installed
 # where they run. Each process there loads these files once.
 
-EXECUTOR: List[Any] = []  # holds the executor, if there is one
+EXECUTOR: list[Any] = []  # holds the executor, if there is one
 BOOT = """
 import sys, types, zlib
 if name not in sys.modules:
@@ -2801,7 +2804,7 @@ if name not in sys.modules:
     sys.modules.setdefault(name, module)
 reply = sys.modules[name].run_remote(job)
 """
-_boot_values: Dict[str, Any] = {}  # the variables of BOOT besides the job
+_boot_values: dict[str, Any] = {}  # the variables of BOOT besides the job
 
 
 def load_executor(text: str) -> None:
@@ -2825,7 +2828,7 @@ def load_executor(text: str) -> None:
     EXECUTOR[:] = [executor]
 
 
-def run_on_executor(job: Dict[str, Any], ctx: Context) -> Outcome:
+def run_on_executor(job: dict[str, Any], ctx: Context) -> Outcome:
     """Run a handler by the executor, and return how that ended."""
     values = {"boot": BOOT, "scope": dict(_boot_values, job=job)}
     future = EXECUTOR[0].submit(eval, "(exec(boot, scope), scope['reply'])[1]", values)
@@ -2840,12 +2843,12 @@ def run_on_executor(job: Dict[str, Any], ctx: Context) -> Outcome:
     return Outcome(*future.result())
 
 
-def run_remote(job: Dict[str, Any]) -> Tuple[Any, ...]:
+def run_remote(job: dict[str, Any]) -> tuple[Any, ...]:
     """Run a handler in a process of the executor; return the fields of its Outcome."""
     return tuple(run_job(job, Context(job["task_id"], job["attempt"])))
 
 
-def run_apart(known: Handler, params: Dict[str, Any], ctx: Context) -> Outcome:
+def run_apart(known: Handler, params: dict[str, Any], ctx: Context) -> Outcome:
     """Run an isolated handler in another process, and return how that ended."""
     job = {
         "files": LOADED,
@@ -2875,13 +2878,16 @@ SCHEMA_VERSION = 4
 _TYPES = {str: "TEXT", bytes: "TEXT", int: "INTEGER", float: "REAL"}
 
 
-def _columns() -> Iterator[Tuple[str, type, bool]]:
+def _columns() -> Iterator[tuple[str, type, bool]]:
     """Yield name, type and whether it may be NULL, for each field of a task."""
-    for fields in (Task.__annotations__, Options.__annotations__):
-        for name, hint in fields.items():
-            args = typing.get_args(hint)
-            if hint is not Options:
-                yield name, args[0] if args else hint, bool(args)
+    kinds = {"int": int, "float": float, "str": str, "bytes": bytes}
+    for fields in (Task, Options):
+        for name, hint in fields.__annotations__.items():
+            # A text, such as "float | None", which Python 3.8 can't evaluate.
+            text = str(getattr(hint, "__forward_arg__", hint))
+            kind, _, optional = text.partition(" | ")
+            if kind in kinds:
+                yield name, kinds[kind], bool(optional)
 
 
 COLUMNS = tuple(_columns())  # those of a task, then those of its options
@@ -2926,7 +2932,7 @@ def checksum(row: Sequence[Any]) -> str:
 
 
 def _to_row(task: Task) -> Sequence[Any]:
-    values: List[Any] = [*task[:-1], *task.options]
+    values: list[Any] = [*task[:-1], *task.options]
     for place in _JSON_PLACES:
         if values[place] is not None:
             values[place] = values[place].decode()
@@ -2969,7 +2975,7 @@ _REPLACE_STEP = "REPLACE INTO steps (%s) VALUES (?,?,?,?,?,?,?)" % _STEP_NAMES  
 
 
 def _to_step_row(step: Step) -> Sequence[Any]:
-    values: List[Any] = [*step]
+    values: list[Any] = [*step]
     values[3] = step.result.decode()
     return [*values, zlib.crc32(ascii(values).encode())]
 
@@ -3003,7 +3009,7 @@ class Histogram:
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.sum += max(0.0, seconds)
 
-    def copy(self) -> "Histogram":
+    def copy(self) -> Histogram:
         """Return a copy, which does not change any more."""
         made = Histogram(self.bounds)
         made.sum, made.counts = self.sum, self.counts.copy()
@@ -3023,7 +3029,7 @@ class Removal(NamedTuple):
 class Paused(NamedTuple):
     """The record of the task types that are paused, all of them."""
 
-    types: FrozenSet[str]
+    types: frozenset[str]
     seq: int = 0  # there is one such record
 
 
@@ -3057,10 +3063,10 @@ class Commit:
     __slots__ = ("new", "moves", "on_durable", "error", "tried")
 
     def __init__(self) -> None:
-        self.new: List[Task] = []
+        self.new: list[Task] = []
         # The latest one of each task, by its seq and 0, and others by their number.
-        self.moves: Dict[Tuple[int, int], Record] = {}
-        self.on_durable: List[Callable[[], Any]] = []  # called once it is on disk
+        self.moves: dict[tuple[int, int], Record] = {}
+        self.on_durable: list[Callable[[], Any]] = []  # called once it is on disk
         self.error = ""
         self.tried = threading.Event()  # wakes all threads that wait for this commit
 
@@ -3068,11 +3074,11 @@ class Commit:
         return len(self.new) + len(self.moves) + len(self.on_durable)
 
     @property
-    def records(self) -> List[Record]:
+    def records(self) -> list[Record]:
         """All records, in the order in which they are to be written and shown."""
         return sorted([*self.moves.values(), *self.new], key=_place_in_commit)
 
-    def fail(self, error: str, following: "Commit") -> None:
+    def fail(self, error: str, following: Commit) -> None:
         """Hand all but the new tasks over to the following commit."""
         following.moves = {**self.moves, **following.moves}
         following.on_durable = self.on_durable + following.on_durable
@@ -3102,14 +3108,14 @@ class Journal:
         # count without its time; the next copy has both.
         self.commit_times = Histogram(COMMIT_BOUNDS)
         self.damaged_rows = 0  # found by load()
-        self.damaged: Set[str] = set()  # the ids in them; both, where two copies differ
+        self.damaged: set[str] = set()  # the ids in them; both, where two copies differ
         # The condition guards the two that follow; the writer waits for it.
         self._changed = threading.Condition()
         self._open = Commit()  # takes in records until the writer is ready for it
         self._closing = False
         self._wal_is_large = False
         self._next_wal_check = 0.0
-        self._writer: Optional[threading.Thread] = None
+        self._writer: threading.Thread | None = None
         try:
             sqlite3 = lazy_import("sqlite3")  # a small host may lack it
         except ImportError:
@@ -3255,7 +3261,7 @@ class Journal:
         for copies in self._query("SELECT id, again FROM gone ORDER BY number"):
             yield from set(_UUID.findall("%s %s" % copies))
 
-    def load_paused(self) -> FrozenSet[str]:
+    def load_paused(self) -> frozenset[str]:
         """Return the types that are paused; of a damaged row both copies."""
         rows = self._query("SELECT type, again FROM paused")
         texts = {text for row in rows for text in row if isinstance(text, str)}
@@ -3304,7 +3310,7 @@ class Journal:
         self,
         *moves: Record,
         new: Sequence[Task] = (),
-        on_durable: Optional[Callable[[], Any]] = None,
+        on_durable: Callable[[], Any] | None = None,
     ) -> Commit:
         """Add records to the next commit, without waiting for it; return it."""
         with self._changed:
@@ -3438,7 +3444,7 @@ class Journal:
 RUNS, STOPPED = "runs", "stopped"  # states of the process that has or had the lock
 
 
-def lock_file(path: str) -> Tuple[Any, bool]:
+def lock_file(path: str) -> tuple[Any, bool]:
     """Lock PATH.lock until the file that is returned is closed.
 
     Returns it, and whether the last process wrote there that it was stopped. Raises
@@ -3508,7 +3514,7 @@ class TaskLog:
     __slots__ = ("lines", "size", "dropped")
 
     def __init__(self) -> None:
-        self.lines: Deque[str] = deque()
+        self.lines: deque[str] = deque()
         self.size = 0  # characters
         self.dropped = 0  # lines
 
@@ -3548,8 +3554,8 @@ class Events:
         self._lock = threading.Lock()
         self._closed = False
         self._last = 0
-        self._recent: Dict[int, Event] = {}  # by number, without a gap
-        self._subscriptions: Dict[str, Set[Subscription]] = {}  # by task id
+        self._recent: dict[int, Event] = {}  # by number, without a gap
+        self._subscriptions: dict[str, set[Subscription]] = {}  # by task id
         self._logs: OrderedDict[str, TaskLog] = OrderedDict()
         self._logs_size = 0
 
@@ -3567,7 +3573,7 @@ class Events:
                         subscription.first = self._last
                         subscription.ready.set()
 
-    def subscribe(self, task_id: str, after: Optional[int] = None) -> Subscription:
+    def subscribe(self, task_id: str, after: int | None = None) -> Subscription:
         """Follow a task, or all with ""; begin behind event `after`, if it is given.
 
         Call unsubscribe() at the end.
@@ -3584,7 +3590,7 @@ class Events:
             self._subscriptions.setdefault(task_id, set()).add(subscription)
             return subscription
 
-    def take(self, subscription: Subscription, timeout: float) -> List[Event]:
+    def take(self, subscription: Subscription, timeout: float) -> list[Event]:
         """Wait for events, up to `timeout` seconds, and return those not taken yet.
 
         A subscription that has missed some is closed: the client can subscribe again,
@@ -3636,7 +3642,7 @@ class Events:
         for line in lines if followed or not dropped else ():
             self.publish(task_id, "log", line)
 
-    def log_of(self, task_id: str) -> Tuple[List[str], int]:
+    def log_of(self, task_id: str) -> tuple[list[str], int]:
         """Return the lines that are kept of a task's log, and how many are not."""
         with self._lock:
             kept = self._logs.get(task_id)
@@ -3648,7 +3654,7 @@ class Events:
         Control characters are then escaped. A first line says how many are missing.
         """
         lines, dropped = self.log_of(task_id)
-        texts: Deque[str] = deque()
+        texts: deque[str] = deque()
         while lines and len(lines[-1]) < size:
             size -= len(lines[-1]) + 1
             texts.appendleft(escape(lines.pop()) + "\n")
@@ -3712,9 +3718,9 @@ RUN_BOUNDS = (0.01, 0.1, 1, 5, 15, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 8
 class Counters(NamedTuple):
     """Counts since the start, by task type."""
 
-    ended: Dict[Tuple[str, str], int]  # tasks, by type and status
+    ended: dict[tuple[str, str], int]  # tasks, by type and status
     # How long tasks were "waiting" or "running", by that word and type.
-    times: Dict[Tuple[str, str], Histogram]
+    times: dict[tuple[str, str], Histogram]
 
 
 class ResultStore:
@@ -3727,11 +3733,11 @@ class ResultStore:
     def __init__(self, limits: Limits, clock: Clock, monotonic: Clock) -> None:
         self._limits, self._clock, self._monotonic = limits, clock, monotonic
         self._began = monotonic()
-        self._tasks: Dict[str, Task] = {}
-        self._ended: Deque[str] = deque()  # ids by the tasks' ends, or of removed ones
+        self._tasks: dict[str, Task] = {}
+        self._ended: deque[str] = deque()  # ids by the tasks' ends, or of removed ones
         self._removed: OrderedDict[str, None] = OrderedDict()
         self.totals = dict.fromkeys(EXITS, 0)  # tasks, by status
-        self.steps: Dict[int, Dict[str, Step]] = {}  # by the task's seq and by name
+        self.steps: dict[int, dict[str, Step]] = {}  # by the task's seq and by name
         self.damaged: Container[str] = ()  # ids of tasks whose rows are damaged
         self.pending_bytes = 0
         self.finished_bytes = 0
@@ -3756,7 +3762,7 @@ class ResultStore:
         self.last_seq = max([self.last_seq] + [task.seq for task in in_order[-1:]])
         self._first_seq = self.last_seq
 
-    def new(self, wanted: Iterable[Identified]) -> List[Task]:
+    def new(self, wanted: Iterable[Identified]) -> list[Task]:
         """Return the tasks of submissions. They are not shown yet."""
         now, tasks = self._clock(), []
         for task_id, (type, params, options, *causes) in wanted:
@@ -3788,7 +3794,7 @@ class ResultStore:
         elif task.status != PROCESSING:
             self.finished_bytes += one * task.weight
 
-    def get(self, task_id: str) -> Optional[Task]:
+    def get(self, task_id: str) -> Task | None:
         """Return a task, None if there is none or it has expired. Needs no lock.
 
         A dict's get() is one step, with the GIL and without, and tasks never change.
@@ -3807,7 +3813,7 @@ class ResultStore:
             raise DamagedTask(text % task_id)
         raise UnknownTask("there is no task %s" % quote(task_id))
 
-    def all(self) -> List[Task]:
+    def all(self) -> list[Task]:
         """Return all tasks, in the order of submission."""
         return list(self._tasks.values())
 
@@ -3827,9 +3833,9 @@ class ResultStore:
         if len(self._removed) > self._limits.removed:
             self._removed.popitem(last=False)
 
-    def evict(self) -> List[Task]:
+    def evict(self) -> list[Task]:
         """Remove finished tasks beyond the limits, in the order of their ends."""
-        evicted: List[Task] = []
+        evicted: list[Task] = []
         if len(self._ended) > 2 * (len(self._tasks) + 100):  # mostly of removed tasks
             self._ended = deque(i for i in self._ended if i in self._tasks)
         while self._ended:
@@ -3898,12 +3904,12 @@ class TaskQueue:
         self._clock, self._monotonic, self._rules = clock, monotonic, rules
         self._ready = ReadyQueue(), ReadyQueue()  # threads', async
         self._is_unheard = False  # workers are to be woken for the latest entries
-        self._entries: Dict[str, Entry] = {}  # those that are not stale, by task id
+        self._entries: dict[str, Entry] = {}  # those that are not stale, by task id
         # Heaps, by the monotonic clock and, of inherited tasks, by the wall clock.
-        self._delayed: Sequence[List[Tuple[float, Entry]]] = [], []
-        self._parked: Dict[str, List[Entry]] = {}  # heaps, by type
+        self._delayed: Sequence[list[tuple[float, Entry]]] = [], []
+        self._parked: dict[str, list[Entry]] = {}  # heaps, by type
         self._running: Counter[str] = Counter()  # handlers, by type
-        self.paused: FrozenSet[str] = frozenset()  # types of which none may start
+        self.paused: frozenset[str] = frozenset()  # types of which none may start
 
     def add(self, task: Task, inherited: bool = False) -> float:
         """Add a task; return in how many seconds it can start. Wakes no worker.
@@ -3936,7 +3942,7 @@ class TaskQueue:
             for ready in self._ready:
                 ready.wake()
 
-    def get(self, is_async: bool = False) -> Optional[Entry]:
+    def get(self, is_async: bool = False) -> Entry | None:
         """Wait for a ready entry, and take it out; None once the queue is closed."""
         entry: Entry = self._ready[is_async].get()
         if entry is _END_OF_QUEUE:
@@ -3971,7 +3977,7 @@ class TaskQueue:
         self._running[type] -= 1
         self._unpark(type)
 
-    def pause(self, type: str, paused: bool) -> FrozenSet[str]:
+    def pause(self, type: str, paused: bool) -> frozenset[str]:
         """Pause a type, or resume it; return all that are paused then."""
         self.paused = self.paused | {type} if paused else self.paused - {type}
         for entry in () if paused else self._parked.pop(type, ()):
@@ -4062,24 +4068,24 @@ class TaskReader:
         self._clock, self._monotonic = clock, monotonic
         self.on_stuck: Callable[[Context], None] = lambda context: None
         # Tasks that were processing when the last process died, as they go on.
-        self.interrupted: List[Task] = []
+        self.interrupted: list[Task] = []
         # Up to this one, tasks may have killed the last process: see begin().
         self._suspect_seq = 0
         self.events = Events()
         self._pid = os.getpid()
         # The lock guards everything below.
         self._lock = threading.Lock()
-        self.journal: Optional[Journal] = None  # set once, also read without the lock
+        self.journal: Journal | None = None  # set once, also read without the lock
         # What clients see: with a journal, each task as it is on disk. New tasks and
         # later moves that are not on disk yet, and the commits that have them:
         self._results = ResultStore(limits, clock, monotonic)
-        self._unwritten: Dict[str, Tuple[Task, Commit]] = {}
-        self.paused: FrozenSet[str] = frozenset()  # types, also read without the lock
+        self._unwritten: dict[str, tuple[Task, Commit]] = {}
+        self.paused: frozenset[str] = frozenset()  # types, also read without the lock
         self._new = 0  # tasks that no client can see yet
         self._new_bytes = 0
-        self._running: Dict[str, Context] = {}  # by task id
-        self._active: Set[Context] = set()  # those, and stuck handlers
-        self._waiting: Dict[str, Set[threading.Event]] = {}  # to set at a task's end
+        self._running: dict[str, Context] = {}  # by task id
+        self._active: set[Context] = set()  # those, and stuck handlers
+        self._waiting: dict[str, set[threading.Event]] = {}  # to set at a task's end
         self._counters = Counters(
             Counter(), defaultdict(functools.partial(Histogram, RUN_BOUNDS))
         )
@@ -4087,7 +4093,7 @@ class TaskReader:
         self._queue = TaskQueue(clock, monotonic, rules)
         self._next_tick = math.inf  # when the timer thread wakes, unless by this:
         self._tick_early = threading.Event()
-        self._on_drained: Optional[Callable[[], None]] = None  # set: draining
+        self._on_drained: Callable[[], None] | None = None  # set: draining
         self._drained_by = math.inf  # on the monotonic clock
         self._stopped = False  # handlers were asked to stop
 
@@ -4148,7 +4154,7 @@ class TaskReader:
         wait(commit)
 
     def wait(
-        self, task_id: str, timeout: float, done: Optional[threading.Event] = None
+        self, task_id: str, timeout: float, done: threading.Event | None = None
     ) -> Task:
         """Return the task once it is finished, or as it is after `timeout` seconds.
 
@@ -4170,8 +4176,8 @@ class TaskReader:
             return self._find(task_id)
 
     def subscribe(
-        self, task_id: str, after: Optional[int] = None
-    ) -> Tuple[Optional[Task], Subscription]:
+        self, task_id: str, after: int | None = None
+    ) -> tuple[Task | None, Subscription]:
         """Return a task as it is now, None for "", and a subscription to its events.
 
         No move comes between the two.
@@ -4180,7 +4186,7 @@ class TaskReader:
             task = self._find(task_id) if task_id else None
             return task, self.events.subscribe(task_id, after)
 
-    def steps(self, task_id: str) -> List[Step]:
+    def steps(self, task_id: str) -> list[Step]:
         """Return the steps of a task that are done; raises as get() does."""
         with self._lock:
             task = self._find(task_id)
@@ -4194,13 +4200,13 @@ class TaskReader:
             return self.journal.log_of(task.id)
         return text
 
-    def context(self, task_id: str) -> Optional[Context]:
+    def context(self, task_id: str) -> Context | None:
         """Return the context of a task that runs, None for any other."""
         return self._running.get(task_id)  # without the lock, as in get()
 
     def page(
         self, limit: int, after: int = 0, newest_first: bool = False, **filters: str
-    ) -> Tuple[List[Task], Optional[int]]:
+    ) -> tuple[list[Task], int | None]:
         """Return up to `limit` tasks in the order of submission, and where to go on.
 
         The page begins behind the seq `after`. The second value is the `after` of the
@@ -4223,7 +4229,7 @@ class TaskReader:
         with self._lock:
             return self._results.counts()
 
-    def totals(self) -> Dict[str, int]:
+    def totals(self) -> dict[str, int]:
         """Return how many tasks there are in each status."""
         with self._lock:
             return self._results.totals.copy()
@@ -4422,7 +4428,7 @@ class TaskStore(TaskReader):
         self.wake()
         return tasks[0]
 
-    def submit_all(self, submissions: Sequence[Submission]) -> List[Task]:
+    def submit_all(self, submissions: Sequence[Submission]) -> list[Task]:
         """Accept all of these as pending, or none; raises as submit() does.
 
         The caller calls wake() then: a worker that wakes earlier would take the
@@ -4434,7 +4440,7 @@ class TaskStore(TaskReader):
         commit.check()
         return tasks
 
-    def submit_once(self, task_id: str, wanted: Submission) -> Tuple[Task, bool]:
+    def submit_once(self, task_id: str, wanted: Submission) -> tuple[Task, bool]:
         """Accept a task under an id of the caller's, unless it is there already.
 
         Returns the task, and whether it is new; then the caller calls wake(). Raises
@@ -4459,7 +4465,7 @@ class TaskStore(TaskReader):
         commit.check()
         return tasks[0], True
 
-    def _accept(self, wanted: Sequence[Identified]) -> Tuple[List[Task], Commit]:
+    def _accept(self, wanted: Sequence[Identified]) -> tuple[list[Task], Commit]:
         """Decide that there are new tasks. Assumes the lock."""
         self._check_open(len(wanted))
         tasks = self._results.new(wanted)
@@ -4469,7 +4475,7 @@ class TaskStore(TaskReader):
         """Wake workers for the tasks that were accepted."""
         self._queue.wake()
 
-    def claim(self, is_async: bool = False) -> Optional[Tuple[Task, Context]]:
+    def claim(self, is_async: bool = False) -> tuple[Task, Context] | None:
         """Wait for the next task and start it; None when none will start any more.
 
         Before its handler runs, begin() says whether it still is to.
@@ -4482,7 +4488,7 @@ class TaskStore(TaskReader):
                 if self._may_start() and self._queue.start(entry):
                     return self._start(entry)
 
-    def _start(self, entry: Entry) -> Tuple[Task, Context]:
+    def _start(self, entry: Entry) -> tuple[Task, Context]:
         """Decide that a task runs. Assumes the lock."""
         task = self._results.find(entry.task_id)
         now, attempt = max(self._clock(), task.created_at), task.attempt + 1
@@ -4583,7 +4589,7 @@ class TaskStore(TaskReader):
             raise Finished("task %s is %s already" % (task.id, task.status))
         return task
 
-    def _cancel(self, task: Task) -> Tuple[Task, Commit]:
+    def _cancel(self, task: Task) -> tuple[Task, Commit]:
         """Decide that a task is cancelled or is to stop. Assumes the lock."""
         if self._stopped and self.journal is None:  # it is logged as given up
             raise Draining("the service is shutting down")
@@ -4607,8 +4613,8 @@ class TaskStore(TaskReader):
     # -- how a run ends; all of these assume the lock
 
     def _end(
-        self, context: Context, outcome: Outcome, on_durable: Optional[OnDurable] = None
-    ) -> Tuple[Task, Commit]:
+        self, context: Context, outcome: Outcome, on_durable: OnDurable | None = None
+    ) -> tuple[Task, Commit]:
         """Decide the next status of a task whose run is over."""
         del self._running[context.task_id]
         task = self._latest(context.task_id)
@@ -4662,7 +4668,7 @@ class TaskStore(TaskReader):
         self._tick_early.wait(timeout)
         return not self._stopped
 
-    def _decide(self, task: Task, on_durable: Optional[OnDurable] = None) -> Commit:
+    def _decide(self, task: Task, on_durable: OnDurable | None = None) -> Commit:
         """Make this the task's latest state; return the commit that writes it.
 
         The end of a task submits its follow-ups: also to a full queue and in a drain,
@@ -4675,7 +4681,7 @@ class TaskStore(TaskReader):
 
     # -- the end
 
-    def drain(self, on_drained: Callable[[], None], timeout: float = 0) -> List[str]:
+    def drain(self, on_drained: Callable[[], None], timeout: float = 0) -> list[str]:
         """Accept no more tasks; call `on_drained` once the rest is done, perhaps twice.
 
         That is when no task runs, and without a journal none waits that could start
@@ -4702,7 +4708,7 @@ class TaskStore(TaskReader):
             self._tick_early.set()
             self._check_drained()
 
-    def abandon(self) -> List[Task]:
+    def abandon(self) -> list[Task]:
         """Put back the tasks that still run; return all that are not finished."""
         with self._lock:
             for context in list(self._running.values()):
@@ -4728,7 +4734,7 @@ def filtered(
 
 def after_crash(
     tasks: Sequence[Task], now: float, crashed: bool
-) -> Iterator[Tuple[Task, Task]]:
+) -> Iterator[tuple[Task, Task]]:
     """Yield tasks that a process left, each with how it goes on.
 
     They were processing when it ended, or have been interrupted before. After a crash
@@ -4870,7 +4876,7 @@ class WorkerPool:
     ) -> None:
         self.store = store
         self.handlers = handlers
-        self.loop: Optional[EventLoop] = None  # there are no async handlers
+        self.loop: EventLoop | None = None  # there are no async handlers
         self._count = count
         # The lock guards _idle and _busy. A thread that has it may take the store's.
         # While the pool may grow, one worker is always idle: it waits for a task. A
@@ -4879,11 +4885,11 @@ class WorkerPool:
         # take its place; it ends when its handler returns.
         self._lock = threading.Lock()
         self._idle = 0
-        self._busy: Set[Context] = set()  # the runs of the other threads
+        self._busy: set[Context] = set()  # the runs of the other threads
         store.on_stuck = self._replace
         # How long runs of each type lasted lately, in seconds; 1 at first. Workers
         # change it without a lock: it is an estimate.
-        self._lasted: Dict[str, float] = {}
+        self._lasted: dict[str, float] = {}
 
     def start(self) -> None:
         """Start the first worker; raises SettingsError if not even that is possible."""
@@ -5004,7 +5010,7 @@ class WorkerPool:
         state = task.status
         if state == PENDING:
             state = "failed, to be run again," if task.due_at else "put back"
-        more: Dict[str, Any] = {"duration": round(seconds, 3)}
+        more: dict[str, Any] = {"duration": round(seconds, 3)}
         if state.startswith(FAILED) and task.error:
             more["error"] = first_line(task.error)
         log_run(logging.INFO, context, state, **more)
@@ -5027,8 +5033,8 @@ class EventLoop:
         PRIVATE.add(selector)  # without it, the loop ends in a forked child
         self._loop = lazy_import("asyncio").SelectorEventLoop(selector)
         self._call_soon = self._loop.call_soon_threadsafe
-        self._new: Deque[Tuple[Task, Context]] = deque()
-        self._runs: Dict[Any, Context] = {}  # by asyncio task
+        self._new: deque[tuple[Task, Context]] = deque()
+        self._runs: dict[Any, Context] = {}  # by asyncio task
         self._closed = False
         self._seen: Any = None  # the asyncio task that ran when the timer looked
         self._seen_at = 0.0
@@ -5159,14 +5165,14 @@ class Request:
         self.keep = False
         self.length = 0  # -1: it comes in chunks
         # Where the request leads, set by find_route().
-        self.route: Optional[Route] = None
+        self.route: Route | None = None
         self.label = OTHER  # the route's path, for metrics
         self.task_id = ""
         self.type = ""
         self.query: Json = {}
         self.wait = 0.0  # seconds that the reply may wait for the end of the task
         # While the reply waits: set by the server once the client has disconnected.
-        self.client_left: Optional[threading.Event] = None
+        self.client_left: threading.Event | None = None
 
     @property
     def is_for_page(self) -> bool:
@@ -5231,8 +5237,8 @@ class Reply(NamedTuple):
     body: bytes = b""
     media: str = JSON
     headers: Mapping[str, str] = {}
-    stream: Optional[Iterator[bytes]] = None  # a body without a known end, instead
-    more: Tuple[bytes, ...] = ()  # the rest of a large body: shared, never copied
+    stream: Iterator[bytes] | None = None  # a body without a known end, instead
+    more: tuple[bytes, ...] = ()  # the rest of a large body: shared, never copied
 
     @property
     def size(self) -> int:
@@ -5253,7 +5259,7 @@ def text_reply(text: str, status: int = 200, headers: Mapping[str, str] = {}) ->
     return Reply(status, body, TEXT, headers)
 
 
-ERRORS: Dict[type, Tuple[int, Dict[str, str]]] = {  # their statuses and headers
+ERRORS: dict[type, tuple[int, dict[str, str]]] = {  # their statuses and headers
     Malformed: (400, {}),
     Invalid: (422, {}),
     UnknownTask: (404, {}),
@@ -5268,9 +5274,7 @@ ERRORS: Dict[type, Tuple[int, Dict[str, str]]] = {  # their statuses and headers
 }
 
 
-def refusal(
-    error: Union[TaskError, HTTPError], request: Optional[Request] = None
-) -> Reply:
+def refusal(error: TaskError | HTTPError, request: Request | None = None) -> Reply:
     """Turn an error that the client can do something about into a reply (RFC 9457)."""
     if isinstance(error, HTTPError):
         status, headers = error.status, error.headers
@@ -5308,13 +5312,13 @@ def timestamp(when: float) -> str:
     return "%s.%03dZ" % (second, millis % 1000)
 
 
-def status_document(task: Task, context: Optional[Context] = None) -> Json:
+def status_document(task: Task, context: Context | None = None) -> Json:
     """Return the fields of DOCUMENTS["Status"] that apply to a task."""
     document: Json = {"id": task.id, "status": task.status, "type": task.type}
     document["created_at"] = timestamp(task.created_at)
     if task.started_at:
         document["started_at"] = timestamp(task.started_at)
-    own: List[Tuple[str, Any]]  # of its status
+    own: list[tuple[str, Any]]  # of its status
     if task.finished:
         document["ended_at"] = timestamp(task.ended_at)
         own = [("error", task.error and first_line(task.error))]
@@ -5360,7 +5364,7 @@ def step_document(step: Step) -> Json:
 
 def follow_ups(
     handlers: Mapping[str, Handler],
-    by_rule: Dict[str, List[Json]],
+    by_rule: dict[str, list[Json]],
     task: Task,
 ) -> Iterator[Submission]:
     """Yield the follow-ups of a task that has ended, by its `then` and type's rules.
@@ -5379,7 +5383,7 @@ def follow_ups(
             yield found._replace(follows=task.id)
 
 
-def current_status(app: "App", task: Task) -> Json:
+def current_status(app: App, task: Task) -> Json:
     """Return the status document of a task, with its progress."""
     return status_document(task, app.store.context(task.id))
 
@@ -5410,7 +5414,7 @@ def joined_reply(head: bytes, value: bytes, tail: bytes, media: str) -> Reply:
 class Traffic(NamedTuple):
     """The HTTP server's counters."""
 
-    requests: Mapping[Tuple[str, str, int], int] = {}  # method, route and status
+    requests: Mapping[tuple[str, str, int], int] = {}  # method, route and status
     connections: int = 0  # open ones
     limit: int = 0  # of connections
 
@@ -5420,11 +5424,11 @@ class App(NamedTuple):
 
     store: TaskStore
     handlers: Mapping[str, Handler]
-    access: "Access"
+    access: Any  # the Access of the server, which is below
     max_wait: float = 300  # seconds
     scheme: str = "http"
     traffic: Callable[[], Traffic] = Traffic  # a server puts its own here
-    tools: Optional[Mapping[str, str]] = None  # for agents: task types by their names
+    tools: Mapping[str, str] | None = None  # for agents: task types by their names
     call_wait: float = 45  # seconds that the call of a tool waits
 
 
@@ -5447,7 +5451,7 @@ def accept_one(app: App, request: Request, submission: Submission) -> Reply:
     return submitted_reply(app, request, task, 202)
 
 
-def submit_one(app: App, submission: Submission, key: Optional[str]) -> Task:
+def submit_one(app: App, submission: Submission, key: str | None) -> Task:
     """Return the new task or, with a key, the one that was submitted with it before."""
     if key is None:
         return app.store.submit_all([submission])[0]
@@ -5476,7 +5480,7 @@ LARGE_BODY = 4 << 10  # bytes
 _PARSING = threading.Semaphore(4)
 
 
-def read_body(app: App, request: Request) -> Union[Submission, List[Submission]]:
+def read_body(app: App, request: Request) -> Submission | list[Submission]:
     """Return the submission, or the list of them, that a request contains."""
     large = len(request.body) > LARGE_BODY
     with _PARSING if large else contextlib.nullcontext():
@@ -5517,7 +5521,7 @@ def submitted_reply(app: App, request: Request, task: Task, status: int) -> Repl
 
 
 def await_end(
-    app: App, request: Request, task_id: str, seconds: Optional[float] = None
+    app: App, request: Request, task_id: str, seconds: float | None = None
 ) -> Task:
     """Return a task; if the client waits, once it has finished or the time is up."""
     seconds = request.wait if seconds is None else seconds
@@ -5606,7 +5610,7 @@ def resubmission(app: App, task: Task) -> Submission:
     return wanted._replace(params=task.params, retry_of=task.id)  # shares the bytes
 
 
-def selected(app: App, request: Request) -> List[Task]:
+def selected(app: App, request: Request) -> list[Task]:
     """Return all tasks that the filters in a query select; it must have one."""
     if not any(request.query.values()):
         raise HTTPError(400, "say which tasks, with one or more of status, type and q")
@@ -5615,7 +5619,7 @@ def selected(app: App, request: Request) -> List[Task]:
 
 def change_selected(app: App, request: Request, change: Callable[..., Any]) -> Reply:
     """Change all tasks that a query selects and that can be; reply with how many."""
-    commits: List[Commit] = []
+    commits: list[Commit] = []
     count = 0
     for task in selected(app, request):
         with contextlib.suppress(Finished, Unfinished, UnknownTask, GoneTask):
@@ -5671,8 +5675,8 @@ def stream_reply(stream: Iterator[bytes]) -> Reply:
 
 @contextlib.contextmanager
 def following(
-    app: App, request: Request, task_id: str, after: Optional[int] = None
-) -> Iterator[Tuple[Optional[Task], Subscription]]:
+    app: App, request: Request, task_id: str, after: int | None = None
+) -> Iterator[tuple[Task | None, Subscription]]:
     """Subscribe to a task until the block ends; its client may leave meanwhile."""
     task, subscription = app.store.subscribe(task_id, after)
     request.client_left = subscription.ready  # the stream then sends a comment
@@ -5683,7 +5687,7 @@ def following(
         app.store.events.unsubscribe(subscription)
 
 
-def event_stream(app: App, request: Request, after: Optional[int]) -> Iterator[bytes]:
+def event_stream(app: App, request: Request, after: int | None) -> Iterator[bytes]:
     """Yield nothing once, then Server-Sent Events until the task or the service ends.
 
     `after` is the number of the last event that the client has, None for none. The
@@ -5711,7 +5715,7 @@ def event_stream(app: App, request: Request, after: Optional[int]) -> Iterator[b
 
 def new_events(
     app: App, subscription: Subscription, until: float = math.inf
-) -> Iterator[List[Event]]:
+) -> Iterator[list[Event]]:
     """Yield events as they come, an empty list to keep the connection alive.
 
     The last are those of the end of a task or of the service, or of the time `until` on
@@ -5971,7 +5975,7 @@ ID = {"type": "string", "format": "uuid"}
 LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}
 AFTER = {"type": "integer", "minimum": 0, "maximum": 10**17, "default": 0}
 KEY = {"type": "string", "pattern": '^("[!-~]{1,255}"|(?!".*"$)[!-~]{1,255})$'}
-PARAMETERS: Dict[str, Json] = {
+PARAMETERS: dict[str, Json] = {
     name + "InPath" * (place == "path"): {
         "name": name,
         "in": place,
@@ -6016,7 +6020,7 @@ def _object(names: str, **schemas: Schema) -> Json:
 
 
 # The fields that are no strings, or not any string, wherever they occur.
-FIELDS: Dict[str, Schema] = {
+FIELDS: dict[str, Schema] = {
     **dict.fromkeys(["id", "task_id", "retry_of", "follows"], ID),
     **dict.fromkeys(["created_at", "started_at", "ended_at", "next_attempt_at"], TIME),
     "status": {"enum": list(EXITS)},
@@ -6042,7 +6046,7 @@ FIELDS["_meta"] = _object(META + "clientCapabilities? idempotency-key?")
 FIELDS["progress"] = _object("percent? message")
 FIELDS["errors"] = _list(_object("pointer detail"))
 _FILLED = {"minItems": 1, "maxItems": MAX_BATCH}
-DOCUMENTS: Dict[str, Schema] = {
+DOCUMENTS: dict[str, Schema] = {
     "Batch": {**_list(_ref("schemas", "Submission")), **_FILLED},
     "Accepted": _object("id status"),
     "BatchAccepted": _list(_ref("schemas", "Accepted")),
@@ -6165,7 +6169,7 @@ def _type_components(handlers: Mapping[str, Handler]) -> Json:
     return found
 
 
-def _operation(method: str, route: "Route") -> Json:
+def _operation(method: str, route: Route) -> Json:
     """Return the description of a method of a path."""
     parameters = [name + "InPath" for name in re.findall("{(.*?)}", route.path)]
     parameters += route.parameters
@@ -6249,7 +6253,7 @@ class RPCError(HTTPError):
         self.code, self.data = code, data
 
 
-def rpc_error(error: Union[TaskError, HTTPError]) -> Json:
+def rpc_error(error: TaskError | HTTPError) -> Json:
     """Return an error as JSON-RPC has it."""
     code = RPC_CODES.get(refusal(error).status, INVALID_REQUEST)
     code = PARSE_ERROR if isinstance(error, Malformed) else getattr(error, "code", code)
@@ -6257,14 +6261,14 @@ def rpc_error(error: Union[TaskError, HTTPError]) -> Json:
     return {"code": code, "message": str(error), **({"data": data} if data else {})}
 
 
-def name_tools(handlers: Mapping[str, Handler], only: Sequence[str]) -> Dict[str, str]:
+def name_tools(handlers: Mapping[str, Handler], only: Sequence[str]) -> dict[str, str]:
     """Return task types by the names of their tools; raises SettingsError."""
     for type in only:
         if type not in handlers:
             text = "MCP_TYPES (--mcp-types) must be task types, not %s; known: %s"
             raise SettingsError(text % (quote(type), ", ".join(sorted(handlers))))
     names = {type: re.sub("[^A-Za-z0-9_.-]", "_", type) for type in only or handlers}
-    types: Dict[str, str] = {}
+    types: dict[str, str] = {}
     # Those whose names stay as they are come first.
     for type in sorted(names, key=lambda type: (type != names[type], type)):
         tried = numbered("%s_%d", names[type])
@@ -6288,7 +6292,7 @@ class Call:
         self.began = time.monotonic()
         self.wait = 0.0  # seconds from then on, for the end of the task
         self.token: Any = None  # of the client, for notifications of its progress
-        self.error: Optional[Exception] = None
+        self.error: Exception | None = None
         try:
             self._begin(message)
         except (TaskError, HTTPError) as error:
@@ -6483,7 +6487,7 @@ class Call:
 
     def _page(
         self, after: int = 0, limit: int = 100, **filters: str
-    ) -> Tuple[List[Task], Optional[int]]:
+    ) -> tuple[list[Task], int | None]:
         tasks, last = self.app.store.page(limit, after, True, **filters)
         return [task for task in tasks if task.type in self.tools.values()], last
 
@@ -6553,7 +6557,7 @@ _CURSOR: Json = {"type": "string", "pattern": "^[0-9]{1,17}$", "maxLength": 17}
 _CURSOR["description"] = "a nextCursor"
 Method = Callable[[Call, Json], Json]
 # fmt: off
-TOOLS: Dict[str, Tuple[Method, str, Json, Json]] = {
+TOOLS: dict[str, tuple[Method, str, Json, Json]] = {
     "task_status": (Call._tool_status, "Show the status and last log lines of a task.",
                     _BY_ID, _READS),
     "task_result": (Call._tool_result, "Wait some seconds for the result of a task.",
@@ -6561,7 +6565,7 @@ TOOLS: Dict[str, Tuple[Method, str, Json, Json]] = {
     "task_cancel": (Call._tool_cancel, "Stop a task.", _BY_ID, _STOPS),
     "task_list": (Call._tool_list, "List tasks, the newest first.", _SOME, _READS),
 }
-RPC_METHODS: Dict[str, Tuple[Sequence[str], Json, Method]] = {
+RPC_METHODS: dict[str, tuple[Sequence[str], Json, Method]] = {
     "ping": (OLD, {}, Call._agree),
     "initialize": (OLD, _object("protocolVersion"), Call._initialize),
     "server/discover": (NEW, {}, Call._discover),
@@ -6578,7 +6582,7 @@ _MESSAGE = Validator(DOCUMENTS["Message"])
 _NEW_META = Validator(_object(META + "protocolVersion " + META + "clientCapabilities"))
 
 
-def begin_calls(app: App, request: Request) -> Tuple[List[Call], bool]:
+def begin_calls(app: App, request: Request) -> tuple[list[Call], bool]:
     """Return the calls in a request, and whether they are a batch."""
     with _PARSING if len(request.body) > LARGE_BODY else contextlib.nullcontext():
         found = request.json()
@@ -6636,7 +6640,7 @@ class Route(NamedTuple):
     path: str
     endpoint: Callable[[App, Request], Reply]
     replies: Mapping[int, str]  # status -> names in DOCUMENTS and MEDIA
-    parameters: Tuple[str, ...] = ()  # names in PARAMETERS
+    parameters: tuple[str, ...] = ()  # names in PARAMETERS
     body: str = ""  # names in DOCUMENTS, if it has a body
     open: bool = False  # needs no token
 
@@ -6689,7 +6693,7 @@ ROUTES = (
 _OPTIONS = Route("OPTIONS", "*", show_options, {204: ""})  # of every path, too
 
 # path -> method -> route, with HEAD wherever there is GET
-_ROUTES: Dict[str, Dict[str, Route]] = {"*": {"OPTIONS": _OPTIONS}}
+_ROUTES: dict[str, dict[str, Route]] = {"*": {"OPTIONS": _OPTIONS}}
 for _route in ROUTES:
     _methods = _ROUTES.setdefault(_route.path, {"OPTIONS": _OPTIONS})
     _methods[_route.method] = _route
@@ -6737,7 +6741,7 @@ def find_route(request: Request) -> Route:
     return route
 
 
-def read_query(text: str, parameters: Sequence[str]) -> Dict[str, Any]:
+def read_query(text: str, parameters: Sequence[str]) -> dict[str, Any]:
     """Return the parameters in a query, checked by their schemas; raises HTTPError."""
     known = [PARAMETERS[name] for name in parameters]
     schemas = {each["name"]: each["schema"] for each in known if each["in"] == "query"}
@@ -6927,7 +6931,7 @@ def parse_head(head: bytes) -> Request:
     return request
 
 
-def parse_request_line(line: str) -> Tuple[str, str, str, str]:
+def parse_request_line(line: str) -> tuple[str, str, str, str]:
     """Return the method, the path with its query, the version and the authority.
 
     The authority is that of a target in absolute form, such as http://localhost/healthz,
@@ -6976,7 +6980,7 @@ def _headers(block: str) -> Mapping[str, str]:
         raise HTTPError(431, "more than %d headers" % MAX_HEADERS)
     if block and len(fields) != block.count("\n") + 1:
         raise HTTPError(400, "a header line is malformed")
-    headers: Dict[str, str] = {}
+    headers: dict[str, str] = {}
     for spelled, padded in fields:
         name, value = spelled.lower(), padded.strip(" \t")
         if name not in headers:
@@ -6988,7 +6992,7 @@ def _headers(block: str) -> Mapping[str, str]:
     return headers
 
 
-def items_of(header: str) -> List[str]:
+def items_of(header: str) -> list[str]:
     """Split a header that is a list, such as Connection."""
     return [item.strip(" \t") for item in header.lower().split(",")]
 
@@ -7064,14 +7068,14 @@ class Connection:
     both without a lock, since slightly old values do no harm.
     """
 
-    def __init__(self, client: Any, address: Any, server: "APIServer") -> None:
+    def __init__(self, client: Any, address: Any, server: APIServer) -> None:
         self.socket, self.address, self.server = client, address, server
         self.state = BUSY
         self.since = self.began = time.monotonic()
         self.over_limit = self.half_closed = False
-        self.ended: Optional[Tuple[int, str]] = None  # set by the server
-        self.woken: Optional[threading.Event] = None  # by the server, for a half-close
-        self.counts: Counter[Tuple[str, str, int]] = Counter()  # of its replies
+        self.ended: tuple[int, str] | None = None  # set by the server
+        self.woken: threading.Event | None = None  # by the server, for a half-close
+        self.counts: Counter[tuple[str, str, int]] = Counter()  # of its replies
         self.buffer = b""  # received, but not parsed
         self.unsent = b""  # quick replies, which are sent with the next
         self.overhead = 0  # bytes of a chunked body that are no data
@@ -7079,7 +7083,7 @@ class Connection:
         self.streamed = 0  # bytes, of a stream
         # The last request, since clients repeat themselves, and its head and token.
         self.request = UNREAD
-        self.head: Optional[bytes] = None
+        self.head: bytes | None = None
         self.token = b""
 
     def serve(self) -> None:
@@ -7169,7 +7173,7 @@ class Connection:
 
     # -- reading
 
-    def _read_head(self) -> Optional[bytes]:
+    def _read_head(self) -> bytes | None:
         """Read up to the empty line that ends a head; None when nothing comes."""
         if not self.buffer:
             self.state, self.since = IDLE, time.monotonic()
@@ -7331,7 +7335,7 @@ class Connection:
         log.debug("%s", text, extra={"fields": fields})
 
 
-def closed_by_peer(numbers: Iterable[int]) -> Dict[int, int]:
+def closed_by_peer(numbers: Iterable[int]) -> dict[int, int]:
     """Return which of these sockets the client has closed: poll(2)'s events by number.
 
     With POLLHUP it has left; without, it may only send no more, and still read.
@@ -7488,11 +7492,11 @@ class APIServer(ThreadingHTTPServer):
         self.timeouts = {IDLE: 60.0, READING: 20.0, SENDING: 60.0, LINGERING: 2.0}
         self.closing = False
         self._is_passed = isinstance(address, socket.socket)  # and stays open elsewhere
-        self._file: Optional[os.stat_result] = None  # the Unix socket
+        self._file: os.stat_result | None = None  # the Unix socket
         # Guards the connections and the counts; notifies when a connection has ended.
         self._changed = threading.Condition()
-        self._counts: Counter[Tuple[str, str, int]] = Counter()  # of those that ended
-        self.connections: Dict[socket.socket, Connection] = {}
+        self._counts: Counter[tuple[str, str, int]] = Counter()  # of those that ended
+        self.connections: dict[socket.socket, Connection] = {}
         self._warn_at = self._trim_at = self._check_at = 0.0  # not before then
         self._ended = 0  # connections, since memory was given back
         if isinstance(address, str):
@@ -7560,7 +7564,7 @@ class APIServer(ThreadingHTTPServer):
             self._ended, self._trim_at = 0, now + self.trim_interval
             give_back_memory()
 
-    def get_request(self) -> Tuple[socket.socket, Any]:
+    def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; called by socketserver."""
         try:
             with NO_FORK:  # until PRIVATE has it, a forked child would keep a copy
@@ -7817,7 +7821,7 @@ class Client:
             return str(text)
         raise self._refusal(response, text if media == PROBLEM else "")
 
-    def get(self, path: str, key: str) -> Dict[str, Any]:
+    def get(self, path: str, key: str) -> dict[str, Any]:
         """Return the JSON object at a path, which must have this key."""
         with contextlib.suppress(ValueError):
             document = json.loads(self.request("GET", path))
@@ -7919,7 +7923,7 @@ _COLORS = {PENDING: 33, PROCESSING: 34, COMPLETED: 32, FAILED: 31, CANCELLED: 35
 _STATUS = re.compile("(?<=  )(%s)(?= )" % "|".join(_COLORS))
 
 
-def colored(status: "re.Match[str]") -> str:
+def colored(status: re.Match[str]) -> str:
     """Return a status in its color (SGR of ECMA-48), unless NO_COLOR forbids that."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb":
         return status.group()
@@ -7953,7 +7957,7 @@ def read_json(name: str, source: str) -> Any:
         raise ClientError(REFUSED, "%s: %s" % (name, error)) from None
 
 
-def read_task(client: Client, args: Any) -> Tuple[str, Dict[str, Any]]:
+def read_task(client: Client, args: Any) -> tuple[str, dict[str, Any]]:
     """Return the id and the submission that the arguments of run and submit describe.
 
     Raises HTTPError for a bad key.
@@ -7962,7 +7966,7 @@ def read_task(client: Client, args: Any) -> Tuple[str, Dict[str, Any]]:
     params = read_json("--params", args.params or "{}")
     if args.words and not isinstance(params, dict):
         raise ClientError(REFUSED, "--params must be an object, not " + quote(params))
-    schemas: Dict[str, Any] = {}
+    schemas: dict[str, Any] = {}
     for word in args.words:
         match = re.fullmatch("([^=]+?)(:?=)(.*)", word, re.DOTALL)
         if not match:
@@ -8254,7 +8258,7 @@ _LIST = (
 _RESULT = (_ID, ("--wait", "", "wait until the task has ended"))
 
 # The commands; their docstrings are their help. The usage in room 1 lists them, too.
-CLIENT: Dict[str, Tuple[Callable[[Client, Any], None], Any]] = {
+CLIENT: dict[str, tuple[Callable[[Client, Any], None], Any]] = {
     "run": (run_command, _TASK),
     "submit": (submit_command, _TASK),
     "status": (status_command, [_ID]),
@@ -8283,7 +8287,7 @@ def client_parser(name: str) -> Any:
         epilog="Exit codes: %s." % ". ".join("%d: %s" % e for e in EXIT_CODES.items()),
     )
     for argument, placeholder, text in (*CLIENT[name][1], _URL):
-        options: Dict[str, Any] = {"metavar": placeholder}
+        options: dict[str, Any] = {"metavar": placeholder}
         if argument in ("words", "ids"):
             options.update(nargs="*", default=[])
         elif argument == "command":
@@ -8382,7 +8386,7 @@ class Service:
         self,
         settings: Settings,
         handlers: Mapping[str, Handler] = REGISTRY,
-        manager: Optional[ServiceManager] = None,
+        manager: ServiceManager | None = None,
     ) -> None:
         self.settings = settings
         self.manager = manager or ServiceManager({})
@@ -8496,7 +8500,7 @@ class Service:
         log.info("stopped, %s %s", counted(len(left), "task"), fate)
         return 0 if saved else 1
 
-    def _drain(self, name: str) -> List[Task]:
+    def _drain(self, name: str) -> list[Task]:
         """Let tasks finish, or stop them; return those that are not finished."""
         timeout, counts = self.settings["DRAIN_TIMEOUT"], self.store.counts()
         self._end = time.monotonic() + timeout
@@ -8811,7 +8815,7 @@ def _register_types(settings: Settings) -> None:
     check_isolated()
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the service until a signal ends it, or a command of the client.
 
     Returns the exit code.

@@ -967,9 +967,11 @@ def test_a_handlers_file_adds_types_and_may_import_its_neighbours(tmp_path, regi
         tmp_path,
         "import longtasks\n"
         "from neighbour_of_mine import ANSWER\n"
-        "@longtasks.handler('answer')\n"
-        "def answer():\n"
-        "    return ANSWER\n",
+        "def register(number):\n"
+        "    @longtasks.handler('answer')\n"
+        "    def answer(more: number = 0):\n"  # it is no text, as it is in longtasks
+        "        return ANSWER + more\n"
+        "register(int)\n",
     )
     longtasks.load_handlers(file)
     assert run(registry, "answer") == 42

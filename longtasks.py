@@ -43,19 +43,19 @@ Without curl, the same file is the client: submit, follow and collect in one lin
 The file is a house of rooms. A room uses only the rooms above it, and begins at this
 line:
 
-      148  1. Settings
-      497  2. Tasks and their states
-      856  3. Task registry
-     1564  4. Execution
-     2866  5. Journal
-     3484  6. Events
-     3678  7. Result store and task queue
-     4817  8. Worker pool
-     5121  9. HTTP API
-     6790  10. HTTP server
-     7734  11. Client
-     8322  12. Main
-     8862  13. The page
+      147  1. Settings
+      496  2. Tasks and their states
+      855  3. Task registry
+     1575  4. Execution
+     2884  5. Journal
+     3502  6. Events
+     3696  7. Result store and task queue
+     4835  8. Worker pool
+     5139  9. HTTP API
+     6808  10. HTTP server
+     7752  11. Client
+     8340  12. Main
+     8880  13. The page
 
 Three things hold throughout:
 
@@ -79,7 +79,6 @@ import functools
 import gc
 import heapq
 import importlib
-import inspect
 import itertools
 import json
 import logging
@@ -969,7 +968,8 @@ class Handler(NamedTuple):
     def description(self) -> str:
         """The first paragraph of the function's docstring, in one line."""
         function = getattr(self.function, "func", self.function)  # that of a partial
-        return " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
+        text = lazy_import("inspect").getdoc(function) or ""
+        return " ".join(text.split("\n\n")[0].split())
 
     def run_here(self, params: dict[str, Any], context: Any) -> Any:
         """Call the function in this process; an async one returns a coroutine."""
@@ -1018,7 +1018,7 @@ def handler(
             options = dict(rules, limits=limits or {}, isolated=isolated)
             Validator(_HANDLER_OPTIONS).validate(options)
             schema, whole, context = _read_signature(function)
-            is_async = inspect.iscoroutinefunction(_called(function))
+            is_async = is_coroutine(function)
             if is_async and isolated:
                 raise HandlerError("an async handler can't be isolated")
             is_async = is_async and bool(lazy_import("asyncio"))
@@ -1033,8 +1033,9 @@ def handler(
 
 
 def _check_name(name: str) -> None:
-    if inspect.isroutine(name) or inspect.isclass(name):
-        raise HandlerError('write @handler("%s"), with a name' % name.__name__)
+    if callable(name):
+        own = getattr(name, "__name__", "NAME")
+        raise HandlerError('write @handler("%s"), with a name' % own)
     if not is_name(name):
         raise HandlerError("a task type's name is 1 to 100 printable characters")
     if name in REGISTRY:
@@ -1059,9 +1060,9 @@ def rules_of(handlers: Mapping[str, Handler], timeout: float, type: str) -> Rule
 
 def _read_signature(function: Any) -> tuple[dict[str, Any], bool, str | None]:
     """Return the schema of a function's params, and Handler's `whole` and `context`."""
-    if not callable(function) or inspect.isclass(function):
+    if not callable(function) or isinstance(function, type):
         raise HandlerError("a handler is a function")
-    called = _called(function)
+    inspect, called = lazy_import("inspect"), _called(function)
     if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
         raise HandlerError("a handler can't be a generator")
     params = _parameters_of(function)
@@ -1083,12 +1084,20 @@ def _called(function: Any) -> Any:
     """Return the function that a functools.partial or a callable object calls."""
     if isinstance(function, functools.partial):
         return _called(function.func)
-    if inspect.isroutine(function) or not callable(function):
+    if isinstance(function, _FUNCTIONS) or not callable(function):
         return function
     return type(function).__call__
 
 
-def _is_context(param: inspect.Parameter) -> bool:
+_FUNCTIONS = types.FunctionType, types.MethodType, types.BuiltinFunctionType
+
+
+def is_coroutine(function: Any) -> bool:
+    """Whether a call returns a coroutine."""
+    return bool(lazy_import("inspect").iscoroutinefunction(_called(function)))
+
+
+def _is_context(param: Any) -> bool:
     """Whether a parameter receives the Context; raises HandlerError if none can."""
     if param.kind in (param.POSITIONAL_ONLY, param.VAR_POSITIONAL):
         raise HandlerError("%s can't be passed by name" % param)
@@ -1098,7 +1107,7 @@ def _is_context(param: inspect.Parameter) -> bool:
     return any(getattr(hint, "is_task_context", False) for hint in hints)
 
 
-def _parameters_of(function: Any) -> list[inspect.Parameter]:
+def _parameters_of(function: Any) -> list[Any]:
     """Return a function's parameters, with annotations that are text evaluated."""
 
     def annotated() -> None:
@@ -1108,7 +1117,8 @@ def _parameters_of(function: Any) -> list[inspect.Parameter]:
     if sys.version_info >= (3, 14):  # which would evaluate that of the return, too
         options["annotation_format"] = lazy_import("annotationlib").Format.FORWARDREF
     try:
-        params = list(inspect.signature(function, **options).parameters.values())
+        signature = lazy_import("inspect").signature(function, **options)
+        params = list(signature.parameters.values())
         annotated.__annotations__ = {param.name: param.annotation for param in params}
         # Names in annotations are globals of the innermost function.
         while hasattr(function, "__wrapped__") or _called(function) is not function:
@@ -1120,9 +1130,10 @@ def _parameters_of(function: Any) -> list[inspect.Parameter]:
     return [param.replace(annotation=hints[param.name]) for param in params]
 
 
-def _param_schema(param: inspect.Parameter) -> dict[str, Any]:
+def _param_schema(param: Any) -> dict[str, Any]:
     try:
-        schema = schema_of(param.annotation)
+        free = param.annotation is param.empty
+        schema = {} if free else schema_of(param.annotation)
     except HandlerError as error:
         raise HandlerError("parameter %s: %s" % (param.name, error)) from None
     if param.default is param.empty:
@@ -1153,7 +1164,7 @@ def schema_of(annotation: Any) -> dict[str, Any]:
     """Return the JSON Schema for an annotation, or raise HandlerError."""
     while hasattr(annotation, "__supertype__"):  # a NewType
         annotation = annotation.__supertype__
-    if annotation in (Any, object, inspect.Parameter.empty):
+    if annotation in (Any, object):
         return {}
     origin = typing.get_origin(annotation) or annotation
     args = typing.get_args(annotation)
@@ -1676,7 +1687,7 @@ class Context:
         failed. With an async function, await what this returns. Raises the function's
         errors, Fail, and Cancelled when the task is to stop.
         """
-        if inspect.iscoroutinefunction(_called(function)):
+        if is_coroutine(function):
             return self._step_async(name, functools.partial(function, *args, **kwargs))
         _refuse_to_block("ctx.step()", "give it an async function, and await it")
         with self._step_called(name):
@@ -1792,7 +1803,6 @@ def log_run(level: int, ctx: Context, text: str, *args: Any, **fields: Any) -> N
         log.log(level, text, *args, extra=extra)
 
 
-@handler("long_computation", limits={"duration": {"minimum": 0, "maximum": 604800}})
 def long_computation(duration: float = 180, *, ctx: Context) -> dict[str, Any]:
     """Wait for a number of seconds, at most a week: a stand-in for a slow service."""
     ctx.log("waiting for %g s" % duration)
@@ -1803,6 +1813,14 @@ def long_computation(duration: float = 180, *, ctx: Context) -> dict[str, Any]:
         ctx.sleep(begin + done - time.monotonic())
         ctx.progress(step / steps, "%g of %g s" % (round(done, 1), duration))
     return {"message": "Long computation completed successfully", "duration": duration}
+
+
+# Not by @handler, which needs inspect: importing that takes 12 ms of each command.
+_WEEK = {"type": "number", "minimum": 0, "maximum": 604800}
+_PARAMS = Validator(_closed(duration={**_WEEK, "default": 180}))
+REGISTRY["long_computation"] = Handler(
+    "long_computation", long_computation, _PARAMS, context="ctx"
+)
 
 
 # -- how a run ends --------------------------------------------------------
@@ -6647,7 +6665,7 @@ class Route(NamedTuple):
     @property
     def help(self) -> str:
         """What the route does, in a line."""
-        return inspect.getdoc(self.endpoint) or ""
+        return self.endpoint.__doc__ or ""
 
 
 _WAIT, _LAST_ID = ("wait", "Prefer"), ("Last-Event-ID",)
@@ -8769,7 +8787,7 @@ def import_ahead(settings: Settings) -> None:
     uuid.py, or change sys.modules.
     """
     names = ["base64", "ctypes", "encodings.idna", "fcntl", "hashlib", "hmac"]
-    names += ["resource", "subprocess", "uuid"]
+    names += ["inspect", "resource", "subprocess", "uuid"]
     names += ["sqlite3"] if settings["DB"] else []
     names += ["ssl"] if settings["TLS_CERT"] or settings["WEBHOOK_HOSTS"] else []
     names += ["http.client"] if settings["WEBHOOK_HOSTS"] else []

@@ -52,10 +52,10 @@ line:
      3696  7. Result store and task queue
      4835  8. Worker pool
      5139  9. HTTP API
-     6808  10. HTTP server
-     7752  11. Client
-     8340  12. Main
-     8880  13. The page
+     6810  10. HTTP server
+     7754  11. Client
+     8342  12. Main
+     8882  13. The page
 
 Three things hold throughout:
 
@@ -5661,11 +5661,13 @@ def delete_tasks(app: App, request: Request) -> Reply:
 
 
 def retry_tasks(app: App, request: Request) -> Reply:
-    """Submit all finished tasks that match a query again, or none."""
+    """Submit the finished tasks that match a query again, each only once."""
     tasks = [task for task in selected(app, request) if task.finished]
-    if tasks:
-        app.store.submit_all([resubmission(app, task) for task in tasks])
-    return json_reply({"count": len(tasks)})
+    done = {task.retry_of for task in app.store.page(10**9)[0]}
+    wanted = [resubmission(app, task) for task in tasks if task.id not in done]
+    if wanted:
+        app.store.submit_all(wanted)
+    return json_reply({"count": len(wanted)})
 
 
 def task_events(app: App, request: Request) -> Reply:

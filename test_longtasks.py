@@ -4835,7 +4835,9 @@ def test_many_are_submitted_again_or_none(registry, tmp_path):
         call(service, "POST", TASKS + "/cancel?status=pending")
         done = call(service, "POST", TASKS + "/retry?status=completed")
         assert done.json == {"count": 3}
-        assert call(service, "POST", TASKS + "/retry?q=no").json == {"count": 0}
+        for q in ("no", ids[0]):  # that one has been
+            answer = call(service, "POST", TASKS + "/retry?q=" + q)
+            assert answer.json == {"count": 0}
         new = found_by(service, "?order=desc&limit=3")
         for each in new:
             document_of(service, each)
@@ -9149,7 +9151,7 @@ def test_many_tasks_are_changed_by_ids_or_filters(client, service, echo):
         client(service, "result", task_id, "--wait")
         status = json.loads(client(service, "status", task_id).out)
         assert status["retry_of"] == old
-    assert client(service, "retry", "--q=N=2").out == '{"count": 2}\n'
+    assert client(service, "retry", "--q=N=2").out == '{"count": 1}\n'
     assert client(service, "cancel", *ids).complaints == [
         "task %s is completed already" % task_id for task_id in ids
     ]
@@ -9159,7 +9161,7 @@ def test_many_tasks_are_changed_by_ids_or_filters(client, service, echo):
     assert client(service, "delete", waits) == (0, "", "")
     for task in tasks_of(service):
         client(service, "result", task["id"], "--wait")
-    assert client(service, "delete", "--type=echo").out == '{"count": 6}\n'
+    assert client(service, "delete", "--type=echo").out == '{"count": 5}\n'
 
 
 @pytest.mark.parametrize("command", ["cancel", "retry", "delete"])

@@ -12578,6 +12578,10 @@ def test_the_map_of_the_rooms_is_true_to_the_line():
     front_door = ast.get_docstring(ast.parse(source_of(SCRIPT)))
     shown = re.findall(r"^ *(\d+  \d+\. .*)$", front_door, re.MULTILINE)
     assert shown == found, "the map would be:\n" + "\n".join(found)
+    (begins,) = re.findall(r"begin at one name: (.*?)\n\n", front_door, re.DOTALL)
+    names = re.findall(r"\b(?:at|or)\s+(\w+)", begins)
+    assert len(names) == 10
+    assert not [name for name in names if not hasattr(longtasks, name)]
 
 
 def test_a_room_uses_only_those_above_it():

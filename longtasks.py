@@ -43,19 +43,24 @@ Without curl, the same file is the client: submit, follow and collect in one lin
 The file is a house of rooms. A room uses only the rooms above it, and begins at this
 line:
 
-      147  1. Settings
-      496  2. Tasks and their states
-      855  3. Task registry
-     1575  4. Execution
-     2884  5. Journal
-     3502  6. Events
-     3696  7. Result store and task queue
-     4835  8. Worker pool
-     5139  9. HTTP API
-     6810  10. HTTP server
-     7754  11. Client
-     8342  12. Main
-     8882  13. The page
+      152  1. Settings
+      501  2. Tasks and their states
+      860  3. Task registry
+     1580  4. Execution
+     2889  5. Journal
+     3507  6. Events
+     3701  7. Result store and task queue
+     4840  8. Worker pool
+     5144  9. HTTP API
+     6815  10. HTTP server
+     7759  11. Client
+     8347  12. Main
+     8887  13. The page
+
+Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
+task at Task or Options (the file of --db follows), a field of its status at
+status_document(), an endpoint at ROUTES, a metric at service_metrics(), a command of
+the client at CLIENT, a rule at Rules, a place to run handlers at run_task().
 
 Three things hold throughout:
 

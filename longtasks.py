@@ -2777,7 +2777,7 @@ def post(url: str, headers: dict[str, str], body: bytes, ctx: Context) -> Any:
     connection = connect(parts.netloc, timeout=WEBHOOK_TIMEOUT)
 
     def stop() -> None:
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError, TypeError):  # it has just ended: no socket
             socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)  # below TLS
 
     timer = threading.Timer(WEBHOOK_TIMEOUT, stop)

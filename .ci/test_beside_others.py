@@ -41,7 +41,9 @@ DASK = """
 from distributed import Client
 
 def connect():
-    return Client(scheduler_file="scheduler.json").get_executor()
+    client = Client(scheduler_file="scheduler.json")
+    client.wait_for_workers(2)
+    return client.get_executor()
 """
 
 

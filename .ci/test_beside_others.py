@@ -69,11 +69,16 @@ def test_work_outgrows_the_machine_on_dask(tmp_path, monkeypatch):
         first = {outcome(running, "double", {"n": 1})["result"]["pid"]}
         assert running.process.pid not in first
         batch = [
-            {"type": "double", "params": {"n": n, "wait": 0.05}} for n in range(200)
+            {"type": "double", "params": {"n": n, "wait": 0.2}} for n in range(200)
         ]
         tasks = call(running, "POST", "/api/v1/tasks", batch).json
         done = "/api/v1/tasks?status=completed&limit=1000"
-        until(lambda: len(call(running, "GET", done).json["tasks"]) > 50)
+
+        def workers():
+            ended = call(running, "GET", done).json["tasks"]
+            return {result_of(running.port, t["id"])["result"]["pid"] for t in ended}
+
+        until(lambda: len(workers()) == 2)
         last_worker.kill()
         results = [result_of(running.port, task["id"]) for task in tasks]
         assert [r["result"]["n"] for r in results] == [2 * n for n in range(200)]

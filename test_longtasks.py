@@ -3894,7 +3894,9 @@ def test_a_drain_waits_for_async_handlers_and_leaves_nothing_open(napping, tmp_p
         running.signal()
         assert running.wait() == 0
         running.logged("stopped, 0 tasks")
-        assert all(" INFO " in line for line in running.lines), running.lines
+        # A loaded machine may hold up the loop for a second.
+        usual = re.compile(".* INFO |.* blocks all async handlers|  ")
+        assert not [line for line in running.lines if not usual.match(line)]
     assert (tmp_path / "out").read_text() == "closed\n"
 
 

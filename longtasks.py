@@ -43,24 +43,25 @@ Without curl, the same file is the client: submit, follow and collect in one lin
 The file is a house of rooms. A room uses only the rooms above it, and begins at this
 line:
 
-      152  1. Settings
-      501  2. Tasks and their states
-      860  3. Task registry
-     1580  4. Execution
-     2889  5. Journal
-     3507  6. Events
-     3701  7. Result store and task queue
-     4840  8. Worker pool
-     5144  9. HTTP API
-     6815  10. HTTP server
-     7759  11. Client
-     8347  12. Main
-     8887  13. The page
+      153  1. Settings
+      502  2. Tasks and their states
+      861  3. Task registry
+     1581  4. Execution
+     2890  5. Journal
+     3508  6. Events
+     3702  7. Result store and task queue
+     4844  8. Worker pool
+     5148  9. HTTP API
+     6819  10. HTTP server
+     7763  11. Client
+     8351  12. Main
+     8896  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
 status_document(), an endpoint at ROUTES, a metric at service_metrics(), a command of
-the client at CLIENT, a rule at Rules, a place to run handlers at run_task().
+the client at CLIENT, a rule at Rules, a place to run handlers at run_task() or, in
+another process, run_apart().
 
 Three things hold throughout:
 
@@ -3715,7 +3716,10 @@ Clock = Callable[[], float]  # the time in seconds
 
 
 class Limits(NamedTuple):
-    """How much the task store may hold, as the settings say."""
+    """How much the task store may hold: Service reads it from the settings.
+
+    TaskReader._check_open() refuses what is beyond, ResultStore.evict() removes it.
+    """
 
     queue: int = 10_000  # pending tasks
     queue_bytes: int = 64 << 20  # of their params
@@ -8415,10 +8419,15 @@ class Service:
     ) -> None:
         self.settings = settings
         self.manager = manager or ServiceManager({})
-        names = ["QUEUE_LIMIT", "QUEUE_BYTES"]
-        names += ["RESULT_LIMIT", "RESULT_BYTES", "RESULT_TTL"]
-        stuck = {"grace": settings["GRACE"], "stuck": settings["STUCK_LIMIT"]}
-        limits = Limits(*[settings[name] for name in names], **stuck)
+        limits = Limits(
+            queue=settings["QUEUE_LIMIT"],
+            queue_bytes=settings["QUEUE_BYTES"],
+            results=settings["RESULT_LIMIT"],
+            result_bytes=settings["RESULT_BYTES"],
+            result_ttl=settings["RESULT_TTL"],
+            grace=settings["GRACE"],
+            stuck=settings["STUCK_LIMIT"],
+        )
         rules = functools.lru_cache(maxsize=1000)(
             functools.partial(rules_of, handlers, settings["TASK_TIMEOUT"])
         )

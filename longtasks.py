@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       153  1. Settings
-      502  2. Tasks and their states
-      861  3. Task registry
-     1581  4. Execution
-     2890  5. Journal
-     3508  6. Events
-     3702  7. Result store and task queue
-     4844  8. Worker pool
-     5148  9. HTTP API
-     6819  10. HTTP server
-     7763  11. Client
-     8351  12. Main
-     8896  13. The page
+      503  2. Tasks and their states
+      863  3. Task registry
+     1586  4. Execution
+     2906  5. Journal
+     3522  6. Events
+     3716  7. Result store and task queue
+     4860  8. Worker pool
+     5169  9. HTTP API
+     6846  10. HTTP server
+     7791  11. Client
+     8386  12. Main
+     8930  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -214,7 +214,7 @@ def matching(
 
 def one_of(*words: str) -> Callable[[str], str]:
     """Return a check for one of `words`, in upper or lower case."""
-    valid = "one of " + ", ".join(filter(None, words))
+    valid = "one of " + ", ".join(words)
     return matching("(?ai:%s)" % "|".join(words), valid, str.lower)
 
 
@@ -245,7 +245,7 @@ webhook_secret = matching(  # standardwebhooks.com: base64 of 24 to 64 bytes
 
 
 def switch(text: str) -> bool:
-    """Return whether a text says yes or no, or 1 or 0."""
+    """Return True for yes or 1, False for no or 0."""
     return one_of("yes", "no", "1", "0")(text) in ("yes", "1")
 
 
@@ -270,7 +270,7 @@ class Setting(NamedTuple):
     metavar: str = ""  # by default that of the check
     separator: str = ""  # between values in the environment, if the flag may repeat
     secret: bool = False  # has no flag, since all users of a host see command lines
-    with_db: str = ""  # another default, if DB is set
+    with_db: str = ""  # the default if DB is set, which stands above it
 
     @property
     def flag(self) -> str:
@@ -293,7 +293,7 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("PORT", "8080", whole(0, 65535), "port to listen on; 0: any free one"),
     Setting("HOST", "127.0.0.1", address, "address to listen on"),
-    Setting("UNIX_SOCKET", "", path, "Unix socket to listen on instead"),
+    Setting("UNIX_SOCKET", "", path, "Unix socket to listen on, not HOST and PORT"),
     Setting("API_TOKEN", "", token, "token that clients must send", secret=True),
     Setting("API_TOKEN_FILE", "", path, "file with the token that clients must send"),
     Setting("INSECURE", "no", switch, "serve everybody, on any HOST, without a token"),
@@ -301,7 +301,7 @@ SETTINGS = (
     Setting("TLS_KEY", "", path, "PEM file with its key, unless TLS_CERT has it"),
     Setting("WORKER_COUNT", "10", whole(1, 100_000), "tasks that may run at once"),
     Setting("ASYNC_COUNT", "1000", whole(1, 100_000),
-            "tasks with async handlers that may run at once beside those"),
+            "tasks with async handlers that may run at once, too"),
     Setting("LOG_LEVEL", "info", one_of("debug", "info", "warning", "error"),
             "debug, info, warning or error", "LEVEL"),
     Setting("LOG_FORMAT", "text", one_of("text", "json"),
@@ -319,9 +319,10 @@ SETTINGS = (
     Setting("EXECUTOR", "", path, "where to run isolated handlers", "FILE:FACTORY"),
     Setting("DB", "", path, "SQLite file to keep tasks in, created if missing"),
     Setting("TASK_TIMEOUT", "0", seconds,
-            "time that a run may take if nothing else says so; 0: no limit"),
+            "timeout of a run without one of its own; 0: no limit"),
     Setting("GRACE", "3", seconds, "time that a handler has to stop when requested"),
-    Setting("STUCK_LIMIT", "100", whole(1, 100_000), "handlers that may fail to stop"),
+    Setting("STUCK_LIMIT", "100", whole(1, 100_000),
+            "stuck handlers at which new tasks are refused"),
     Setting("DRAIN_TIMEOUT", "300", seconds, "time that tasks have to end at shutdown"),
     Setting("QUEUE_LIMIT", "10000", whole(1, 10**9), "tasks that may wait"),
     Setting("QUEUE_BYTES", "64MiB", size, "size of all params that may wait"),
@@ -335,7 +336,7 @@ SETTINGS = (
     Setting("MAX_CONNECTIONS", "1000", whole(1, 100_000), "clients connected at once"),
     Setting("MCP", "yes", switch, "offer the task types to agents, as tools, at /mcp"),
     Setting("MCP_TYPES", "", str, "task type to offer, if not all", "TYPE", ","),
-    Setting("MCP_WAIT", "45", seconds, "time that the call of a tool waits"),
+    Setting("MCP_WAIT", "45", seconds, "time that a tool call waits for its task"),
 )
 # fmt: on
 _METAVARS = {seconds: "SECONDS", size: "SIZE", path: "FILE", address: "ADDRESS"}
@@ -413,7 +414,7 @@ def _argument_parser() -> Any:
         epilog="Brackets show each setting's environment variable. %s have no flag. "
         "The commands are a client of the service; each has --help. A browser that "
         "opens http://HOST:PORT/ gets a page. Exit codes: 0: stopped by a signal. 1: "
-        "the same, and tasks were given up or can't be written. 2: can't start until "
+        "the same, but tasks were given up or not written. 2: can't start before "
         "somebody corrects the cause. 75: can't start now, but perhaps later: the port "
         "or the file is in use, or the disk is full." % " and ".join(secrets),
     )
@@ -525,6 +526,7 @@ ENDINGS = (*sorted(FINISHED), "finished")  # the values of `on` in a follow-up
 MAX_DEPTH = 100  # of nested JSON; far below the depth at which the parser fails
 MAX_DIGITS = 1000  # of a number in JSON, since parsing takes quadratic time
 MAX_BATCH = 1000  # tasks in one request
+MAX_REMOVED = 10_000  # ids of removed tasks that are remembered
 MAX_PROBLEMS = 20  # that are reported for one request
 MAX_ERROR = 4000  # characters of a failed task's error
 MAX_TRACE = 10_000  # characters of a traceback that is logged
@@ -1027,7 +1029,8 @@ def handler(
             is_async = is_coroutine(function)
             if is_async and isolated:
                 raise HandlerError("an async handler can't be isolated")
-            is_async = is_async and bool(lazy_import("asyncio"))
+            if is_async:
+                lazy_import("asyncio")  # now, as main() does with others
             _narrow(schema, limits or {})
         except (HandlerError, Invalid) as error:
             raise HandlerError("task type %s: %s" % (quote(name), error)) from None
@@ -1043,7 +1046,7 @@ def _check_name(name: str) -> None:
         own = getattr(name, "__name__", "NAME")
         raise HandlerError('write @handler("%s"), with a name' % own)
     if not is_name(name):
-        raise HandlerError("a task type's name is 1 to 100 printable characters")
+        raise HandlerError("a task type's name must be 1 to 100 printable characters")
     if name in REGISTRY:
         raise HandlerError("the task type %s is registered twice" % quote(name))
 
@@ -1067,7 +1070,7 @@ def rules_of(handlers: Mapping[str, Handler], timeout: float, type: str) -> Rule
 def _read_signature(function: Any) -> tuple[dict[str, Any], bool, str | None]:
     """Return the schema of a function's params, and Handler's `whole` and `context`."""
     if not callable(function) or isinstance(function, type):
-        raise HandlerError("a handler is a function")
+        raise HandlerError("a handler must be a function")
     inspect, called = lazy_import("inspect"), _called(function)
     if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
         raise HandlerError("a handler can't be a generator")
@@ -1215,7 +1218,8 @@ class Validator:
 
     It knows the keywords of JSON Schema (draft 2020-12) that this file writes: type,
     enum, anyOf, minimum, maximum, pattern with maxLength and a description of both,
-    properties, required, additionalProperties, items.
+    properties, required, additionalProperties, items. `default` and `maxItems` are for
+    clients.
     """
 
     def __init__(self, schema: Schema) -> None:
@@ -1515,6 +1519,7 @@ def _run_file(file: str, source: str | None = None) -> tuple[Any, str]:
     name = "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
     if file in LOADED:
         return sys.modules[name], LOADED[file]
+    lazy_import("inspect")  # before the file can get in its way
     sys.modules["longtasks"] = sys.modules[__name__]
     folder = os.path.dirname(os.path.abspath(file))
     if folder not in sys.path:
@@ -1586,7 +1591,7 @@ def format_trace() -> str:
 # ======================================================================
 
 
-# Why a run is requested to stop.
+# Why a run is to stop.
 BY_CLIENT = "a client cancelled it"
 TIMED_OUT = "its time was up"
 SHUTDOWN = "the service stops"
@@ -1619,10 +1624,10 @@ class Context:
         self.attempt = attempt
         self.grace = 1.5  # seconds from the request to stop until a process is killed
         self.kill_at = math.inf  # on the monotonic clock, once it is to stop
-        self.deadline = math.inf  # on it, too: when to request a stop, then to abandon
+        self.deadline = math.inf  # on it, too: when to stop or then abandon the run
         self.max_result = sys.maxsize  # bytes
         self.began = 0.0  # on the monotonic clock
-        self.waits_for_disk = False  # the handler does not run yet
+        self.waits_for_disk = False  # True: its start is not on disk yet
         self.steps: dict[str, Step] = {}  # those done in all runs, by name
         # Saves a step, and calls a function once that is on disk; None if it can't.
         self.save_step: Any = None
@@ -1659,9 +1664,9 @@ class Context:
             self._published, self._published_at = self._progress, time.monotonic()
             self._emit(self, "progress", self._published)
 
-    def log(self, text: str, level: int = logging.INFO) -> None:
+    def log(self, text: str) -> None:
         """Add lines to the task's log, and to the service's."""
-        log_run(level, self, "%s", text)
+        log_run(logging.INFO, self, "%s", text)
         self.emit_lines(str(text).splitlines() or [""])
 
     def log_traceback(self, trace: str) -> None:
@@ -1723,9 +1728,9 @@ class Context:
         """Take the name of a step, and free it again if the step fails."""
         self.check()
         if not is_name(name):
-            raise Fail("the name of a step is 1 to 100 printable characters")
+            raise Fail("a step's name must be 1 to 100 printable characters")
         if not self.save_step or os.getpid() != self._pid:
-            raise Fail("an executor or a forked process can't save steps")
+            raise Fail("steps can't be saved on an executor or in a forked process")
         with self._lock:
             names = self._step_names = self._step_names or set()
             if name in names:
@@ -1759,7 +1764,7 @@ class Context:
             raise Cancelled()
 
     def cancel(self, reason: str = BY_CLIENT) -> None:
-        """Request the handler to stop; the first reason is kept.
+        """Request that the handler stop; the first reason is kept.
 
         A sleep() of the handler returns at once, by raising Cancelled.
         """
@@ -1869,7 +1874,9 @@ def outcome_of(error: BaseException, ctx: Context) -> Outcome:
     if isinstance(error, Cancelled):
         if ctx.cancelled:
             return Outcome(CANCELLED)
-        return Outcome(FAILED, error=text + ": raised, though nobody had asked for it")
+        return Outcome(
+            FAILED, error=text + ": raised by the handler, though no stop was requested"
+        )
     stopped = ctx.cancelled and type(error).__name__ == "CancelledError"
     is_plain = stopped or isinstance(error, (Failure, TaskError))
     final = isinstance(error, (Fail, TaskError))
@@ -2049,7 +2056,9 @@ with suppress(OSError):
                 self._process.stdin.flush()
                 return
             self._start()
-        log.error("no reaper can be started: programs outlive a killed service")
+        log.error(
+            "the reaper can't be started: programs would outlive a killed service"
+        )
 
     def _start(self) -> None:
         subprocess = lazy_import("subprocess")
@@ -2276,7 +2285,7 @@ class ServiceLink:
             self.send(kind, *payload)
             return
         for line in payload[0]:
-            self.send(kind, line[-MAX_MESSAGE:])
+            self.send(kind, line[:MAX_MESSAGE])
 
     def save_step(
         self, ctx: Context, step: Step, on_durable: Callable[[], Any]
@@ -2314,7 +2323,7 @@ def isolated_main() -> None:
     if not line.endswith(b"\n"):  # the service has died before all of it was sent
         os._exit(1)
     job = json.loads(line)
-    ctx = Context(job["task_id"], job["attempt"], link.emit)
+    ctx = context_of(job, link.emit)
     ctx.save_step = link.save_step
     for name, done in job["steps"].items():
         ctx.steps[name] = Step(0, 0, name, done.encode(), 0, 0)
@@ -2324,6 +2333,11 @@ def isolated_main() -> None:
     with contextlib.suppress(OSError):  # the service is gone
         link.send("end", *outcome._replace(result=None), result=outcome.result or b"")
     os._exit(0)  # the handler may have left threads
+
+
+def context_of(job: dict[str, Any], emit: Emit = lambda *event: None) -> Context:
+    """Return the context of a run that another process has begun."""
+    return Context(job["task_id"], job["attempt"], emit, job["name"], job["label"])
 
 
 _loading = threading.Lock()
@@ -2550,9 +2564,10 @@ class Program:
         options = dict(pipes, env=environ, cwd=path(self.rules.cwd or "") or FOLDER)
         try:
             process = ManagedProcess(ctx, self.arguments(params), **options)
-        except OSError as error:  # its file is that of the program, or the folder
-            reason = exec_fault(self.words[0]) or error.strerror
-            text = "can't run %s: %s" % (quote(error.filename), reason)
+        except OSError as error:  # its file may be the folder, or none without memory
+            name = error.filename or self.words[0]
+            fault = exec_fault(name) if name == self.words[0] else ""
+            text = "can't run %s: %s" % (quote(name), fault or error.strerror)
             raise Failure(text) from None
         output = ProgramOutput(ctx)
         with process:
@@ -2840,7 +2855,7 @@ def load_executor(text: str) -> None:
         module, _ = _run_file(path)  # or it is loaded, and has handlers, too
         executor = getattr(module, name)()
         if not callable(getattr(executor, "submit", None)):
-            raise HandlerError("it made no Executor")
+            raise HandlerError("%s() returned no Executor" % name)
         with open(FILE, "rb") as file:
             source = file.read()
     if not any(known.isolated for known in REGISTRY.values()):
@@ -2869,7 +2884,7 @@ def run_on_executor(job: dict[str, Any], ctx: Context) -> Outcome:
 
 def run_remote(job: dict[str, Any]) -> tuple[Any, ...]:
     """Run a handler in a process of the executor; return the fields of its Outcome."""
-    return tuple(run_job(job, Context(job["task_id"], job["attempt"])))
+    return tuple(run_job(job, context_of(job)))
 
 
 def run_apart(known: Handler, params: dict[str, Any], ctx: Context) -> Outcome:
@@ -2877,6 +2892,7 @@ def run_apart(known: Handler, params: dict[str, Any], ctx: Context) -> Outcome:
     job = {
         "files": LOADED,
         "name": known.name,
+        "label": ctx.label,
         "params": params,
         "task_id": ctx.task_id,
         "attempt": ctx.attempt,
@@ -3121,7 +3137,7 @@ class Journal:
     retry_after = 1.0  # seconds from an error to the next try
     wal_limit = 128 << 20  # bytes of the WAL above which a warning is logged
     wal_interval = 60.0  # seconds between two checks of its size
-    removed_limit = 10_000  # ids of removed tasks that are kept
+    removed_limit = MAX_REMOVED
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)  # so that a link to it finds the same lock
@@ -3180,7 +3196,7 @@ class Journal:
         # has a lock beside it is the one that the service has used.
         links = os.stat(self.path).st_nlink
         if links > 1 and not os.path.exists(self.path + ".lock"):
-            text = "is another name (hard link) of a file; use the first, or a copy"
+            text = "is a hard link to a file; use the name that it had first, or a copy"
             raise JournalError("DB %s %s" % (self.path, text))
         with open(self.path, "rb") as file:
             head = file.read(100)
@@ -3404,7 +3420,7 @@ class Journal:
         try:
             self._on_settled(commit)
         except Exception:
-            log.exception("a commit was written, but can't be shown")
+            log.exception("the end of a commit can't be processed")
         commit.tried.set()
 
     def write(self, records: Sequence[Record]) -> None:
@@ -3457,10 +3473,8 @@ class Journal:
         self._next_wal_check = now + self.wal_interval
         large = self.wal_size() > self.wal_limit
         if large and not self._wal_is_large:
-            text = (
-                "journal %s: its -wal has more than %d MiB, and grows until a program "
-            )
-            text += "that reads the file ends its transaction"
+            text = "journal %s: its -wal has more than %d MiB, and grows until a "
+            text += "program that reads the file ends its transaction"
             log.warning(text, self.path, self.wal_limit >> 20)
         self._wal_is_large = large
 
@@ -3484,7 +3498,7 @@ def lock_file(path: str) -> tuple[Any, bool]:
 
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # else the disk has no locks
             pid = (file.read(100).split() or ["unknown"])[0]
             text = "DB %s is in use by process %s"
             raise JournalError(text % (path, pid), temporary=True) from None
@@ -3722,11 +3736,11 @@ class Limits(NamedTuple):
     """
 
     queue: int = 10_000  # pending tasks
-    queue_bytes: int = 64 << 20  # of their params
+    queue_bytes: int = 64 << 20  # of these, as Task.weight counts
     results: int = 10_000  # finished tasks
-    result_bytes: int = 64 << 20  # of their params, results and errors
+    result_bytes: int = 64 << 20  # of these, as Task.weight counts
     result_ttl: float = 86_400  # seconds that a finished task is kept
-    removed: int = 10_000  # ids of removed tasks
+    removed: int = MAX_REMOVED  # ids
     grace: float = 3.0  # seconds that a handler has to stop
     stuck: int = 100  # handlers that do not
 
@@ -3930,7 +3944,7 @@ class TaskQueue:
     ) -> None:
         self._clock, self._monotonic, self._rules = clock, monotonic, rules
         self._ready = ReadyQueue(), ReadyQueue()  # threads', async
-        self._is_unheard = False  # workers are to be woken for the latest entries
+        self._needs_wake = False  # workers are to be woken for the latest entries
         self._entries: dict[str, Entry] = {}  # those that are not stale, by task id
         # Heaps, by the monotonic clock and, of inherited tasks, by the wall clock.
         self._delayed: Sequence[list[tuple[float, Entry]]] = [], []
@@ -3950,7 +3964,7 @@ class TaskQueue:
         self._entries[task.id] = entry
         if task.due_at is None or wait <= 0:
             self._ready[self._rules(entry.type).is_async].add(entry)
-            self._is_unheard = True
+            self._needs_wake = True
         else:
             moment = task.due_at if inherited else due
             heapq.heappush(self._delayed[inherited], (moment, entry))
@@ -3964,8 +3978,8 @@ class TaskQueue:
                                takes the flag, wakes a worker
         finds no flag          (or will do so in a moment)
         """
-        if self._is_unheard:
-            self._is_unheard = False
+        if self._needs_wake:
+            self._needs_wake = False
             for ready in self._ready:
                 ready.wake()
 
@@ -4166,20 +4180,6 @@ class TaskReader:
             else:
                 self.events.publish(context.task_id, kind, context.progress_document())
 
-    def delete(self, task_id: str, wait: Wait = Commit.check) -> None:
-        """Remove a finished task.
-
-        Raises Unfinished, UnknownTask, GoneTask, DamagedTask, or Unavailable: then it
-        may still be removed.
-        """
-        with self._lock:
-            task = self._find(task_id)
-            if not task.finished:
-                raise Unfinished("task %s is %s, not finished" % (task.id, task.status))
-            self._check_journal()
-            commit = self._commit(Removal(task.seq, task.id))
-        wait(commit)
-
     def wait(
         self, task_id: str, timeout: float, done: threading.Event | None = None
     ) -> Task:
@@ -4264,7 +4264,10 @@ class TaskReader:
     def stuck(self) -> int:
         """Return how many handlers still run whose tasks have ended."""
         with self._lock:
-            return len(self._active) - len(self._running)
+            return self._stuck()
+
+    def _stuck(self) -> int:
+        return len(self._active) - len(self._running)
 
     def snapshot(self) -> Counters:
         """Return a copy of the counters."""
@@ -4284,16 +4287,15 @@ class TaskReader:
         waiting = self._results.counts().pending + self._new
         size = self._results.pending_bytes + self._new_bytes
         if more > self.limits.queue:
-            text = " holds %d tasks, more than may wait, %d"
+            text = "holds %d tasks, more than the %d that may wait"
             raise Invalid([((), text % (more, self.limits.queue))])
         if waiting + more > self.limits.queue:
             raise QueueFull("the queue is full: %s waiting" % counted(waiting, "task"))
         if size >= self.limits.queue_bytes:
             raise QueueFull("the queue is full: %s waiting" % counted(size, "byte"))
-        stuck = len(self._active) - len(self._running)
-        if stuck >= self.limits.stuck:
+        if self._stuck() >= self.limits.stuck:
             text = "too many handlers do not stop (%d); restart the service"
-            raise Unavailable(text % stuck)
+            raise Unavailable(text % self._stuck())
 
     def _count_new(self, tasks: Sequence[Task], one: int) -> None:
         """Count tasks that no client can see yet in, or out where `one` is -1."""
@@ -4637,6 +4639,20 @@ class TaskStore(TaskReader):
             commit = self._commit(Paused(self._queue.pause(type, paused)))
         commit.check()
 
+    def delete(self, task_id: str, wait: Wait = Commit.check) -> None:
+        """Remove a finished task.
+
+        Raises Unfinished, UnknownTask, GoneTask, DamagedTask, or Unavailable: then it
+        may still be removed.
+        """
+        with self._lock:
+            task = self._find(task_id)
+            if not task.finished:
+                raise Unfinished("task %s is %s, not finished" % (task.id, task.status))
+            self._check_journal()
+            commit = self._commit(Removal(task.seq, task.id))
+        wait(commit)
+
     # -- how a run ends; all of these assume the lock
 
     def _end(
@@ -4773,7 +4789,7 @@ def after_crash(
     resumed.sort(key=lambda pair: pair[1].interruptions)
     for before, task in resumed:
         if crashed and task.status == PENDING:
-            due_at = max(now + wait, task.due_at or 0.0) if wait else None
+            due_at = max(now + wait, task.due_at or 0.0) if wait else task.due_at
             yield before, task._replace(due_at=due_at)
             wait += pause
         else:
@@ -4903,15 +4919,16 @@ class WorkerPool:
     ) -> None:
         self.store = store
         self.handlers = handlers
-        self.loop: EventLoop | None = None  # there are no async handlers
+        self.loop: EventLoop | None = None  # if there are async handlers
         self._count = count
-        # The lock guards _idle and _busy. A thread that has it may take the store's.
+        # The lock guards what follows. A thread that has it may take the store's.
         # While the pool may grow, one worker is always idle: it waits for a task. A
         # worker that takes one sees to that, before it waits for the disk. A worker
         # whose handler does not stop is not counted any more, so that another one can
         # take its place; it ends when its handler returns.
         self._lock = threading.Lock()
         self._idle = 0
+        self._is_short = False  # of threads, which is logged once
         self._busy: set[Context] = set()  # the runs of the other threads
         store.on_stuck = self._replace
         # How long runs of each type lasted lately, in seconds; 1 at first. Workers
@@ -4920,13 +4937,13 @@ class WorkerPool:
 
     def start(self) -> None:
         """Start the first worker; raises SettingsError if not even that is possible."""
-        if any(known.is_async for known in self.handlers.values()):
-            self.loop = EventLoop(self, self.async_count)
         self.timer = start_thread("timer", self._keep_time)
         with self._lock:
             if not self._grow():
                 text = "no thread can be started; tasks would never run"
                 raise SettingsError(text, temporary=True)
+        if any(known.is_async for known in self.handlers.values()):
+            self.loop = EventLoop(self, self.async_count)
 
     # -- threads; these assume the lock, but for _replace()
 
@@ -4940,12 +4957,16 @@ class WorkerPool:
             try:
                 start_thread("worker-%d" % (self._threads + 1), self._work)
                 self._idle += 1
+                self._is_short = False
             except SettingsError as error:  # the system has no thread left
-                log.error("only %s: %s", counted(self._threads, "worker"), error)
+                if not self._is_short:
+                    workers = counted(self._threads, "worker")
+                    log.error("no more than %s can run: %s", workers, error)
+                self._is_short = True
         return self._idle > 0 or self._threads >= self._count
 
     def _refill(self) -> bool:
-        """Do as _grow(), unless too many handlers are stuck."""
+        """Do as _grow(), unless more handlers are stuck than the limit."""
         return self.store.stuck() > self.store.limits.stuck or self._grow()
 
     def _replace(self, context: Context) -> None:
@@ -4968,7 +4989,7 @@ class WorkerPool:
                 if self.loop:
                     self.loop.log_blocked()
             except Exception:
-                log.exception("a timer failed; the others go on")
+                log.exception("tick() failed; it is called again in a second")
                 wait = 1.0
             with self._lock:
                 self._free_long_runs()
@@ -5507,10 +5528,14 @@ LARGE_BODY = 4 << 10  # bytes
 _PARSING = threading.Semaphore(4)
 
 
+def parsing(request: Request) -> Any:
+    """Return a context to parse the body of a request in."""
+    return _PARSING if len(request.body) > LARGE_BODY else contextlib.nullcontext()
+
+
 def read_body(app: App, request: Request) -> Submission | list[Submission]:
     """Return the submission, or the list of them, that a request contains."""
-    large = len(request.body) > LARGE_BODY
-    with _PARSING if large else contextlib.nullcontext():
+    with parsing(request):
         document = request.json()
         if isinstance(document, dict):
             return check_submission(document, app.handlers)
@@ -6121,7 +6146,7 @@ REFUSALS = {  # the statuses of refusals, and their meanings
     405: "the path does not support the method; Allow lists those that it does",
     406: "there is no response in a format that Accept asks for",
     408: "the request came too slowly",
-    409: "the task has not finished, or has already, or the id belongs to another one",
+    409: "the task is not finished, or is already, or the id belongs to another one",
     410: "the task was deleted or has expired, or its row in the file is damaged",
     411: "a body needs a Content-Length or chunks",
     413: "the body is larger than MAX_BODY",
@@ -6133,7 +6158,7 @@ REFUSALS = {  # the statuses of refusals, and their meanings
     431: "the headers are longer than 32 KiB",
     500: "an error of the service; its log has more",
     501: "unknown method or transfer coding",
-    503: "the queue or the disk is full, or the service shuts down; see Retry-After",
+    503: "too much waits, runs or is connected, the disk fails, or the service stops",
     505: "the service speaks HTTP/1.1",
 }
 
@@ -6216,7 +6241,7 @@ def _operation(method: str, route: Route) -> Json:
         "parameters": [_ref("parameters", name) for name in parameters],
         "responses": responses,
     }
-    if route.open:
+    if route.public:
         described["security"] = []
     if route.body:
         described["requestBody"] = {"required": True, "content": _content(route.body)}
@@ -6315,7 +6340,7 @@ class Call:
         self.app, self.tools, self.request = app, app.tools or {}, request
         self.id = message.get("id") if isinstance(message, dict) else None
         self.version, self.has_tasks, self.status = "", False, 200
-        self.method: Method = Call._agree  # returns the result
+        self.method: Method = Call._acknowledge  # returns the result
         self.params: Json = {}
         self.task: Task  # the one that the params name, or that was submitted
         self.began = time.monotonic()
@@ -6372,7 +6397,9 @@ class Call:
         meta = params.get("_meta", {})
         self.token = meta.get("progressToken")
         self._read_version(meta)
-        versions, schema, self.method = RPC_METHODS.get(method, ((), {}, Call._agree))
+        versions, schema, self.method = RPC_METHODS.get(
+            method, ((), {}, Call._acknowledge)
+        )
         if self.version not in versions:
             text = "there is no method %s in MCP %s" % (quote(method), self.version)
             raise RPCError(UNKNOWN_METHOD, text, 404)
@@ -6443,7 +6470,7 @@ class Call:
 
     # -- methods and tools
 
-    def _agree(self, params: Json) -> Json:
+    def _acknowledge(self, params: Json) -> Json:
         return {}
 
     def _initialize(self, params: Json) -> Json:
@@ -6595,15 +6622,15 @@ TOOLS: dict[str, tuple[Method, str, Json, Json]] = {
     "task_list": (Call._tool_list, "List tasks, the newest first.", _SOME, _READS),
 }
 RPC_METHODS: dict[str, tuple[Sequence[str], Json, Method]] = {
-    "ping": (OLD, {}, Call._agree),
+    "ping": (OLD, {}, Call._acknowledge),
     "initialize": (OLD, _object("protocolVersion"), Call._initialize),
     "server/discover": (NEW, {}, Call._discover),
     "tools/list": (NEW + OLD, {}, Call._list_tools),
-    "tools/call": (NEW + OLD, _NAMED, Call._agree),
+    "tools/call": (NEW + OLD, _NAMED, Call._acknowledge),
     "tasks/get": (NEW + TASKED, _FOR_TASK, Call._get_task),
     "tasks/result": (TASKED, _FOR_TASK, Call._await_result),
     "tasks/list": (TASKED, _object("cursor?", cursor=_CURSOR), Call._list_tasks),
-    "tasks/update": (NEW, _FOR_TASK, Call._agree),  # no task asks for input
+    "tasks/update": (NEW, _FOR_TASK, Call._acknowledge),  # no task asks for input
     "tasks/cancel": (NEW + TASKED, _FOR_TASK, Call._cancel_task),
 }
 # fmt: on
@@ -6613,7 +6640,7 @@ _NEW_META = Validator(_object(META + "protocolVersion " + META + "clientCapabili
 
 def begin_calls(app: App, request: Request) -> tuple[list[Call], bool]:
     """Return the calls in a request, and whether they are a batch."""
-    with _PARSING if len(request.body) > LARGE_BODY else contextlib.nullcontext():
+    with parsing(request):
         found = request.json()
         is_batch = isinstance(found, list)
         version = request.headers.get("mcp-protocol-version", UNNAMED)
@@ -6671,7 +6698,7 @@ class Route(NamedTuple):
     replies: Mapping[int, str]  # status -> names in DOCUMENTS and MEDIA
     parameters: tuple[str, ...] = ()  # names in PARAMETERS
     body: str = ""  # names in DOCUMENTS, if it has a body
-    open: bool = False  # needs no token
+    public: bool = False  # needs no token
 
     @property
     def help(self) -> str:
@@ -6712,8 +6739,8 @@ ROUTES = (
     Route("POST", "/api/v1/types/{type}/resume", resume_type, {200: "Type"}),
     Route("POST", MCP_PATH, answer_agent,
           {200: "Answer events", 202: ""}, body="Message Messages"),
-    Route("GET", "/healthz", show_health, {200: "Probe"}, open=True),
-    Route("GET", "/readyz", show_readiness, {200: "Probe"}, open=True),
+    Route("GET", "/healthz", show_health, {200: "Probe"}, public=True),
+    Route("GET", "/readyz", show_readiness, {200: "Probe"}, public=True),
     Route("GET", "/metrics", show_metrics, {200: "metrics"}),
     Route("GET", "/openapi.json", show_openapi, {200: "OpenAPI"}),
 )
@@ -6826,7 +6853,7 @@ def respond(app: App, request: Request) -> Reply:
 
 # -- access ----------------------------------------------------------------
 
-OPEN = frozenset(route.path for route in ROUTES if route.open)
+PUBLIC = frozenset(route.path for route in ROUTES if route.public)
 
 _LOOPBACK = re.compile(
     r"(([a-z0-9-]+\.)*localhost\.?|127(\.[0-9]{1,3}){3}|\[::1\])?(:[0-9]*)?",
@@ -6864,7 +6891,7 @@ class Access:
 
     def check(self, request: Request) -> None:
         """Raise HTTPError unless this request may be answered."""
-        if request.path in OPEN:
+        if request.path in PUBLIC:
             return
         headers = request.headers
         if self.token:
@@ -6889,7 +6916,7 @@ class Access:
         hmac = lazy_import("hmac")
         if not hmac.compare_digest(given.strip(" ").encode("latin-1"), self.token):
             challenge += ', error="invalid_token"'
-            raise HTTPError(401, "this is not the token", WWW_Authenticate=challenge)
+            raise HTTPError(401, "wrong token", WWW_Authenticate=challenge)
 
 
 def is_foreign(request: Request) -> bool:
@@ -7653,12 +7680,13 @@ class APIServer(ThreadingHTTPServer):
             try:
                 # Not Thread.start(), which waits until the thread has begun: where many
                 # threads are ready to run, all new clients would wait for that.
-                client = connection.socket, connection.address
-                _thread.start_new_thread(self.process_request_thread, client)
+                arguments = connection.socket, connection.address
+                _thread.start_new_thread(self.process_request_thread, arguments)
                 return
             except RuntimeError as error:
                 self._evict(str(error))
-        raise HTTPError(*self.over_limit, Retry_After="1")
+        text = "the system has no thread left for this connection"
+        raise HTTPError(503, text, Retry_After="1")
 
     def finish_request(self, client: Any, address: Any) -> None:
         """Serve a connection in its thread; called by socketserver."""
@@ -7698,7 +7726,7 @@ class APIServer(ThreadingHTTPServer):
             ]
             found.sort(key=lambda c: (c.state != IDLE, c.since))
             for connection in found[: 1 + self.max_connections // 32]:
-                connection.end(*self.over_limit)
+                connection.end(503, reason)
             # Without one, a moment: where accepting fails, its loop must not spin.
             self._changed.wait(self.eviction_wait if found else 0.005)
 
@@ -7770,16 +7798,20 @@ class APIServer(ThreadingHTTPServer):
 EXIT_CODES = {
     0: "done; for run and result: the task is completed",
     1: "the task failed",
-    2: "the service refused the request, or the command is wrong: nothing was done",
+    2: "the service refused a request, or the command is wrong; what it refused was "
+    "not done",
     3: "the task was cancelled",
     4: "the service can't be reached, accepts no tasks now, has lost the task or "
     "changed its token, or the output can't be written",
-    130: "interrupted by Ctrl-C; a submitted task goes on",
+    130: "interrupted by Ctrl-C; for run: by a second one, when the first has asked "
+    "for a cancel",
 }
 REFUSED, NO_ANSWER, INTERRUPTED = 2, 4, 130
 
 REQUEST_TIMEOUT = 30.0  # seconds without a byte from the service that end a request
-RETRY_TIMEOUT = 300.0  # seconds for which a request without an answer is repeated
+RETRY_TIMEOUT = (
+    300.0  # seconds for which a request is repeated that got no answer or a 5xx
+)
 RETRY_PAUSE = 1.0  # seconds between two attempts
 POLL_INTERVAL = 1.0  # seconds between two requests for the status of a task
 LINE_INTERVAL = 10.0  # seconds between two lines about progress, not on a terminal
@@ -7812,7 +7844,9 @@ class Client:
         match = self._urls.fullmatch(url)
         if not match:
             expected = "http://HOST:PORT, https://HOST:PORT or unix:PATH"
-            raise ClientError(REFUSED, "a URL is %s, not %s" % (expected, quote(url)))
+            raise ClientError(
+                REFUSED, "the URL must be %s, not %s" % (expected, quote(url))
+            )
         self.url = url
         self._scheme, self._host, self._prefix, self._socket = match.groups("")
         self._headers = {"Authorization": "Bearer " + token} if token else {}
@@ -7839,7 +7873,7 @@ class Client:
             reason = getattr(error, "strerror", None) or str(error).strip()
             # X509_V_ERR_...: these are about the issuer, not about the host or a date.
             if getattr(error, "verify_code", 0) in (18, 19, 20, 21):
-                reason += "; SSL_CERT_FILE names a file with certificates to trust"
+                reason += "; set SSL_CERT_FILE to a file with the certificates to trust"
             failure = ClientError(
                 NO_ANSWER, "no answer from %s: %s" % (self.url, reason)
             )
@@ -7999,7 +8033,7 @@ def read_task(client: Client, args: Any) -> tuple[str, dict[str, Any]]:
     for word in args.words:
         match = re.fullmatch("([^=]+?)(:?=)(.*)", word, re.DOTALL)
         if not match:
-            text = "a param is key=value or key:=JSON, not " + quote(word)
+            text = "a param must be key=value or key:=JSON, not " + quote(word)
             raise ClientError(REFUSED, text)
         key, sign, text = match.groups()
         if sign == ":=":
@@ -8011,10 +8045,9 @@ def read_task(client: Client, args: Any) -> tuple[str, dict[str, Any]]:
         params[key] = Validator(schemas.get(args.type, {})).parse_member(key, text)
     document = {"type": args.type, "params": params}
     for name in Options._fields:
-        if getattr(args, name) is not None:
-            document[name] = Validator(SUBMISSION).parse_member(
-                name, getattr(args, name)
-            )
+        option = getattr(args, name)
+        if option is not None:
+            document[name] = _SUBMISSION.parse_member(name, option)
     return task_id, document
 
 
@@ -8030,7 +8063,7 @@ def send_task(client: Client, task_id: str, document: Any) -> None:
 
 
 def retry(request: Callable[[], Any]) -> Any:
-    """Repeat a request while it gets no answer, for RETRY_TIMEOUT seconds at most.
+    """Repeat a request while it gets no answer or a 5xx, up to RETRY_TIMEOUT seconds.
 
     The task is known to the service, so the refusal of a request means that it is lost.
     """
@@ -8110,7 +8143,7 @@ def run_command(client: Client, args: Any) -> None:
         report("task " + task_id)
         follow(client, task_id)
     except KeyboardInterrupt:
-        report("cancelling the task; Ctrl-C again leaves at once")
+        report("cancelling the task; press Ctrl-C again to quit at once")
         send_task(client, task_id, document)  # it may not have arrived yet
         with contextlib.suppress(ClientError):  # it may just have ended
             retry(lambda: client.request("POST", task_path(task_id, "/cancel")))
@@ -8206,7 +8239,9 @@ def list_command(client: Client, args: Any) -> None:
         rows.append((task["id"], task["status"], submitted, *names, shown))
     print_table(rows)
     if page.get("next") is not None:
-        report("longtasks: there are more tasks, from --after %s on" % page["next"])
+        report(
+            "longtasks: there are more tasks; continue with --after %s" % page["next"]
+        )
 
 
 def types_command(client: Client, args: Any) -> None:
@@ -8262,7 +8297,7 @@ _TASK = (
     ("words", "key=value", "a param; key:=JSON always reads JSON"),
     ("--params", "JSON", "all params as an object, @FILE to read it, or - for stdin"),
     ("--timeout", "SECONDS", "limit of each run"),
-    ("--retries", "N", "how often it is run again after an error"),
+    ("--retries", "N", "how many times it is run again after an error"),
     ("--delay", "SECONDS", "until it may start"),
     ("--priority", "N", "higher ones run first; default 0"),
     ("--label", "TEXT", "tells the task from others of its type"),
@@ -8286,7 +8321,7 @@ _LIST = (
 )
 _RESULT = (_ID, ("--wait", "", "wait until the task has ended"))
 
-# The commands; their docstrings are their help. The usage in room 1 lists them, too.
+# The commands; their docstrings are their help. _argument_parser() lists them, too.
 CLIENT: dict[str, tuple[Callable[[Client, Any], None], Any]] = {
     "run": (run_command, _TASK),
     "submit": (submit_command, _TASK),
@@ -8489,7 +8524,7 @@ class Service:
         if self.journal:
             self._log_journal(self.journal)
         # In this order: where no thread is left for a worker, none is for a client, so
-        # that no task is accepted or begun by a start that fails.
+        # that no task is accepted by a start that fails.
         self.acceptor = start_thread("server", self._serve)
         self.pool.start()
         self.manager.notify("READY=1")
@@ -8523,7 +8558,9 @@ class Service:
         if self.journal:
             saved, fate = self.journal.close(EXIT_TIMEOUT), "left for the next start"
             if not saved:
-                text = "journal %s: %s; tasks that have ended since then will run again"
+                text = (
+                    "journal %s: %s; tasks that ended since the last commit run again"
+                )
                 reason = self.journal.error or "writing takes too long"
                 log.error(text, self.journal.path, reason)
         else:
@@ -8591,7 +8628,7 @@ class Service:
         threads = [] if draining else [self.pool.timer, self.acceptor]
         dead = [thread.name for thread in threads if not thread.is_alive()]
         if dead or not self.store.responds(1.0):
-            log.error("at a standstill: %s", ", ".join(dead) or "the task store's lock")
+            log.error("stalled: %s", ", ".join(dead) or "the task store's lock")
             return
         counts = self.store.counts()
         numbers = counts.processing, counts.pending, counts.finished
@@ -8615,10 +8652,9 @@ class Service:
 
 
 def log_task(level: int, task: Task, text: str, more: Mapping[str, Any]) -> None:
-    """Log a line about a task, with more fields of the line."""
-    fields = {"task_id": task.id, "type": task.type, "attempt": task.attempt}
-    fields["label"] = task.options.label
-    log.log(level, text, extra={"fields": {**fields, **more}})
+    """Log a line about a task that does not run, with more fields of the line."""
+    context = Context(task.id, task.attempt, type=task.type, label=task.options.label)
+    log_run(level, context, text, **more)
 
 
 class LogFormatter(logging.Formatter):
@@ -8803,7 +8839,7 @@ def import_ahead(settings: Settings) -> None:
     uuid.py, or change sys.modules.
     """
     names = ["base64", "ctypes", "encodings.idna", "fcntl", "hashlib", "hmac"]
-    names += ["inspect", "resource", "subprocess", "uuid"]
+    names += ["resource", "subprocess", "uuid"]
     names += ["sqlite3"] if settings["DB"] else []
     names += ["ssl"] if settings["TLS_CERT"] or settings["WEBHOOK_HOSTS"] else []
     names += ["http.client"] if settings["WEBHOOK_HOSTS"] else []
@@ -8872,7 +8908,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(error, "temporary", False):
             code = TRY_AGAIN
     except KeyboardInterrupt:
-        reason, code = "stopped by a signal at the start", 0
+        reason, code = "stopped by a signal during the start", 0
     for output in log.handlers:
         output.flush()
     if reason:

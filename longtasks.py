@@ -54,8 +54,8 @@ line:
      5169  9. HTTP API
      6846  10. HTTP server
      7791  11. Client
-     8386  12. Main
-     8930  13. The page
+     8389  12. Main
+     8935  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -3202,7 +3202,7 @@ class Journal:
             head = file.read(100)
         ours = int.from_bytes(head[68:72], "big") == APPLICATION_ID
         if head and not (ours and head.startswith(b"SQLite format 3\0")):
-            raise JournalError("DB %s is not a file of longtasks" % self.path)
+            raise JournalError("DB %s is not a longtasks database" % self.path)
         if head and not 1 <= head[19] <= 2:  # SQLite would overlook the WAL
             raise self._corrupt("its header is damaged")
         return bool(head)
@@ -4701,7 +4701,7 @@ class TaskStore(TaskReader):
         for context in running:
             context.emit_progress()
         for context, status in abandoned:
-            message = "is %s, but its handler does not stop; %d are stuck"
+            message = "is %s, but its handler does not stop; stuck handlers: %d"
             log_run(logging.ERROR, context, message, status, self.stuck())
             self.on_stuck(context)
         return max(0.0, wait)
@@ -7871,6 +7871,8 @@ class Client:
                     text = response.read().decode("utf-8", "replace").rstrip()
         except (OSError, HTTPException, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error).strip()
+            if isinstance(error, ConnectionRefusedError):
+                reason += "; is the service running there? --url names another"
             # X509_V_ERR_...: these are about the issuer, not about the host or a date.
             if getattr(error, "verify_code", 0) in (18, 19, 20, 21):
                 reason += "; set SSL_CERT_FILE to a file with the certificates to trust"
@@ -8078,7 +8080,8 @@ def retry(request: Callable[[], Any]) -> Any:
                     error.args += ("was the service restarted without --db?",)
                 raise
             if not reported:
-                report("%s; trying again" % error.args[0])
+                text = "%s; trying again for %g s"
+                report(text % (error.args[0], RETRY_TIMEOUT))
             reported = True
         time.sleep(RETRY_PAUSE)
 
@@ -8231,12 +8234,12 @@ def list_command(client: Client, args: Any) -> None:
     if args.json:
         print_text(to_json(page).decode())
         return
-    rows = [("ID", "STATUS", "SUBMITTED", "TYPE", "LABEL", "PROGRESS OR ERROR")]
+    rows = [("ID", "STATUS", "TYPE", "LABEL", "PROGRESS OR ERROR", "SUBMITTED")]
     for task in page["tasks"]:
         names = task["type"], first_line(task.get("label", ""), LABEL_OF_PARAMS)
         shown = task.get("error") or progress_text(task)
         submitted = task["created_at"][:19] + "Z"
-        rows.append((task["id"], task["status"], submitted, *names, shown))
+        rows.append((task["id"], task["status"], *names, shown, submitted))
     print_table(rows)
     if page.get("next") is not None:
         report(

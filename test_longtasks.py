@@ -803,8 +803,8 @@ def test_a_type_needs_a_name_of_its_own(name, reason):
         (async_generator, "generator"),
         (functools.partial(async_generator), "generator"),
         (GeneratorObject(), "generator"),
-        (dict, "a handler is a function"),
-        (3, "a handler is a function"),
+        (dict, "a handler must be a function"),
+        (3, "a handler must be a function"),
         (annotated("Nowhere"), "NameError: name 'Nowhere'"),
         *[(annotated(kind), "value: .* has no counterpart") for kind in NOT_IN_JSON],
     ],
@@ -1234,7 +1234,7 @@ def corrupt(path):
     path.write_bytes(bytes(data))
 
 
-FOREIGN = "is not a file of longtasks"
+FOREIGN = "is not a longtasks database"
 
 
 @pytest.mark.parametrize(
@@ -1730,7 +1730,7 @@ def test_the_timer_thread_goes_on_after_an_error(registry, monkeypatch):
     with records() as kept, serving() as service:
         until(lambda: len(calls) > 1)
         assert service.pool.timer.is_alive()
-    assert any("a timer failed" in record.getMessage() for record in kept)
+    assert any("tick() failed" in record.getMessage() for record in kept)
 
 
 def test_the_order_of_leaving_is_that_of_ending():
@@ -3066,10 +3066,10 @@ def test_a_run_that_is_over_adds_no_step(either):
     "name, error",
     [
         ("twice", 'this run has two steps called "twice"'),
-        ("", "the name of a step is 1 to 100 printable characters"),
-        ("x" * 101, "the name of a step is 1 to 100 printable characters"),
-        ("a\n", "the name of a step is 1 to 100 printable characters"),
-        (1, "the name of a step is 1 to 100 printable characters"),
+        ("", "a step's name must be 1 to 100 printable characters"),
+        ("x" * 101, "a step's name must be 1 to 100 printable characters"),
+        ("a\n", "a step's name must be 1 to 100 printable characters"),
+        (1, "a step's name must be 1 to 100 printable characters"),
     ],
 )
 def test_a_step_that_can_not_be_is_an_error_before_it_is_called(name, error, either):
@@ -3173,7 +3173,9 @@ def test_a_file_is_refused_under_a_second_name(path, tmp_path, refusal):
     other = tmp_path / "other.db"
     with journalled(path):
         os.link(str(path), str(other))
-        text = "DB %s is another name (hard link) of a file; use the first, or a copy"
+        text = (
+            "DB %s is a hard link to a file; use the name that it had first, or a copy"
+        )
         assert refusal("--db", str(other)) == text % other
     longtasks.Journal(str(path)).close(LONG)
 
@@ -3394,7 +3396,10 @@ NO_JSON = "the result does not fit into JSON: ValueError: "
         (raising(KeyError("k")), "KeyError: 'k'"),
         (raising(SystemExit(3)), "SystemExit: 3"),
         (raising(KeyboardInterrupt()), "KeyboardInterrupt"),
-        (raising(Cancelled()), "Cancelled: raised, though nobody had asked for it"),
+        (
+            raising(Cancelled()),
+            "Cancelled: raised by the handler, though no stop was requested",
+        ),
         (raising(Unreadable()), "Unreadable: (its text can't be read)"),
         (raising(ValueError("x" * 10_000)), "ValueError: " + "x" * 3985 + "..."),
         (lambda: {1, 2}, "the result does not fit into JSON: TypeError: "),
@@ -9018,7 +9023,7 @@ def test_params_are_words_json_or_a_whole_object(
     [
         (["run"], "the following arguments are required: TYPE; run --help "),
         (["list", "--limt", "1"], "unrecognized arguments: --limt 1; list --help "),
-        (["run", "echo", "a"], 'a param is key=value or key:=JSON, not "a"'),
+        (["run", "echo", "a"], 'a param must be key=value or key:=JSON, not "a"'),
         (["run", "echo", "a:=b"], "a: not JSON: "),
         (["run", "echo", "--params", "{"], "--params: not JSON: "),
         (["run", "echo", "--params", "[]", "a=1"], "--params must be an object, not"),
@@ -9040,9 +9045,12 @@ def test_params_are_words_json_or_a_whole_object(
         (["result", "x", "--wait"], 'there is no task "x"'),
         (["status", "\udcff"], 'there is no task "%ff"'),
         (["serve"], 'there is no command "serve", only run, submit, status, '),
-        (["types", "--url", "localhost:80"], "a URL is http://HOST:PORT, https://HOST"),
-        (["types", "--url", "http://h/?q"], "a URL is "),
-        (["types", "--url", "unix:"], "a URL is "),
+        (
+            ["types", "--url", "localhost:80"],
+            "the URL must be http://HOST:PORT, https://HOST",
+        ),
+        (["types", "--url", "http://h/?q"], "the URL must be "),
+        (["types", "--url", "unix:"], "the URL must be "),
     ],
 )
 def test_a_command_that_is_refused_reports_one_line_and_exits_with_2(
@@ -9137,7 +9145,9 @@ def test_a_list_continues_after_a_page(client, service):
     assert len({task["id"] for page in (first, second) for task in page["tasks"]}) == 5
     assert second["next"] is None
     ran = client(service, "list", "--limit=3")
-    assert ran.complaints == ["there are more tasks, from --after %s on" % more[1]]
+    assert ran.complaints == [
+        "there are more tasks; continue with --after %s" % more[1]
+    ]
     assert client(service, "list", *more).complaints == []
 
 
@@ -9441,7 +9451,7 @@ def test_a_certificate_must_be_known_and_for_this_host(
     assert ran.code == 4
     assert "CERTIFICATE_VERIFY_FAILED" in ran.complaints[0]
     assert ran.complaints[0].endswith(
-        "; SSL_CERT_FILE names a file with certificates to trust"
+        "; set SSL_CERT_FILE to a file with the certificates to trust"
     )
     monkeypatch.setenv("SSL_CERT_FILE", str(pairs / "one.crt"))
     assert client("https://localhost:%d" % port, "types").code == 0
@@ -9568,7 +9578,7 @@ def test_ctrl_c_asks_to_cancel_and_waits_for_the_end(tmp_path, held):
     with a_run_of("polite", tmp_path, held) as (_, run):
         run.interrupt()
         assert run.end() == (3, "")
-        assert "Ctrl-C again leaves at once\n" in run.err
+        assert "press Ctrl-C again to quit at once\n" in run.err
         assert run.err.endswith("longtasks: cancelled: cancelled while it ran\n")
 
 
@@ -10312,7 +10322,7 @@ def test_a_signal_ends_a_start_in_order_even_that_of_pid_1(below, number, tmp_pa
             pid = int(Path("/proc/%d/task/%d/children" % (pid, pid)).read_text())
         os.kill(pid, number)
         try:
-            line = b"longtasks: stopped by a signal at the start\n"
+            line = b"longtasks: stopped by a signal during the start\n"
             assert started.communicate(timeout=LONG)[1] == line
             assert started.returncode == 0
         finally:
@@ -10751,7 +10761,7 @@ def test_a_service_at_a_standstill_does_not_feed_the_watchdog(
         manager.socket.setblocking(False)
         with pytest.raises(BlockingIOError):
             manager.socket.recv(65536)
-        assert "at a standstill: " + culprit in [each.getMessage() for each in kept]
+        assert "stalled: " + culprit in [each.getMessage() for each in kept]
 
 
 def test_a_drain_requests_more_time_though_no_client_is_accepted(registry, manager):
@@ -11466,7 +11476,7 @@ def test_isolated_handlers_run_where_the_executor_says(factory, where, tmp_path)
         assert outcome(running, "here")["result"] == running.process.pid
         assert outcome(running, "whole", {"a": [1]})["result"] == [{"a": [1]}, 36]
         assert outcome(running, "bad")["error"] == "ValueError: no"
-        error = "an executor or a forked process can't save steps"
+        error = "steps can't be saved on an executor or in a forked process"
         assert outcome(running, "steps")["error"] == error
         check_ends(running)
         if factory == "threads":  # processes would not share what was tried
@@ -11487,7 +11497,7 @@ def test_isolated_handlers_run_where_the_executor_says(factory, where, tmp_path)
         ("f.py:missing", "has no attribute 'missing'"),
         ("f.py:sys", "'module' object is not callable"),
         ("f.py:broken", "OSError: no scheduler"),
-        ("f.py:nothing", "it made no Executor"),
+        ("f.py:nothing", r"nothing\(\) returned no Executor"),
         ("f.py:leave", "f.py:leave: SystemExit: no"),
     ],
 )
@@ -11785,7 +11795,7 @@ def test_a_stop_while_the_disk_is_full_is_no_crash_but_one_after_it_is(tmp_path,
             if attempt < 3:
                 with full_disk(running, path):
                     assert running.stop() == 1
-                running.logged("; tasks that have ended since then will run again")
+                running.logged("; tasks that ended since the last commit run again")
             else:
                 until(lambda: rows_of(path, "attempt") == [(3,)])
         (tmp_path / "a.began").unlink()

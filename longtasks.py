@@ -46,16 +46,16 @@ line:
       153  1. Settings
       503  2. Tasks and their states
       863  3. Task registry
-     1586  4. Execution
-     2906  5. Journal
-     3522  6. Events
-     3716  7. Result store and task queue
-     4860  8. Worker pool
-     5169  9. HTTP API
-     6846  10. HTTP server
-     7791  11. Client
-     8389  12. Main
-     8935  13. The page
+     1589  4. Execution
+     2910  5. Journal
+     3529  6. Events
+     3723  7. Result store and task queue
+     4878  8. Worker pool
+     5187  9. HTTP API
+     6869  10. HTTP server
+     7828  11. Client
+     8426  12. Main
+     8972  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1164,7 +1164,7 @@ _JSON_TYPES: dict[str, tuple[tuple[Any, ...], set[type], str]] = {
     "string": ((str,), {str}, "a string"),
     "array": ((list, collections.abc.Sequence), {list}, "a list"),
     "object": ((dict, collections.abc.Mapping), {dict}, "an object"),
-    "null": ((type(None),), {type(None)}, "null"),
+    "null": ((None, type(None)), {type(None)}, "null"),
     "": ((), {bool, int, float, str, list, dict, type(None)}, "a value"),
 }
 
@@ -1280,7 +1280,8 @@ class Validator:
             converted = option._convert(value, path, rejected)
             if not rejected:
                 return converted
-        if self._types == {int} and kind is float and value.is_integer():
+        wants_integer = self._types == {int} or "enum" in self.schema
+        if wants_integer and kind is float and value.is_integer():
             # Beyond 2**53 a float may stand for another integer than the client's.
             value = int(value) if abs(value) <= 2**53 else value
         if self._options or not self._fits(value):
@@ -1514,11 +1515,13 @@ def load_handlers(file: str, source: str | None = None) -> None:
         _, LOADED[file] = _run_file(file, source)
 
 
+def _module_name(file: str) -> str:
+    return "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
+
+
 def _run_file(file: str, source: str | None = None) -> tuple[Any, str]:
-    """Run a Python file, if it is not loaded; return the module and its source."""
-    name = "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
-    if file in LOADED:
-        return sys.modules[name], LOADED[file]
+    """Run a Python file; return the module and its source."""
+    name = _module_name(file)
     lazy_import("inspect")  # before the file can get in its way
     sys.modules["longtasks"] = sys.modules[__name__]
     folder = os.path.dirname(os.path.abspath(file))
@@ -2567,8 +2570,8 @@ class Program:
         except OSError as error:  # its file may be the folder, or none without memory
             name = error.filename or self.words[0]
             fault = exec_fault(name) if name == self.words[0] else ""
-            text = "can't run %s: %s" % (quote(name), fault or error.strerror)
-            raise Failure(text) from None
+            reason = "it " + fault if fault else error.strerror
+            raise Failure("can't run %s: %s" % (quote(name), reason)) from None
         output = ProgramOutput(ctx)
         with process:
             ctx.on_stop(process.terminate)
@@ -2852,7 +2855,8 @@ def load_executor(text: str) -> None:
     if not (path and name):
         raise HandlerError("--executor %s: write FILE:FACTORY" % quote(text))
     with _loading_errors("--executor " + text, path):
-        module, _ = _run_file(path)  # or it is loaded, and has handlers, too
+        loaded = path in LOADED  # it has handlers, too
+        module = sys.modules[_module_name(path)] if loaded else _run_file(path)[0]
         executor = getattr(module, name)()
         if not callable(getattr(executor, "submit", None)):
             raise HandlerError("%s() returned no Executor" % name)
@@ -3299,7 +3303,10 @@ class Journal:
     def load_removed(self) -> Iterator[str]:
         """Yield the ids of removed tasks, the oldest first; of a damaged row both."""
         for copies in self._query("SELECT id, again FROM gone ORDER BY number"):
-            yield from set(_UUID.findall("%s %s" % copies))
+            ids = set(_UUID.findall("%s %s" % copies))
+            if not ids:
+                raise self._corrupt("a row of its table gone is damaged, even its id")
+            yield from ids
 
     def load_paused(self) -> frozenset[str]:
         """Return the types that are paused; of a damaged row both copies."""
@@ -4457,14 +4464,23 @@ class TaskStore(TaskReader):
         self.wake()
         return tasks[0]
 
-    def submit_all(self, submissions: Sequence[Submission]) -> list[Task]:
+    def submit_all(
+        self, submissions: Sequence[Submission], once: bool = False
+    ) -> list[Task]:
         """Accept all of these as pending, or none; raises as submit() does.
 
-        The caller calls wake() then: a worker that wakes earlier would take the
-        processor from a reply to the client.
+        With `once`, retries of tasks that have been retried are left out. The caller
+        calls wake() then: a worker that wakes earlier would take the processor from a
+        reply to the client.
         """
-        wanted = [(new_id(), submission) for submission in submissions]
         with self._lock:
+            if once:
+                latest = [task for task, _ in self._unwritten.values()]
+                done = {task.retry_of for task in (*self._results.all(), *latest)}
+                submissions = [s for s in submissions if s.retry_of not in done]
+                if not submissions:
+                    return []
+            wanted = [(new_id(), submission) for submission in submissions]
             tasks, commit = self._accept(wanted)
         commit.check()
         return tasks
@@ -4698,6 +4714,7 @@ class TaskStore(TaskReader):
             wait = min(PROGRESS_INTERVAL, wait, self._queue.release_due())
             self._next_tick = now + wait
             self._tick_early.clear()
+            self._queue.wake()  # their client may not read the reply
         for context in running:
             context.emit_progress()
         for context, status in abandoned:
@@ -4818,7 +4835,8 @@ def after_run(
         retries = rules.retries if retries is None else retries
         task = task._replace(failures=task.failures + 1)
         if task.failures > retries or outcome.final:
-            return ended(task, FAILED, now, error=outcome.error)
+            error = outcome.error or "Cancelled: no stop was requested"
+            return ended(task, FAILED, now, error=error)
     wait = outcome.after
     if wait is None or outcome.status == FAILED:
         usual = backoff(rules.backoff, task.failures or task.attempt)
@@ -5697,11 +5715,8 @@ def delete_tasks(app: App, request: Request) -> Reply:
 def retry_tasks(app: App, request: Request) -> Reply:
     """Submit the finished tasks that match a query again, each only once."""
     tasks = [task for task in selected(app, request) if task.finished]
-    done = {task.retry_of for task in app.store.page(10**9)[0]}
-    wanted = [resubmission(app, task) for task in tasks if task.id not in done]
-    if wanted:
-        app.store.submit_all(wanted)
-    return json_reply({"count": len(wanted)})
+    retries = [resubmission(app, task) for task in tasks]
+    return json_reply({"count": len(app.store.submit_all(retries, once=True))})
 
 
 def task_events(app: App, request: Request) -> Reply:
@@ -6408,6 +6423,8 @@ class Call:
         self._take(schema, params)
         if method == "tools/call":
             self._begin_tool(params, meta)
+        elif method == "tasks/result":
+            self.wait = self.app.max_wait
 
     def _read_version(self, meta: Json) -> None:
         header = self.request.headers.get("mcp-protocol-version", UNNAMED)
@@ -6505,7 +6522,7 @@ class Call:
         return found
 
     def _await_result(self, params: Json) -> Json:
-        task = self._ended(self.app.max_wait)
+        task = self._ended(self.wait)
         if not task.finished:
             raise RPCError(INTERNAL_ERROR, "task %s has not ended; ask again" % task.id)
         related = {META + "related-task": {"taskId": task.id}}
@@ -6797,11 +6814,17 @@ def find_route(request: Request) -> Route:
     return route
 
 
-def read_query(text: str, parameters: Sequence[str]) -> dict[str, Any]:
-    """Return the parameters in a query, checked by their schemas; raises HTTPError."""
+@functools.lru_cache(maxsize=None)
+def query_validator(parameters: tuple[str, ...]) -> Validator:
+    """Return the validator of a query with these parameters; others are headers."""
     known = [PARAMETERS[name] for name in parameters]
     schemas = {each["name"]: each["schema"] for each in known if each["in"] == "query"}
-    validator = Validator(_closed(**schemas))
+    return Validator(_closed(**schemas))
+
+
+def read_query(text: str, parameters: Sequence[str]) -> dict[str, Any]:
+    """Return the parameters in a query, checked by their schemas; raises HTTPError."""
+    validator = query_validator(tuple(parameters))
     try:
         pairs = parse_qsl(text, True, errors="strict", max_num_fields=20)
         values = [(name, validator.parse_member(name, value)) for name, value in pairs]
@@ -7512,6 +7535,7 @@ def give_back_memory() -> None:
 
 # Errors of accept(2) where the system has no resources left.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_NO_CLIENT = (errno.EAGAIN, errno.EBADF)
 
 
 class APIServer(ThreadingHTTPServer):
@@ -7611,7 +7635,8 @@ class APIServer(ThreadingHTTPServer):
     # -- accepting
 
     def service_actions(self) -> None:
-        """End slow clients, and give back memory; called by socketserver."""
+        """Accept other clients, and end slow ones; called by socketserver."""
+        self._accept_pending()
         now = time.monotonic()
         if now >= self._check_at:
             self._check_at = now + self.check_interval
@@ -7619,6 +7644,21 @@ class APIServer(ThreadingHTTPServer):
         if self._ended >= self.trim_after and now >= self._trim_at:
             self._ended, self._trim_at = 0, now + self.trim_interval
             give_back_memory()
+
+    def _accept_pending(self) -> None:
+        """Accept all clients that have connected by now."""
+        for _ in range(self.request_queue_size):  # no more, or it might never end
+            try:
+                client, address = self.get_request()
+            except OSError as error:
+                if error.errno in _EXHAUSTED or error.errno in _NO_CLIENT:
+                    return
+                continue  # that client has left
+            try:
+                self.process_request(client, address)
+            except Exception:  # as socketserver does
+                self.handle_error(client, address)
+                self.shutdown_request(client)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; called by socketserver."""
@@ -7774,11 +7814,8 @@ class APIServer(ThreadingHTTPServer):
         self.closing = True
         self.timeouts.update({IDLE: 0.0, READING: 5.0})
         self.shutdown()
-        # The clients of a socket that is passed are left to the next service.
-        for _ in range(0 if self._is_passed else self.request_queue_size):
-            if not select.select([self.socket], (), (), 0)[0]:
-                break
-            self.handle_request()
+        if not self._is_passed:  # else the next service accepts them
+            self._accept_pending()
         self.server_close()
         end = time.monotonic() + max(5.0, timeout)
         with self._changed:

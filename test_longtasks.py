@@ -3966,7 +3966,7 @@ def run_program(line, params=None, context=None):
     [
         ("backup", "write NAME=PROGRAM"),
         ("backup=", "write NAME=PROGRAM"),
-        ("=ls", "a task type's name is"),
+        ("=ls", "a task type's name must be"),
         ("backup=ls 'x", "its quotes don't match"),
         ("backup=no-such-program x", 'there is no program "no-such-program"'),
         ("backup={program} x", "there is no program"),
@@ -4840,11 +4840,13 @@ def test_many_are_submitted_again_or_none(registry, tmp_path):
         assert_problem(refused, 503, "the queue is full")
         assert len(found_by(service, "")) == 4
         call(service, "POST", TASKS + "/cancel?status=pending")
-        done = call(service, "POST", TASKS + "/retry?status=completed")
-        assert done.json == {"count": 3}
-        for q in ("no", ids[0]):  # that one has been
-            answer = call(service, "POST", TASKS + "/retry?q=" + q)
-            assert answer.json == {"count": 0}
+        retry = functools.partial(call, service, "POST", TASKS + "/retry?q=" + ids[0])
+        counts = together(4, lambda n: retry().json["count"])
+        assert sorted(counts) == [0, 0, 0, 1], "it is retried once"
+        for query, count in [("q=no", 0), ("status=completed&q=" + ids[1], 1)]:
+            answer = call(service, "POST", TASKS + "/retry?" + query)
+            assert answer.json == {"count": count}
+        assert call(service, "POST", TASKS + "/retry?q=" + ids[2]).json["count"] == 1
         new = found_by(service, "?order=desc&limit=3")
         for each in new:
             document_of(service, each)
@@ -6516,6 +6518,11 @@ def test_a_call_streams_progress_to_a_client_that_asks_for_it(version, tools):
             "tools/call", params, meta=meta, headers={"Accept": "application/json"}
         )
         assert plain.media == "application/json"
+        if version == "2025-11-25":
+            (task,) = call(service, "GET", TASKS + "?limit=1").json["tasks"]
+            params = {"taskId": task["id"]}
+            *_, last = events_of(agent.send("tasks/result", params, meta=meta))
+            assert texts(last["result"]) == ["done"]
 
 
 def test_bad_input_is_refused_and_starts_nothing(version, tools):
@@ -8051,6 +8058,13 @@ def connections(service):
     return list(service.server.connections.values())
 
 
+def test_a_task_starts_though_its_client_does_not_read_the_reply(store):
+    claimed = background(store.claim)
+    (task,) = store.submit_all([asked(b"{}")])  # and no call of wake()
+    store.tick()
+    assert claimed.result(LONG)[0].id == task.id
+
+
 def test_workers_are_woken_once_the_client_has_the_reply(service, monkeypatch):
     wake, had_reply = longtasks.TaskStore.wake, []
 
@@ -9122,10 +9136,9 @@ def test_a_list_is_an_aligned_table(client, service, gate):
     first, second = tasks_of(service)
     since = [task["created_at"][:19] + "Z" for task in (first, second)]
     assert client(service, "list", "--order=asc").out == (
-        "{0:36}  STATUS      SUBMITTED             TYPE              LABEL"
-        "  PROGRESS OR ERROR\n"
-        "{1:36}  processing  {3}  half                      50% a\tb\\n\\x1b\n"
-        "{2:36}  pending     {4}  long_computation\n"
+        "{0:36}  STATUS      TYPE              LABEL  PROGRESS OR ERROR  SUBMITTED\n"
+        "{1:36}  processing  half                      50% a\tb\\n\\x1b     {3}\n"
+        "{2:36}  pending     long_computation                            {4}\n"
     ).format("ID", first["id"], second["id"], *since)
     for filtered, found in [
         ([], [second, first]),  # the newest first
@@ -9192,7 +9205,7 @@ def test_a_list_has_labels_and_errors(client, service):
     client(service, "run", "breaks", "--label", "night \x1b" + "x" * 90)
     ran = client(service, "list", "--q", "NIGHT")
     label = r"night \x1b" + "x" * 70 + "...  ValueError: no"
-    assert ran.out.splitlines()[1].endswith(label)
+    assert label in ran.out.splitlines()[1]
     assert client(service, "list", "--q", "day").out.count("\n") == 1
 
 
@@ -9316,8 +9329,9 @@ def test_a_service_that_is_not_there_is_reported_in_one_line_with_code_4(client)
         url = "http://127.0.0.1:%d" % free.getsockname()[1]
         for words in (["types"], ["run", "long_computation"], ["status", "x"]):
             ran = client(url, *words)
-            text = "no answer from %s: Connection refused" % url
-            assert (ran.code, ran.out, ran.complaints) == (4, "", [text])
+            text = "no answer from %s: Connection refused; is the service running" % url
+            assert (ran.code, ran.out, len(ran.complaints)) == (4, "", 1)
+            assert ran.complaints[0].startswith(text)
     ran = client("http://a..b", "types")  # a host without an address
     assert (ran.code, len(ran.complaints)) == (4, 1)
     assert ran.complaints[0].startswith("no answer from http://a..b: ")
@@ -11497,7 +11511,7 @@ def test_isolated_handlers_run_where_the_executor_says(factory, where, tmp_path)
         ("f.py:missing", "has no attribute 'missing'"),
         ("f.py:sys", "'module' object is not callable"),
         ("f.py:broken", "OSError: no scheduler"),
-        ("f.py:nothing", r"nothing\(\) returned no Executor"),
+        ("f.py:nothing", "nothing() returned no Executor"),
         ("f.py:leave", "f.py:leave: SystemExit: no"),
     ],
 )

@@ -5606,7 +5606,7 @@ def await_end(
 
 
 def list_tasks(app: App, request: Request) -> Reply:
-    """List tasks in the order of their submission, a page at a time."""
+    """List tasks as they were submitted, a page at a time."""
     query = {"limit": 100, **request.query}
     newest_first = query.pop("order", "") == "desc"
     tasks, after = app.store.page(newest_first=newest_first, **query)
@@ -5615,7 +5615,7 @@ def list_tasks(app: App, request: Request) -> Reply:
 
 
 def show_task(app: App, request: Request) -> Reply:
-    """Show the status of a task; with ?wait=SECONDS, once it has finished."""
+    """Show the status of a task; ?wait=SECONDS waits for its end."""
     task = await_end(app, request, request.task_id)
     if request.accepts(JSON, TEXT) == TEXT:
         return text_reply(task.status)
@@ -5623,12 +5623,12 @@ def show_task(app: App, request: Request) -> Reply:
 
 
 def show_submission(app: App, request: Request) -> Reply:
-    """Show what was submitted: a document that submits the same again."""
+    """Show what was submitted, ready to be submitted again."""
     return json_reply(submission_document(app.store.get(request.task_id)))
 
 
 def show_result(app: App, request: Request) -> Reply:
-    """Show the result or error of a finished task; with ?wait=SECONDS, wait for it."""
+    """Show the result or error of a task; ?wait=SECONDS waits for it."""
     task = await_end(app, request, request.task_id)
     if not task.finished:
         text = "task %s is %s; it has no result yet"
@@ -5641,13 +5641,13 @@ def show_result(app: App, request: Request) -> Reply:
 
 
 def list_steps(app: App, request: Request) -> Reply:
-    """List the steps of a task that are done, with the results that are short."""
+    """List the steps of a task that are done, with short results."""
     steps = app.store.steps(request.task_id)
     return json_reply({"steps": list(map(step_document, steps))})
 
 
 def show_log(app: App, request: Request) -> Reply:
-    """Show the last lines that a task logged, with control characters escaped."""
+    """Show the last lines that a task logged."""
     task = app.store.get(request.task_id)
     text = app.store.log_text(task).encode("utf-8", "backslashreplace")
     return Reply(200, text, TEXT)
@@ -5666,7 +5666,7 @@ def delete_task(app: App, request: Request) -> Reply:
 
 
 def retry_task(app: App, request: Request) -> Reply:
-    """Submit a finished task as a new one; Idempotency-Key makes it safe to repeat."""
+    """Submit a finished task again, as a new one."""
     task = app.store.get(request.task_id)
     if not task.finished:
         text = "task %s is %s; only a finished one can be retried"
@@ -5720,7 +5720,7 @@ def retry_tasks(app: App, request: Request) -> Reply:
 
 
 def task_events(app: App, request: Request) -> Reply:
-    """Follow a task: its status, progress and log as they change, until its end."""
+    """Follow the status, progress and log of a task to its end."""
     request.accepts(SSE)
     after, last = None, request.headers.get("last-event-id", "")
     if last:
@@ -5857,7 +5857,7 @@ def set_paused(app: App, name: str, paused: bool) -> Reply:
 
 
 def show_index(app: App, request: Request) -> Reply:
-    """Show the page to a browser, and curl commands to copy to any other client."""
+    """Show the page to a browser, curl commands to any other client."""
     if request.is_for_page:
         policy = {"Content-Security-Policy": page_policy()}
         return Reply(200, PAGE.encode(), HTML, policy)

@@ -12642,7 +12642,7 @@ def test_openapi_explains_every_refusal(service):
 
 def test_the_readme_is_short_and_shows_the_first_block_within_ten_lines():
     assert "```" in "\n".join(readme().splitlines()[:10])
-    assert len(readme().encode()) <= 24 * 1024
+    assert len(readme().encode()) <= 24_000
 
 
 def shell(script, port=8080, **options):

@@ -47,15 +47,15 @@ line:
       503  2. Tasks and their states
       863  3. Task registry
      1589  4. Execution
-     2910  5. Journal
-     3529  6. Events
-     3723  7. Result store and task queue
-     4878  8. Worker pool
-     5187  9. HTTP API
-     6869  10. HTTP server
-     7828  11. Client
-     8426  12. Main
-     8972  13. The page
+     2908  5. Journal
+     3527  6. Events
+     3721  7. Result store and task queue
+     4876  8. Worker pool
+     5185  9. HTTP API
+     6867  10. HTTP server
+     7826  11. Client
+     8422  12. Main
+     8968  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -2059,9 +2059,7 @@ with suppress(OSError):
                 self._process.stdin.flush()
                 return
             self._start()
-        log.error(
-            "the reaper can't be started: programs would outlive a killed service"
-        )
+        log.error("the reaper can't be started: programs outlive a killed service")
 
     def _start(self) -> None:
         subprocess = lazy_import("subprocess")
@@ -3747,7 +3745,7 @@ class Limits(NamedTuple):
     results: int = 10_000  # finished tasks
     result_bytes: int = 64 << 20  # of these, as Task.weight counts
     result_ttl: float = 86_400  # seconds that a finished task is kept
-    removed: int = MAX_REMOVED  # ids
+    removed: int = MAX_REMOVED  # ids of removed tasks
     grace: float = 3.0  # seconds that a handler has to stop
     stuck: int = 100  # handlers that do not
 
@@ -7846,9 +7844,7 @@ EXIT_CODES = {
 REFUSED, NO_ANSWER, INTERRUPTED = 2, 4, 130
 
 REQUEST_TIMEOUT = 30.0  # seconds without a byte from the service that end a request
-RETRY_TIMEOUT = (
-    300.0  # seconds for which a request is repeated that got no answer or a 5xx
-)
+RETRY_TIMEOUT = 300.0  # seconds for which a request without an answer is repeated
 RETRY_PAUSE = 1.0  # seconds between two attempts
 POLL_INTERVAL = 1.0  # seconds between two requests for the status of a task
 LINE_INTERVAL = 10.0  # seconds between two lines about progress, not on a terminal

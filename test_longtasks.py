@@ -2215,6 +2215,13 @@ def test_a_cancel_that_could_not_be_written_takes_effect_later(gated, runs):
     assert nothing_is_ready(gated)
 
 
+def test_a_task_that_waits_keeps_its_delay_after_a_crash():
+    task = longtasks.Task(1, "id", "t", b"{}", "pending", 0.0, attempt=1)
+    task = task._replace(interruptions=1, due_at=50.0)
+    ((_, resumed),) = longtasks.after_crash([task], 10.0, crashed=True)
+    assert resumed.due_at == 50.0
+
+
 def test_a_retry_that_is_cancelled_before_it_is_on_disk_does_not_run(gated):
     task, context = run_held(gated)
     gated.finish(context, AGAIN._replace(after=0.0))

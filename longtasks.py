@@ -50,12 +50,12 @@ line:
      2908  5. Journal
      3527  6. Events
      3721  7. Result store and task queue
-     4876  8. Worker pool
-     5185  9. HTTP API
-     6867  10. HTTP server
-     7826  11. Client
-     8422  12. Main
-     8968  13. The page
+     4886  8. Worker pool
+     5195  9. HTTP API
+     6877  10. HTTP server
+     7836  11. Client
+     8432  12. Main
+     8979  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -4257,9 +4257,19 @@ class TaskReader:
         return page[:limit], page[limit - 1].seq if len(page) > limit else None
 
     def counts(self) -> Counts:
-        """Return how many tasks there are."""
+        """Return how many tasks clients see."""
         with self._lock:
             return self._results.counts()
+
+    def latest_counts(self) -> Counts:
+        """Return how many tasks there are by the latest decisions, written or not."""
+        with self._lock:
+            totals = Counter(self._results.totals)
+            totals.update(task.status for task, _ in self._unwritten.values())
+            shown = filter(None, map(self._results.get, self._unwritten))
+            totals.subtract(task.status for task in shown)
+        pending, processing = totals[PENDING], totals[PROCESSING]
+        return Counts(pending, processing, sum(totals.values()) - pending - processing)
 
     def totals(self) -> dict[str, int]:
         """Return how many tasks there are in each status."""
@@ -4739,12 +4749,12 @@ class TaskStore(TaskReader):
 
     # -- the end
 
-    def drain(self, on_drained: Callable[[], None], timeout: float = 0) -> list[str]:
+    def drain(self, on_drained: Callable[[], None], timeout: float = 0) -> None:
         """Accept no more tasks; call `on_drained` once the rest is done, perhaps twice.
 
         That is when no task runs, and without a journal none waits that could start
-        within `timeout` seconds. Returns the ids of the tasks that run now. Clients
-        that wait for a task are answered. `on_drained` must not wait.
+        within `timeout` seconds. Clients that wait for a task are answered.
+        `on_drained` must not wait.
         """
         with self._lock:
             self._on_drained = on_drained
@@ -4753,7 +4763,6 @@ class TaskStore(TaskReader):
                 self._queue.close()
             self._wake_waiting()
             self._check_drained()
-            return list(self._running)
 
     def stop(self) -> None:
         """Start no more tasks, and ask all handlers to stop."""
@@ -4771,8 +4780,9 @@ class TaskStore(TaskReader):
         with self._lock:
             for context in list(self._running.values()):
                 self._end(context, Outcome(CANCELLED))
-            latest = [self._latest(task.id) for task in self._results.all()]
-            return [task for task in latest if not task.finished]
+            latest = {task.id: task for task in self._results.all()}
+            latest.update((task.id, task) for task, _ in self._unwritten.values())
+            return [task for task in latest.values() if not task.finished]
 
 
 def filtered(
@@ -8566,7 +8576,7 @@ class Service:
         self.manager.notify("READY=1")
 
     def _log_journal(self, journal: Journal) -> None:
-        counts, interrupted = self.store.counts(), self.store.interrupted
+        counts, interrupted = self.store.latest_counts(), self.store.interrupted
         waiting = counted(counts.pending + counts.processing, "task")
         text = "journal %s: %s waiting, %d finished, %d interrupted"
         log.info(text, journal.path, waiting, counts.finished, len(interrupted))
@@ -8609,9 +8619,10 @@ class Service:
 
     def _drain(self, name: str) -> list[Task]:
         """Let tasks finish, or stop them; return those that are not finished."""
-        timeout, counts = self.settings["DRAIN_TIMEOUT"], self.store.counts()
+        timeout = self.settings["DRAIN_TIMEOUT"]
         self._end = time.monotonic() + timeout
         self.store.drain(lambda: self._events.put(DRAINED), timeout)
+        counts = self.store.latest_counts()
         self.report()
         text = "%s: draining, %d running and %d waiting, for %g s at most; "
         text += "a second signal ends it at once"
@@ -8666,7 +8677,7 @@ class Service:
         if dead or not self.store.responds(1.0):
             log.error("stalled: %s", ", ".join(dead) or "the task store's lock")
             return
-        counts = self.store.counts()
+        counts = self.store.latest_counts()
         numbers = counts.processing, counts.pending, counts.finished
         status = "%d running, %d waiting, %d finished" % numbers
         # The time is counted from this report on.

@@ -1824,7 +1824,7 @@ def test_a_long_list_is_searched_without_the_lock():
 def test_a_draining_ledger_takes_nothing_and_tells_when_all_is_done():
     store, told = new_ledger(), []
     first, second = store.submit("t", b"{}"), store.submit("t", b"{}")
-    assert store.drain(lambda: told.append(1)) == []
+    store.drain(lambda: told.append(1))
     with pytest.raises(longtasks.Draining):
         store.submit("t", b"{}")
     store.claim(), store.claim()
@@ -3215,7 +3215,7 @@ def test_a_drain_does_not_wait_for_what_is_paused_or_due_after_its_end():
     store.submit("t", b"{}", longtasks.Options(delay=500))
     store.submit("paused", b"{}")
     store.pause("paused", True)
-    assert store.drain(lambda: told.append(1), 100) == []
+    store.drain(lambda: told.append(1), 100)
     assert not told
     clock.advance(60, store)
     context = store.claim()[1]
@@ -6980,6 +6980,23 @@ def test_what_follows_is_written_with_the_end_and_never_lost(tmp_path):
     assert rows_of(path, "type, status, follows") == [("a", "completed", None), *follow]
     assert [t.type for t in store.page(9)[0]] == ["a", "b", "b"]
     assert journal.close(LONG)
+
+
+def test_what_follows_is_left_for_the_next_start_though_it_is_not_on_disk_yet(path):
+    journal = HeldJournal(path)
+    journal.let.release()
+    store = then_store(journal)
+    store.submit("a", b"{}")
+    _, context = begun(store)
+    store.finish(context, DONE)
+    assert (store.counts(), store.latest_counts()) == ((1, 0, 0), (2, 0, 1))
+    store.stop()
+    left = store.abandon()
+    assert [task.type for task in left] == ["b", "b"]
+    journal.free()
+    assert journal.close(LONG)
+    with journalled(path) as store:
+        assert [task.id for task in store.page(9)[0][1:]] == [task.id for task in left]
 
 
 def test_what_follows_is_listed_in_order_with_what_is_submitted_meanwhile(tmp_path):
@@ -11755,6 +11772,34 @@ def test_a_drain_leaves_waiting_tasks_to_the_next_start(tmp_path, held):
     with process(*flags) as running:
         for task_id in ids:
             assert result_of(running.port, task_id)["status"] == "completed"
+
+
+def test_a_drain_reports_a_task_as_running_before_its_start_is_on_disk(
+    gate, path, monkeypatch
+):
+    monkeypatch.setattr(longtasks, "Journal", HeldJournal)
+    manager, reports, events = longtasks.ServiceManager({}), [], queue.SimpleQueue()
+    monkeypatch.setattr(manager, "notify", lambda *lines: reports.extend(lines))
+    flags = ["--port=0", "--worker-count=1", "--db", str(path)]
+    settings = longtasks.read_settings(flags, {})
+    service = longtasks.Service(settings, longtasks.REGISTRY, manager)
+    with records("INFO") as kept:
+        service.start()
+        service.journal.let.release()
+        service.store.submit_all([longtasks.Submission("gate", b"{}")] * 2)
+        service.store.wake()
+        gate.wait_started()
+        events.put(signal.SIGTERM)
+        code = background(lambda: service.run(events))
+        until(lambda: any("draining" in record.getMessage() for record in kept))
+        assert service.store.counts() == (2, 0, 0)
+        service.journal.free()
+        gate.release.set()
+        assert code.result(LONG) == 0
+    lines = [record.getMessage() for record in kept]
+    assert any("draining, 1 running and 1 waiting" in line for line in lines)
+    assert lines[-1] == "stopped, 1 task left for the next start"
+    assert "STATUS=draining, 1 running, 1 waiting, 0 finished" in reports
 
 
 @pytest.mark.parametrize("type", ["deaf", "polite"])

@@ -52,10 +52,10 @@ line:
      3721  7. Result store and task queue
      4886  8. Worker pool
      5195  9. HTTP API
-     6877  10. HTTP server
-     7836  11. Client
-     8432  12. Main
-     8979  13. The page
+     6856  10. HTTP server
+     7815  11. Client
+     8411  12. Main
+     8958  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -6047,33 +6047,24 @@ MEDIA = {"text": TEXT, "html": HTML, "events": SSE, "metrics": METRICS}
 MEDIA["Problem"] = PROBLEM
 OBJECT: Json = {"type": "object"}
 STRING: Json = {"type": "string"}
+BOOLEAN: Json = {"type": "boolean"}
 TIME: Json = {"type": "string", "format": "date-time"}
 ID = {"type": "string", "format": "uuid"}
 LIMIT = {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}
 AFTER = {"type": "integer", "minimum": 0, "maximum": 10**17, "default": 0}
 KEY = {"type": "string", "pattern": '^("[!-~]{1,255}"|(?!".*"$)[!-~]{1,255})$'}
-PARAMETERS: dict[str, Json] = {
-    name + "InPath" * (place == "path"): {
-        "name": name,
-        "in": place,
-        "required": place == "path",
-        "schema": schema,
-        "description": description,
-    }
-    for name, place, schema, description in (
-        ("id", "path", ID, "The id of the task."),
-        ("type", "path", STRING, "The name of the task type."),
-        ("wait", "query", _DURATION, "Seconds to wait for the end of the task."),
-        ("status", "query", {"enum": ["", *EXITS]}, "Only tasks of this status."),
-        ("type", "query", STRING, "Only tasks of this type."),
-        ("q", "query", STRING, "Only tasks with this in label, type, id or error."),
-        ("limit", "query", LIMIT, "How many tasks to list at most."),
-        ("after", "query", AFTER, "The `next` of the page before."),
-        ("order", "query", {"enum": ["asc", "desc"]}, "Oldest or newest first."),
-        ("Prefer", "header", STRING, "wait=SECONDS (RFC 7240)."),
-        ("Idempotency-Key", "header", KEY, "Any text; repeated, it is the same task."),
-        ("Last-Event-ID", "header", STRING, "The id of the last event received."),
-    )
+PARAMETERS: dict[str, Json] = {  # headers begin with a capital letter
+    "id": {**ID, "description": "The id of the task."},
+    "type": {**STRING, "description": "The name of a task type."},
+    "wait": {**_DURATION, "description": "Seconds to wait for the end of the task."},
+    "status": {"enum": ["", *EXITS], "description": "Only tasks of this status."},
+    "q": {**STRING, "description": "Only tasks with this in label, type, id or error."},
+    "limit": {**LIMIT, "description": "How many tasks to list at most."},
+    "after": {**AFTER, "description": "The `next` of the page before."},
+    "order": {"enum": ["asc", "desc"], "description": "Oldest or newest first."},
+    "Prefer": {**STRING, "description": "wait=SECONDS (RFC 7240)."},
+    "Idempotency-Key": {**KEY, "description": "The same one is for the same task."},
+    "Last-Event-ID": {**STRING, "description": "The id of the last event received."},
 }
 
 
@@ -6081,18 +6072,17 @@ def _list(items: Schema) -> Json:
     return {"type": "array", "items": items}
 
 
-def _ref(kind: str, name: Any) -> Json:
+def _ref(name: str, kind: str = "schemas") -> Json:
     return {"$ref": "#/components/%s/%s" % (kind, name)}
 
 
 def _object(names: str, **schemas: Schema) -> Json:
     """Return the schema of an object with these fields; name? is optional."""
-    known = {**FIELDS, **schemas}
-    fields = {name.rstrip("?"): name[-1] != "?" for name in names.split()}
+    known, fields = {**FIELDS, **schemas}, names.split()
     return {
         "type": "object",
-        "properties": {name: known.get(name, STRING) for name in fields},
-        "required": [name for name in fields if fields[name]],
+        "properties": {n.rstrip("?"): known.get(n.rstrip("?"), STRING) for n in fields},
+        "required": [name for name in fields if name[-1] != "?"],
     }
 
 
@@ -6100,22 +6090,18 @@ def _object(names: str, **schemas: Schema) -> Json:
 FIELDS: dict[str, Schema] = {
     **dict.fromkeys(["id", "task_id", "retry_of", "follows"], ID),
     **dict.fromkeys(["created_at", "started_at", "ended_at", "next_attempt_at"], TIME),
+    **dict.fromkeys(["attempt", "steps", "count"], _COUNT),
+    **dict.fromkeys(["cancel_requested", "paused"], BOOLEAN),
+    **dict.fromkeys(["params", "extensions", "arguments"], OBJECT),
     "status": {"enum": list(EXITS)},
-    "attempt": _COUNT,
-    "steps": _COUNT,
     "priority": {"type": "integer"},
     "percent": {"type": "number"},
-    "cancel_requested": {"type": "boolean"},
-    "paused": {"type": "boolean"},
-    "params": OBJECT,
     "result": {},
     "rules": _closed(**PROGRAM_RULES),
-    **dict.fromkeys(["extensions", "arguments"], OBJECT),
-    "count": _COUNT,
     "counts": _closed(*EXITS, **dict.fromkeys(EXITS, _COUNT)),
     "next": {"anyOf": [_COUNT, {"type": "null"}]},
-    "tasks": _list(_ref("schemas", "Status")),
-    "types": _list(_ref("schemas", "Type")),
+    "tasks": _list(_ref("Status")),
+    "types": _list(_ref("Type")),
 }
 META = "io.modelcontextprotocol/"
 FIELDS[META + "clientCapabilities"] = _object("extensions?")
@@ -6124,9 +6110,9 @@ FIELDS["progress"] = _object("percent? message")
 FIELDS["errors"] = _list(_object("pointer detail"))
 _FILLED = {"minItems": 1, "maxItems": MAX_BATCH}
 DOCUMENTS: dict[str, Schema] = {
-    "Batch": {**_list(_ref("schemas", "Submission")), **_FILLED},
+    "Batch": {**_list(_ref("Submission")), **_FILLED},
     "Accepted": _object("id status"),
-    "BatchAccepted": _list(_ref("schemas", "Accepted")),
+    "BatchAccepted": _list(_ref("Accepted")),
     "Status": _object(
         "id status type created_at label? started_at? ended_at? attempt? steps? "
         "priority? retry_of? follows? next_attempt_at? last_error? cancel_requested? "
@@ -6154,6 +6140,30 @@ DOCUMENTS: dict[str, Schema] = {
     "Answer": {"anyOf": [OBJECT, _list({})]},
     "Problem": _object("type title status detail errors?", status=_COUNT),
 }
+REFUSALS = """\
+The request is refused and has changed nothing; the body says why.
+
+- 400: not HTTP or not JSON, or a wrong query, id or key
+- 401: send the token as Authorization: Bearer
+- 403: a browser sends this for a page of another origin
+- 404: there is no such task, task type or path
+- 405: the path does not support the method; Allow lists those that it does
+- 406: there is no response in a format that Accept asks for
+- 408: the request came too slowly
+- 409: the task is not finished, or is already, or the id belongs to another one
+- 410: the task was deleted or has expired, or its row in the file is damaged
+- 411: a body needs a Content-Length or chunks
+- 413: the body is larger than MAX_BODY
+- 414: the target is longer than 8 KiB
+- 415: send Content-Type: application/json, and no Content-Encoding
+- 417: Expect supports nothing but 100-continue
+- 421: without a token, the service responds to loopback names only
+- 422: JSON, but no task that can be run; errors points to each problem
+- 431: the headers are longer than 32 KiB
+- 500: an error of the service; its log has more
+- 501: unknown method or transfer coding
+- 503: too much waits, runs or is connected, the disk fails, or the service stops
+- 505: the service speaks HTTP/1.1"""
 
 
 def show_openapi(app: App, request: Request) -> Reply:
@@ -6161,43 +6171,17 @@ def show_openapi(app: App, request: Request) -> Reply:
     return json_reply(openapi(app.handlers, bool(app.access.token)))
 
 
-REFUSALS = {  # the statuses of refusals, and their meanings
-    400: "not HTTP or not JSON, or a wrong query, id or key",
-    401: "send the token as Authorization: Bearer",
-    403: "a browser sends this for a page of another origin",
-    404: "there is no such task, task type or path",
-    405: "the path does not support the method; Allow lists those that it does",
-    406: "there is no response in a format that Accept asks for",
-    408: "the request came too slowly",
-    409: "the task is not finished, or is already, or the id belongs to another one",
-    410: "the task was deleted or has expired, or its row in the file is damaged",
-    411: "a body needs a Content-Length or chunks",
-    413: "the body is larger than MAX_BODY",
-    414: "the target is longer than 8 KiB",
-    415: "send Content-Type: application/json, and no Content-Encoding",
-    417: "Expect supports nothing but 100-continue",
-    421: "without a token, the service responds to loopback names only",
-    422: "JSON, but no task that can be run; errors points to each problem",
-    431: "the headers are longer than 32 KiB",
-    500: "an error of the service; its log has more",
-    501: "unknown method or transfer coding",
-    503: "too much waits, runs or is connected, the disk fails, or the service stops",
-    505: "the service speaks HTTP/1.1",
-}
-
-
 def openapi(handlers: Mapping[str, Handler], needs_token: bool) -> Json:
     """Return the OpenAPI document of a service with these handlers."""
     types = _type_components(handlers)
-    submission = {"oneOf": [_ref("schemas", name) for name in types]}
+    submission = {"oneOf": [_ref(name) for name in types]}
     paths: Json = {route.path: {} for route in ROUTES}
     for path, operations in paths.items():
         for method, route in _ROUTES[path].items():
             if method != "OPTIONS":
                 operations[method.lower()] = _operation(method, route)
-    refused = "The request is refused and has changed nothing; the body says why.\n\n"
-    refused += "\n".join("- %d: %s" % row for row in REFUSALS.items())
     headers = "Retry-After", "Allow", "WWW-Authenticate", "Accept-Encoding"
+    refusals = {n: _response(REFUSALS, n, headers) for n in ("Problem", "Answer")}
     return {
         "openapi": "3.1.0",
         "info": {"title": "longtasks", "version": __version__},
@@ -6205,12 +6189,8 @@ def openapi(handlers: Mapping[str, Handler], needs_token: bool) -> Json:
         "security": [{"token": []}] if needs_token else [],
         "paths": paths,
         "components": {
-            "schemas": {**DOCUMENTS, "Submission": submission, **types},
-            "parameters": PARAMETERS,
-            "responses": {
-                name: _response(refused, name, headers)
-                for name in ("Problem", "Answer")
-            },
+            "schemas": {**DOCUMENTS, **types, "Submission": submission},
+            "responses": refusals,
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -6227,10 +6207,10 @@ def _type_components(handlers: Mapping[str, Handler]) -> Json:
     """Return a component for each task type, the schema of its submissions.
 
     Client generators make a class and a file of each. So the names are letters and
-    digits, and differ by more than upper and lower case.
+    digits, differ by more than upper and lower case, and end unlike those of DOCUMENTS.
     """
     found: Json = {}
-    taken = {name.lower() for name in [*DOCUMENTS, "Submission"]}
+    taken: set[str] = set()
     for type, known in sorted(handlers.items()):
         words = re.findall("[A-Za-z0-9]+", type)
         base = "".join(word[0].upper() + word[1:] for word in words) + "Task"
@@ -6238,31 +6218,33 @@ def _type_components(handlers: Mapping[str, Handler]) -> Json:
         name = next(n for n in numbered("%s%d", base) if n.lower() not in taken)
         taken.add(name.lower())
         own = {"type": {"const": type}, "params": known.schema}
-        found[name] = {
-            **SUBMISSION,
-            "description": known.description,
-            "properties": {**SUBMISSION["properties"], **own},
-        }
+        schema = {**SUBMISSION, "properties": {**SUBMISSION["properties"], **own}}
+        found[name] = {**schema, "description": known.description}
     return found
+
+
+def _parameter(name: str, route: Route) -> Json:
+    place = "query" if name.islower() else "header"
+    place = place if name in route.parameters else "path"
+    schema, required = PARAMETERS[name], place == "path"
+    return {"name": name, "in": place, "required": required, "schema": schema}
 
 
 def _operation(method: str, route: Route) -> Json:
     """Return the description of a method of a path."""
-    parameters = [name + "InPath" for name in re.findall("{(.*?)}", route.path)]
-    parameters += route.parameters
+    names = re.findall("{(.*?)}", route.path) + list(route.parameters)
     headers = ["Location"] * ("Accepted" in route.replies.get(202, ""))
     headers += ["Preference-Applied"] * ("Prefer" in route.parameters)
     responses = {
-        str(status): _response(HTTPStatus(status).phrase, names, headers)
-        for status, names in route.replies.items()
+        str(status): _response(HTTPStatus(status).phrase, found, headers)
+        for status, found in route.replies.items()
     }
     refused = "Answer" if route.path == MCP_PATH else "Problem"
-    responses["default"] = _ref("responses", refused)
     described: Json = {
         "operationId": ("head_" if method == "HEAD" else "") + route.endpoint.__name__,
         "summary": route.help,
-        "parameters": [_ref("parameters", name) for name in parameters],
-        "responses": responses,
+        "parameters": [_parameter(name, route) for name in names],
+        "responses": {**responses, "default": _ref(refused, "responses")},
     }
     if route.public:
         described["security"] = []
@@ -6281,8 +6263,7 @@ def _content(names: str) -> Json:
     found: Json = {}
     for name in names.split():
         content = found.setdefault(MEDIA.get(name, JSON), {"schema": {"anyOf": []}})
-        schema = STRING if name.islower() else _ref("schemas", name)
-        content["schema"]["anyOf"].append(schema)
+        content["schema"]["anyOf"].append(STRING if name.islower() else _ref(name))
     return found
 
 
@@ -6825,9 +6806,7 @@ def find_route(request: Request) -> Route:
 @functools.lru_cache(maxsize=None)
 def query_validator(parameters: tuple[str, ...]) -> Validator:
     """Return the validator of a query with these parameters; others are headers."""
-    known = [PARAMETERS[name] for name in parameters]
-    schemas = {each["name"]: each["schema"] for each in known if each["in"] == "query"}
-    return Validator(_closed(**schemas))
+    return Validator(_closed(**{n: PARAMETERS[n] for n in parameters if n.islower()}))
 
 
 def read_query(text: str, parameters: Sequence[str]) -> dict[str, Any]:

@@ -47,15 +47,15 @@ line:
       503  2. Tasks and their states
       863  3. Task registry
      1589  4. Execution
-     2908  5. Journal
-     3527  6. Events
-     3721  7. Result store and task queue
-     4886  8. Worker pool
-     5195  9. HTTP API
-     6856  10. HTTP server
-     7815  11. Client
-     8411  12. Main
-     8958  13. The page
+     2857  5. Journal
+     3476  6. Events
+     3670  7. Result store and task queue
+     4835  8. Worker pool
+     5144  9. HTTP API
+     6805  10. HTTP server
+     7764  11. Client
+     8360  12. Main
+     8907  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -2038,47 +2038,64 @@ with suppress(OSError):
         self._sessions: set[int] = set()
         self._process: Any = None
 
-    def add(self, session: int) -> None:
-        """Have a session killed if the service dies."""
-        with self._lock:
-            self._sessions.add(session)
-            self._send()
+    @contextlib.contextmanager
+    def watch(self, session: int) -> Iterator[None]:
+        """Have a session killed if the service dies in this context."""
+        self._tell({session}, set())
+        try:
+            yield
+        finally:
+            self._tell(set(), {session})  # another session may get its number
 
-    def remove(self, session: int) -> None:
-        """Leave a session alone: it has ended, and another one may get its number."""
+    def _tell(self, begun: set[int], ended: set[int]) -> None:
+        """Send the sessions; start the process if it has died."""
         with self._lock:
-            self._sessions.discard(session)
-            self._send()
-
-    def _send(self) -> None:
-        """Send the sessions; start the process if it has died. Assumes the lock."""
-        line = " ".join(map(str, self._sessions)) + "\n"
-        for _ in range(2):
-            with contextlib.suppress(AttributeError, OSError):
-                self._process.stdin.write(line.encode())
-                self._process.stdin.flush()
-                return
-            self._start()
+            self._sessions = self._sessions - ended | begun
+            for _ in range(2):
+                with contextlib.suppress(AttributeError, OSError):
+                    print(*self._sessions, file=self._process.stdin, flush=True)
+                    return
+                self._start()
         log.error("the reaper can't be started: programs outlive a killed service")
 
     def _start(self) -> None:
         subprocess = lazy_import("subprocess")
+        argv = [sys.executable, "-I", "-S", "-c", self.SOURCE]
+        options = {"stdin": subprocess.PIPE, "text": True, "start_new_session": True}
         with contextlib.suppress(OSError), NO_FORK:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", self.SOURCE],
-                stdin=subprocess.PIPE,
-                start_new_session=True,
-            )
+            self._process = subprocess.Popen(argv, **options)
             PRIVATE.add(self._process.stdin)
 
 
 REAPER = Reaper()
 
 
-class ManagedProcess:
-    """A child process that runs for a task, in a session of its own.
+def exec_fault(path: str) -> str:
+    """Return why a file can't be run: by its mode or its first line; "" if it can.
 
-    The session is killed when the process has ended, when `ctx.grace` has passed since
+    If its interpreter is missing, the system reports the file itself as missing.
+    """
+    if os.path.exists(path) and not os.access(path, os.X_OK):
+        return "is not executable: chmod +x " + path
+    line = b"\0"
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        line = file.readline(4096)
+    interpreter = re.match(rb"#![ \t]*([^ \t\n]+)", line)
+    if not interpreter:
+        is_binary = b"\0" in line
+        return "" if is_binary else "does not begin with a #! line, such as #!/bin/sh"
+    name = os.fsdecode(interpreter.group(1))
+    fault = "needs the interpreter %s, which can't be found or run" % quote(name)
+    return "" if shutil.which(name) else fault
+
+
+@contextlib.contextmanager
+def child_process(
+    ctx: Context, argv: Sequence[str], cwd: str = FOLDER, **options: Any
+) -> Iterator[Any]:
+    """Run a process for a task, in a session of its own; yield its Popen.
+
+    The session is killed at the end of this context, when `ctx.grace` has passed since
     a request to stop, and when the service dies. Until then the process is not reaped,
     so its number can't become that of another process:
 
@@ -2086,83 +2103,73 @@ class ManagedProcess:
         reaps the process
                                            cancels the task: killpg(pid, SIGTERM)
         on_stop(None)                      hits a new process with this number
-    """
 
-    def __init__(
-        self, ctx: Context, argv: Sequence[str], cwd: str = FOLDER, **options: Any
-    ) -> None:
-        """Start it with these options of Popen; raises OSError."""
-        subprocess = lazy_import("subprocess")
-        self._ctx = ctx
+    Raises Failure if it can't be started.
+    """
+    try:
         with NO_FORK:
-            self._process = subprocess.Popen(
+            process = lazy_import("subprocess").Popen(
                 argv, cwd=cwd or None, start_new_session=True, **options
             )
-            self.output = self._process.stdout
-            if self.output:
-                PRIVATE.add(self.output)
-        pid = self._process.pid
-        REAPER.add(pid)
+            if process.stdout:
+                PRIVATE.add(process.stdout)
+    except OSError as error:
+        name = error.filename or argv[0]  # it may be the folder, or none without memory
+        fault = exec_fault(name)
+        reason = "it " + fault if fault else error.strerror
+        raise Failure("can't run %s: %s" % (quote(name), reason)) from None
+    with REAPER.watch(process.pid), process:  # which waits for its end
         # When memory runs out, Linux is to kill it before the service (proc(5)).
-        score = "/proc/%d/oom_score_adj" % pid
+        score = "/proc/%d/oom_score_adj" % process.pid
         with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
             file.write("1000")
+        try:
+            yield process
+        finally:
+            ctx.on_stop(None)
+            kill_session(process.pid)
 
-    def __enter__(self) -> ManagedProcess:
-        return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._ctx.on_stop(None)
-        kill_session(self._process.pid)
-        self.returncode = self._process.wait()
-        REAPER.remove(self._process.pid)
-        if self.output:
-            self.output.close()
+def output_of(process: Any, file: Any, ctx: Context) -> Iterator[bytes]:
+    """Yield the bytes that a process writes to a file until it ends, b"" now and then.
 
-    def terminate(self) -> None:
-        """Send SIGTERM to its process group; raises OSError."""
-        os.killpg(self._process.pid, signal.SIGTERM)
+    A process that has left the session may hold the file open and write on. So once
+    this one has ended, no more is read than a pipe can hold.
+    """
+    left = LEFT_OVER
+    longest = max(0.01, min(0.5, ctx.grace / 4))  # to see when it must be killed
+    pause = longest
+    with selectors.DefaultSelector() as selector:
+        selector.register(file, selectors.EVENT_READ)
+        while left > 0:
+            ended, data = _has_ended(process, ctx), b""
+            ready = selector.select(0 if ended else min(pause, longest))
+            if ready:
+                # It may have been killed before it has read its input.
+                with contextlib.suppress(ConnectionResetError):
+                    data = os.read(file.fileno(), 65536)
+                if not data:  # it has closed its output, and ends soon
+                    selector.unregister(file)
+                pause = 0.1 if data else 0.001
+            elif ended:
+                return
+            else:
+                pause *= 2
+            left -= len(data) if ended else 0
+            yield data
 
-    def read(self, file: Any) -> Iterator[bytes]:
-        """Yield the bytes that it writes to a file until its end, b"" now and then.
 
-        A process that has left the session may hold the file open and write on. So
-        once this one has ended, no more is read than a pipe can hold.
-        """
-        left = LEFT_OVER
-        poll = max(0.01, min(0.5, self._ctx.grace / 4))  # to see when it must be killed
-        pause = poll
-        with selectors.DefaultSelector() as selector:
-            selector.register(file, selectors.EVENT_READ)
-            while left > 0:
-                ended, data = self._has_ended(), b""
-                if selector.select(0 if ended else pause):
-                    # It may have been killed before it has read its input.
-                    with contextlib.suppress(ConnectionResetError):
-                        data = os.read(file.fileno(), 65536)
-                    if not data:
-                        break
-                elif ended:
-                    break
-                left -= len(data) if ended else 0
-                yield data
-                pause = min(0.1, poll) if data else poll
-        pause = 0.001
-        while not self._has_ended():  # it has only closed its output
-            time.sleep(min(pause, poll))
-            pause = min(2 * pause, 0.1)
+def _has_ended(process: Any, ctx: Context) -> bool:
+    """Return whether it has ended; kill it if it has not stopped within its grace.
 
-    def _has_ended(self) -> bool:
-        """Return whether it has ended; kill it if it has not stopped within its grace.
-
-        It is not reaped, where the system allows that.
-        """
-        if time.monotonic() >= self._ctx.kill_at:
-            kill_session(self._process.pid)
-        if not hasattr(os, "waitid"):
-            return self._process.poll() is not None
-        how = os.WEXITED | os.WNOWAIT | os.WNOHANG
-        return os.waitid(os.P_PID, self._process.pid, how) is not None
+    It is not reaped, where the system allows that.
+    """
+    if time.monotonic() >= ctx.kill_at:
+        kill_session(process.pid)
+    if not hasattr(os, "waitid"):
+        return process.poll() is not None
+    how = os.WEXITED | os.WNOWAIT | os.WNOHANG
+    return os.waitid(os.P_PID, process.pid, how) is not None
 
 
 def exit_status(code: int) -> str:
@@ -2213,22 +2220,12 @@ def run_isolated(job: dict[str, Any], ctx: Context) -> Outcome:
         PRIVATE.update((ours, theirs))
     for end in (ours, theirs):
         end.setblocking(True)  # whatever socket.setdefaulttimeout() was set to
-    with theirs:
-        process = ManagedProcess(ctx, argv, stdin=theirs)
-
-    lock, owed = threading.Lock(), 0
-
-    def acknowledge(steps: int = 1) -> None:
-        nonlocal owed
-        with lock, contextlib.suppress(OSError):  # it has ended, or the buffer is full
-            owed += steps
-            owed -= ours.send(b"+" * owed, socket.MSG_DONTWAIT)
-
-    with ours, process:
+    with ours, theirs, child_process(ctx, argv, stdin=theirs) as process:
+        theirs.close()
         ctx.on_stop(lambda: ours.shutdown(socket.SHUT_WR))
         with contextlib.suppress(OSError):  # it has ended
             ours.sendall(to_json(job) + b"\n")
-        outcome = _follow_child(process.read(ours), ctx, acknowledge)
+        outcome = _follow_child(output_of(process, ours, ctx), ours, ctx)
     if outcome:
         return outcome
     ctx.check()
@@ -2237,10 +2234,18 @@ def run_isolated(job: dict[str, Any], ctx: Context) -> Outcome:
 
 
 def _follow_child(
-    data: Iterator[bytes], ctx: Context, acknowledge: Callable[..., None]
+    data: Iterator[bytes], child: socket.socket, ctx: Context
 ) -> Outcome | None:
     """Pass on a child's log, progress and steps; return its end, None if it died."""
-    rest = bytearray()
+    reports: dict[str, Any] = {"log": ctx.log, "progress": ctx.progress}
+    lock, owed, rest = threading.Lock(), 0, bytearray()
+
+    def acknowledge(steps: int = 1) -> None:
+        nonlocal owed
+        with lock, contextlib.suppress(OSError):  # it has ended, or the buffer is full
+            owed += steps
+            owed -= child.send(b"+" * owed, socket.MSG_DONTWAIT)
+
     for piece in data:
         acknowledge(0)  # steps that did not fit into the buffer before
         rest += piece
@@ -2249,16 +2254,14 @@ def _follow_child(
             for line in lines:
                 message, _, result = bytes(line).partition(b"\t")
                 kind, *values = json.loads(message)
-                if kind == "log":
-                    ctx.log(*values)
-                elif kind == "progress":
-                    with contextlib.suppress(Cancelled):
-                        ctx.progress(*values)
-                elif kind == "step":
+                if kind == "end":
+                    return Outcome(*values)._replace(result=result)
+                if kind == "step":
                     name, *times = values
                     ctx.save_step(ctx, Step(0, 0, name, result, *times), acknowledge)
                 else:
-                    return Outcome(*values)._replace(result=result)
+                    with contextlib.suppress(Cancelled):
+                        reports[kind](*values)
         if len(rest) > ctx.max_result + 10 * MAX_MESSAGE:
             break
     return None
@@ -2284,9 +2287,9 @@ class ServiceLink:
         """Send progress, or lines of the log."""
         if kind == "progress":
             self.send(kind, *payload)
-            return
-        for line in payload[0]:
-            self.send(kind, line[:MAX_MESSAGE])
+        else:
+            for line in payload[0]:
+                self.send(kind, line[:MAX_MESSAGE])
 
     def save_step(
         self, ctx: Context, step: Step, on_durable: Callable[[], Any]
@@ -2302,12 +2305,12 @@ class ServiceLink:
         """Handle saved steps and progress until the task is to stop; then cancel it."""
         saved = b"+"
         while saved:
-            if not select.select([self._connection], [], [], PROGRESS_INTERVAL)[0]:
+            if select.select([self._connection], [], [], PROGRESS_INTERVAL)[0]:
+                saved = self._connection.recv(100)
+                for _ in saved:
+                    self._unsaved.popleft()()
+            else:
                 ctx.emit_progress()
-                continue
-            saved = self._connection.recv(100)
-            for _ in saved:
-                self._unsaved.popleft()()
         ctx.cancel()
 
 
@@ -2324,7 +2327,7 @@ def isolated_main() -> None:
     if not line.endswith(b"\n"):  # the service has died before all of it was sent
         os._exit(1)
     job = json.loads(line)
-    ctx = context_of(job, link.emit)
+    ctx = Context(**job["context"], emit=link.emit)
     ctx.save_step = link.save_step
     for name, done in job["steps"].items():
         ctx.steps[name] = Step(0, 0, name, done.encode(), 0, 0)
@@ -2334,11 +2337,6 @@ def isolated_main() -> None:
     with contextlib.suppress(OSError):  # the service is gone
         link.send("end", *outcome._replace(result=None), result=outcome.result or b"")
     os._exit(0)  # the handler may have left threads
-
-
-def context_of(job: dict[str, Any], emit: Emit = lambda *event: None) -> Context:
-    """Return the context of a run that another process has begun."""
-    return Context(job["task_id"], job["attempt"], emit, job["name"], job["label"])
 
 
 _loading = threading.Lock()
@@ -2354,7 +2352,7 @@ def run_job(job: dict[str, Any], ctx: Context) -> Outcome:
                 LOADED.clear()
                 for file, source in job["files"].items():
                     load_handlers(file, source)
-        value = REGISTRY[job["name"]].run_here(job["params"], ctx)
+        value = REGISTRY[ctx.type].run_here(job["params"], ctx)
         return Outcome(COMPLETED, encode_result(value, ctx.max_result))
     except BaseException as error:
         return outcome_of(error, ctx)
@@ -2386,17 +2384,17 @@ _BRACES = re.compile(
     r"\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:=([^{}]*))?\}|\{\{|\}\}|[{}]", re.ASCII
 )
 _FOR_A_SHELL = re.compile(r"\|[|&]?|&&?|([0-9&]?>>?|<)(&[0-9]|[\w./{}=-]+)?")
-_WORD: dict[str, Any] = {
+_A_WORD = "a string of at most %d characters, without NUL" % MAX_ARGUMENT
+_WORD = {
     "type": "string",
     "maxLength": MAX_ARGUMENT,
     "pattern": r"^[^\x00]*$",
-    "description": "a string of at most %d characters, without NUL" % MAX_ARGUMENT,
+    "description": _A_WORD,
 }
-_FIRST_WORD = dict(
-    _WORD,
-    pattern=r"^(?!-)[^\x00]*$",
-    description=_WORD["description"] + ", that does not begin with -",
-)
+_FIRST_WORD = {
+    "pattern": r"^(?!-)[^\x00]*$",
+    "description": _A_WORD + ", that does not begin with -",
+}
 
 # Programs that run a word as code: their names, the options before that word (awk has
 # it first), and the options before another value.
@@ -2415,7 +2413,7 @@ _INTERPRETERS = (
 _AS_ARGUMENT = """sh -c 'ls "$1" | wc -l' sh {dir}"""
 
 
-def program_texts(words: Sequence[str]) -> Iterator[str]:
+def code_in(words: Sequence[str]) -> Iterator[str]:
     """Yield the words of a line that an interpreter would run as code.
 
     Interpreters are looked for among all words, since other programs start them: env,
@@ -2425,15 +2423,14 @@ def program_texts(words: Sequence[str]) -> Iterator[str]:
         program = os.path.basename(word)
         for names, code, valued in _INTERPRETERS:
             if re.fullmatch("(%s)[-.0-9]*" % names, program):
-                yield from _code_words([program, *words[at + 1 :]], code, valued)
+                yield from _code_after([program, *words[at + 1 :]], code, valued)
 
 
-def _code_words(words: Sequence[str], code: str, valued: str) -> Iterator[str]:
+def _code_after(words: Sequence[str], code: str, valued: str) -> Iterator[str]:
     """Yield the code among an interpreter's options, up to its arguments."""
-    code_follows = bool(re.match(code, words[0]))
-    value_follows = bool(re.fullmatch(valued, words[0]))
-    for word in words[1:]:
-        if word[:1] in ("-", "+"):
+    code_follows = value_follows = False
+    for at, word in enumerate(words):
+        if at == 0 or word[:1] in ("-", "+"):
             value_follows = bool(re.fullmatch(valued, word))
             if re.match(code, word):
                 code_follows, value_follows = True, False
@@ -2451,40 +2448,19 @@ def find_program(word: str) -> str:
     """Return the absolute path of a program; raises HandlerError if it can't be run."""
     name = os.path.join(FOLDER, word) if os.path.dirname(word) else word
     found = shutil.which(name) or shutil.which(name, os.F_OK)
-    if found:
-        fault = exec_fault(found)
-        if fault:
-            raise HandlerError("%s %s" % (quote(found), fault))
+    fault = exec_fault(found) if found else ""
+    if found and not fault:
         return os.path.join(FOLDER, found)
+    if found:
+        raise HandlerError("%s %s" % (quote(found), fault))
     hint = ""
     if name == word and os.path.exists(os.path.join(FOLDER, word)):
         hint = " on the PATH; for the file in this folder write ./" + word
     raise HandlerError("there is no program %s%s" % (quote(word), hint))
 
 
-def exec_fault(path: str) -> str:
-    """Return why a file can't be run: by its mode or its first line; "" if it can.
-
-    If its interpreter is missing, the system reports the file itself as missing.
-    """
-    if os.path.exists(path) and not os.access(path, os.X_OK):
-        return "is not executable: chmod +x " + path
-    line = b"\0"
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        line = file.readline(4096)
-    interpreter = re.match(rb"#![ \t]*([^ \t\n]+)", line)
-    if not interpreter:
-        is_binary = b"\0" in line
-        return "" if is_binary else "does not begin with a #! line, such as #!/bin/sh"
-    name = os.fsdecode(interpreter.group(1))
-    fault = "needs the interpreter %s, which can't be found or run" % quote(name)
-    return "" if shutil.which(name) else fault
-
-
 class Program:
     """A program as a task type. Raises HandlerError for a line that can't be one."""
-
-    rules = Rules()  # set before the service starts
 
     def __init__(self, line: str) -> None:
         self.name, equals, command = line.partition("=")
@@ -2494,102 +2470,92 @@ class Program:
             raise HandlerError("its quotes don't match: %s" % error) from None
         if not equals or not self.words:
             raise HandlerError("write NAME=PROGRAM ARGUMENTS")
-        for text in program_texts(self.words):
-            for match in _placeholders(text):
-                detail = "%s would be run as part of the code %s; pass it as an "
-                detail += "argument, as in %s"
-                values = match.group(), quote(text), _AS_ARGUMENT
-                raise HandlerError(detail % values)
         if not hasattr(os, "killpg"):
             raise HandlerError("this system has no process groups")
+        self._first: set[str] = set()  # names of values that could be options
+        self.schema = self._schema()
         self.words[0] = find_program(self.words[0])
         self.__doc__ = command.strip()
-        self.schema = self._schema()
 
     def _schema(self) -> dict[str, Any]:
-        """Return the JSON Schema of the placeholders; note which begin a word."""
-        self._first: set[str] = set()  # their values could be options
+        """Return the JSON Schema of the placeholders."""
         properties: dict[str, Any] = {}
         defaults: dict[str, str | None] = {}
-        options_end = False
-        for word in self.words[1:]:
-            options_end = options_end or word == "--"
-            is_first = word[:1] == "{" and word[:2] != "{{" and not options_end
-            for match in _placeholders(word):
-                name, default = match.groups()
-                if defaults.setdefault(name, default) != default:
-                    raise HandlerError("{%s} has two defaults" % name)
-                param, dot, _ = name.partition(".")
-                schema = {"type": "object"} if dot else dict(_WORD)
-                if default is not None and not dot:
-                    schema["default"] = default
-                known = properties.setdefault(param, schema)
-                if known["type"] != schema["type"]:
-                    raise HandlerError("{%s} can't be an object and a string" % param)
-                if is_first:
-                    self._first.add(name)
-                    known.update({} if dot else _FIRST_WORD)
+        for name, default, may_be_option in self._placeholders():
+            if defaults.setdefault(name, default) != default:
+                raise HandlerError("{%s} has two defaults" % name)
+            param, dot, _ = name.partition(".")
+            schema = {"type": "object"} if dot else dict(_WORD)
+            if default is not None and not dot:
+                schema["default"] = default
+            known = properties.setdefault(param, schema)
+            if known["type"] != schema["type"]:
+                raise HandlerError("{%s} can't be an object and a string" % param)
+            if may_be_option:
+                self._first.add(name)
+                known.update({} if dot else _FIRST_WORD)
         names = [name for name in defaults if defaults[name] is None]
         required = dict.fromkeys(name.partition(".")[0] for name in names)
         return _closed(*required, **properties)
 
+    def _placeholders(self) -> Iterator[tuple[str, str | None, bool]]:
+        """Yield each name with its default and whether the value could be an option."""
+        code, options_end = list(code_in(self.words)), False
+        for word in self.words[1:]:
+            options_end = options_end or word == "--"
+            begins = word[:1] == "{" and word[:2] != "{{" and not options_end
+            for match in _BRACES.finditer(word):
+                name, default = match.groups()
+                if name and word in code:
+                    text = "%s would be run as part of the code %s; pass it as an "
+                    text += "argument, as in %s"
+                    values = match.group(), quote(word), _AS_ARGUMENT
+                    raise HandlerError(text % values)
+                if name:
+                    yield name, default, begins
+                elif len(match.group()) == 1:
+                    text = "%s in %s: a placeholder is {NAME} or {NAME=DEFAULT}, "
+                    text += "a brace {{ or }}"
+                    raise HandlerError(text % (match.group(), quote(word)))
+
     def arguments(self, params: Mapping[str, Any]) -> list[str]:
         """Return the words with the params in their places."""
 
-        def value(match: re.Match[str]) -> str:
+        def text_of(match: re.Match[str]) -> str:
             name, default = match.groups("")
-            if "." in name:
-                return self._member(params, name) or default
-            return params.get(name, default) if name else match.group()[0]
+            value: Any = params
+            for key in name.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is None:
+                return default if name else match.group()[0]
+            if "." not in name:
+                return str(value)
+            text = value if isinstance(value, str) else to_json(value).decode()
+            if text[:1] == "-" and name in self._first:
+                raise Fail("params.%s must not begin with -: %s" % (name, quote(text)))
+            return escape(text[:MAX_ARGUMENT])
 
-        words = [_BRACES.sub(value, word) for word in self.words[1:]]
-        return [self.words[0], *words]
-
-    def _member(self, params: Mapping[str, Any], name: str) -> str:
-        """Return a member of an object as text on one line, "" if there is none."""
-        value: Any = params
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        text = value if isinstance(value, str) else to_json(value).decode()
-        if text[:1] == "-" and name in self._first:
-            raise Fail("params.%s must not begin with -: %s" % (name, quote(text)))
-        return "" if value is None else escape(text[:MAX_ARGUMENT])
+        return [self.words[0], *(_BRACES.sub(text_of, word) for word in self.words[1:])]
 
     def __call__(self, params: Mapping[str, str], ctx: Context) -> dict[str, Any]:
         """Run it to its end; raises Failure unless its exit code is a good one."""
-        subprocess = lazy_import("subprocess")
+        subprocess, rules = lazy_import("subprocess"), rules_of(REGISTRY, 0, self.name)
         environ = {k: v for k, v in os.environ.items() if k not in SECRETS}
-        environ["LONGTASKS_TASK_ID"] = ctx.task_id
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-        pipes["stderr"] = subprocess.STDOUT
-        options = dict(pipes, env=environ, cwd=path(self.rules.cwd or "") or FOLDER)
-        try:
-            process = ManagedProcess(ctx, self.arguments(params), **options)
-        except OSError as error:  # its file may be the folder, or none without memory
-            name = error.filename or self.words[0]
-            fault = exec_fault(name) if name == self.words[0] else ""
-            reason = "it " + fault if fault else error.strerror
-            raise Failure("can't run %s: %s" % (quote(name), reason)) from None
+        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+        options["stderr"] = subprocess.STDOUT
+        options["env"] = {**environ, "LONGTASKS_TASK_ID": ctx.task_id}
+        options["cwd"] = path(rules.cwd or "") or FOLDER
         output = ProgramOutput(ctx)
-        with process:
-            ctx.on_stop(process.terminate)
-            for data in process.read(process.output):
+        with child_process(ctx, self.arguments(params), **options) as process:
+            ctx.on_stop(lambda: os.killpg(process.pid, signal.SIGTERM))
+            for data in output_of(process, process.stdout, ctx):
                 output.take(data)
         output.end()
-        if process.returncode in (self.rules.exit_codes or [0]):
+        if process.returncode in (rules.exit_codes or [0]):
             return {"exit_code": process.returncode, "output": output.tail}
         ctx.check()
         how = exit_status(process.returncode)
         raise Failure((how + "\n" + output.tail[-MAX_ERROR + 100 :]).strip())
-
-
-def _placeholders(word: str) -> Iterator[re.Match[str]]:
-    for match in _BRACES.finditer(word):
-        if match.group(1):
-            yield match
-        elif len(match.group()) == 1:
-            right = "a placeholder is {NAME} or {NAME=DEFAULT}, a brace {{ or }}"
-            raise HandlerError("%s in %s: %s" % (match.group(), quote(word), right))
 
 
 class ProgramOutput:
@@ -2615,50 +2581,42 @@ class ProgramOutput:
             self._dropped += self._new.count(b"\n", 0, cut)
             del self._new[:cut]
         if self._new and time.monotonic() >= self._due:
-            self._pass_on(self._new.rfind(b"\n") + 1)
+            self._pass_on()
             self._due = time.monotonic() + 0.1
 
     def end(self) -> None:
         """Pass on all that is left, of a program that has ended."""
-        self._pass_on(len(self._new))
+        self._pass_on(longest=0)
 
-    def _pass_on(self, end: int) -> None:
-        """Pass on the lines up to `end`, and the progress that the latest ones show."""
+    def _pass_on(self, longest: int = FLOOD) -> None:
+        """Pass on all lines, and that without an end if it is longer than this."""
+        whole, newline, rest = self._new.rpartition(b"\n")
         # Of a line that is drawn again and again, the latest is enough.
-        redrawn = self._new.rstrip(b"\r").rfind(b"\r", end)
-        if redrawn > end:
-            del self._new[end:redrawn]
-        if len(self._new) - end > FLOOD:
-            end = len(self._new)
-        text = self._new[:end].decode("utf-8", "replace")
-        del self._new[:end]
-        *lines, rest = text.split("\n")
-        if rest:
-            lines.append(rest)
-        for line in [*lines[-100:], self._new[:4000].decode("utf-8", "ignore")]:
-            self._note_progress(line)
-        if "\r" in text:
+        del rest[: max(0, rest.rstrip(b"\r").rfind(b"\r"))]
+        if len(rest) > longest:
+            whole, rest = whole + newline + rest, bytearray()
+        self._new = rest
+        lines = whole.decode("utf-8", "replace").split("\n") if whole or newline else []
+        for line in [*lines[-100:], rest[:4000].decode("utf-8", "ignore")]:
+            self._message = visible(line).strip() or self._message
+            percent = percentage(line)
+            self._fraction = self._fraction if percent is None else percent / 100
+        if b"\r" in whole:
             lines = list(map(visible, lines))
         if lines:
-            self.tail = (self.tail + "\n".join(lines) + "\n")[-MAX_OUTPUT:]
             self._log(lines)
         if self._message:
             with contextlib.suppress(Cancelled):
                 self._ctx.progress(self._fraction, self._message)
 
     def _log(self, lines: Sequence[str]) -> None:
-        """Add lines to the task's log and, for debugging, to the service's."""
+        """Add lines to the result, the task's log and, for debugging, the service's."""
+        self.tail = (self.tail + "\n".join(lines) + "\n")[-MAX_OUTPUT:]
         self._ctx.emit_lines(lines, self._dropped)
         self._dropped = 0
         if log.isEnabledFor(logging.DEBUG):
             for line in lines:
                 log_run(logging.DEBUG, self._ctx, "%s", line)
-
-    def _note_progress(self, line: str) -> None:
-        self._message = visible(line).strip() or self._message
-        percent = percentage(line)
-        if percent is not None:
-            self._fraction = percent / 100
 
 
 _PERCENT = re.compile(r"([0-9]{1,3}(?:[.,][0-9]+)?) ?%")
@@ -2709,20 +2667,13 @@ def set_rules(line: str) -> None:
         known = find_handler(name, REGISTRY, ("the type",))
         if not words:
             raise HandlerError("write TYPE RULE=VALUE ..., as in backup timeout=3600")
-        REGISTRY[name] = _with_rules(known, words)
+        is_program = isinstance(known.function, Program)
+        rules = read_rules(words, PROGRAM_RULES if is_program else RULES)
+        if "cwd" in rules and not os.path.isdir(path(rules["cwd"])):
+            raise HandlerError("cwd: there is no folder " + quote(rules["cwd"]))
     except (HandlerError, Invalid, ValueError) as error:
         raise HandlerError("--rule %s: %s" % (quote(line), error)) from None
-
-
-def _with_rules(known: Handler, words: Sequence[str]) -> Handler:
-    program = known.function if isinstance(known.function, Program) else None
-    rules = read_rules(words, PROGRAM_RULES if program else RULES)
-    if "cwd" in rules and not os.path.isdir(path(rules["cwd"])):
-        raise HandlerError("cwd: there is no folder " + quote(rules["cwd"]))
-    known = known._replace(rules={**known.rules, **rules})
-    if program:
-        program.rules = Rules(**known.rules)
-    return known
+    REGISTRY[name] = known._replace(rules={**known.rules, **rules})
 
 
 # -- webhooks --------------------------------------------------------------
@@ -2886,18 +2837,16 @@ def run_on_executor(job: dict[str, Any], ctx: Context) -> Outcome:
 
 def run_remote(job: dict[str, Any]) -> tuple[Any, ...]:
     """Run a handler in a process of the executor; return the fields of its Outcome."""
-    return tuple(run_job(job, context_of(job)))
+    return tuple(run_job(job, Context(**job["context"])))
 
 
-def run_apart(known: Handler, params: dict[str, Any], ctx: Context) -> Outcome:
+def run_apart(params: dict[str, Any], ctx: Context) -> Outcome:
     """Run an isolated handler in another process, and return how that ended."""
+    names = "task_id", "attempt", "type", "label"
     job = {
         "files": LOADED,
-        "name": known.name,
-        "label": ctx.label,
+        "context": {name: getattr(ctx, name) for name in names},
         "params": params,
-        "task_id": ctx.task_id,
-        "attempt": ctx.attempt,
         "max_result": ctx.max_result,
         "steps": {name: step.result.decode() for name, step in ctx.steps.items()},
     }
@@ -4913,7 +4862,7 @@ async def run_task(
         # An earlier process may have accepted it, for other params of this type.
         params = known.params.validate(params_of(task), ("params",))
         if known.isolated:
-            outcome = run_apart(known, params, context)
+            outcome = run_apart(params, context)
         else:
             value = known.run_here(params, context)
             value = await value if known.is_async else value

@@ -11429,10 +11429,10 @@ def test_the_reaper_is_told_of_a_child_while_another_thread_can_start_it(monkeyp
             return "held"
 
     class Told:
-        remove = staticmethod(int)
-
-        def add(self, session):
+        @contextlib.contextmanager
+        def watch(self, session):
             free.append(background(hold).result(LONG))
+            yield
 
     free = []
     monkeypatch.setattr(longtasks, "REAPER", Told())

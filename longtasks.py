@@ -52,10 +52,10 @@ line:
      3670  7. Result store and task queue
      4835  8. Worker pool
      5144  9. HTTP API
-     6805  10. HTTP server
-     7764  11. Client
-     8360  12. Main
-     8907  13. The page
+     6786  10. HTTP server
+     7745  11. Client
+     8341  12. Main
+     8888  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -5220,10 +5220,8 @@ class Request:
         media = self.headers.get("content-type", "").partition(";")[0]
         if media.strip(" \t").lower() != JSON:
             raise HTTPError(415, "send JSON, with the header Content-Type: " + JSON)
-        coding = self.headers.get("content-encoding", "identity")
-        if coding.lower() != "identity":
-            detail = "send no Content-Encoding"
-            raise HTTPError(415, detail, Accept_Encoding="identity")
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise HTTPError(415, "send no Content-Encoding", Accept_Encoding="identity")
 
     def accepts(self, *offers: str) -> str:
         """Return the media type that the client prefers, the first of equals.
@@ -5413,15 +5411,13 @@ def current_status(app: App, task: Task) -> Json:
 
 def result_reply(task: Task) -> Reply:
     """Reply with the result document of a finished task."""
-    if task.status == COMPLETED:
-        name, outcome = "result", task.result or b"null"
-    else:
-        name, outcome = "error", to_json(task.error)
-    head = '{"task_id": "%s", "status": "%s", "%s": ' % (task.id, task.status, name)
     moments = ("created_at", "started_at", "ended_at")
     times = {n: getattr(task, n) and timestamp(getattr(task, n)) for n in moments}
-    tail = b", " + to_json(times)[1:] + b"\n"
-    return joined_reply(head.encode(), outcome, tail, JSON)
+    head = to_json({"task_id": task.id, "status": task.status, **times})[:-1]
+    if task.status == COMPLETED:
+        head += b', "result": '
+        return joined_reply(head, task.result or b"null", b"}\n", JSON)
+    return joined_reply(head + b', "error": ', to_json(task.error), b"}\n", JSON)
 
 
 def joined_reply(head: bytes, value: bytes, tail: bytes, media: str) -> Reply:
@@ -5659,8 +5655,7 @@ def change_selected(app: App, request: Request, change: Callable[..., Any]) -> R
 
 def cancel_tasks(app: App, request: Request) -> Reply:
     """Cancel all tasks that match a query."""
-    status = request.query.get("status", "")
-    cancel = functools.partial(app.store.cancel, only=status)
+    cancel = functools.partial(app.store.cancel, only=request.query.get("status", ""))
     return change_selected(app, request, cancel)
 
 
@@ -5724,16 +5719,14 @@ def event_stream(app: App, request: Request, after: int | None) -> Iterator[byte
     with following(app, request, request.task_id, after) as (task, subscription):
         yield b""
         yield b"retry: 1000\n\n"
-        ended, resumes = False, after is not None and not subscription.gap
         if subscription.gap:
             yield b'event: gap\ndata: {"detail": "some events are no longer kept"}\n\n'
-        elif task and task.finished:
-            batch = events.take(subscription, 0)
-            yield from map(encode, batch)
-            ended = any(map(ends_stream, batch))
+        batch = events.take(subscription, 0) if task and task.finished else []
+        yield from map(encode, batch)
+        ended = any(map(ends_stream, batch))
+        resumes = after is not None and not subscription.gap
         if task and not ended and (task.finished or not resumes):
-            document = current_status(app, task)
-            yield b"event: status\ndata: %b\n\n" % to_json(document)
+            yield b"event: status\ndata: %b\n\n" % to_json(current_status(app, task))
             ended = task.finished
         for batch in () if ended else new_events(app, subscription):
             yield from map(encode, batch) if batch else [b":\n\n"]
@@ -5782,8 +5775,7 @@ def encode_event(life: str, event: Event) -> bytes:
 
 def list_types(app: App, request: Request) -> Reply:
     """List the task types, with the JSON Schema of their params."""
-    types = [type_document(app, name) for name in sorted(app.handlers)]
-    return json_reply({"types": types})
+    return json_reply({"types": [type_document(app, n) for n in sorted(app.handlers)]})
 
 
 def type_document(app: App, name: str) -> Json:
@@ -5794,30 +5786,26 @@ def type_document(app: App, name: str) -> Json:
     return {**document, "rules": in_force, "paused": name in app.store.paused}
 
 
-def pause_type(app: App, request: Request) -> Reply:
+def pause_type(app: App, request: Request, paused: bool = True) -> Reply:
     """Pause a task type: those that run go on, and no other one starts."""
-    return set_paused(app, request.type, True)
+    if request.type not in app.handlers:
+        raise HTTPError(404, "there is no task type " + quote(request.type))
+    app.store.pause(request.type, paused)
+    log.info("task type %s: %s", request.type, "paused" if paused else "resumed")
+    return json_reply(type_document(app, request.type))
 
 
 def resume_type(app: App, request: Request) -> Reply:
     """Let tasks of a type start again."""
-    return set_paused(app, request.type, False)
-
-
-def set_paused(app: App, name: str, paused: bool) -> Reply:
-    """Pause or resume a type, and reply with its document."""
-    if name not in app.handlers:
-        raise HTTPError(404, "there is no task type " + quote(name))
-    app.store.pause(name, paused)
-    log.info("task type %s: %s", name, "paused" if paused else "resumed")
-    return json_reply(type_document(app, name))
+    return pause_type(app, request, paused=False)
 
 
 def show_index(app: App, request: Request) -> Reply:
     """Show the page to a browser, curl commands to any other client."""
     if request.is_for_page:
-        policy = {"Content-Security-Policy": page_policy()}
-        return Reply(200, PAGE.encode(), HTML, policy)
+        return Reply(
+            200, PAGE.encode(), HTML, {"Content-Security-Policy": page_policy()}
+        )
     host = request.headers.get("host", "localhost")
     if not re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII):
         host = "localhost"
@@ -5829,7 +5817,7 @@ def show_index(app: App, request: Request) -> Reply:
 
 
 INDEX = """\
-longtasks: long jobs over HTTP
+longtasks: long jobs over HTTP, or in a browser: %(url)s/
 
 Submit a task and keep its id:
 
@@ -5837,17 +5825,12 @@ Submit a task and keep its id:
        -H "Content-Type: application/json" \\
        -d '{"type": "long_computation", "params": {"duration": 5}}')
 
-Follow it, wait for it, and collect its result:
+Follow it, collect its result, or cancel it:
 
   %(curl)s %(url)s/api/v1/tasks/$id
   %(curl)s -N %(url)s/api/v1/tasks/$id/events
   %(curl)s "%(url)s/api/v1/tasks/$id/result?wait=60"
-
-Cancel it:
-
   %(curl)s -X POST %(url)s/api/v1/tasks/$id/cancel
-
-Or do all that in a browser: %(url)s/
 
 Task types, with their params at %(url)s/api/v1/types:
 
@@ -5980,9 +5963,8 @@ def metric_lines(
 
 
 def _sample(name: str, labels: Mapping[str, Any], value: float) -> str:
-    # No label contains an end of line: the names of task types are printable.
-    texts = [(n, re.sub(r'[\\"]', r"\\\g<0>", str(labels[n]))) for n in labels]
-    pairs = ",".join(map('%s="%s"'.__mod__, texts))
+    # The names of task types are printable: JSON escapes only " and \ in them.
+    pairs = ",".join("%s=%s" % (key, _encode(str(labels[key]))) for key in labels)
     return "%s%s %r\n" % (name, "{%s}" % pairs if pairs else "", value)
 
 
@@ -6790,10 +6772,9 @@ def respond(app: App, request: Request) -> Reply:
     except (TaskError, HTTPError) as error:
         return refusal(error, request)
     except Exception:
-        request_id = new_id()
-        text = "request %s (%s %s) failed"
-        log.exception(text, request_id, request.method, request.path)
-        text = "the service failed; see its log for " + request_id
+        name = new_id()
+        log.exception("request %s (%s %s) failed", name, request.method, request.path)
+        text = "the service failed; see its log for request " + name
         return refusal(HTTPError(500, text), request)
     if request.wait and "wait" not in request.query:
         applied = "wait=%d" % min(request.wait, app.max_wait)

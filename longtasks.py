@@ -47,15 +47,15 @@ line:
       503  2. Tasks and their states
       863  3. Task registry
      1589  4. Execution
-     2857  5. Journal
-     3476  6. Events
-     3670  7. Result store and task queue
-     4835  8. Worker pool
-     5144  9. HTTP API
-     6786  10. HTTP server
-     7745  11. Client
-     8341  12. Main
-     8888  13. The page
+     2862  5. Journal
+     3481  6. Events
+     3675  7. Result store and task queue
+     4840  8. Worker pool
+     5149  9. HTTP API
+     6791  10. HTTP server
+     7750  11. Client
+     8346  12. Main
+     8893  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1704,31 +1704,34 @@ class Context:
         if is_coroutine(function):
             return self._step_async(name, functools.partial(function, *args, **kwargs))
         _refuse_to_block("ctx.step()", "give it an async function, and await it")
-        with self._step_called(name):
+        with self._step_called(name) as save:
             if name not in self.steps:
-                began, saved = time.time(), threading.Event()
-                self._save(name, function(*args, **kwargs), began, saved.set)
+                saved = threading.Event()
+                save(function(*args, **kwargs), saved.set)
                 while not saved.wait(0.1):
                     self.check()
             return json.loads(self.steps[name].result)
 
     async def _step_async(self, name: str, function: Callable[[], Any]) -> Any:
-        with self._step_called(name):
+        with self._step_called(name) as save:
             if name not in self.steps:
-                began, asyncio = time.time(), lazy_import("asyncio")
+                asyncio = lazy_import("asyncio")
                 loop, saved = asyncio.get_running_loop(), asyncio.Event()
 
                 def on_durable() -> None:
                     with contextlib.suppress(RuntimeError):  # the loop is closed
                         loop.call_soon_threadsafe(saved.set)
 
-                self._save(name, await function(), began, on_durable)
+                save(await function(), on_durable)
                 await saved.wait()
             return json.loads(self.steps[name].result)
 
     @contextlib.contextmanager
-    def _step_called(self, name: str) -> Iterator[None]:
-        """Take the name of a step, and free it again if the step fails."""
+    def _step_called(self, name: str) -> Iterator[Callable[..., None]]:
+        """Take the name of a step, and free it again if the step fails.
+
+        Yields a function that saves its value.
+        """
         self.check()
         if not is_name(name):
             raise Fail("a step's name must be 1 to 100 printable characters")
@@ -1740,13 +1743,13 @@ class Context:
                 raise Fail("this run has two steps called " + quote(name))
             names.add(name)
         try:
-            yield
+            yield functools.partial(self._save, name, time.time())
         except BaseException:
             names.discard(name)
             raise
 
     def _save(
-        self, name: str, value: Any, began: float, on_durable: Callable[[], Any]
+        self, name: str, began: float, value: Any, on_durable: Callable[[], Any]
     ) -> None:
         """Save the value of a step; raises Fail if it can't be stored."""
         done = list(self.steps.values())  # at once: other threads may add some
@@ -1794,12 +1797,11 @@ class Context:
 
     def progress_document(self) -> dict[str, Any] | None:
         """Return the latest progress as a status document has it, None at first."""
-        fraction, message = self._progress or (None, None)
-        if message is None:
+        if not self._progress:
             return None
-        if fraction is None:
-            return {"message": message}
-        return {"percent": round(fraction * 100, 1), "message": message}
+        fraction, message = self._progress
+        percent = {} if fraction is None else {"percent": round(fraction * 100, 1)}
+        return {**percent, "message": message}
 
 
 def _refuse_to_block(call: str, instead: str) -> None:
@@ -1859,8 +1861,7 @@ def encode_result(value: Any, limit: int, subject: str = "the result") -> bytes:
             if _DOUBTFUL.search(text):
                 _STRICT.decode(text)
     except BaseException as error:  # an object of the handler's may raise anything
-        text = subject + " does not fit into JSON: " + describe(error)
-        raise Fail(text) from None
+        raise Fail(subject + " does not fit into JSON: " + describe(error)) from None
     if len(result) > limit:
         text = "%s has %d bytes, more than the %d that are kept"
         raise Fail(text % (subject, len(result), limit))
@@ -1874,14 +1875,12 @@ def outcome_of(error: BaseException, ctx: Context) -> Outcome:
         limit = _number(error, "max_attempts")
         last = limit is not None and ctx.attempt >= limit
         return Outcome(FAILED if last else PENDING, None, text, after, final=last)
+    if isinstance(error, Cancelled) and ctx.cancelled:
+        return Outcome(CANCELLED)
     if isinstance(error, Cancelled):
-        if ctx.cancelled:
-            return Outcome(CANCELLED)
-        return Outcome(
-            FAILED, error=text + ": raised by the handler, though no stop was requested"
-        )
+        text += ": raised by the handler, though no stop was requested"
     stopped = ctx.cancelled and type(error).__name__ == "CancelledError"
-    is_plain = stopped or isinstance(error, (Failure, TaskError))
+    is_plain = stopped or isinstance(error, (Failure, TaskError, Cancelled))
     final = isinstance(error, (Fail, TaskError))
     return Outcome(FAILED, None, text, after, final, "" if is_plain else format_trace())
 
@@ -2041,16 +2040,16 @@ with suppress(OSError):
     @contextlib.contextmanager
     def watch(self, session: int) -> Iterator[None]:
         """Have a session killed if the service dies in this context."""
-        self._tell({session}, set())
+        self._tell(self._sessions.add, session)
         try:
             yield
         finally:
-            self._tell(set(), {session})  # another session may get its number
+            self._tell(self._sessions.discard, session)  # another may get its number
 
-    def _tell(self, begun: set[int], ended: set[int]) -> None:
-        """Send the sessions; start the process if it has died."""
+    def _tell(self, change: Callable[[int], None], session: int) -> None:
+        """Change the sessions and send them; start the process if it has died."""
         with self._lock:
-            self._sessions = self._sessions - ended | begun
+            change(session)
             for _ in range(2):
                 with contextlib.suppress(AttributeError, OSError):
                     print(*self._sessions, file=self._process.stdin, flush=True)
@@ -2059,15 +2058,29 @@ with suppress(OSError):
         log.error("the reaper can't be started: programs outlive a killed service")
 
     def _start(self) -> None:
-        subprocess = lazy_import("subprocess")
         argv = [sys.executable, "-I", "-S", "-c", self.SOURCE]
-        options = {"stdin": subprocess.PIPE, "text": True, "start_new_session": True}
-        with contextlib.suppress(OSError), NO_FORK:
-            self._process = subprocess.Popen(argv, **options)
-            PRIVATE.add(self._process.stdin)
+        with contextlib.suppress(OSError):
+            pipe = lazy_import("subprocess").PIPE
+            self._process = start_session(argv, stdin=pipe, text=True)
 
 
 REAPER = Reaper()
+
+
+def start_session(argv: Sequence[str], **options: Any) -> Any:
+    """Start a process in a session of its own; return its Popen. Raises OSError."""
+    subprocess = lazy_import("subprocess")
+    with NO_FORK:
+        process = subprocess.Popen(argv, start_new_session=True, **options)
+        PRIVATE.update(filter(None, (process.stdin, process.stdout)))
+    return process
+
+
+def prefer_to_kill(pid: int) -> None:
+    """Have Linux kill a process before the service if memory runs out (proc(5))."""
+    score = "/proc/%d/oom_score_adj" % pid
+    with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
+        file.write("1000")
 
 
 def exec_fault(path: str) -> str:
@@ -2090,9 +2103,7 @@ def exec_fault(path: str) -> str:
 
 
 @contextlib.contextmanager
-def child_process(
-    ctx: Context, argv: Sequence[str], cwd: str = FOLDER, **options: Any
-) -> Iterator[Any]:
+def child_process(ctx: Context, argv: Sequence[str], **options: Any) -> Iterator[Any]:
     """Run a process for a task, in a session of its own; yield its Popen.
 
     The session is killed at the end of this context, when `ctx.grace` has passed since
@@ -2107,22 +2118,14 @@ def child_process(
     Raises Failure if it can't be started.
     """
     try:
-        with NO_FORK:
-            process = lazy_import("subprocess").Popen(
-                argv, cwd=cwd or None, start_new_session=True, **options
-            )
-            if process.stdout:
-                PRIVATE.add(process.stdout)
+        process = start_session(argv, **options)
     except OSError as error:
         name = error.filename or argv[0]  # it may be the folder, or none without memory
         fault = exec_fault(name)
         reason = "it " + fault if fault else error.strerror
         raise Failure("can't run %s: %s" % (quote(name), reason)) from None
     with REAPER.watch(process.pid), process:  # which waits for its end
-        # When memory runs out, Linux is to kill it before the service (proc(5)).
-        score = "/proc/%d/oom_score_adj" % process.pid
-        with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
-            file.write("1000")
+        prefer_to_kill(process.pid)
         try:
             yield process
         finally:
@@ -2220,7 +2223,8 @@ def run_isolated(job: dict[str, Any], ctx: Context) -> Outcome:
         PRIVATE.update((ours, theirs))
     for end in (ours, theirs):
         end.setblocking(True)  # whatever socket.setdefaulttimeout() was set to
-    with ours, theirs, child_process(ctx, argv, stdin=theirs) as process:
+    options = {"stdin": theirs, "cwd": FOLDER or None}
+    with ours, theirs, child_process(ctx, argv, **options) as process:
         theirs.close()
         ctx.on_stop(lambda: ours.shutdown(socket.SHUT_WR))
         with contextlib.suppress(OSError):  # it has ended
@@ -2480,13 +2484,16 @@ class Program:
     def _schema(self) -> dict[str, Any]:
         """Return the JSON Schema of the placeholders."""
         properties: dict[str, Any] = {}
+        required: dict[str, None] = {}
         defaults: dict[str, str | None] = {}
         for name, default, may_be_option in self._placeholders():
             if defaults.setdefault(name, default) != default:
                 raise HandlerError("{%s} has two defaults" % name)
             param, dot, _ = name.partition(".")
             schema = {"type": "object"} if dot else dict(_WORD)
-            if default is not None and not dot:
+            if default is None:
+                required[param] = None
+            elif not dot:
                 schema["default"] = default
             known = properties.setdefault(param, schema)
             if known["type"] != schema["type"]:
@@ -2494,8 +2501,6 @@ class Program:
             if may_be_option:
                 self._first.add(name)
                 known.update({} if dot else _FIRST_WORD)
-        names = [name for name in defaults if defaults[name] is None]
-        required = dict.fromkeys(name.partition(".")[0] for name in names)
         return _closed(*required, **properties)
 
     def _placeholders(self) -> Iterator[tuple[str, str | None, bool]]:
@@ -2520,22 +2525,23 @@ class Program:
 
     def arguments(self, params: Mapping[str, Any]) -> list[str]:
         """Return the words with the params in their places."""
-
-        def text_of(match: re.Match[str]) -> str:
-            name, default = match.groups("")
-            value: Any = params
-            for key in name.split("."):
-                value = value.get(key) if isinstance(value, dict) else None
-            if value is None:
-                return default if name else match.group()[0]
-            if "." not in name:
-                return str(value)
-            text = value if isinstance(value, str) else to_json(value).decode()
-            if text[:1] == "-" and name in self._first:
-                raise Fail("params.%s must not begin with -: %s" % (name, quote(text)))
-            return escape(text[:MAX_ARGUMENT])
-
+        text_of = functools.partial(self._text_of, params)
         return [self.words[0], *(_BRACES.sub(text_of, word) for word in self.words[1:])]
+
+    def _text_of(self, params: Mapping[str, Any], match: re.Match[str]) -> str:
+        """Return the text that takes the place of a placeholder or a brace."""
+        name, default = match.groups("")
+        value: Any = params
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None:
+            return default if name else match.group()[0]
+        if "." not in name:
+            return str(value)
+        text = value if isinstance(value, str) else to_json(value).decode()
+        if text[:1] == "-" and name in self._first:
+            raise Fail("params.%s must not begin with -: %s" % (name, quote(text)))
+        return escape(text[:MAX_ARGUMENT])
 
     def __call__(self, params: Mapping[str, str], ctx: Context) -> dict[str, Any]:
         """Run it to its end; raises Failure unless its exit code is a good one."""
@@ -2544,7 +2550,7 @@ class Program:
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
         options["stderr"] = subprocess.STDOUT
         options["env"] = {**environ, "LONGTASKS_TASK_ID": ctx.task_id}
-        options["cwd"] = path(rules.cwd or "") or FOLDER
+        options["cwd"] = path(rules.cwd or "") or FOLDER or None
         output = ProgramOutput(ctx)
         with child_process(ctx, self.arguments(params), **options) as process:
             ctx.on_stop(lambda: os.killpg(process.pid, signal.SIGTERM))
@@ -2692,8 +2698,7 @@ def register_webhook(hosts: str, secret: str) -> None:
     # re.escape() would escape a -, too, which patterns in a browser do not allow.
     names = re.sub(r"[.\[\]]", r"\\\g<0>", hosts).replace(",", "|")
     url = {
-        "type": "string",
-        "maxLength": MAX_ARGUMENT,
+        **_WORD,
         "pattern": r"^https?://(%s)([/?][!-~]*)?$(?!\n)" % names,
         "description": "an http or https URL on a host of WEBHOOK_HOSTS",
     }

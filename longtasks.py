@@ -52,10 +52,10 @@ line:
      3675  7. Result store and task queue
      4840  8. Worker pool
      5149  9. HTTP API
-     6791  10. HTTP server
-     7750  11. Client
-     8346  12. Main
-     8893  13. The page
+     6789  10. HTTP server
+     7748  11. Client
+     8344  12. Main
+     8891  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -5181,26 +5181,26 @@ class HTTPError(Exception):
 class Request:
     """A request. Header names are in lower case."""
 
+    body = b""
+    # How the body is framed, set by the HTTP server.
+    keep = False
+    length = 0  # -1: it comes in chunks
+    # Where the request leads, set by find_route().
+    route: Route | None = None
+    label = OTHER  # the route's path, for metrics
+    task_id = ""
+    type = ""
+    query: Mapping[str, Any] = types.MappingProxyType({})
+    wait = 0.0  # seconds that the reply may wait for the end of the task
+    # While the reply waits: set by the server once the client has disconnected.
+    client_left: threading.Event | None = None
+
     def __init__(
         self, method: str, target: str, version: str, headers: Mapping[str, str]
     ) -> None:
-        self.method = method
-        self.path, _, self.query_text = target.partition("?")
+        self.method, self.headers = method, headers
         self.version = version  # "1.1" or "1.0"
-        self.headers = headers
-        self.body = b""
-        # How the body is framed, set by the HTTP server.
-        self.keep = False
-        self.length = 0  # -1: it comes in chunks
-        # Where the request leads, set by find_route().
-        self.route: Route | None = None
-        self.label = OTHER  # the route's path, for metrics
-        self.task_id = ""
-        self.type = ""
-        self.query: Json = {}
-        self.wait = 0.0  # seconds that the reply may wait for the end of the task
-        # While the reply waits: set by the server once the client has disconnected.
-        self.client_left: threading.Event | None = None
+        self.path, _, self.query_text = target.partition("?")
 
     @property
     def is_for_page(self) -> bool:
@@ -5419,9 +5419,8 @@ def result_reply(task: Task) -> Reply:
     moments = ("created_at", "started_at", "ended_at")
     times = {n: getattr(task, n) and timestamp(getattr(task, n)) for n in moments}
     head = to_json({"task_id": task.id, "status": task.status, **times})[:-1]
-    if task.status == COMPLETED:
-        head += b', "result": '
-        return joined_reply(head, task.result or b"null", b"}\n", JSON)
+    if task.result:
+        return joined_reply(head + b', "result": ', task.result, b"}\n", JSON)
     return joined_reply(head + b', "error": ', to_json(task.error), b"}\n", JSON)
 
 
@@ -5589,13 +5588,13 @@ def show_result(app: App, request: Request) -> Reply:
     """Show the result or error of a task; ?wait=SECONDS waits for it."""
     task = await_end(app, request, request.task_id)
     if not task.finished:
-        text = "task %s is %s; it has no result yet"
-        raise Unfinished(text % (task.id, task.status))
+        raise Unfinished("task %s is %s; it has no result yet" % (task.id, task.status))
     if request.accepts(JSON, TEXT) == JSON:
         return result_reply(task)
-    if task.status != COMPLETED:  # a script must not take an error for a result
-        raise HTTPError(406, "the task is %s; its error is JSON only" % task.status)
-    return joined_reply(b"", task.result or b"null", b"\n", TEXT)
+    if task.result:
+        return joined_reply(b"", task.result, b"\n", TEXT)
+    # A script must not take an error for a result.
+    raise HTTPError(406, "the task is %s; its error is JSON only" % task.status)
 
 
 def list_steps(app: App, request: Request) -> Reply:
@@ -5682,8 +5681,7 @@ def task_events(app: App, request: Request) -> Reply:
     after, last = None, request.headers.get("last-event-id", "")
     if last:
         match = re.fullmatch(app.store.events.life + "-([0-9]{1,15})", last)
-        # An id of another process becomes a number that no event has: a gap.
-        after = int(match.group(1)) if match else sys.maxsize
+        after = int(match.group(1)) if match else sys.maxsize  # which is a gap
     return stream_reply(event_stream(app, request, after))
 
 

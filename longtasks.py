@@ -43,19 +43,19 @@ Without curl, the same file is the client: submit, follow and collect in one lin
 The file is a house of rooms. A room uses only the rooms above it, and begins at this
 line:
 
-      153  1. Settings
-      503  2. Tasks and their states
-      863  3. Task registry
-     1589  4. Execution
-     2862  5. Journal
-     3481  6. Events
-     3675  7. Result store and task queue
-     4840  8. Worker pool
-     5149  9. HTTP API
-     6789  10. HTTP server
-     7748  11. Client
-     8344  12. Main
-     8891  13. The page
+      151  1. Settings
+      490  2. Tasks and their states
+      850  3. Task registry
+     1566  4. Execution
+     2839  5. Journal
+     3458  6. Events
+     3652  7. Result store and task queue
+     4817  8. Worker pool
+     5126  9. HTTP API
+     6766  10. HTTP server
+     7713  11. Client
+     8309  12. Main
+     8856  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -100,7 +100,6 @@ import shlex
 import shutil
 import signal
 import socket
-import socketserver
 import stat
 import struct
 import sys
@@ -115,7 +114,6 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
 from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
-from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Container, Dict, Iterator
 from typing import Iterable, Mapping, MutableMapping
 from typing import NamedTuple, Sequence, Tuple, Union
@@ -223,6 +221,7 @@ def _bytes(text: str) -> int:
     return int(text[:-3]) << units[text[-3:]] if text[-3:] in units else int(text)
 
 
+count = whole(1, 100_000)
 # An empty address would stand for all addresses of the host.
 address = matching("[!-~]{1,253}", "a host name or address, such as 127.0.0.1")
 token = matching("[!-~]{16,255}", "16 to 255 visible ASCII characters")
@@ -238,7 +237,7 @@ hosts = matching(
     r"(?a)[\w.:\[\]-]+(,[\w.:\[\]-]+)*",
     "hosts, or HOST:PORT, with commas between them",
 )
-webhook_secret = matching(  # standardwebhooks.com: base64 of 24 to 64 bytes
+signing_key = matching(  # standardwebhooks.com: base64 of 24 to 64 bytes
     "whsec_([A-Za-z0-9+/]{4}){8,21}([A-Za-z0-9+/]{2,3}={1,2})?",
     "whsec_ and the base64 of 24 to 64 random bytes",
 )
@@ -267,7 +266,6 @@ class Setting(NamedTuple):
     default: str
     check: Callable[[str], Any]  # raises ValueError with what would be valid
     help: str
-    metavar: str = ""  # by default that of the check
     separator: str = ""  # between values in the environment, if the flag may repeat
     secret: bool = False  # has no flag, since all users of a host see command lines
     with_db: str = ""  # the default if DB is set, which stands above it
@@ -299,47 +297,39 @@ SETTINGS = (
     Setting("INSECURE", "no", switch, "serve everybody, on any HOST, without a token"),
     Setting("TLS_CERT", "", path, "PEM file with the certificate, for TLS"),
     Setting("TLS_KEY", "", path, "PEM file with its key, unless TLS_CERT has it"),
-    Setting("WORKER_COUNT", "10", whole(1, 100_000), "tasks that may run at once"),
-    Setting("ASYNC_COUNT", "1000", whole(1, 100_000),
-            "tasks with async handlers that may run at once, too"),
+    Setting("WORKER_COUNT", "10", count, "tasks that may run at once"),
+    Setting("ASYNC_COUNT", "1000", count, "async tasks that may run at once, too"),
     Setting("LOG_LEVEL", "info", one_of("debug", "info", "warning", "error"),
-            "debug, info, warning or error", "LEVEL"),
+            "debug, info, warning or error"),
     Setting("LOG_FORMAT", "text", one_of("text", "json"),
-            "text, or json: an object on each line", "FORMAT"),
-    Setting("HANDLERS", "", path, "Python file that registers task types",
-            separator=os.pathsep),
-    Setting("COMMANDS", "", str, "program to register as a task type", "NAME=LINE",
-            separator="\n"),
-    Setting("RULES", "", str, "rules of a task type, over those of its handler",
-            "RULE", separator="\n"),
+            "text, or json: an object on each line"),
+    Setting("HANDLERS", "", path, "Python file that registers task types", os.pathsep),
+    Setting("COMMANDS", "", str, "program to register as a task type: NAME=LINE", "\n"),
+    Setting("RULES", "", str, "rules of a task type, over those of its handler", "\n"),
     Setting("WEBHOOK_HOSTS", "", hosts,
-            "where webhooks may go, as in hooks.example.com,10.0.0.7:8443", "HOSTS"),
-    Setting("WEBHOOK_SECRET", "", webhook_secret, "key that signs webhooks",
-            secret=True),
-    Setting("EXECUTOR", "", path, "where to run isolated handlers", "FILE:FACTORY"),
+            "where webhooks may go, as in hooks.example.com,10.0.0.7:8443"),
+    Setting("WEBHOOK_SECRET", "", signing_key, "key that signs webhooks", secret=True),
+    Setting("EXECUTOR", "", path, "FILE:FACTORY of an Executor for isolated handlers"),
     Setting("DB", "", path, "SQLite file to keep tasks in, created if missing"),
     Setting("TASK_TIMEOUT", "0", seconds,
             "timeout of a run without one of its own; 0: no limit"),
     Setting("GRACE", "3", seconds, "time that a handler has to stop when requested"),
-    Setting("STUCK_LIMIT", "100", whole(1, 100_000),
-            "stuck handlers at which new tasks are refused"),
+    Setting("STUCK_LIMIT", "100", count, "stuck handlers at which tasks are refused"),
     Setting("DRAIN_TIMEOUT", "300", seconds, "time that tasks have to end at shutdown"),
     Setting("QUEUE_LIMIT", "10000", whole(1, 10**9), "tasks that may wait"),
     Setting("QUEUE_BYTES", "64MiB", size, "size of all params that may wait"),
     Setting("RESULT_LIMIT", "10000", whole(1, 10**9), "finished tasks to keep"),
     Setting("RESULT_BYTES", "64MiB", size, "size of all finished tasks to keep"),
     Setting("RESULT_TTL", "86400", seconds,
-            "time for which to keep a finished task; with DB: 30 days",
-            with_db="2592000"),
+            "time to keep a finished task; with DB: 30 days", with_db="2592000"),
     Setting("MAX_BODY", "1MiB", size, "largest request body"),
     Setting("MAX_WAIT", "300", seconds, "time that a client may wait for a task"),
-    Setting("MAX_CONNECTIONS", "1000", whole(1, 100_000), "clients connected at once"),
+    Setting("MAX_CONNECTIONS", "1000", count, "clients connected at once"),
     Setting("MCP", "yes", switch, "offer the task types to agents, as tools, at /mcp"),
-    Setting("MCP_TYPES", "", str, "task type to offer, if not all", "TYPE", ","),
+    Setting("MCP_TYPES", "", str, "task type to offer, if not all", ","),
     Setting("MCP_WAIT", "45", seconds, "time that a tool call waits for its task"),
 )
 # fmt: on
-_METAVARS = {seconds: "SECONDS", size: "SIZE", path: "FILE", address: "ADDRESS"}
 
 Settings = Dict[str, Any]  # by name: settings["PORT"] is an int, and so on
 
@@ -420,16 +410,17 @@ def _argument_parser() -> Any:
     )
     version = "longtasks " + __version__
     parser.add_argument("--version", action="version", version=version)
+    metavars = {seconds: "SECONDS", size: "SIZE", path: "FILE"}
     for setting in SETTINGS:
-        variable = setting.name + (setting.default and "=" + setting.default)
-        metavar = setting.metavar or _METAVARS.get(setting.check, "N")
-        options: dict[str, Any] = {"metavar": metavar}
+        name = setting.flag.rpartition("-")[2].upper()
+        options: dict[str, Any] = {"metavar": metavars.get(setting.check, name)}
         if setting.separator:
             options["action"] = "append"
         elif setting.check is switch:
             other = "no" if setting.default == "yes" else "yes"
             options = {"action": "store_const", "const": other}
         if setting.flag:
+            variable = setting.name + (setting.default and "=" + setting.default)
             text = "don't " * setting.flag.startswith("--no-") + setting.help
             options.update(dest=setting.name, help="%s [%s]" % (text, variable))
             parser.add_argument(setting.flag, **options)
@@ -441,11 +432,7 @@ def _argument_parser() -> Any:
 
 def quote(value: Any) -> str:
     """Format a value for a message: as JSON, on one line, at most 80 characters."""
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
-        text = json.dumps(repr(value))
-    return first_line(text, 80)
+    return first_line(json.dumps(value, skipkeys=True, default=repr), 80)
 
 
 def first_line(text: str, limit: int = 200) -> str:
@@ -1091,14 +1078,10 @@ def _read_signature(function: Any) -> tuple[dict[str, Any], bool, str | None]:
 
 def _called(function: Any) -> Any:
     """Return the function that a functools.partial or a callable object calls."""
-    if isinstance(function, functools.partial):
-        return _called(function.func)
-    if isinstance(function, _FUNCTIONS) or not callable(function):
-        return function
-    return type(function).__call__
-
-
-_FUNCTIONS = types.FunctionType, types.MethodType, types.BuiltinFunctionType
+    while isinstance(function, functools.partial):
+        function = function.func
+    is_object = callable(function) and not lazy_import("inspect").isroutine(function)
+    return type(function).__call__ if is_object else function
 
 
 def is_coroutine(function: Any) -> bool:
@@ -1118,17 +1101,15 @@ def _is_context(param: Any) -> bool:
 
 def _parameters_of(function: Any) -> list[Any]:
     """Return a function's parameters, with annotations that are text evaluated."""
-
-    def annotated() -> None:
-        """Have the annotations of the parameters alone, not that of the return."""
-
     options: dict[str, Any] = {}
     if sys.version_info >= (3, 14):  # which would evaluate that of the return, too
         options["annotation_format"] = lazy_import("annotationlib").Format.FORWARDREF
     try:
         signature = lazy_import("inspect").signature(function, **options)
         params = list(signature.parameters.values())
-        annotated.__annotations__ = {param.name: param.annotation for param in params}
+        # Without that of the return, which may be anything.
+        annotations = {param.name: param.annotation for param in params}
+        annotated: Any = types.SimpleNamespace(__annotations__=annotations)
         # Names in annotations are globals of the innermost function.
         while hasattr(function, "__wrapped__") or _called(function) is not function:
             function = getattr(function, "__wrapped__", _called(function))
@@ -1548,7 +1529,7 @@ def _loading_errors(subject: str, file: str) -> Iterator[None]:
         trace = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in trace if frame.filename == file]
         where = " (line %s)" % lines[-1] if lines else ""
-        text = str(error) if isinstance(error, HandlerError) else describe(error)
+        text = describe(error)
         if isinstance(error, OSError) and error.filename == file:
             text = str(error.strerror)
         text = text.replace("\n", " ") + where
@@ -1558,18 +1539,14 @@ def _loading_errors(subject: str, file: str) -> Iterator[None]:
 def describe(error: BaseException) -> str:
     """Return "ValueError: text" for an exception, whatever its __str__ does."""
     name: str = type.__getattribute__(type(error), "__name__")
-    text = _text_of(error)
-    if not isinstance(error, (Failure, TaskError)) or not text:
+    try:
+        text = str(error)
+    except BaseException:  # a __str__ of the handler's may raise even SystemExit
+        text = "(its text can't be read)"
+    if not isinstance(error, (Failure, HandlerError, TaskError)) or not text:
         text = name + (": " + text if text else "")
     text = text.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
     return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 3] + "..."
-
-
-def _text_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except BaseException:  # a __str__ of the handler's may raise even SystemExit
-        return "(its text can't be read)"
 
 
 def _number(error: BaseException, name: str) -> float | None:
@@ -7377,9 +7354,8 @@ def tls_context(settings: Settings) -> Any:
             text = "TLS_CERT %s and TLS_KEY %s must be a certificate and its key, in "
             text = text % (cert, key or cert) + "PEM and without a passphrase"
         raise SettingsError(text) from None
-    warn_if_readable(
-        "TLS_KEY" if key else "TLS_CERT, which holds the key,", key or cert
-    )
+    name = "TLS_KEY" if key else "TLS_CERT, which holds the key,"
+    warn_if_readable(name, key or cert)
     return context
 
 
@@ -7455,18 +7431,16 @@ def give_back_memory() -> None:
 
 # Errors of accept(2) where the system has no resources left.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_NO_CLIENT = (errno.EAGAIN, errno.EBADF)
 
 
-class APIServer(ThreadingHTTPServer):
+class APIServer:
     """Listens, and serves each connection in a thread of its own.
 
     The thread that accepts also ends connections: when the time of a client is up, and
     those that the service waits for longest when there is no place for a new one.
     """
 
-    request_queue_size = 1024  # with 5, the default, clients wait seconds under load
-    allow_reuse_address = os.name != "nt"  # there, two could listen on one port
+    backlog = 1024  # clients that may wait to be accepted
     poll_interval = 0.1  # seconds that stopping may take
 
     slowest = 16_384  # bytes a second
@@ -7490,44 +7464,44 @@ class APIServer(ThreadingHTTPServer):
         # Seconds until the first byte of a request, to send it (plus the time of its
         # bytes at the rate `slowest`), to take LARGE bytes, and to read a refusal.
         self.timeouts = {IDLE: 60.0, READING: 20.0, SENDING: 60.0, LINGERING: 2.0}
-        self.closing = False
-        self._is_passed = isinstance(address, socket.socket)  # and stays open elsewhere
-        self._file: os.stat_result | None = None  # the Unix socket
+        self.closing = False  # True: accept no more, and close connections
         # Guards the connections and the counts; notifies when a connection has ended.
         self._changed = threading.Condition()
         self._counts: Counter[tuple[str, str, int]] = Counter()  # of those that ended
-        self.connections: dict[socket.socket, Connection] = {}
+        self.connections: set[Connection] = set()
         self._warn_at = self._trim_at = self._check_at = 0.0  # not before then
         self._ended = 0  # connections, since memory was given back
+        self._is_passed = isinstance(address, socket.socket)  # and stays open elsewhere
+        self._file: os.stat_result | None = None  # the Unix socket
         if isinstance(address, str):
-            self.address_family = socket.AF_UNIX
-        elif not self._is_passed and ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        super().__init__(address, Connection)  # type: ignore
+            self._listen_on_path(address)
+        else:
+            self._listen(address)
         self.socket.setblocking(False)
         PRIVATE.add(self.socket)
 
     # -- listening
 
-    def server_bind(self) -> None:
-        """Bind; unlike HTTPServer, don't look up the host's name, which takes time."""
-        if isinstance(self.server_address, str):
-            self._bind_unix(self.server_address)
-            return
-        if isinstance(self.server_address, socket.socket):
-            self.socket.close()
-            self.socket = self.server_address
-            self.server_address = self.socket.getsockname()
+    def _listen(self, address: Any) -> None:
+        if self._is_passed:
+            self.socket = address
         else:
-            socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore
-        host = "[%s]" if ":" in self.server_name else "%s"
-        self.url = self.app.scheme + "://" + host % self.server_name
-        self.url += ":%d" % self.server_port
-        self.app.access.listen_on(self.server_name)  # the address, not the name
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            self.socket = socket.socket(family)
+            if os.name != "nt":  # there, two could listen on one port
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.socket.bind(address)
+            self.socket.listen(self.backlog)
+        self.host, self.port = self.socket.getsockname()[:2]
+        self.app.access.listen_on(self.host)  # the address, not the name
+        host = "[%s]" % self.host if ":" in self.host else self.host
+        self.url = "%s://%s:%d" % (self.app.scheme, host, self.port)
 
-    def _bind_unix(self, path: str) -> None:
-        """Bind to a path, for the owner of this process only."""
+    def _listen_on_path(self, path: str) -> None:
+        """Listen on a Unix socket, for the owner of this process only."""
+        self.app.access.path = self.host = path
+        self.port, self.url = 0, "unix:" + path
+        self.socket = socket.socket(socket.AF_UNIX)
         with NO_FORK, locked_folder(path):
             with contextlib.suppress(FileNotFoundError):
                 remove_stale(path)
@@ -7536,27 +7510,32 @@ class APIServer(ThreadingHTTPServer):
                 self.socket.bind(path)
             finally:
                 os.umask(umask)
-            self.server_activate()  # before another process can find it dead
+            self.socket.listen(self.backlog)  # before another process can find it dead
             self._file = os.lstat(path)
-        self.server_name, self.server_port, self.url = path, 0, "unix:" + path
-        self.app.access.path = os.path.abspath(path)
 
-    def server_close(self) -> None:
-        """Remove the Unix socket if it is still this one, and stop listening.
+    def stop_listening(self) -> None:
+        """Remove the Unix socket if it is still this one, and close it.
 
         In this order, for a service that starts may replace a socket that is dead.
         """
-        path = self.app.access.path
         with contextlib.suppress(OSError):
-            if self._file and os.path.samestat(self._file, os.lstat(path)):
-                os.unlink(path)
-        super().server_close()
+            if self._file and os.path.samestat(self._file, os.lstat(self.host)):
+                os.unlink(self.host)
+        self.socket.close()
 
     # -- accepting
 
-    def service_actions(self) -> None:
-        """Accept other clients, and end slow ones; called by socketserver."""
-        self._accept_pending()
+    def serve(self) -> None:
+        """Accept clients, and end slow ones, until `closing` is set."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            while not self.closing:
+                selector.select(self.poll_interval)
+                self._accept_pending()
+                self.tidy_up()
+
+    def tidy_up(self) -> None:
+        """End slow clients and give back memory, if that is due."""
         now = time.monotonic()
         if now >= self._check_at:
             self._check_at = now + self.check_interval
@@ -7567,71 +7546,61 @@ class APIServer(ThreadingHTTPServer):
 
     def _accept_pending(self) -> None:
         """Accept all clients that have connected by now."""
-        for _ in range(self.request_queue_size):  # no more, or it might never end
+        for _ in range(self.backlog):  # no more, or it might never end
             try:
-                client, address = self.get_request()
-            except OSError as error:
-                if error.errno in _EXHAUSTED or error.errno in _NO_CLIENT:
+                self.admit(Connection(*self._accept(), self))
+            except BlockingIOError:
+                return
+            except OSError as error:  # that client has left, or:
+                if error.errno in _EXHAUSTED:
+                    self._evict(str(error))  # or the loop would spin until then
                     return
-                continue  # that client has left
-            try:
-                self.process_request(client, address)
-            except Exception:  # as socketserver does
-                self.handle_error(client, address)
-                self.shutdown_request(client)
+            except Exception:
+                log.error("a connection failed", exc_info=True)
 
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; called by socketserver."""
-        try:
-            with NO_FORK:  # until PRIVATE has it, a forked child would keep a copy
-                client, address = super().get_request()
-                client.setblocking(True)
-                if self.tls:
-                    client = self.tls.wrap_socket(
-                        client, server_side=True, do_handshake_on_connect=False
-                    )
-                PRIVATE.add(client)
-        except OSError as error:
-            if error.errno in _EXHAUSTED:
-                self._evict(str(error))  # or the loop would spin until then
-            raise
+    def _accept(self) -> tuple[socket.socket, Any]:
+        with NO_FORK:  # until PRIVATE has it, a forked child would keep a copy
+            client, address = self.socket.accept()
+            client.setblocking(True)
+            if self.tls:
+                client = self.tls.wrap_socket(
+                    client, server_side=True, do_handshake_on_connect=False
+                )
+            PRIVATE.add(client)
         return client, address or (self.url, 0)  # that of a Unix socket is empty
 
-    def process_request(self, client: Any, address: Any) -> None:
-        """Serve a connection in a thread, or refuse it; called by socketserver."""
-        connection = Connection(client, address, self)
+    def admit(self, connection: Connection) -> None:
+        """Serve a connection in a thread of its own, or refuse it."""
         try:
-            self._admit(connection)
+            self._register(connection)
             self._start(connection)
         except HTTPError as error:
             reply = refusal(error)
             connection.counts[OTHER, OTHER, reply.status] += 1
-            client.setblocking(False)  # this is the thread that accepts
+            connection.socket.setblocking(False)  # this is the thread that accepts
             with contextlib.suppress(OSError):
-                client.send(encode_head(reply, "1.1", False) + reply.body)
-            self.shutdown_request(client)
+                connection.socket.send(encode_head(reply, "1.1", False) + reply.body)
+            self.dismiss(connection)
 
-    def _admit(self, connection: Connection) -> None:
+    def _register(self, connection: Connection) -> None:
         """Register a connection; raises HTTPError if it is not to be served."""
-        number = connection.socket.fileno()
         with self._changed:
             if self._is_full():
                 self._evict(self.over_limit[1])
             connection.over_limit = self._is_full()
-            # Its client may have left, and a flood of such must not hold up others.
-            connection.half_closed = bool(closed_by_peer([number]))
-            self.connections[connection.socket] = connection
+            self.connections.add(connection)
             is_over = len(self.connections) > self.max_connections + self.reserve
+            # Its client may have left, and a flood of such must not hold up others.
+            connection.half_closed = bool(closed_by_peer([connection.socket.fileno()]))
             if connection.half_closed:
-                half_closed = sum(c.half_closed for c in self.connections.values())
+                half_closed = sum(each.half_closed for each in self.connections)
                 is_over = is_over or half_closed > self.half_closed_limit
-            if is_over:
-                raise HTTPError(*self.over_limit, Retry_After="1")
+        if is_over:
+            raise HTTPError(*self.over_limit, Retry_After="1")
 
     def _is_full(self) -> bool:
         """Whether the limit is reached, without those that are ending."""
-        staying = (not c.ended for c in self.connections.values())
-        limit = self.max_connections
+        staying, limit = (not c.ended for c in self.connections), self.max_connections
         return len(self.connections) >= limit and sum(staying) >= limit
 
     def _start(self, connection: Connection) -> None:
@@ -7640,31 +7609,31 @@ class APIServer(ThreadingHTTPServer):
             try:
                 # Not Thread.start(), which waits until the thread has begun: where many
                 # threads are ready to run, all new clients would wait for that.
-                arguments = connection.socket, connection.address
-                _thread.start_new_thread(self.process_request_thread, arguments)
+                _thread.start_new_thread(self._serve_client, (connection,))
                 return
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 self._evict(str(error))
         text = "the system has no thread left for this connection"
         raise HTTPError(503, text, Retry_After="1")
 
-    def finish_request(self, client: Any, address: Any) -> None:
-        """Serve a connection in its thread; called by socketserver."""
-        self.connections[client].serve()
+    def _serve_client(self, connection: Connection) -> None:
+        try:
+            connection.serve()
+        except Exception:
+            log.error("connection of %s failed", connection.address, exc_info=True)
+        finally:
+            self.dismiss(connection)
 
-    def shutdown_request(self, client: Any) -> None:
-        """Close a connection that has ended; called by socketserver, too."""
-        super().shutdown_request(client)
+    def dismiss(self, connection: Connection) -> None:
+        """Close a connection that has ended."""
+        with contextlib.suppress(OSError):
+            connection.socket.shutdown(socket.SHUT_WR)
+        connection.socket.close()
         with self._changed:
-            connection = self.connections.pop(client, None)
-            if connection:
-                self._counts.update(connection.counts)
+            self.connections.discard(connection)
+            self._counts.update(connection.counts)
             self._ended += 1
             self._changed.notify_all()
-
-    def handle_error(self, client: Any, address: Any) -> None:
-        """Log an unexpected error of a connection; called by socketserver, too."""
-        log.error("connection of %s failed", address, exc_info=True)
 
     # -- clients that are slow or have left
 
@@ -7679,11 +7648,8 @@ class APIServer(ThreadingHTTPServer):
             if now >= self._warn_at:
                 self._warn_at = now + 10
                 log.warning("evicting idle and slow clients: %s", reason)
-            found = [
-                c
-                for c in self.connections.values()
-                if c.state != BUSY and not c.ended and now - c.since > self.grace
-            ]
+            found = [c for c in self.connections if c.state != BUSY and not c.ended]
+            found = [c for c in found if now - c.since > self.grace]
             found.sort(key=lambda c: (c.state != IDLE, c.since))
             for connection in found[: 1 + self.max_connections // 32]:
                 connection.end(503, reason)
@@ -7700,7 +7666,7 @@ class APIServer(ThreadingHTTPServer):
         if self.closing:
             reason = 503, "the service is shutting down"
         with self._changed:
-            connections = {c.socket.fileno(): c for c in self.connections.values()}
+            connections = {c.socket.fileno(): c for c in self.connections}
         for c in connections.values():
             if now - c.since > self.timeouts.get(c.state, math.inf) and not c.ended:
                 c.end(*reason)
@@ -7718,7 +7684,7 @@ class APIServer(ThreadingHTTPServer):
         """Return the counts of replies, and of connections that are open."""
         with self._changed:
             counts = self._counts.copy()
-            for connection in self.connections.values():
+            for connection in self.connections:
                 # A copy is made in one step, while that connection's thread counts.
                 counts.update(connection.counts.copy())
         return Traffic(counts, len(self.connections), self.max_connections)
@@ -7733,10 +7699,9 @@ class APIServer(ThreadingHTTPServer):
         """
         self.closing = True
         self.timeouts.update({IDLE: 0.0, READING: 5.0})
-        self.shutdown()
         if not self._is_passed:  # else the next service accepts them
             self._accept_pending()
-        self.server_close()
+        self.stop_listening()
         end = time.monotonic() + max(5.0, timeout)
         with self._changed:
             while self.connections and time.monotonic() < end:
@@ -8464,7 +8429,7 @@ class Service:
             gc.freeze()  # from now on it does not go through them at all
             return journal
         except BaseException:  # KeyboardInterrupt, too
-            self.server.server_close()
+            self.server.stop_listening()
             raise
         finally:
             gc.enable()
@@ -8472,10 +8437,10 @@ class Service:
     def start(self) -> None:
         """Start the workers and accept clients; raises SettingsError."""
         workers = counted(self.settings["WORKER_COUNT"], "worker")
-        page = "; open it in a browser" if self.server.server_port else ""
+        page = "; open it in a browser" if self.server.port else ""
         address = self.server.url, workers, os.getpid(), page
         log.info("listening on %s, %s, pid %d%s", *address)
-        access, host = self.server.app.access, self.server.server_name
+        access, host = self.server.app.access, self.server.host
         if access.token and not (access.local or access.path or self.server.tls):
             text = "HOST %s without TLS: the token crosses the network in the clear"
             log.warning(text + "; set TLS_CERT, or put a TLS proxy in front", host)
@@ -8501,7 +8466,7 @@ class Service:
     def _serve(self) -> None:
         """Accept clients until shutdown(), and then answer those that are connected."""
         use_cpus(ONE_CPU)
-        self.server.serve_forever(self.server.poll_interval)
+        self.server.serve()
         self.server.close(self._end - time.monotonic())
         self._events.put(DRAINED)  # wakes the main thread
 
@@ -8549,7 +8514,7 @@ class Service:
         left = self.store.abandon()
         self.store.events.wake(close=True)
         if event in (None, DRAINED):  # else a second signal: clients are not awaited
-            self.server.shutdown()
+            self.server.closing = True
             while self.acceptor.is_alive() and event in (None, DRAINED):
                 event = self._next_event(0.125)
         return left

@@ -3925,6 +3925,7 @@ def test_an_async_handler_that_outlasts_the_drain_is_stopped_and_run_again(
     assert (tmp_path / "out").read_text() == "stopped\n"
     with napping(*flags) as running:
         running.logged(task_id + " (nap): begun")
+        until(lambda: status_of(running, task_id)["attempt"] == 2)  # it is on disk
         running.process.kill()
         running.wait()
     with napping(*flags) as running:
@@ -4333,15 +4334,22 @@ def test_a_program_has_no_input_no_secrets_and_its_tasks_id(monkeypatch):
     assert json.loads(outcome.result)["output"] == "id::kept\n"
 
 
-@pytest.mark.parametrize("command", ["yes", "sleep 3"])
-def test_what_a_program_left_in_another_session_does_not_keep_its_task(command):
+@pytest.mark.parametrize("command", ["yes", "cat {}"])
+def test_what_a_program_left_in_another_session_does_not_keep_its_task(
+    command, tmp_path
+):
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    command = command.format(fifo)
     code = "import os; os.fork(); os.fork(); "
     code += "os.fork() or os.setsid() or os.execvp({a}, {b}.split())"
     code = code.format(a=repr(command.split()[0]), b=repr(command))
-    begin = time.monotonic()
-    outcome, _ = run_program('t=%s -c "%s"' % (sys.executable, code))
-    assert outcome.status == "completed"
-    assert time.monotonic() - begin < 3
+    writer = os.open(fifo, os.O_RDWR)  # until it is closed, cat does not end
+    try:
+        done = background(lambda: run_program('t=%s -c "%s"' % (sys.executable, code)))
+        assert done.result(LONG)[0].status == "completed"
+    finally:
+        os.close(writer)
 
 
 def test_a_program_runs_where_no_process_can_be_listed(monkeypatch):
@@ -4598,7 +4606,7 @@ ONE = {"type": "long_computation", "params": {"duration": 0}}
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
 
-def document_of(service, task_id, wait=10):
+def document_of(service, task_id, wait=LONG):
     """The status document of a task, once it has finished or the time is up."""
     return call(service, "GET", "%s/%s?wait=%s" % (TASKS, task_id, wait)).json
 
@@ -4659,8 +4667,8 @@ def test_a_label_is_kept_shown_and_logged_and_one_made_of_params_is_not_logged(
 ):
     path, document = str(tmp_path / "tasks.db"), {**ONE, "label": "night\x1b é"}
     with records("INFO") as kept, serving(DB=path) as service:
-        task_id = call(service, "POST", TASKS + "?wait=10", document).json["id"]
-        call(service, "POST", TASKS + "?wait=10", ONE)
+        task_id = call(service, "POST", TASKS + "?wait=40", document).json["id"]
+        call(service, "POST", TASKS + "?wait=40", ONE)
     kept = [record for record in kept if hasattr(record, "fields")]
     lines = "\n".join(map(longtasks.LogFormatter().format, kept))
     assert r"(long_computation, night\x1b é): completed" in lines
@@ -4794,7 +4802,7 @@ def test_a_task_that_has_started_is_not_cancelled_with_those_that_wait(tmp_path)
 
 def test_a_retry_submits_a_finished_task_again(service, echo):
     document = {"type": "typed", "params": {"number": 2.0}, "priority": 3, "label": "a"}
-    task_id = call(service, "POST", TASKS + "?wait=10", document).json["id"]
+    task_id = call(service, "POST", TASKS + "?wait=40", document).json["id"]
     answer = call(service, "POST", TASKS + "/%s/retry" % task_id)
     new = answer.json["id"]
     assert (answer.status, answer.json["status"]) == (202, "pending")
@@ -4813,7 +4821,7 @@ def test_a_retry_submits_a_finished_task_again(service, echo):
     )
     other = TASKS + "/%s/retry" % task_id
     assert_problem(call(service, "POST", other, Idempotency_Key="k"), 422, "another")
-    assert call(service, "POST", path + "?wait=10").json["status"] == "completed"
+    assert call(service, "POST", path + "?wait=40").json["status"] == "completed"
 
 
 def test_a_retry_that_cannot_be_is_refused(gate, registry):
@@ -4841,7 +4849,7 @@ def test_a_retry_that_cannot_be_is_refused(gate, registry):
 def test_many_are_submitted_again_or_none(registry, tmp_path):
     path = str(tmp_path / "tasks.db")
     with serving(DB=path, QUEUE_LIMIT=3) as service:
-        ids = [call(service, "POST", TASKS + "?wait=10", ONE).json["id"] for _ in "123"]
+        ids = [call(service, "POST", TASKS + "?wait=40", ONE).json["id"] for _ in "123"]
         call(service, "POST", TASKS, {**ONE, "delay": 60})
         refused = call(service, "POST", TASKS + "/retry?status=completed")
         assert_problem(refused, 503, "the queue is full")
@@ -6066,7 +6074,7 @@ def test_without_the_token_no_route_reveals_anything(registry):
 )
 def test_only_the_token_opens_the_service(sent, challenge, registry):
     with serving(API_TOKEN=TOKEN) as service:
-        answer = call(service, "POST", TASKS + "?wait=10", ONE, Authorization=sent)
+        answer = call(service, "POST", TASKS + "?wait=40", ONE, Authorization=sent)
         if challenge is None:
             assert answer.json["status"] == "completed"
             return
@@ -9868,9 +9876,10 @@ def began(tmp_path, name):
 
 
 def begin(running, tmp_path, type, name="a"):
-    """Submit a held task; return its id once it runs."""
+    """Submit a held task; return its id once it runs, also as clients see it."""
     task_id = submitted(running.port, type, {"name": name})
     began(tmp_path, name)
+    until(lambda: status_of(running, task_id)["status"] == "processing")
     return task_id
 
 
@@ -10134,13 +10143,15 @@ def test_a_drain_finishes_running_and_queued_tasks_and_refuses_new_ones(tmp_path
 
 def test_past_the_drain_timeout_tasks_are_given_up_and_logged(tmp_path, held):
     text = "\x7f\x80\u2028é\ud800\\"
-    env = {"WORKER_COUNT": "2", "DRAIN_TIMEOUT": "0.2", "GRACE": "0.3"}
+    env = {"WORKER_COUNT": "2", "DRAIN_TIMEOUT": "0.2", "GRACE": "1000"}
     with process(*held, env=env) as running:
         polite = begin(running, tmp_path, "polite", "a")
         begin(running, tmp_path, "deaf", "b")
         submitted(running.port, "deaf", {"name": text})
-        assert running.stop() == 1
+        running.signal()
+        running.logged("time is up: handlers are asked to stop")
         assert "(polite): put back" in running.logged(polite)
+        assert running.stop() == 1  # the deaf one is awaited no longer
         running.logged("3 tasks given up")
         lines = [line for line in running.lines if "given up: " in line]
         given_up = [json.loads(line[line.index("{") :]) for line in lines]
@@ -11044,7 +11055,8 @@ def isolated(tmp_path_factory):
 def outcome(running, type, params=None, **options):
     """The result document of a task that was waited for."""
     document = {"type": type, "params": params or {}, **options}
-    task = call(running.port, "POST", "/api/v1/tasks?wait=20", document).json
+    path = "/api/v1/tasks?wait=%g" % LONG
+    task = call(running.port, "POST", path, document).json
     return call(running.port, "GET", "/api/v1/tasks/%s/result" % task["id"]).json
 
 
@@ -11868,12 +11880,11 @@ def test_a_stop_while_the_disk_is_full_is_no_crash_but_one_after_it_is(tmp_path,
             if attempt == 1:
                 submitted(running.port, "deaf", {"name": "a"})
             began(tmp_path, "a")
+            until(lambda: rows_of(path, "attempt") == [(attempt,)])  # noqa: B023
             if attempt < 3:
                 with full_disk(running, path):
                     assert running.stop() == 1
                 running.logged("; tasks that ended since the last commit run again")
-            else:
-                until(lambda: rows_of(path, "attempt") == [(3,)])
         (tmp_path / "a.began").unlink()
         found = rows_of(path, "status, attempt, interruptions")
         assert found == [("processing", attempt, 0)]

@@ -46,16 +46,16 @@ line:
       151  1. Settings
       490  2. Tasks and their states
       850  3. Task registry
-     1566  4. Execution
-     2839  5. Journal
-     3458  6. Events
-     3652  7. Result store and task queue
-     4817  8. Worker pool
-     5126  9. HTTP API
-     6766  10. HTTP server
-     7713  11. Client
-     8309  12. Main
-     8856  13. The page
+     1561  4. Execution
+     2834  5. Journal
+     3453  6. Events
+     3647  7. Result store and task queue
+     4812  8. Worker pool
+     5121  9. HTTP API
+     6765  10. HTTP server
+     7709  11. Client
+     8305  12. Main
+     8852  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -953,11 +953,6 @@ class Handler(NamedTuple):
     rules: Mapping[str, Any] = {}  # the fields of Rules that it sets
     isolated: bool = False  # runs in a child process
     is_async: bool = False  # runs on the event loop
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        """The JSON Schema of its params, an object."""
-        return self.params.schema
 
     @property
     def description(self) -> str:
@@ -5762,7 +5757,11 @@ def type_document(app: App, name: str) -> Json:
     """Describe a task type, with the rules in force for it."""
     known, rules = app.handlers[name], app.store.rules(name)._asdict()
     in_force = {rule: rules[rule] for rule in PROGRAM_RULES if rules[rule] is not None}
-    document = {"type": name, "description": known.description, "params": known.schema}
+    document = {
+        "type": name,
+        "description": known.description,
+        "params": known.params.schema,
+    }
     return {**document, "rules": in_force, "paused": name in app.store.paused}
 
 
@@ -6128,7 +6127,7 @@ def _type_components(handlers: Mapping[str, Handler]) -> Json:
         base = base if base[0].isalpha() else "Type" + base
         name = next(n for n in numbered("%s%d", base) if n.lower() not in taken)
         taken.add(name.lower())
-        own = {"type": {"const": type}, "params": known.schema}
+        own = {"type": {"const": type}, "params": known.params.schema}
         schema = {**SUBMISSION, "properties": {**SUBMISSION["properties"], **own}}
         found[name] = {**schema, "description": known.description}
     return found
@@ -6406,7 +6405,7 @@ class Call:
         found = []
         for name, type in self.tools.items():
             known, hints = self.app.handlers[type], {"title": type}
-            found.append(_tool(name, known.description, known.schema, hints))
+            found.append(_tool(name, known.description, known.params.schema, hints))
             if self.version in TASKED:
                 found[-1]["execution"] = {"taskSupport": "optional"}
         found += [_tool(name, *row[1:]) for name, row in TOOLS.items()]
@@ -6793,12 +6792,9 @@ class Access:
     @property
     def curl(self) -> str:
         """How a curl command line that has access begins."""
-        words = ["curl"]
-        if self.path:
-            words += ["--unix-socket", shlex.quote(self.path)]
-        if self.token:
-            words += ['-H "Authorization: Bearer $API_TOKEN"']
-        return " ".join(words)
+        way = " --unix-socket " + shlex.quote(self.path) if self.path else ""
+        header = ' -H "Authorization: Bearer $API_TOKEN"' if self.token else ""
+        return "curl" + way + header
 
     def listen_on(self, host: str) -> None:
         """Note the address of the server; raises SettingsError if it is not safe."""
@@ -6827,16 +6823,16 @@ class Access:
 
     def _check_token(self, credentials: str) -> None:
         """Compare the token of a request with ours (RFC 6750)."""
-        scheme, _, given = credentials.partition(" ")
+        detail = "send the token, as the header Authorization: Bearer TOKEN"
         challenge = 'Bearer realm="longtasks"'
-        if scheme.lower() != "bearer":
-            detail = "send the token, as the header Authorization: Bearer TOKEN"
-            raise HTTPError(401, detail, WWW_Authenticate=challenge)
-        # Its comparison takes the same time wherever the two differ.
-        hmac = lazy_import("hmac")
-        if not hmac.compare_digest(given.strip(" ").encode("latin-1"), self.token):
-            challenge += ', error="invalid_token"'
-            raise HTTPError(401, "wrong token", WWW_Authenticate=challenge)
+        scheme, _, given = credentials.partition(" ")
+        if scheme.lower() == "bearer":
+            # Its comparison takes the same time wherever the two differ.
+            compare = lazy_import("hmac").compare_digest
+            if compare(given.strip(" ").encode("latin-1"), self.token):
+                return
+            detail, challenge = "wrong token", challenge + ', error="invalid_token"'
+        raise HTTPError(401, detail, WWW_Authenticate=challenge)
 
 
 def is_foreign(request: Request) -> bool:

@@ -883,8 +883,8 @@ def test_annotations_that_are_text_are_read_whatever_the_function_is_in(
 ):
     longtasks.load_handlers(write(tmp_path, ANNOTATED))
     known = registry[name]
-    assert (known.context, known.schema["required"]) == ("ctx", ["a"])
-    assert known.schema["properties"]["a"] == {"type": "integer"}
+    assert (known.context, known.params.schema["required"]) == ("ctx", ["a"])
+    assert known.params.schema["properties"]["a"] == {"type": "integer"}
     assert run(registry, name, {"a": 2}) == [3, "id"]
     assert registry["partial"].description == "Add them."
 
@@ -3447,7 +3447,7 @@ def test_what_a_handler_returns_may_be_all_that_may_come_in(value, registry):
 
 def test_a_default_that_could_not_come_in_is_not_shown(registry):
     handler("t")(lambda a={1: 1, "1": 2}, b={1: 1}: a)
-    properties = registry["t"].schema["properties"]
+    properties = registry["t"].params.schema["properties"]
     assert properties == {"a": {}, "b": {"default": {"1": 1}}}
 
 
@@ -4089,7 +4089,10 @@ def test_a_rule_from_outside_wins_over_that_of_the_handler(registry, tmp_path):
     with serving(TASK_TIMEOUT=60.0) as service:
         types = call(service, "GET", "/api/v1/types").json["types"]
         shown = types[-1]["description"], types[-1]["params"]
-        assert shown == ("sh -c 'pwd; exit $1' sh {code}", registry["where"].schema)
+        assert shown == (
+            "sh -c 'pwd; exit $1' sh {code}",
+            registry["where"].params.schema,
+        )
         rules = {each["type"]: each["rules"] for each in types}
         usual = {"timeout": 60, "retries": 0, "backoff": 1, "max_running": 0}
         assert rules["long_computation"] == usual
@@ -5599,7 +5602,7 @@ def test_only_a_few_large_bodies_are_parsed_and_checked_at_once(registry):
             assert release.wait(LONG)
             return super().validate(value, path)
 
-    registry["held"] = known._replace(name="held", params=Held(known.schema))
+    registry["held"] = known._replace(name="held", params=Held(known.params.schema))
     body = json.dumps(dict(ONE, type="held")).encode()
     large = body + b" " * longtasks.LARGE_BODY
     with serving() as service:
@@ -6419,7 +6422,7 @@ def test_each_task_type_is_a_tool(version, tools):
         built_in = {"task_status", "task_result", "task_cancel", "task_list"}
         assert set(listed) == {*longtasks.REGISTRY, *built_in}
         assert listed["add"]["description"] == "Add two numbers."
-        assert listed["add"]["inputSchema"] == longtasks.REGISTRY["add"].schema
+        assert listed["add"]["inputSchema"] == longtasks.REGISTRY["add"].params.schema
         assert listed["add"]["annotations"] == {"title": "add"}
         assert listed["task_list"]["annotations"]["readOnlyHint"] is True
         assert ("execution" in listed["add"]) == (version == "2025-11-25")

@@ -54,8 +54,8 @@ line:
      5121  9. HTTP API
      6765  10. HTTP server
      7709  11. Client
-     8305  12. Main
-     8852  13. The page
+     8275  12. Main
+     8822  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -7716,13 +7716,11 @@ class APIServer:
 EXIT_CODES = {
     0: "done; for run and result: the task is completed",
     1: "the task failed",
-    2: "the service refused a request, or the command is wrong; what it refused was "
-    "not done",
+    2: "the command is wrong, or the service refused a request and did nothing",
     3: "the task was cancelled",
     4: "the service can't be reached, accepts no tasks now, has lost the task or "
     "changed its token, or the output can't be written",
-    130: "interrupted by Ctrl-C; for run: by a second one, when the first has asked "
-    "for a cancel",
+    130: "interrupted by Ctrl-C; for run: by a second one, after that which cancels",
 }
 REFUSED, NO_ANSWER, INTERRUPTED = 2, 4, 130
 
@@ -7736,15 +7734,13 @@ LINE_INTERVAL = 10.0  # seconds between two lines about progress, not on a termi
 class ClientError(Exception):
     """A command failed: the lines to report, and the exit code.
 
-    `status` is that of the HTTP response, 0 without one. `temporary` is whether a retry
-    may help, and `sent` whether the request may have taken effect without an answer.
+    `status` is that of the HTTP response; 0: there was none, but the request may have
+    taken effect; -1: there was no request.
     """
 
-    def __init__(self, code: int, *lines: str, status: int = 0) -> None:
+    def __init__(self, code: int, *lines: str, status: int = -1) -> None:
         super().__init__(*lines)
         self.code, self.status = code, status
-        self.temporary = status >= 500
-        self.sent = False
 
 
 class Client:
@@ -7759,28 +7755,56 @@ class Client:
     def __init__(self, url: str, token: str = "") -> None:
         match = self._urls.fullmatch(url)
         if not match:
-            expected = "http://HOST:PORT, https://HOST:PORT or unix:PATH"
-            raise ClientError(
-                REFUSED, "the URL must be %s, not %s" % (expected, quote(url))
-            )
+            text = "the URL must be http://HOST:PORT, https://HOST:PORT or unix:PATH"
+            raise ClientError(REFUSED, "%s, not %s" % (text, quote(url)))
         self.url = url
         self._scheme, self._host, self._prefix, self._socket = match.groups("")
-        self._headers = {"Authorization": "Bearer " + token} if token else {}
-        self.printed = 0  # lines of the log of the task that it follows
+        self._token = token
+        self.follows = False  # a task that the service has, or may have accepted
 
     def request(
         self, method: str, path: str, document: Any = None, expected: str = JSON
     ) -> str:
-        """Send a request, with a document as JSON; return the response's body."""
+        """Send a request, with a document as JSON; return the response's body.
+
+        A client that follows a task repeats a request that gets no answer or a 5xx, for
+        up to RETRY_TIMEOUT seconds.
+        """
+        deadline, reported = time.monotonic() + RETRY_TIMEOUT, False
+        while True:
+            try:
+                text = self._send(method, path, document, expected)
+                self.follows |= method == "PUT"
+                return text
+            except ClientError as error:
+                self.follows |= method == "PUT" and error.status == 0
+                is_final = 0 < error.status < 500 or time.monotonic() > deadline
+                if is_final or not self.follows:
+                    raise
+                if not reported:
+                    text = "%s; trying again for %g s"
+                    report(text % (error.args[0], RETRY_TIMEOUT))
+                reported = True
+            time.sleep(RETRY_PAUSE)
+
+    def get(self, path: str, key: str) -> dict[str, Any]:
+        """Return the JSON object at a path, which must have this key."""
+        with contextlib.suppress(ValueError):
+            document = json.loads(self.request("GET", path))
+            if isinstance(document, dict) and key in document:
+                return document
+        raise ClientError(NO_ANSWER, "the server at %s is not longtasks" % self.url)
+
+    def _send(self, method: str, path: str, document: Any, expected: str) -> str:
         from http.client import HTTPException
 
-        headers = {**self._headers, "Accept": expected, "Connection": "close"}
-        body, sent = None, False
-        if document is not None:
-            body, headers["Content-Type"] = to_json(document), JSON
+        headers = {"Accept": expected, "Content-Type": JSON, "Connection": "close"}
+        if self._token:
+            headers["Authorization"] = "Bearer " + self._token
+        body, status = to_json(document) if document else None, -1
         try:
             with contextlib.closing(self._connect()) as connection:
-                sent = True
+                status = 0
                 connection.request(method, self._prefix + path, body, headers)
                 # Closed here: Ctrl-C in a finalizer would be ignored.
                 with connection.getresponse() as response:
@@ -7792,23 +7816,12 @@ class Client:
             # X509_V_ERR_...: these are about the issuer, not about the host or a date.
             if getattr(error, "verify_code", 0) in (18, 19, 20, 21):
                 reason += "; set SSL_CERT_FILE to a file with the certificates to trust"
-            failure = ClientError(
-                NO_ANSWER, "no answer from %s: %s" % (self.url, reason)
-            )
-            failure.temporary, failure.sent = True, sent
-            raise failure from None
+            text = "no answer from %s: %s" % (self.url, reason)
+            raise ClientError(NO_ANSWER, text, status=status) from None
         media = response.headers.get_content_type()
         if response.status == 204 or (response.status < 300 and media == expected):
             return str(text)
         raise self._refusal(response, text if media == PROBLEM else "")
-
-    def get(self, path: str, key: str) -> dict[str, Any]:
-        """Return the JSON object at a path, which must have this key."""
-        with contextlib.suppress(ValueError):
-            document = json.loads(self.request("GET", path))
-            if isinstance(document, dict) and key in document:
-                return document
-        raise ClientError(NO_ANSWER, "the server at %s is not longtasks" % self.url)
 
     def _connect(self) -> Any:
         import http.client
@@ -7834,21 +7847,19 @@ class Client:
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             found = json.loads(problem)
             lines = [each["detail"] for each in found.get("errors", [found])]
-            code = NO_ANSWER if status >= 500 else REFUSED
+            code = NO_ANSWER if status >= 500 or self.follows else REFUSED
         if status == 401:
-            fault = "the token is wrong" if self._headers else "it needs a token"
+            fault = "the token is wrong" if self._token else "it needs a token"
             lines = ["%s: %s; set API_TOKEN or API_TOKEN_FILE" % (self.url, fault)]
+        if status == 404 and self.follows:
+            lines.append("was the service restarted without --db?")
         return ClientError(code, *lines, status=status)
 
 
-def task_path(task_id: str, suffix: str = "") -> str:
-    """Return the path of a task in the API, or of a resource below it."""
-    return "/api/v1/tasks/" + url_quote(task_id, "", errors="surrogateescape") + suffix
-
-
-def type_path(name: str, suffix: str) -> str:
-    """Return the path of a resource below a task type in the API."""
-    return "/api/v1/types/" + url_quote(name, "", errors="surrogateescape") + suffix
+def path_of(*names: str) -> str:
+    """Return the path of a resource of the API: path_of("tasks", ID, "log")."""
+    quoted = (url_quote(name, "", errors="surrogateescape") for name in names)
+    return "/api/v1/" + "/".join(quoted)
 
 
 # -- output ----------------------------------------------------------------
@@ -7857,7 +7868,7 @@ def type_path(name: str, suffix: str) -> str:
 def report(line: str, changes: bool = False) -> None:
     """Print a line on stderr; on a terminal the next one replaces it if it changes."""
     text, end = escape(line), "\n"
-    if on_terminal():
+    if on_terminal(sys.stderr):
         if changes:  # without line wrap, so that the terminal cuts it
             text, end = "\x1b[?7l%s\x1b[?7h" % text, ""
         text = "\r\x1b[K" + text
@@ -7865,9 +7876,9 @@ def report(line: str, changes: bool = False) -> None:
         print(text, end=end, file=sys.stderr, flush=True)
 
 
-def on_terminal() -> bool:
-    """Whether stderr is a terminal that can erase a line."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+def on_terminal(file: Any) -> bool:
+    """Whether a file is a terminal that can erase a line and show colors."""
+    return file.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def print_text(text: str) -> None:
@@ -7889,25 +7900,27 @@ def write_line(text: str) -> None:
         raise ClientError(NO_ANSWER, "can't write: %s" % error.strerror) from None
 
 
+_COLORS = {PENDING: 33, PROCESSING: 34, COMPLETED: 32, FAILED: 31, CANCELLED: 35}
+_STATUS = re.compile("(?<=  )(%s)(?= )" % "|".join(_COLORS))
+
+
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows on stdout, with aligned columns, cut to the width of a terminal."""
+    """Print rows in aligned columns; on a terminal, cut to its width and with colors.
+
+    A status is in its color (SGR of ECMA-48), unless NO_COLOR forbids that.
+    """
     safe = [[escape(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*safe)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in safe]
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-        lines = [_STATUS.sub(colored, line[:width], count=1) for line in lines]
+        lines = [line[:width] for line in lines]
+    if on_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
+        lines = [_STATUS.sub(_colored, line, count=1) for line in lines]
     write_line("\n".join(lines))
 
 
-_COLORS = {PENDING: 33, PROCESSING: 34, COMPLETED: 32, FAILED: 31, CANCELLED: 35}
-_STATUS = re.compile("(?<=  )(%s)(?= )" % "|".join(_COLORS))
-
-
-def colored(status: re.Match[str]) -> str:
-    """Return a status in its color (SGR of ECMA-48), unless NO_COLOR forbids that."""
-    if os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb":
-        return status.group()
+def _colored(status: re.Match[str]) -> str:
     return "\x1b[%dm%s\x1b[m" % (_COLORS[status.group()], status.group())
 
 
@@ -7931,23 +7944,26 @@ def read_json(name: str, source: str) -> Any:
             with open(source[1:], "rb") as file:
                 data = file.read()
         return from_json(data)
-    except OSError as error:
-        text = "%s %s: %s" % (name, source, error.strerror)
-        raise ClientError(REFUSED, text) from None
-    except Malformed as error:
-        raise ClientError(REFUSED, "%s: %s" % (name, error)) from None
+    except (OSError, Malformed) as error:
+        reason = getattr(error, "strerror", error)
+        raise ClientError(REFUSED, "%s: %s" % (name, reason)) from None
 
 
-def read_task(client: Client, args: Any) -> tuple[str, dict[str, Any]]:
-    """Return the id and the submission that the arguments of run and submit describe.
+def find_type(client: Client, name: str) -> dict[str, Any]:
+    """Return the description of a task type, or {} if there is none."""
+    types = client.get("/api/v1/types", "types")["types"]
+    return next((each for each in types if each["type"] == name), {})
+
+
+def read_task(client: Client, args: Any) -> tuple[str, Callable[[], str]]:
+    """Return the id of the task that arguments describe, and a function to submit it.
 
     Raises HTTPError for a bad key.
     """
     task_id = args.id or (new_id() if args.key is None else id_of_key(args.key))
-    params = read_json("--params", args.params or "{}")
+    params, schema = read_json("--params", args.params or "{}"), None
     if args.words and not isinstance(params, dict):
         raise ClientError(REFUSED, "--params must be an object, not " + quote(params))
-    schemas: dict[str, Any] = {}
     for word in args.words:
         match = re.fullmatch("([^=]+?)(:?=)(.*)", word, re.DOTALL)
         if not match:
@@ -7956,93 +7972,79 @@ def read_task(client: Client, args: Any) -> tuple[str, dict[str, Any]]:
         key, sign, text = match.groups()
         if sign == ":=":
             params[key] = read_json(key, text)
-            continue
-        if not schemas:
-            types = client.get("/api/v1/types", "types")["types"]
-            schemas = {each["type"]: each["params"] for each in types}
-        params[key] = Validator(schemas.get(args.type, {})).parse_member(key, text)
+        else:
+            schema = schema or Validator(find_type(client, args.type).get("params", {}))
+            params[key] = schema.parse_member(key, text)
     document = {"type": args.type, "params": params}
     for name in Options._fields:
-        option = getattr(args, name)
-        if option is not None:
-            document[name] = _SUBMISSION.parse_member(name, option)
-    return task_id, document
+        if getattr(args, name) is not None:
+            document[name] = _SUBMISSION.parse_member(name, getattr(args, name))
+    path = path_of("tasks", task_id)
+    return task_id, functools.partial(client.request, "PUT", path, document)
 
 
-def send_task(client: Client, task_id: str, document: Any) -> None:
-    """Submit a task; repeat that if it may have been accepted without an answer."""
-    put = functools.partial(client.request, "PUT", task_path(task_id), document)
-    try:
-        put()
-    except ClientError as error:
-        if not error.sent:
-            raise
-        retry(put)
-
-
-def retry(request: Callable[[], Any]) -> Any:
-    """Repeat a request while it gets no answer or a 5xx, up to RETRY_TIMEOUT seconds.
-
-    The task is known to the service, so the refusal of a request means that it is lost.
-    """
-    deadline, reported = time.monotonic() + RETRY_TIMEOUT, False
-    while True:
-        try:
-            return request()
-        except ClientError as error:
-            if not error.temporary or time.monotonic() > deadline:
-                error.code = NO_ANSWER if error.code == REFUSED else error.code
-                if error.status == 404:
-                    error.args += ("was the service restarted without --db?",)
-                raise
-            if not reported:
-                text = "%s; trying again for %g s"
-                report(text % (error.args[0], RETRY_TIMEOUT))
-            reported = True
-        time.sleep(RETRY_PAUSE)
-
-
+Print = Callable[[str], None]
 # The line at the top of a log that has lost older ones, and how many.
 _DROPPED = re.compile(r"\(dropped before these: (\d+) lines?\)$", re.MULTILINE)
 
 
-def print_log(client: Client, task_id: str, emit: Callable[[str], Any]) -> None:
-    """Emit the lines of a task's log that have been added since the last call."""
-    path = task_path(task_id, "/log")
-    text = retry(lambda: client.request("GET", path, expected="text/plain"))
+def print_log(client: Client, task_id: str, emit: Print, printed: int = 0) -> int:
+    """Emit all lines of a task's log but those printed; return how many there are."""
+    text = client.request("GET", path_of("tasks", task_id, "log"), None, "text/plain")
     lines, dropped = text.split("\n") if text else [], _DROPPED.match(text)
     first = int(dropped.group(1)) - 1 if dropped else 0  # the number of the first line
-    if client.printed > first + len(lines):  # another process has begun a new log
-        client.printed = 0
-    for line in lines[max(0, client.printed - first) :]:
+    count = first + len(lines)
+    if printed > count:  # another process has begun a new log
+        printed = 0
+    for line in lines[max(0, printed - first) :]:
         emit(line)
-    client.printed = first + len(lines)
+    return count
 
 
-def follow(client: Client, task_id: str, emit: Callable[[str], Any] = report) -> None:
-    """Report how an accepted task proceeds, until it has ended; emit its log."""
-    wait, status, next_line = 0.0, "", 0.0
+def next_document(client: Client, task_id: str) -> dict[str, Any]:
+    """Return a task's result document or, if it has not ended for a while, its status.
+
+    The answer that tells of the end has the result, since the service may then stop.
+    """
+    begin, path = time.monotonic(), path_of("tasks", task_id)
+    try:
+        found = client.get("%s/result?wait=%g" % (path, POLL_INTERVAL), "status")
+        client.follows = False
+        return found
+    except ClientError as error:
+        if error.status != 409:
+            raise
+    # The service answers early if its MAX_WAIT is less.
+    time.sleep(max(0.0, begin + POLL_INTERVAL - time.monotonic()))
+    return client.get(path, "status")
+
+
+def follow(client: Client, task_id: str, emit: Print = report) -> Json:
+    """Report how a task proceeds, and emit its log; return its result document."""
+    task = client.get(path_of("tasks", task_id), "status")
+    client.follows, status, printed, next_line = True, "", 0, 0.0
     while True:
-        begin, path = time.monotonic(), task_path(task_id, "?wait=%g" % wait)
-        task = retry(functools.partial(client.get, path, "status"))
-        progress = progress_text(task)
-        print_log(client, task_id, emit)
+        now, progress = time.monotonic(), progress_text(task)
+        try:
+            printed = print_log(client, task_id, emit, printed)
+        except ClientError:
+            if client.follows:
+                raise
         if task["status"] != status:
-            status, next_line = task["status"], begin + LINE_INTERVAL
+            status, next_line = task["status"], now + LINE_INTERVAL
             report(status)
-        if status in FINISHED:
-            return
-        if progress and (on_terminal() or begin >= next_line):
+            if status == PENDING and find_type(client, task["type"]).get("paused"):
+                report("the task type is paused")
+        if not client.follows:
+            return task
+        if progress and (on_terminal(sys.stderr) or now >= next_line):
             report(progress, changes=True)
-            next_line = begin + LINE_INTERVAL
-        # The service answers early while it drains, or if its MAX_WAIT is less.
-        time.sleep(max(0.0, begin + wait - time.monotonic()))
-        wait = POLL_INTERVAL
+            next_line = now + LINE_INTERVAL
+        task = next_document(client, task_id)
 
 
-def print_result(client: Client, task_id: str) -> None:
-    """Print the result of a finished task; raises ClientError with its error."""
-    document = client.get(task_path(task_id, "/result"), "status")
+def print_result(document: Mapping[str, Any]) -> None:
+    """Print the result in a document; raises ClientError with the error in it."""
     if "error" not in document:
         print_text(to_json(document["result"]).decode())
         return
@@ -8054,61 +8056,53 @@ def print_result(client: Client, task_id: str) -> None:
 # -- commands --------------------------------------------------------------
 
 
-def run_command(client: Client, args: Any) -> None:
-    """Submit a task, report its progress and log, print its result."""
-    task_id, document = read_task(client, args)
+def _run(client: Client, args: Any) -> None:
+    task_id, submit = read_task(client, args)
     try:
-        send_task(client, task_id, document)
+        submit()
         report("task " + task_id)
-        follow(client, task_id)
+        ended = follow(client, task_id)
     except KeyboardInterrupt:
         report("cancelling the task; press Ctrl-C again to quit at once")
-        send_task(client, task_id, document)  # it may not have arrived yet
+        submit()  # it may not have arrived yet
         with contextlib.suppress(ClientError):  # it may just have ended
-            retry(lambda: client.request("POST", task_path(task_id, "/cancel")))
-        follow(client, task_id)
-    retry(lambda: print_result(client, task_id))
+            client.request("POST", path_of("tasks", task_id, "cancel"))
+        ended = follow(client, task_id)
+    print_result(ended)
 
 
-def submit_command(client: Client, args: Any) -> None:
-    """Submit a task, print its id."""
-    task_id, document = read_task(client, args)
-    send_task(client, task_id, document)
+def _submit(client: Client, args: Any) -> None:
+    task_id, submit = read_task(client, args)
+    submit()
     print_text(task_id)
 
 
-def status_command(client: Client, args: Any) -> None:
-    """Print the status of a task."""
-    print_text(client.request("GET", task_path(args.id)))
+def _show_status(client: Client, args: Any) -> None:
+    print_text(client.request("GET", path_of("tasks", args.id)))
 
 
-def result_command(client: Client, args: Any) -> None:
-    """Print the result of a task, or report its error."""
-    if args.wait:
-        client.get(task_path(args.id), "status")  # a wrong id is refused
-        follow(client, args.id)
-        retry(lambda: print_result(client, args.id))
-    else:
-        print_result(client, args.id)
+def _show_result(client: Client, args: Any) -> None:
+    path = path_of("tasks", args.id, "result")
+    print_result(follow(client, args.id) if args.wait else client.get(path, "status"))
 
 
-def log_command(client: Client, args: Any) -> None:
-    """Print what a task has logged."""
-    client.get(task_path(args.id), "status")  # a wrong id is refused
+def _show_log(client: Client, args: Any) -> None:
     if args.follow:
         follow(client, args.id, print_text)
     else:
         print_log(client, args.id, print_text)
 
 
-def change_tasks(client: Client, args: Any, method: str, change: str = "") -> None:
-    """Change tasks, by their ids or all that match; print the responses."""
+def _change(client: Client, args: Any) -> None:
+    """Cancel, retry or delete tasks; with several ids, go on after a refusal."""
     query, refusals = query_of(args, _FILTERS), ()
     if bool(query) == bool(args.ids):
         text = "give the tasks' ids or, for all that match, --status, --type or --q"
         raise ClientError(REFUSED, text)
-    paths = [task_path(task_id, change) for task_id in args.ids]
-    for path in paths or ["/api/v1/tasks%s?%s" % (change, query)]:
+    deletes = args.name == "delete"
+    method, change = ("DELETE", []) if deletes else ("POST", [args.name])
+    paths = [path_of("tasks", task_id, *change) for task_id in args.ids]
+    for path in paths or [path_of("tasks", *change) + "?" + query]:
         try:
             text = client.request(method, path)
             if text:
@@ -8121,29 +8115,13 @@ def change_tasks(client: Client, args: Any, method: str, change: str = "") -> No
         raise ClientError(REFUSED, *refusals)
 
 
-def cancel_command(client: Client, args: Any) -> None:
-    """Cancel tasks, by their ids or all that match."""
-    change_tasks(client, args, "POST", "/cancel")
-
-
-def retry_command(client: Client, args: Any) -> None:
-    """Submit finished tasks again, by their ids or all that match."""
-    change_tasks(client, args, "POST", "/retry")
-
-
-def delete_command(client: Client, args: Any) -> None:
-    """Delete finished tasks, by their ids or all that match."""
-    change_tasks(client, args, "DELETE")
-
-
 def query_of(args: Any, names: Sequence[str]) -> str:
     """Return the arguments of these names that are not empty, as a query."""
     query = {name: getattr(args, name) for name in names if getattr(args, name)}
     return urlencode(query, errors="surrogateescape")
 
 
-def list_command(client: Client, args: Any) -> None:
-    """List tasks, newest first."""
+def _list_tasks(client: Client, args: Any) -> None:
     args.order = args.order or "desc"
     query = query_of(args, (*_FILTERS, "limit", "after", "order"))
     page = client.get("/api/v1/tasks?" + query, "tasks")
@@ -8152,19 +8130,17 @@ def list_command(client: Client, args: Any) -> None:
         return
     rows = [("ID", "STATUS", "TYPE", "LABEL", "PROGRESS OR ERROR", "SUBMITTED")]
     for task in page["tasks"]:
-        names = task["type"], first_line(task.get("label", ""), LABEL_OF_PARAMS)
+        label = first_line(task.get("label", ""), LABEL_OF_PARAMS)
         shown = task.get("error") or progress_text(task)
         submitted = task["created_at"][:19] + "Z"
-        rows.append((task["id"], task["status"], *names, shown, submitted))
+        rows.append((task["id"], task["status"], task["type"], label, shown, submitted))
     print_table(rows)
     if page.get("next") is not None:
-        report(
-            "longtasks: there are more tasks; continue with --after %s" % page["next"]
-        )
+        text = "longtasks: there are more tasks; continue with --after %s"
+        report(text % page["next"])
 
 
-def types_command(client: Client, args: Any) -> None:
-    """List the task types, with the defaults of their params."""
+def _list_types(client: Client, args: Any) -> None:
     document = client.get("/api/v1/types", "types")
     if args.json:
         print_text(to_json(document).decode())
@@ -8189,72 +8165,62 @@ def rules_text(document: Mapping[str, Any]) -> str:
     return " ".join(["paused"] * document.get("paused", False) + words)
 
 
-def pause_command(client: Client, args: Any) -> None:
-    """Pause a task type: those that run go on, and no other one starts."""
-    print_text(client.request("POST", type_path(args.type, "/pause")))
+def _pause_type(client: Client, args: Any) -> None:
+    print_text(client.request("POST", path_of("types", args.type, args.name)))
 
 
-def resume_command(client: Client, args: Any) -> None:
-    """Let tasks of a type start again."""
-    print_text(client.request("POST", type_path(args.type, "/resume")))
-
-
-def help_command(client: Client, args: Any) -> None:
-    """List the commands, or show the help of one."""
+def _show_help(client: Client, args: Any) -> None:
     if args.command:
         print_text(client_parser(args.command).format_help().rstrip())
-        return
-    print_table([(name, run.__doc__ or "") for name, (run, _) in CLIENT.items()])
+    else:
+        print_table([(name, about) for name, (_, _, about) in CLIENT.items()])
 
 
-# Arguments of commands: the name, the placeholder of the value, and the help.
-_ID = ("id", "ID", "the task's id")
-_JSON = ("--json", "", "print JSON, for scripts")
-_URL = ("--url", "URL", "of the service [LONGTASKS_URL=http://127.0.0.1:PORT]")
-_TASK = (
-    ("type", "TYPE", "the task's type; `types` lists them"),
-    ("words", "key=value", "a param; key:=JSON always reads JSON"),
-    ("--params", "JSON", "all params as an object, @FILE to read it, or - for stdin"),
-    ("--timeout", "SECONDS", "limit of each run"),
-    ("--retries", "N", "how many times it is run again after an error"),
-    ("--delay", "SECONDS", "until it may start"),
-    ("--priority", "N", "higher ones run first; default 0"),
-    ("--label", "TEXT", "tells the task from others of its type"),
-    ("--then", "JSON", 'follow-ups: [{"on": "failed", "type": T, "params": {}}, ...]'),
-    ("--id", "UUID", "an id of your own: submitted twice, it is still one task"),
-    ("--key", "KEY", "any text of your own instead, such as backup-2025-12-31"),
-)
-_MATCH = (
-    ("--status", "STATUS", "only tasks with this status"),
-    ("--type", "TYPE", "only tasks of this type"),
-    ("--q", "TEXT", "only tasks with this in their label, type, id or error"),
-)
-_CHANGE = (("ids", "ID", "the tasks' ids"), *_MATCH)
-_LOG = (_ID, ("-f --follow", "", "print what it logs until it has ended"))
-_LIST = (
-    *_MATCH,
-    ("--limit", "N", "how many, from 1 to 1000; default 100"),
-    ("--after", "N", "continue a list, from the `next` that it ended with"),
-    ("--order", "ORDER", "desc: newest first, the default; asc: oldest first"),
-    _JSON,
-)
-_RESULT = (_ID, ("--wait", "", "wait until the task has ended"))
-
-# The commands; their docstrings are their help. _argument_parser() lists them, too.
-CLIENT: dict[str, tuple[Callable[[Client, Any], None], Any]] = {
-    "run": (run_command, _TASK),
-    "submit": (submit_command, _TASK),
-    "status": (status_command, [_ID]),
-    "result": (result_command, _RESULT),
-    "log": (log_command, _LOG),
-    "cancel": (cancel_command, _CHANGE),
-    "retry": (retry_command, _CHANGE),
-    "delete": (delete_command, _CHANGE),
-    "list": (list_command, _LIST),
-    "types": (types_command, [_JSON]),
-    "pause": (pause_command, _TASK[:1]),
-    "resume": (resume_command, _TASK[:1]),
-    "help": (help_command, [("command", "COMMAND", "to show the help of")]),
+ARGUMENTS = {  # the placeholder of the value, "" for none, and the help
+    "type": ("TYPE", "the task's type; `types` lists them"),
+    "words": ("key=value", "a param; key:=JSON always reads JSON"),
+    "id": ("ID", "the task's id"),
+    "ids": ("ID", "the tasks' ids"),
+    "command": ("COMMAND", "to show the help of"),
+    "--params": ("JSON", "all params as an object, @FILE to read it, or - for stdin"),
+    "--timeout": ("SECONDS", "limit of each run"),
+    "--retries": ("N", "how many times it is run again after an error"),
+    "--delay": ("SECONDS", "until it may start"),
+    "--priority": ("N", "higher ones run first; default 0"),
+    "--label": ("TEXT", "tells the task from others of its type"),
+    "--then": ("JSON", 'follow-ups: [{"on": "failed", "type": T, "params": {}}, ...]'),
+    "--id": ("UUID", "an id of your own: submitted twice, it is still one task"),
+    "--key": ("KEY", "any text of your own instead, such as backup-2025-12-31"),
+    "--status": ("STATUS", "only tasks with this status"),
+    "--type": ("TYPE", "only tasks of this type"),
+    "--q": ("TEXT", "only tasks with this in their label, type, id or error"),
+    "--limit": ("N", "how many, from 1 to 1000; default 100"),
+    "--after": ("N", "continue a list, from the `next` that it ended with"),
+    "--order": ("ORDER", "desc: newest first, the default; asc: oldest first"),
+    "--json": ("", "print JSON, for scripts"),
+    "--wait": ("", "wait until the task has ended"),
+    "-f|--follow": ("", "print what it logs until it has ended"),
+    "--url": ("URL", "of the service [LONGTASKS_URL=http://127.0.0.1:PORT]"),
+}
+_TASK = "type words --params --timeout --retries --delay --priority --label --then "
+_TASK += "--id --key"
+_MATCH = "--status --type --q"
+_IDS = "ids " + _MATCH
+_LIST = _MATCH + " --limit --after --order --json"
+CLIENT = {  # the commands: the function, the arguments, and the help
+    "run": (_run, _TASK, "Submit a task, follow it, print its result."),
+    "submit": (_submit, _TASK, "Submit a task, print its id."),
+    "status": (_show_status, "id", "Print the status of a task."),
+    "result": (_show_result, "id --wait", "Print a task's result, or its error."),
+    "log": (_show_log, "id -f|--follow", "Print what a task has logged."),
+    "cancel": (_change, _IDS, "Cancel tasks, by ids or filters."),
+    "retry": (_change, _IDS, "Submit finished tasks again, by ids or filters."),
+    "delete": (_change, _IDS, "Delete finished tasks, by ids or filters."),
+    "list": (_list_tasks, _LIST, "List tasks, newest first."),
+    "types": (_list_types, "--json", "List the task types, with their params."),
+    "pause": (_pause_type, "type", "Pause a task type: no other task of it starts."),
+    "resume": (_pause_type, "type", "Let tasks of a type start again."),
+    "help": (_show_help, "command", "List the commands, or show the help of one."),
 }
 
 
@@ -8263,13 +8229,17 @@ def client_parser(name: str) -> Any:
     if name not in CLIENT:
         text = "there is no command %s, only %s; without a command the service starts"
         raise ClientError(REFUSED, text % (quote(name), ", ".join(CLIENT)))
+    _, arguments, description = CLIENT[name]
+    codes = ". ".join("%d: %s" % row for row in EXIT_CODES.items())
     parser = make_parser(
         "; %s --help explains it" % name,
         prog="longtasks.py " + name,
-        description=CLIENT[name][0].__doc__,
-        epilog="Exit codes: %s." % ". ".join("%d: %s" % e for e in EXIT_CODES.items()),
+        description=description,
+        epilog="Exit codes: %s." % codes,
     )
-    for argument, placeholder, text in (*CLIENT[name][1], _URL):
+    parser.set_defaults(name=name)
+    for argument in [*arguments.split(), "--url"]:
+        placeholder, text = ARGUMENTS[argument]
         options: dict[str, Any] = {"metavar": placeholder}
         if argument in ("words", "ids"):
             options.update(nargs="*", default=[])
@@ -8277,7 +8247,7 @@ def client_parser(name: str) -> Any:
             options.update(nargs="?")
         elif not placeholder:
             options = {"action": "store_true"}
-        parser.add_argument(*argument.split(), help=text, **options)
+        parser.add_argument(*argument.split("|"), help=text, **options)
     return parser
 
 
@@ -8292,7 +8262,7 @@ def client_main(name: str, argv: Sequence[str]) -> int:
         CLIENT[name][0](Client(url, read_token(settings)), args)
         return 0
     except KeyboardInterrupt:
-        if on_terminal():
+        if on_terminal(sys.stderr):
             report("", changes=True)  # erases the line that changes
         return INTERRUPTED
     except (SettingsError, ClientError, HTTPError) as error:

@@ -8941,27 +8941,34 @@ class Scripted:
     """A server that gives these answers, one a connection, and notes the requests.
 
     Where there is None to give, it gives no answer. Logs are answered apart, with these
-    texts, and not noted.
+    texts, and not noted, nor are types and results that are not next.
     """
 
     def __init__(self, *answers, logs=()):
-        self.asked, self.answers, self.held = [], answers, []
+        self.asked, self.answers, self.held, self.waits = [], answers, [], []
         self.logs = itertools.chain(logs, itertools.repeat(""))
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
 
-    def accept(self):
+    def accept(self, next_one):
         while True:
             connection = self.listener.accept()[0]
             asked = connection.recv(65536)
-            if b"/log HTTP" not in asked:
+            if b"/log HTTP" in asked:
+                answer = given(next(self.logs), media="text/plain")
+            elif b'"id"' in next_one and b"/types HTTP" in asked:
+                answer = given({"types": []})
+            elif b'"id"' in next_one and b"/result?wait" in asked:
+                self.waits.append(asked)
+                answer = refusing(409)
+            else:
                 return connection, asked
             with contextlib.suppress(OSError), connection:
-                connection.sendall(given(next(self.logs), media="text/plain"))
+                connection.sendall(answer)
 
     def serve(self):
         for answer in self.answers:
-            connection, asked = self.accept()
+            connection, asked = self.accept(answer or b"")
             self.held.append(connection)
             if re.search(rb"\r\nContent-Length: [1-9][^{]*$", asked):  # without it yet
                 asked += connection.recv(65536)
@@ -8992,7 +8999,7 @@ def refusing(status, detail="so"):
 
 
 def in_status(status, **more):
-    return given({"id": "x", "status": status, **more})
+    return given({"id": "x", "status": status, "type": "t", **more})
 
 
 TAKEN = given({"id": "x", "status": "pending"}, "202 Accepted")
@@ -9081,7 +9088,7 @@ def test_params_are_words_json_or_a_whole_object(
         (["run", "echo", "--params", "{"], "--params: not JSON: "),
         (["run", "echo", "--params", "[]", "a=1"], "--params must be an object, not"),
         (["run", "echo", "--params", "[]"], "params must be an object, not []"),
-        (["run", "echo", "--params", "@/none"], "--params @/none: No such file"),
+        (["run", "echo", "--params", "@/none"], "--params: No such file or directory"),
         (["run", "no\x1b", "a=b"], 'type must be one of "echo", "long_computation", '),
         (["run", "typed", "number=x"], 'params.number must be a number, not "x"'),
         (
@@ -9281,7 +9288,7 @@ def test_each_line_of_a_log_is_shown_once_though_lines_are_dropped(client):
     runs, note = in_status("processing"), "(dropped before these: %s)\n"
     logs = ["a\n", "a\nb\n", note % "1 line" + "b\nc\n", note % "5 lines" + "g\n"]
     logs += [note % "5 lines" + "g\n", "A\n"]  # by another process
-    with Scripted(*[runs] * 7, ENDED, RESULT, logs=[*logs, "A\n"]) as server:
+    with Scripted(*[runs] * 6, RESULT, logs=[*logs, "A\n"]) as server:
         ran = client(server, "result", "x", "--wait")
     lines = [line for line in ran.err.splitlines() if not line.endswith("ed")]
     expected = ["a", "processing", "b", "c", note[:-1] % "5 lines", "g", "A"]
@@ -9352,11 +9359,10 @@ def test_a_service_that_answers_early_is_not_asked_all_the_time(client, monkeypa
     monkeypatch.setattr(longtasks, "POLL_INTERVAL", 60)
     monkeypatch.setattr(longtasks.time, "sleep", pauses.append)
     runs = in_status("processing")
-    with Scripted(TAKEN, runs, runs, ENDED, RESULT) as server:
+    with Scripted(TAKEN, runs, runs, RESULT) as server:
         assert client(server, "run", "t").code == 0
-    assert pauses[0] == 0
-    assert pauses[1] > 60 - LONG
-    assert "?wait=60 HTTP" in server.asked[3]
+    assert pauses[0] > 60 - LONG
+    assert b"?wait=60 HTTP" in server.waits[0]
 
 
 # -- errors and retries ------------------------------------------------------
@@ -9438,7 +9444,7 @@ GONE = refusing(410, "task x was deleted or has expired")
         (["run"], [TAKEN, refusing(404, "there is none")], 4, ["there is none", "was"]),
         (["run"], [TAKEN, ENDED, GONE], 4, ["task x was deleted"]),
         (["run"], [TAKEN, refusing(401)], 4, ["http:"]),
-        (["result", "--wait"], [ENDED, ENDED, GONE], 4, ["task x was deleted"]),
+        (["result", "--wait"], [ENDED, GONE], 4, ["task x was deleted"]),
         (["result"], [GONE], 2, ["task x was deleted"]),
     ],
 )
@@ -9710,11 +9716,12 @@ def test_a_terminal_shows_one_line_that_changes(service, gate):
         run.wait_for("50%")
         gate.release.set()
         assert run.end() == (0, "1\n")
-    first, second, *drawn, last = run.err.split("\r\x1b[K")[1:]
+    first, *drawn, last = run.err.split("\r\x1b[K")[1:]
     assert re.fullmatch("task [0-9a-f-]{36}\n", first)
-    assert (second, last) == ("processing\n", "completed\n")
+    assert last == "completed\n"
     # The terminal does not wrap it.
-    assert set(drawn) == {"\x1b[?7l 50% \\x1b[31m\\r\\n\\x9b2J\x1b[?7h"}
+    progress = "\x1b[?7l 50% \\x1b[31m\\r\\n\\x9b2J\x1b[?7h"
+    assert set(drawn) - {"pending\n"} == {"processing\n", progress}
 
 
 @pytest.mark.parametrize("variable", ["", "NO_COLOR", "TERM"])
@@ -9734,6 +9741,14 @@ def test_a_list_fits_a_terminal_and_has_colors_unless_they_are_not_wanted(
     row = re.sub("\x1b[^m]*m", "", row)
     assert len(row) == 90
     assert re.search("  bad +failed  failed ", row)
+
+
+def test_run_says_that_the_type_is_paused(service, echo):
+    call(service, "POST", "/api/v1/types/echo/pause")
+    with command(service, "run", "echo") as run:
+        run.wait_for("pending\nthe task type is paused\n")
+        call(service, "POST", "/api/v1/types/echo/resume")
+        assert run.end() == (0, "{}\n")
 
 
 def test_a_terminal_that_cannot_erase_gets_lines(service):
@@ -9758,8 +9773,9 @@ def test_each_command_has_help_and_all_are_listed(client, service, capsys):
         assert text == " ".join(client(service, "help", name).out.split())
         for code, meaning in longtasks.EXIT_CODES.items():
             assert "%d: %s." % (code, meaning) in text
-        for argument, placeholder, about in row[1]:
-            assert (placeholder or argument.split()[-1]) in text
+        for argument in row[1].split():
+            placeholder, about = longtasks.ARGUMENTS[argument]
+            assert (placeholder or argument.split("|")[-1]) in text
             assert about in text
     with pytest.raises(SystemExit):
         longtasks.main(["--help"])

@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       151  1. Settings
-      490  2. Tasks and their states
-      850  3. Task registry
-     1561  4. Execution
-     2834  5. Journal
-     3453  6. Events
-     3647  7. Result store and task queue
-     4812  8. Worker pool
-     5121  9. HTTP API
-     6765  10. HTTP server
-     7709  11. Client
-     8275  12. Main
-     8822  13. The page
+      477  2. Tasks and their states
+      837  3. Task registry
+     1548  4. Execution
+     2821  5. Journal
+     3440  6. Events
+     3634  7. Result store and task queue
+     4799  8. Worker pool
+     5108  9. HTTP API
+     6752  10. HTTP server
+     7694  11. Client
+     8260  12. Main
+     8807  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -172,21 +172,20 @@ _TEMPORARY |= {errno.ENFILE, errno.ENOMEM, errno.ENOSPC, getattr(errno, "EDQUOT"
 
 
 def is_temporary(error: Exception) -> bool:
-    """Whether an error may go away by itself, such as a full disk or a port in use.
-
-    SQLite's "disk I/O error" counts as one, since it also stands for an exceeded quota
-    and for a network file system that can't be reached now. If the disk is broken,
-    another attempt does no harm.
-    """
+    """Whether an error may go away by itself, such as a full disk or a port in use."""
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_AGAIN
     if isinstance(error, OSError):
         return error.errno in _TEMPORARY
-    # sqlite3 has error codes only since Python 3.11.
+    # sqlite3 has error codes only since Python 3.11. An I/O error may also be an
+    # exceeded quota, or a network file system that can't be reached now.
     return bool(re.search("is locked|is full|disk I/O error", str(error)))
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
+Check = Callable[[str], Any]  # returns a value, or raises ValueError: what is valid
+
+
+def whole(low: int, high: int) -> Check:
     """Return a check for a whole number from `low` to `high`."""
 
     def check(text: str) -> int:
@@ -197,9 +196,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return check
 
 
-def matching(
-    pattern: str, valid: str, convert: Callable[[str], Any] = str
-) -> Callable[[str], Any]:
+def matching(pattern: str, valid: str, convert: Check = str) -> Check:
     """Return a check for a text that matches a pattern; `valid` says so in words."""
 
     def check(text: str) -> Any:
@@ -210,7 +207,7 @@ def matching(
     return check
 
 
-def one_of(*words: str) -> Callable[[str], str]:
+def one_of(*words: str) -> Check:
     """Return a check for one of `words`, in upper or lower case."""
     valid = "one of " + ", ".join(words)
     return matching("(?ai:%s)" % "|".join(words), valid, str.lower)
@@ -225,18 +222,9 @@ count = whole(1, 100_000)
 # An empty address would stand for all addresses of the host.
 address = matching("[!-~]{1,253}", "a host name or address, such as 127.0.0.1")
 token = matching("[!-~]{16,255}", "16 to 255 visible ASCII characters")
-seconds = matching(
-    r"[0-9]{1,9}(\.[0-9]{1,9})?", "a time in seconds, such as 30 or 0.5", float
-)
-size = matching(
-    "[1-9][0-9]{0,14}(|KiB|MiB|GiB)",
-    "a size in bytes, such as 65536, 64KiB, 64MiB or 1GiB",
-    _bytes,
-)
-hosts = matching(
-    r"(?a)[\w.:\[\]-]+(,[\w.:\[\]-]+)*",
-    "hosts, or HOST:PORT, with commas between them",
-)
+seconds = matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", "seconds, such as 30 or 0.5", float)
+size = matching("[1-9][0-9]{0,14}([KMG]iB)?", "a size, such as 65536 or 64MiB", _bytes)
+hosts = matching(r"(?a)[\w.:\[\]-]+(,[\w.:\[\]-]+)*", "hosts or HOST:PORT, with commas")
 signing_key = matching(  # standardwebhooks.com: base64 of 24 to 64 bytes
     "whsec_([A-Za-z0-9+/]{4}){8,21}([A-Za-z0-9+/]{2,3}={1,2})?",
     "whsec_ and the base64 of 24 to 64 random bytes",
@@ -248,10 +236,9 @@ def switch(text: str) -> bool:
     return one_of("yes", "no", "1", "0")(text) in ("yes", "1")
 
 
-try:
-    FOLDER = os.getcwd()  # where the service was started
-except OSError:
-    FOLDER = ""  # it was removed
+FOLDER = ""  # where the service was started, unless that was removed
+with contextlib.suppress(OSError):
+    FOLDER = os.getcwd()
 
 
 def path(text: str) -> str:
@@ -264,7 +251,7 @@ class Setting(NamedTuple):
 
     name: str
     default: str
-    check: Callable[[str], Any]  # raises ValueError with what would be valid
+    check: Check
     help: str
     separator: str = ""  # between values in the environment, if the flag may repeat
     secret: bool = False  # has no flag, since all users of a host see command lines
@@ -7448,14 +7435,12 @@ class APIServer:
     trim_after = 100  # connections that end before memory is given back
     trim_interval = 10.0  # seconds, at least, before it is given back again
 
-    def __init__(
-        self, address: Any, app: App, max_body: int, max_connections: int
-    ) -> None:
+    def __init__(self, address: Any, app: App, max_body: int, max_clients: int) -> None:
         """`address`: a host and a port, the path of a Unix socket, or a listener."""
         self.app = app._replace(traffic=self.traffic)
         self.tls: Any = None  # an ssl.SSLContext
-        self.max_body, self.max_connections = max_body, max_connections
-        detail = "the limit of connections, %d, is reached" % max_connections
+        self.max_body, self.max_clients = max_body, max_clients
+        detail = "the limit of connections, %d, is reached" % max_clients
         self.over_limit = 503, detail  # for a client for which there is no place
         # Seconds until the first byte of a request, to send it (plus the time of its
         # bytes at the rate `slowest`), to take LARGE bytes, and to read a refusal.
@@ -7585,7 +7570,7 @@ class APIServer:
                 self._evict(self.over_limit[1])
             connection.over_limit = self._is_full()
             self.connections.add(connection)
-            is_over = len(self.connections) > self.max_connections + self.reserve
+            is_over = len(self.connections) > self.max_clients + self.reserve
             # Its client may have left, and a flood of such must not hold up others.
             connection.half_closed = bool(closed_by_peer([connection.socket.fileno()]))
             if connection.half_closed:
@@ -7596,7 +7581,7 @@ class APIServer:
 
     def _is_full(self) -> bool:
         """Whether the limit is reached, without those that are ending."""
-        staying, limit = (not c.ended for c in self.connections), self.max_connections
+        staying, limit = (not c.ended for c in self.connections), self.max_clients
         return len(self.connections) >= limit and sum(staying) >= limit
 
     def _start(self, connection: Connection) -> None:
@@ -7647,7 +7632,7 @@ class APIServer:
             found = [c for c in self.connections if c.state != BUSY and not c.ended]
             found = [c for c in found if now - c.since > self.grace]
             found.sort(key=lambda c: (c.state != IDLE, c.since))
-            for connection in found[: 1 + self.max_connections // 32]:
+            for connection in found[: 1 + self.max_clients // 32]:
                 connection.end(503, reason)
             # Without one, a moment: where accepting fails, its loop must not spin.
             self._changed.wait(self.eviction_wait if found else 0.005)
@@ -7683,7 +7668,7 @@ class APIServer:
             for connection in self.connections:
                 # A copy is made in one step, while that connection's thread counts.
                 counts.update(connection.counts.copy())
-        return Traffic(counts, len(self.connections), self.max_connections)
+        return Traffic(counts, len(self.connections), self.max_clients)
 
     # -- stopping
 

@@ -53,9 +53,9 @@ line:
      4799  8. Worker pool
      5108  9. HTTP API
      6752  10. HTTP server
-     7694  11. Client
-     8260  12. Main
-     8807  13. The page
+     7691  11. Client
+     8257  12. Main
+     8804  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -7486,11 +7486,8 @@ class APIServer:
         with NO_FORK, locked_folder(path):
             with contextlib.suppress(FileNotFoundError):
                 remove_stale(path)
-            umask = os.umask(0o177)
-            try:
-                self.socket.bind(path)
-            finally:
-                os.umask(umask)
+            self.socket.bind(path)
+            os.chmod(path, 0o600)  # in time, since nobody can connect yet
             self.socket.listen(self.backlog)  # before another process can find it dead
             self._file = os.lstat(path)
 

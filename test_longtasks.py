@@ -7505,7 +7505,10 @@ def reader():
         wire = Wire(*pieces)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(longtasks, "respond", respond)
-            patch.setattr(longtasks, "http_date", lambda now: "now")
+            start = longtasks.start_of_head
+            patch.setattr(
+                longtasks, "start_of_head", lambda *reply: start(*reply[:2], 0)
+            )
             longtasks.Connection(wire, ("127.0.0.1", 1), server).serve()
         return list(seen), wire.sent
 
@@ -8521,9 +8524,13 @@ def test_memory_is_given_back_when_many_have_left_but_not_all_the_time(
 def test_connections_share_a_cpu_and_handlers_may_use_all(registry, monkeypatch):
     handler("cpus")(lambda: sorted(os.sched_getaffinity(0)))
     seen = []
-    monkeypatch.setattr(
-        longtasks, "http_date", lambda now: seen.append(os.sched_getaffinity(0))
-    )
+    start = longtasks.start_of_head
+
+    def noted(*reply):
+        seen.append(os.sched_getaffinity(0))
+        return start(*reply)
+
+    monkeypatch.setattr(longtasks, "start_of_head", noted)
     with serving() as service:
         ended = result_of(service, submitted(service, "cpus"))
     everywhere = os.sched_getaffinity(0)

@@ -10983,15 +10983,6 @@ def crash(number: int):
 def leave():
     os._exit(7)
 
-@handler("orphan", isolated=True)
-def orphan(how: str, ctx: Context):
-    if how == "fork":
-        pid = os.fork() or time.sleep(1000)
-    else:
-        pid = subprocess.Popen(["sleep", "1000"], close_fds=how == "start").pid
-    ctx.log("pid %d" % pid)
-    os._exit(3)
-
 @handler("family", isolated=True)
 def family(ctx: Context, seconds: int = 1000):
     ctx.log("pid %d" % os.getpid())
@@ -11148,15 +11139,6 @@ def test_a_crash_of_an_isolated_handler_fails_its_task_and_nothing_else(
     assert outcome(isolated, "told", {"n": 1})["status"] == "completed"
 
 
-@has_proc
-@pytest.mark.parametrize("how", ["fork", "start", "start with all files"])
-def test_a_crash_ends_the_processes_that_an_isolated_handler_left(how, isolated):
-    done = outcome(isolated, "orphan", {"how": how})
-    assert done["error"] == "its process ended before it was done: exit code 3"
-    pid = pid_of(isolated, done["task_id"])
-    until(lambda: not alive(pid))
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/oom_score_adj"), reason="not Linux")
 def test_the_oom_killer_prefers_an_isolated_task_to_the_service(isolated):
     task_id = submitted(isolated.port, "burn")
@@ -11234,7 +11216,8 @@ def test_an_isolated_handler_learns_that_it_is_to_stop(isolated):
 
 @has_proc
 def test_an_isolated_handler_that_does_not_listen_is_killed(isolated):
-    for timeout in (0.5, 3, 10):  # a busy host may take so long to start a process
+    # At first while its process starts, which may take long on a busy host.
+    for timeout in (0.001, 0.05, 0.15, 0.5, 3, 10):
         done = outcome(isolated, "burn", timeout=timeout)
         assert done["error"] == "timed out after %g s" % timeout
         if "pid " in log_of(isolated, done["task_id"]):
@@ -11242,21 +11225,7 @@ def test_an_isolated_handler_that_does_not_listen_is_killed(isolated):
     pid = pid_of(isolated, done["task_id"])
     until(lambda: not alive(pid))
     isolated.logged("(burn): failed")  # by the handler's end, not because it is stuck
-    assert_stopped(isolated, done)
-
-
-def assert_stopped(running, done):
-    """Nothing is logged of a handler that does not stop, of this task."""
-    lines = [line for line in running.lines if done["task_id"] in line]
-    assert not [line for line in lines if "stuck" in line]
-
-
-def test_an_isolated_handler_is_stopped_even_while_its_process_starts(isolated):
-    for pause in (0, 0.05, 0.15):
-        done = outcome(isolated, "burn", timeout=max(pause, 0.001))
-        assert done["error"].startswith("timed out")
-        assert isolated.process.poll() is None
-        assert_stopped(isolated, done)
+    assert not [line for line in isolated.lines if "stuck" in line]
 
 
 def family_of(running, task_id):
@@ -11268,16 +11237,6 @@ def family_of(running, task_id):
 
 def test_an_isolated_handler_may_use_processes_of_its_own(isolated):
     assert outcome(isolated, "family", {"seconds": 0})["result"] == [1, 2]
-
-
-@has_proc
-def test_processes_of_an_isolated_handler_end_with_its_task(isolated):
-    task_id = submitted(isolated.port, "family")
-    pids = family_of(isolated, task_id)
-    assert all(map(alive, pids))
-    cancel(isolated, task_id)
-    assert result_of(isolated.port, task_id)["status"] == "cancelled"
-    until(lambda: not any(map(alive, pids)))
 
 
 @has_proc

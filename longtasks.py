@@ -52,10 +52,10 @@ line:
      3643  7. Result store and task queue
      4811  8. Worker pool
      5120  9. HTTP API
-     6772  10. HTTP server
-     7720  11. Client
-     8286  12. Main
-     8833  13. The page
+     6765  10. HTTP server
+     7713  11. Client
+     8279  12. Main
+     8826  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -5125,6 +5125,7 @@ class EventLoop:
 # ======================================================================
 
 Json = Dict[str, Any]
+Headers = Mapping[str, str]
 LARGE = 64 << 10  # bytes; a larger body is sent in parts, without copying it
 KEEP_ALIVE = 15.0  # seconds of silence after which an event stream sends a comment
 
@@ -5167,7 +5168,7 @@ class Request:
     client_left: threading.Event | None = None
 
     def __init__(
-        self, method: str, target: str, version: str, headers: Mapping[str, str]
+        self, method: str, target: str, version: str, headers: Headers
     ) -> None:
         self.method, self.headers = method, headers
         self.version = version  # "1.1" or "1.0"
@@ -5250,14 +5251,12 @@ class Reply(NamedTuple):
         return len(self.body) + sum(map(len, self.more))
 
 
-def json_reply(
-    document: Any, status: int = 200, headers: Mapping[str, str] = {}
-) -> Reply:
+def json_reply(document: Any, status: int = 200, headers: Headers = {}) -> Reply:
     """Reply with a document as JSON."""
     return Reply(status, to_json(document) + b"\n", JSON, headers)
 
 
-def text_reply(text: str, status: int = 200, headers: Mapping[str, str] = {}) -> Reply:
+def text_reply(text: str, status: int = 200, headers: Headers = {}) -> Reply:
     """Reply with lines of text."""
     body = text.encode("utf-8", "backslashreplace") + b"\n"
     return Reply(status, body, TEXT, headers)
@@ -5285,9 +5284,8 @@ def refusal(error: TaskError | HTTPError, request: Request | None = None) -> Rep
     else:
         status, headers = ERRORS[type(error)]
     if request and request.path == MCP_PATH:
-        return json_reply(
-            {"jsonrpc": "2.0", "error": rpc_error(error)}, status, headers
-        )
+        answer = {"jsonrpc": "2.0", "error": rpc_error(error)}
+        return json_reply(answer, status, headers)
     title = HTTPStatus(status).phrase
     document: Json = {"type": "about:blank", "title": title, "status": status}
     document["detail"] = str(error)
@@ -5367,9 +5365,7 @@ def step_document(step: Step) -> Json:
 
 
 def follow_ups(
-    handlers: Mapping[str, Handler],
-    by_rule: dict[str, list[Json]],
-    task: Task,
+    handlers: Mapping[str, Handler], by_rule: dict[str, list[Json]], task: Task
 ) -> Iterator[Submission]:
     """Yield the follow-ups of a task that has ended, by its `then` and type's rules.
 
@@ -5731,9 +5727,8 @@ def new_events(
         #   takes the event, sends it
         #   reads closed: True, ends
         ended = subscription.closed or left <= 0
-        batch = app.store.events.take(
-            subscription, 0 if ended else min(KEEP_ALIVE, left)
-        )
+        timeout = 0 if ended else min(KEEP_ALIVE, left)
+        batch = app.store.events.take(subscription, timeout)
         yield batch
         ended = ended or bool(subscription.task_id and any(map(ends_stream, batch)))
 
@@ -5867,13 +5862,13 @@ def show_options(app: App, request: Request) -> Reply:
 # a task id, nor anything else that clients choose freely.
 
 START_TIME = time.time()
-Row = Tuple[Any, ...]  # the arguments of metric_lines()
+Row = Tuple[Any, ...]  # name, type, help, value and the names of labels
 
 
 def show_metrics(app: App, request: Request) -> Reply:
     """Show metrics for Prometheus."""
     rows = itertools.chain(service_metrics(app), process_metrics())
-    text = "".join(line for row in rows for line in metric_lines(*row))
+    text = "".join(line for row in rows for line in metric_lines(row))
     return Reply(200, text.encode(), METRICS)
 
 
@@ -5909,15 +5904,14 @@ def service_metrics(app: App) -> Iterator[Row]:
                "Time that a commit took.", store.journal.commit_times.copy())
         yield ("longtasks_journal_damaged_rows", "gauge",
                "Rows that fail their checksum.", store.journal.damaged_rows)
-        yield ("longtasks_journal_wal_bytes", "gauge", "Size of the WAL.",
-               store.journal.wal_size())
+        size = store.journal.wal_size()
+        yield "longtasks_journal_wal_bytes", "gauge", "Size of the WAL.", size
 
 
 def process_metrics() -> Iterator[Row]:
     """Yield the metrics of the process, some of them only where there is /proc."""
-    versions = (__version__, "%d.%d.%d" % sys.version_info[:3])
-    yield ("longtasks_build_info", "gauge", "Versions.", {versions: 1},
-           "version", "python")
+    versions = {(__version__, "%d.%d.%d" % sys.version_info[:3]): 1}
+    yield "longtasks_build_info", "gauge", "Versions.", versions, "version", "python"
     yield "process_start_time_seconds", "gauge", "Start, since 1970.", START_TIME
     yield "process_cpu_seconds_total", "counter", "CPU time.", time.process_time()
     with contextlib.suppress(OSError):
@@ -5931,10 +5925,9 @@ def process_metrics() -> Iterator[Row]:
 # fmt: on
 
 
-def metric_lines(
-    name: str, type: str, help: str, value: Any, *labels: str
-) -> Iterator[str]:
+def metric_lines(row: Row) -> Iterator[str]:
     """Yield a metric as text: a value or, with labels, one for each of their values."""
+    name, type, help, value, *labels = row
     yield "# HELP %s %s\n# TYPE %s %s\n" % (name, help, name, type)
     for key, found in sorted(value.items()) if labels else [((), value)]:
         pairs = dict(zip(labels, key))

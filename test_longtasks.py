@@ -3348,6 +3348,9 @@ def test_a_log_is_bounded_for_each_task_and_in_all(monkeypatch):
         for n in range(50):
             events.log(task_id, "line %d" % n)
     assert events.log_of("a") == ([], 0), "the one that began first makes room"
+    lines, dropped = events.log_of("c")
+    assert sum(len(line) + 1 for line in lines) <= 100
+    assert (len(lines) + dropped, lines[-1]) == (50, "line 49")
     events.log("d", "x" * 10_000)
     kept = [line for task_id in "bcd" for line in events.log_of(task_id)[0]]
     assert sum(len(line) + 1 for line in kept) <= 250
@@ -4818,10 +4821,8 @@ def test_a_retry_submits_a_finished_task_again(service, echo):
         assert again == document
     path = TASKS + "/%s/retry" % new
     answer = call(service, "POST", path, Accept="text/plain", Idempotency_Key="k")
-    assert (
-        call(service, "POST", path, Idempotency_Key="k").json["id"]
-        == answer.body.decode()[:-1]
-    )
+    again = call(service, "POST", path, Idempotency_Key="k").json
+    assert answer.body.decode() == again["id"] + "\n"
     other = TASKS + "/%s/retry" % task_id
     assert_problem(call(service, "POST", other, Idempotency_Key="k"), 422, "another")
     assert call(service, "POST", path + "?wait=40").json["status"] == "completed"
@@ -4832,9 +4833,8 @@ def test_a_retry_that_cannot_be_is_refused(gate, registry):
         lost = submitted(service, "gate")
         gate.wait_started()
         path = TASKS + "/%s/retry" % lost
-        assert_problem(
-            call(service, "POST", path), 409, "is processing; only a finished"
-        )
+        answer = call(service, "POST", path)
+        assert_problem(answer, 409, "is processing; only a finished")
         gate.release.set()
         document_of(service, lost)
         call(service, "POST", TASKS, {**ONE, "delay": 60})
@@ -5062,10 +5062,8 @@ def test_a_task_may_be_put_under_an_id_of_the_clients_own(registry):
     task_id = str(uuid.uuid4())
     with serving() as service:
         answer = put(service, task_id.upper())
-        assert (answer.status, answer.json) == (
-            202,
-            {"id": task_id, "status": "pending"},
-        )
+        assert answer.status == 202
+        assert answer.json == {"id": task_id, "status": "pending"}
         assert answer.headers["Location"] == TASKS + "/" + task_id
         result_of(service, task_id)
         again = put(service, task_id)
@@ -5276,13 +5274,14 @@ def test_head_is_get_without_a_body(gate):
     with serving() as service:
         task_id = submitted(service, "gate")
         gate.wait_started()
+        task = TASKS + "/" + task_id
         for path in [
             "/",
             "/readyz",
             "/nowhere",
             "/api/v1/types",
-            TASKS + "/" + task_id,
-            TASKS + "/%s/result" % task_id,
+            task,
+            task + "/result",
         ]:
             get, head = (call(service, method, path) for method in ("GET", "HEAD"))
             assert (head.body, head.status) == (b"", get.status)
@@ -5771,25 +5770,17 @@ def test_a_client_that_does_not_read_its_events_is_dropped(
             service.store.events.publish("a", "log", "x" * 4000)
 
 
-def test_the_log_of_a_task_is_bounded_and_shows_control_characters(registry):
+def test_the_log_of_a_task_shows_control_characters(registry):
     @handler("talk")
     def talk(ctx: Context):
-        logger, longtasks.log.disabled = longtasks.log, True
-        for n in range(90_000, 100_000):
-            ctx.log("%d é" % n)
         ctx.log("a\tb\x1b[2J\x01\x7f\x9bm\u202eé")
-        logger.disabled = False
 
     with serving() as service:
         task_id = submitted(service, "talk")
         result_of(service, task_id)
         answer = call(service, "GET", TASKS + "/%s/log" % task_id)
         assert answer.media == "text/plain; charset=utf-8"
-        first, *_, last, escaped = answer.body.decode().splitlines()
-        assert re.fullmatch(r"\(dropped before these: [0-9]+ lines\)", first)
-        assert last == "99999 é"
-        assert escaped == "a\tb\\x1b[2J\\x01\\x7f\\x9bm\\u202eé"
-        assert len(answer.body.decode()) < 66_000
+        assert answer.body.decode() == "a\tb\\x1b[2J\\x01\\x7f\\x9bm\\u202eé\n"
 
 
 # -- metrics and OpenAPI ---------------------------------------------------
@@ -5875,14 +5866,10 @@ def test_requests_are_counted_by_labels_that_no_client_chooses(registry):
     task = TASKS + "/" + str(uuid.UUID(int=1))
     handler('a "b" \\ é')(lambda: 1)
     with serving() as service:
-        for method, path in [
-            ("GET", task),
-            ("HEAD", task + "/log"),
-            ("PATCH", task),
-            ("GET", "/nowhere"),
-            ("BREW", "/healthz"),
-        ]:
+        for method, path in [("GET", task), ("HEAD", task + "/log"), ("PATCH", task)]:
             call(service, method, path)
+        call(service, "GET", "/nowhere")
+        call(service, "BREW", "/healthz")
         raw(service, b"x\r\n\r\n")
         assert requests_of(service) == {
             ("GET", TASKS + "/{id}", "404"): 1,

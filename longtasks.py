@@ -53,9 +53,9 @@ line:
      4811  8. Worker pool
      5120  9. HTTP API
      6765  10. HTTP server
-     7713  11. Client
-     8279  12. Main
-     8826  13. The page
+     7704  11. Client
+     8270  12. Main
+     8817  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -7570,51 +7570,42 @@ class APIServer:
         return client, address or (self.url, 0)  # that of a Unix socket is empty
 
     def admit(self, connection: Connection) -> None:
-        """Serve a connection in a thread of its own, or refuse it."""
-        try:
-            self._register(connection)
-            self._start(connection)
-        except HTTPError as error:
-            reply = refusal(error)
-            connection.counts[OTHER, OTHER, reply.status] += 1
-            connection.socket.setblocking(False)  # this is the thread that accepts
-            with contextlib.suppress(OSError):
-                connection.socket.send(encode_head(reply, "1.1", False) + reply.body)
+        """Serve a connection in a thread of its own; close it if there is no place."""
+        if not (self._register(connection) and self._start(connection)):
             self.dismiss(connection)
 
-    def _register(self, connection: Connection) -> None:
-        """Register a connection; raises HTTPError if it is not to be served."""
+    def _register(self, connection: Connection) -> bool:
+        """Register a connection; return whether it is to be served."""
         with self._changed:
             if self._is_full():
                 self._evict(self.over_limit[1])
             connection.over_limit = self._is_full()
             self.connections.add(connection)
-            is_over = len(self.connections) > self.max_clients + self.reserve
+            if len(self.connections) > self.max_clients + self.reserve:
+                return False
             # Its client may have left, and a flood of such must not hold up others.
             connection.half_closed = bool(closed_by_peer([connection.socket.fileno()]))
-            if connection.half_closed:
-                half_closed = sum(each.half_closed for each in self.connections)
-                is_over = is_over or half_closed > self.half_closed_limit
-        if is_over:
-            raise HTTPError(*self.over_limit, Retry_After="1")
+            if not connection.half_closed:
+                return True
+            half_closed = sum(each.half_closed for each in self.connections)
+            return half_closed <= self.half_closed_limit
 
     def _is_full(self) -> bool:
         """Whether the limit is reached, without those that are ending."""
         staying, limit = (not c.ended for c in self.connections), self.max_clients
         return len(self.connections) >= limit and sum(staying) >= limit
 
-    def _start(self, connection: Connection) -> None:
-        """Start a connection's thread; raises HTTPError if the system has none left."""
+    def _start(self, connection: Connection) -> bool:
+        """Start a connection's thread; return False if the system has none left."""
         for _ in range(3):
             try:
                 # Not Thread.start(), which waits until the thread has begun: where many
                 # threads are ready to run, all new clients would wait for that.
                 _thread.start_new_thread(self._serve_client, (connection,))
-                return
+                return True
             except (RuntimeError, MemoryError) as error:
                 self._evict(str(error))
-        text = "the system has no thread left for this connection"
-        raise HTTPError(503, text, Retry_After="1")
+        return False
 
     def _serve_client(self, connection: Connection) -> None:
         try:

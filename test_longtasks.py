@@ -441,22 +441,16 @@ def test_the_token_does_not_stay_in_the_environment(monkeypatch, refusal):
 
 
 @pytest.mark.parametrize("text", ["short", "a" * 256, "sixteen or more ", "é" * 16])
-def test_an_invalid_token_is_reported_without_showing_it(text, monkeypatch, refusal):
+def test_an_invalid_token_is_reported_without_showing_it(
+    text, tmp_path, monkeypatch, refusal
+):
+    valid, path = "16 to 255 visible ASCII characters", write(tmp_path, text, "token")
+    missing = "API_TOKEN_FILE %s: No such file or directory" % (path + "s")
+    assert refusal("--api-token-file", path + "s") == missing
+    invalid = "API_TOKEN_FILE %s must hold %s" % (path, valid)
+    assert refusal("--api-token-file", path) == invalid
     monkeypatch.setenv("API_TOKEN", text)
-    assert refusal() == "API_TOKEN must be 16 to 255 visible ASCII characters"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b" \n", b"0123456789abcde\n", b"0123456789 abcdef", b"0123456789abcdef\xff"],
-)
-def test_a_token_file_without_a_token_is_refused(content, tmp_path, refusal):
-    path = tmp_path / "token"
-    assert "No such file" in refusal("--api-token-file", str(path))
-    path.write_bytes(content)
-    line = refusal("--api-token-file", str(path))
-    assert "must hold 16 to 255 visible ASCII characters" in line
-    assert "0123" not in line
+    assert refusal() == "API_TOKEN must be " + valid
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o604, 0o640, 0o600])
@@ -8158,17 +8152,15 @@ def test_over_the_limit_clients_are_refused_and_probes_answered(registry, monkey
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_over_the_reserve_clients_are_refused_without_a_thread(
+def test_over_the_reserve_connections_are_closed_without_a_thread(
     tls, registry, request, monkeypatch
 ):
     monkeypatch.setattr(longtasks.APIServer, "reserve", 0)
     monkeypatch.setattr(longtasks.APIServer, "grace", LONG)
     settings = tls_settings(request.getfixturevalue("pairs")) if tls else {}
     with serving(MAX_CONNECTIONS=1, **settings) as service, held_by(service, b""):
-        assert raw(service, b"")[:13] == (b"" if tls else b"HTTP/1.1 503 ")
+        assert raw(service, b"") == b""
         until(lambda: len(service.server.connections) == 1)
-        refused = service.server.traffic().requests
-        assert refused[longtasks.OTHER, longtasks.OTHER, 503] == 1
 
 
 def test_the_client_that_is_idle_longest_is_evicted_for_a_newcomer(registry, impatient):
@@ -8252,9 +8244,9 @@ def test_a_few_are_evicted_at_once_and_may_take_a_while_to_leave(registry, impat
         service.server.connections.clear()
 
 
-@pytest.mark.parametrize("denied, status", [(2, 200), (3, 503)])
-def test_without_threads_idle_clients_are_evicted_or_newcomers_refused(
-    denied, status, registry, impatient, monkeypatch
+@pytest.mark.parametrize("denied, answered", [(2, True), (3, False)])
+def test_without_threads_idle_clients_are_evicted_or_newcomers_closed(
+    denied, answered, registry, impatient, monkeypatch
 ):
     with serving() as service, held_by(service, b"") as held:
         start, left = _thread.start_new_thread, [RuntimeError("no thread")] * denied
@@ -8265,7 +8257,7 @@ def test_without_threads_idle_clients_are_evicted_or_newcomers_refused(
             return start(*given)
 
         monkeypatch.setattr(_thread, "start_new_thread", deny)
-        assert call(service, "GET", "/api/v1/types").status == status
+        assert raw(service, LAST).startswith(b"HTTP/1.1 200 ") == answered
         assert held[0].recv(1) == b""
         assert call(service, "GET", "/api/v1/types").status == 200
 
@@ -8298,7 +8290,7 @@ def test_without_descriptors_idle_clients_are_evicted():
         assert len([line for line in running.lines if "evicting" in line]) < 4
 
 
-@pytest.mark.parametrize("limit, status", [(1, b"200"), (0, b"503")])
+@pytest.mark.parametrize("limit, status", [(1, b"200"), (0, b"")])
 def test_few_clients_that_had_closed_before_they_were_accepted_are_served(
     limit, status, service
 ):
@@ -8308,7 +8300,10 @@ def test_few_clients_that_had_closed_before_they_were_accepted_are_served(
         client.sendall(LAST)
         client.shutdown(socket.SHUT_WR)
         service.server.admit(longtasks.Connection(ours, ("a pair", 1), service.server))
-        assert client.recv(65536)[9:12] == status
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            received = client.recv(65536)
+        assert received[9:12] == status
     until(lambda: not service.server.connections)
     assert call(service, "GET", "/healthz").status == 200
 

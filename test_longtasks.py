@@ -12722,7 +12722,9 @@ def test_the_commands_about_steering_in_the_readme_work(registry):
     with serving() as service:
         script = "echo ====\n".join(blocks("Steer a task", "sh"))
         script = re.sub('"duration": [12]}', '"duration": 0.1}', script)
-        out = shell(script, service.server.port)
+        runs = "until curl -s $tasks/$id | grep -q processing; do sleep 0.01; done\n"
+        cancel = "curl -s -X POST $tasks/$id/cancel\n"
+        out = shell(script.replace(cancel, runs + cancel), service.server.port)
         follow, cancelled, many, pause = out.split("====\n")
         assert follow.count('"status": "completed"') >= 2
         assert 'event: status\ndata: {"id": ' in follow

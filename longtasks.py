@@ -50,12 +50,12 @@ line:
      2829  5. Journal
      3449  6. Events
      3643  7. Result store and task queue
-     4811  8. Worker pool
-     5120  9. HTTP API
-     6765  10. HTTP server
-     7704  11. Client
-     8270  12. Main
-     8817  13. The page
+     4809  8. Worker pool
+     5118  9. HTTP API
+     6763  10. HTTP server
+     7702  11. Client
+     8268  12. Main
+     8815  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -4113,7 +4113,7 @@ class TaskReader:
     ) -> Task:
         """Return the task once it is finished, or as it is after `timeout` seconds.
 
-        Returns at once when the service drains, or when another thread sets `done`,
+        Returns at once when the service stops, or when another thread sets `done`,
         which must be new. Raises as get() does.
         """
         task = self.get(task_id)
@@ -4122,7 +4122,7 @@ class TaskReader:
         done = done or threading.Event()
         with self._lock:
             task = self._find(task_id)
-            if task.finished or self.draining:
+            if task.finished or self._stopped:
                 return task
             self._waiting.setdefault(task_id, set()).add(done)
         done.wait(min(timeout, threading.TIMEOUT_MAX))
@@ -4678,19 +4678,17 @@ class TaskStore(TaskReader):
         """Accept no more tasks; call `on_drained` once the rest is done, perhaps twice.
 
         That is when no task runs, and without a journal none waits that could start
-        within `timeout` seconds. Clients that wait for a task are answered.
-        `on_drained` must not wait.
+        within `timeout` seconds. `on_drained` must not wait.
         """
         with self._lock:
             self._on_drained = on_drained
             self._drained_by = self._monotonic() + timeout
             if not self._may_start():
                 self._queue.close()
-            self._wake_waiting()
             self._check_drained()
 
     def stop(self) -> None:
-        """Start no more tasks, and ask all handlers to stop."""
+        """Start no more tasks, ask all handlers to stop, answer clients that wait."""
         with self._lock:
             self._stopped = True
             for context in self._running.values():

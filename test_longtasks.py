@@ -2672,12 +2672,17 @@ def test_a_waiter_wakes_at_the_end_and_not_before(either):
     assert {each.result(LONG).status for each in waits} == {"completed"}
 
 
-def test_a_drain_answers_those_who_wait(store):
-    task = store.submit("t", b"{}")
-    waits = waiting_for(store, task.id)
+def test_a_stop_answers_those_who_wait_but_a_drain_lets_them_wait_for_the_end(store):
+    runs, left = store.submit("t", b"{}"), store.submit("t", b"{}")
+    waits = [waiting_for(store, task.id) for task in (runs, left)]
+    context = store.claim()[1]
     store.drain(lambda: None)
-    assert waits.result(LONG) == task
-    assert store.wait(task.id, LONG) == task  # and those who come now
+    store.finish(context, DONE)
+    assert waits[0].result(LONG).status == "completed"
+    assert not waits[1].done()
+    store.stop()
+    assert waits[1].result(LONG) == left
+    assert store.wait(left.id, LONG) == left  # and those who come now
 
 
 @pytest.mark.parametrize("newest_first", [False, True])
@@ -10133,7 +10138,6 @@ def test_a_drain_finishes_running_and_queued_tasks_and_refuses_new_ones(tmp_path
             running.logged(
                 "SIGTERM: draining, 1 running and 1 waiting, for 300 s at most"
             )
-            assert waiting.result(LONG).json["status"] == "pending"
             refused = submit(running.port, "deaf", {"name": "c"})
             assert_problem(refused, 503, "shutting down")
             assert "Retry-After" in refused.headers
@@ -10144,6 +10148,7 @@ def test_a_drain_finishes_running_and_queued_tasks_and_refuses_new_ones(tmp_path
             (tmp_path / "b").touch()
             moved = [event["data"]["status"] for event in stream.rest()]
             assert moved == ["completed", "processing", "completed"]
+        assert waiting.result(LONG).json["status"] == "completed"
         assert running.wait() == 0
         assert "(deaf): completed" in running.logged(queued)
         assert not (tmp_path / "c.began").exists()
@@ -10187,6 +10192,24 @@ def stop(service):
     events = queue.SimpleQueue()
     events.put(signal.SIGTERM)
     return service.run(events)
+
+
+def test_a_drain_gives_the_result_to_a_client_that_waits_for_it(
+    client, gate, monkeypatch
+):
+    monkeypatch.setattr(longtasks, "POLL_INTERVAL", LONG)
+    settings = longtasks.read_settings(["--port=0"], {})
+    service = longtasks.Service(settings, longtasks.REGISTRY)
+    service.start()
+    running = background(lambda: client(service, "run", "gate"))
+    gate.wait_started()
+    clients = service.server.connections
+    until(lambda: any(each.request.client_left for each in list(clients)))
+    stopping = background(lambda: stop(service))
+    until(lambda: service.store.draining)
+    gate.release.set()
+    assert running.result(LONG)[:2] == (0, "1\n")
+    assert stopping.result(LONG) == 0
 
 
 def test_a_task_that_is_given_up_neither_runs_nor_is_cancelled(registry):

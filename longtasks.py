@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       151  1. Settings
-      477  2. Tasks and their states
-      844  3. Task registry
-     1555  4. Execution
-     2829  5. Journal
-     3449  6. Events
-     3643  7. Result store and task queue
-     4809  8. Worker pool
-     5118  9. HTTP API
-     6763  10. HTTP server
-     7702  11. Client
-     8268  12. Main
-     8815  13. The page
+      476  2. Tasks and their states
+      843  3. Task registry
+     1552  4. Execution
+     2826  5. Journal
+     3446  6. Events
+     3640  7. Result store and task queue
+     4806  8. Worker pool
+     5115  9. HTTP API
+     6760  10. HTTP server
+     7699  11. Client
+     8265  12. Main
+     8812  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -298,8 +298,7 @@ SETTINGS = (
     Setting("WEBHOOK_SECRET", "", signing_key, "key that signs webhooks", secret=True),
     Setting("EXECUTOR", "", path, "FILE:FACTORY of an Executor for isolated handlers"),
     Setting("DB", "", path, "SQLite file to keep tasks in, created if missing"),
-    Setting("TASK_TIMEOUT", "0", seconds,
-            "timeout of a run without one of its own; 0: no limit"),
+    Setting("TASK_TIMEOUT", "0", seconds, "timeout of runs without one; 0: no limit"),
     Setting("GRACE", "3", seconds, "time that a handler has to stop when requested"),
     Setting("STUCK_LIMIT", "100", count, "stuck handlers at which tasks are refused"),
     Setting("DRAIN_TIMEOUT", "300", seconds, "time that tasks have to end at shutdown"),
@@ -1104,15 +1103,13 @@ def _parameters_of(function: Any) -> list[Any]:
             function = getattr(function, "__wrapped__", _called(function))
         hints = typing.get_type_hints(annotated, getattr(function, "__globals__", {}))
     except Exception as error:
-        message = "its signature can't be read: " + describe(error)
-        raise HandlerError(message) from None
+        raise HandlerError("its signature can't be read: " + describe(error)) from None
     return [param.replace(annotation=hints[param.name]) for param in params]
 
 
 def _param_schema(param: Any) -> dict[str, Any]:
     try:
-        free = param.annotation is param.empty
-        schema = {} if free else schema_of(param.annotation)
+        schema = {} if param.annotation is param.empty else schema_of(param.annotation)
     except HandlerError as error:
         raise HandlerError("parameter %s: %s" % (param.name, error)) from None
     if param.default is param.empty:

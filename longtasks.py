@@ -55,7 +55,7 @@ line:
      6760  10. HTTP server
      7699  11. Client
      8265  12. Main
-     8812  13. The page
+     8807  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -8288,10 +8288,9 @@ class ServiceManager:
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
-        names = "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"
-        path, usec, watched = (environ.pop(name, "") for name in names)
-        names = "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"
-        count, owner, _ = (environ.pop(name, "") for name in names)
+        names = "NOTIFY_SOCKET WATCHDOG_USEC WATCHDOG_PID LISTEN_FDS LISTEN_PID"
+        texts = [environ.pop(name, "") for name in [*names.split(), "LISTEN_FDNAMES"]]
+        path, usec, watched, count, owner, _ = texts
         pid = str(os.getpid())
         self._path = "\0" + path[1:] if path.startswith("@") else path  # abstract
         self._watchdog = usec.isdecimal() and watched in ("", pid)
@@ -8392,10 +8391,9 @@ class Service:
 
     def start(self) -> None:
         """Start the workers and accept clients; raises SettingsError."""
-        workers = counted(self.settings["WORKER_COUNT"], "worker")
-        page = "; open it in a browser" if self.server.port else ""
-        address = self.server.url, workers, os.getpid(), page
-        log.info("listening on %s, %s, pid %d%s", *address)
+        text, workers = "listening on %s, %s, pid %d", self.settings["WORKER_COUNT"]
+        text += "; open it in a browser" if self.server.port else ""
+        log.info(text, self.server.url, counted(workers, "worker"), os.getpid())
         access, host = self.server.app.access, self.server.host
         if access.token and not (access.local or access.path or self.server.tls):
             text = "HOST %s without TLS: the token crosses the network in the clear"
@@ -8437,11 +8435,9 @@ class Service:
         if self.journal:
             saved, fate = self.journal.close(EXIT_TIMEOUT), "left for the next start"
             if not saved:
-                text = (
-                    "journal %s: %s; tasks that ended since the last commit run again"
-                )
+                text = "%s; tasks that ended since the last commit run again"
                 reason = self.journal.error or "writing takes too long"
-                log.error(text, self.journal.path, reason)
+                log.error("journal %s: " + text, self.journal.path, reason)
         else:
             saved, fate = not left, "given up"
             for task in left:
@@ -8784,9 +8780,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             signals.starting = False  # signals raise no KeyboardInterrupt from here on
         code = service.run(signals.events)
     except (SettingsError, HandlerError) as error:
-        reason, code = str(error), 2
-        if getattr(error, "temporary", False):
-            code = TRY_AGAIN
+        reason = str(error)
+        code = TRY_AGAIN if getattr(error, "temporary", False) else 2
     except KeyboardInterrupt:
         reason, code = "stopped by a signal during the start", 0
     for output in log.handlers:

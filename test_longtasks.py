@@ -9339,15 +9339,6 @@ def test_without_a_terminal_there_is_a_line_for_each_status_and_now_and_then(
     assert lines[1:] == ["pending", "processing", *between, "completed"]
 
 
-def test_a_line_for_progress_comes_only_now_and_then(client, monkeypatch):
-    ticks = itertools.count()
-    monkeypatch.setattr(longtasks.time, "monotonic", ticks.__next__)
-    runs = in_status("processing", progress={"message": "m"})
-    with Scripted(TAKEN, *[runs] * 30, ENDED, RESULT) as server:
-        lines = client(server, "run", "t").err.splitlines()
-    assert 2 < lines.count("m") < 29
-
-
 def test_a_service_that_answers_early_is_not_asked_all_the_time(client, monkeypatch):
     pauses = []
     monkeypatch.setattr(longtasks, "POLL_INTERVAL", 60)

@@ -52,10 +52,10 @@ line:
      3640  7. Result store and task queue
      4806  8. Worker pool
      5115  9. HTTP API
-     6760  10. HTTP server
-     7699  11. Client
-     8265  12. Main
-     8807  13. The page
+     6752  10. HTTP server
+     7691  11. Client
+     8257  12. Main
+     8799  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -3456,7 +3456,7 @@ class Event(NamedTuple):
     number: int  # counts up, over all tasks
     task_id: str
     kind: str  # "status", "progress", "log", "gap" or "gone"
-    payload: Any  # the Task without params and result, a JSON object, a line, or None
+    payload: Any  # the Task without params and result, a JSON object, or None
 
 
 class Subscription:
@@ -3602,7 +3602,7 @@ class Events:
         if dropped:
             self.publish(task_id, "gap", {"detail": "%d lines are lost" % dropped})
         for line in lines if followed or not dropped else ():
-            self.publish(task_id, "log", line)
+            self.publish(task_id, "log", {"line": line})
 
     def log_of(self, task_id: str) -> tuple[list[str], int]:
         """Return the lines that are kept of a task's log, and how many are not."""
@@ -5178,10 +5178,8 @@ class Request:
     @property
     def is_for_page(self) -> bool:
         """Whether a browser asks for the page, which holds no secrets."""
-        if self.path != "/" or self.method not in ("GET", "HEAD"):
-            return False
-        accept = self.headers.get("accept", "")
-        return _quality(accept, HTML) > _quality(accept, TEXT)
+        is_read = self.path == "/" and self.method in ("GET", "HEAD")
+        return is_read and self.accepts(TEXT, HTML) == HTML
 
     def json(self) -> Any:
         """Return the body, parsed as JSON; raises HTTPError or Malformed."""
@@ -5737,10 +5735,8 @@ def encode_event(life: str, event: Event) -> bytes:
     """Return an event as it is sent."""
     if event.kind == "status":
         document = status_document(event.payload)
-    elif event.kind == "log":
-        document = {"id": event.task_id, "line": event.payload}
     else:
-        document = dict(event.payload or {}, id=event.task_id)
+        document = {"id": event.task_id, **(event.payload or {})}
     head = "id: %s-%d\nevent: %s\ndata: " % (life, event.number, event.kind)
     return head.encode() + to_json(document) + b"\n\n"
 
@@ -6101,27 +6097,22 @@ def openapi(handlers: Mapping[str, Handler], needs_token: bool) -> Json:
     }
 
 
-def numbered(form: str, name: str) -> Iterator[str]:
-    """Yield a name as it is, and then with a number from 2 on."""
-    yield name
-    for number in itertools.count(2):
-        yield form % (name, number)
-
-
 def _type_components(handlers: Mapping[str, Handler]) -> Json:
     """Return a component for each task type, the schema of its submissions.
 
     Client generators make a class and a file of each. So the names are letters and
-    digits, differ by more than upper and lower case, and end unlike those of DOCUMENTS.
+    digits, and differ by more than upper and lower case. All end in Task, perhaps with
+    a number, as none of DOCUMENTS does.
     """
     found: Json = {}
-    taken: set[str] = set()
+    same: Counter[str] = Counter()
     for type, known in sorted(handlers.items()):
         words = re.findall("[A-Za-z0-9]+", type)
         base = "".join(word[0].upper() + word[1:] for word in words) + "Task"
         base = base if base[0].isalpha() else "Type" + base
-        name = next(n for n in numbered("%s%d", base) if n.lower() not in taken)
-        taken.add(name.lower())
+        same[base.lower()] += 1
+        number = same[base.lower()]
+        name = "%s%d" % (base, number) if number > 1 else base
         own = {"type": {"const": type}, "params": known.params.schema}
         schema = {**SUBMISSION, "properties": {**SUBMISSION["properties"], **own}}
         found[name] = {**schema, "description": known.description}
@@ -6234,7 +6225,8 @@ def name_tools(handlers: Mapping[str, Handler], only: Sequence[str]) -> dict[str
     types: dict[str, str] = {}
     # Those whose names stay as they are come first.
     for type in sorted(names, key=lambda type: (type != names[type], type)):
-        tried = numbered("%s_%d", names[type])
+        name = names[type]
+        tried = (name if n < 2 else "%s_%d" % (name, n) for n in itertools.count(1))
         types[next(n for n in tried if n not in types and n not in TOOLS)] = type
     return types
 
@@ -6701,7 +6693,8 @@ def find_route(request: Request) -> Route:
         allowed = allowed_methods(path)
         raise HTTPError(405, "%s supports %s" % (path, allowed), Allow=allowed)
     if request.query_text:
-        request.query = read_query(request.query_text, route.parameters)
+        validator = query_validator(route.parameters)
+        request.query = read_query(request.query_text, validator)
     if "wait" in route.parameters:
         request.wait = requested_wait(request)
     request.route = route
@@ -6714,9 +6707,8 @@ def query_validator(parameters: tuple[str, ...]) -> Validator:
     return Validator(_closed(**{n: PARAMETERS[n] for n in parameters if n.islower()}))
 
 
-def read_query(text: str, parameters: Sequence[str]) -> dict[str, Any]:
+def read_query(text: str, validator: Validator) -> dict[str, Any]:
     """Return the parameters in a query, checked by their schemas; raises HTTPError."""
-    validator = query_validator(tuple(parameters))
     try:
         pairs = parse_qsl(text, True, errors="strict", max_num_fields=20)
         values = [(name, validator.parse_member(name, value)) for name, value in pairs]

@@ -12650,7 +12650,8 @@ def test_the_first_commands_of_the_readme_work(service):
     lines = lines.replace("python3", sys.executable).replace("longtasks.py", SCRIPT)
     env = {**os.environ, "LONGTASKS_URL": service.server.url}
     status, result, client = shell(lines, service.server.port, env=env).split("====\n")
-    assert set(json.loads(*blocks("Try it", "json"))) >= set(json.loads(status))
+    shown = {*json.loads(*blocks("Try it", "json")), "ended_at"}  # if the shell is slow
+    assert shown >= set(json.loads(status))
     message = '"message": "Long computation completed successfully"'
     assert (result.count(message), client.count(message)) == (1, 2)
     assert re.search("long_computation .*first try", client)
@@ -12778,8 +12779,8 @@ def test_the_backup_of_the_readme_registers(registry):
     (rules,) = re.findall('^Environment="RULES=(.*)"$', override, re.MULTILINE)
     longtasks.register_command(command.replace("rsync", "echo"))
     longtasks.set_rules(rules)
-    assert registry["backup"].function.rules.exit_codes == [0, 24]
-    assert registry["backup"].rules["max_running"] == 1
+    rules = registry["backup"].rules
+    assert (rules["exit_codes"], rules["max_running"]) == ([0, 24], 1)
 
 
 def test_what_cron_and_the_timer_of_the_readme_submit_is_one_task_a_day(registry):

@@ -43,19 +43,19 @@ Without curl, the same file is the client: submit, follow and collect in one lin
 The file is a house of rooms. A room uses only the rooms above it, and begins at this
 line:
 
-      151  1. Settings
-      476  2. Tasks and their states
-      843  3. Task registry
-     1552  4. Execution
-     2826  5. Journal
-     3446  6. Events
-     3640  7. Result store and task queue
-     4806  8. Worker pool
-     5115  9. HTTP API
-     6752  10. HTTP server
-     7691  11. Client
-     8257  12. Main
-     8799  13. The page
+      153  1. Settings
+      478  2. Tasks and their states
+      845  3. Task registry
+     1554  4. Execution
+     2828  5. Journal
+     3448  6. Events
+     3642  7. Result store and task queue
+     4808  8. Worker pool
+     5117  9. HTTP API
+     6754  10. HTTP server
+     7704  11. Client
+     8270  12. Main
+     8812  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -100,6 +100,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import stat
 import struct
 import sys
@@ -114,6 +115,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
 from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
+from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Container, Dict, Iterator
 from typing import Iterable, Mapping, MutableMapping
 from typing import NamedTuple, Sequence, Tuple, Union
@@ -7423,16 +7425,18 @@ def give_back_memory() -> None:
 
 # Errors of accept(2) where the system has no resources left.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_NO_CLIENT = (errno.EAGAIN, errno.EBADF)
 
 
-class APIServer:
+class APIServer(ThreadingHTTPServer):
     """Listens, and serves each connection in a thread of its own.
 
     The thread that accepts also ends connections: when the time of a client is up, and
     those that the service waits for longest when there is no place for a new one.
     """
 
-    backlog = 1024  # clients that may wait to be accepted
+    request_queue_size = 1024  # with 5, the default, clients wait seconds under load
+    allow_reuse_address = os.name != "nt"  # there, two could listen on one port
     poll_interval = 0.1  # seconds that stopping may take
 
     slowest = 16_384  # bytes a second
@@ -7454,75 +7458,70 @@ class APIServer:
         # Seconds until the first byte of a request, to send it (plus the time of its
         # bytes at the rate `slowest`), to take LARGE bytes, and to read a refusal.
         self.timeouts = {IDLE: 60.0, READING: 20.0, SENDING: 60.0, LINGERING: 2.0}
-        self.closing = False  # True: accept no more, and close connections
+        self.closing = False
+        self._is_passed = isinstance(address, socket.socket)  # and stays open elsewhere
+        self._file: os.stat_result | None = None  # the Unix socket
         # Guards the connections and the counts; notifies when a connection has ended.
         self._changed = threading.Condition()
         self._counts: Counter[tuple[str, str, int]] = Counter()  # of those that ended
-        self.connections: set[Connection] = set()
+        self.connections: dict[socket.socket, Connection] = {}
         self._warn_at = self._trim_at = self._check_at = 0.0  # not before then
         self._ended = 0  # connections, since memory was given back
-        self._is_passed = isinstance(address, socket.socket)  # and stays open elsewhere
-        self._file: os.stat_result | None = None  # the Unix socket
         if isinstance(address, str):
-            self._listen_on_path(address)
-        else:
-            self._listen(address)
+            self.address_family = socket.AF_UNIX
+        elif not self._is_passed and ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, Connection)  # type: ignore
         self.socket.setblocking(False)
         PRIVATE.add(self.socket)
 
     # -- listening
 
-    def _listen(self, address: Any) -> None:
-        if self._is_passed:
-            self.socket = address
+    def server_bind(self) -> None:
+        """Bind; unlike HTTPServer, don't look up the host's name, which takes time."""
+        if isinstance(self.server_address, str):
+            self._bind_unix(self.server_address)
+            return
+        if isinstance(self.server_address, socket.socket):
+            self.socket.close()
+            self.socket = self.server_address
+            self.server_address = self.socket.getsockname()
         else:
-            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-            self.socket = socket.socket(family)
-            if os.name != "nt":  # there, two could listen on one port
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.socket.bind(address)
-            self.socket.listen(self.backlog)
-        self.host, self.port = self.socket.getsockname()[:2]
-        self.app.access.listen_on(self.host)  # the address, not the name
-        host = "[%s]" % self.host if ":" in self.host else self.host
-        self.url = "%s://%s:%d" % (self.app.scheme, host, self.port)
+            socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore
+        host = "[%s]" if ":" in self.server_name else "%s"
+        self.url = self.app.scheme + "://" + host % self.server_name
+        self.url += ":%d" % self.server_port
+        self.app.access.listen_on(self.server_name)  # the address, not the name
 
-    def _listen_on_path(self, path: str) -> None:
-        """Listen on a Unix socket, for the owner of this process only."""
-        self.app.access.path = self.host = path
-        self.port, self.url = 0, "unix:" + path
-        self.socket = socket.socket(socket.AF_UNIX)
+    def _bind_unix(self, path: str) -> None:
+        """Bind to a path, for the owner of this process only."""
         with NO_FORK, locked_folder(path):
             with contextlib.suppress(FileNotFoundError):
                 remove_stale(path)
             self.socket.bind(path)
             os.chmod(path, 0o600)  # in time, since nobody can connect yet
-            self.socket.listen(self.backlog)  # before another process can find it dead
+            self.server_activate()  # before another process can find it dead
             self._file = os.lstat(path)
+        self.server_name, self.server_port, self.url = path, 0, "unix:" + path
+        self.app.access.path = path
 
-    def stop_listening(self) -> None:
-        """Remove the Unix socket if it is still this one, and close it.
+    def server_close(self) -> None:
+        """Remove the Unix socket if it is still this one, and stop listening.
 
         In this order, for a service that starts may replace a socket that is dead.
         """
+        path = self.app.access.path
         with contextlib.suppress(OSError):
-            if self._file and os.path.samestat(self._file, os.lstat(self.host)):
-                os.unlink(self.host)
-        self.socket.close()
+            if self._file and os.path.samestat(self._file, os.lstat(path)):
+                os.unlink(path)
+        super().server_close()
 
     # -- accepting
 
-    def serve(self) -> None:
-        """Accept clients, and end slow ones, until `closing` is set."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.socket, selectors.EVENT_READ)
-            while not self.closing:
-                selector.select(self.poll_interval)
-                self._accept_pending()
-                self.tidy_up()
-
-    def tidy_up(self) -> None:
-        """End slow clients and give back memory, if that is due."""
+    def service_actions(self) -> None:
+        """Accept other clients, and end slow ones; called by socketserver."""
+        self._accept_pending()
         now = time.monotonic()
         if now >= self._check_at:
             self._check_at = now + self.check_interval
@@ -7533,33 +7532,41 @@ class APIServer:
 
     def _accept_pending(self) -> None:
         """Accept all clients that have connected by now."""
-        for _ in range(self.backlog):  # no more, or it might never end
+        for _ in range(self.request_queue_size):  # no more, or it might never end
             try:
-                self.admit(Connection(*self._accept(), self))
-            except BlockingIOError:
-                return
-            except OSError as error:  # that client has left, or:
-                if error.errno in _EXHAUSTED:
-                    self._evict(str(error))  # or the loop would spin until then
+                client, address = self.get_request()
+            except OSError as error:
+                if error.errno in _EXHAUSTED or error.errno in _NO_CLIENT:
                     return
-            except Exception:
-                log.error("a connection failed", exc_info=True)
+                continue  # that client has left
+            try:
+                self.process_request(client, address)
+            except Exception:  # as socketserver does
+                self.handle_error(client, address)
+                self.shutdown_request(client)
 
-    def _accept(self) -> tuple[socket.socket, Any]:
-        with NO_FORK:  # until PRIVATE has it, a forked child would keep a copy
-            client, address = self.socket.accept()
-            client.setblocking(True)
-            if self.tls:
-                client = self.tls.wrap_socket(
-                    client, server_side=True, do_handshake_on_connect=False
-                )
-            PRIVATE.add(client)
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; called by socketserver."""
+        try:
+            with NO_FORK:  # until PRIVATE has it, a forked child would keep a copy
+                client, address = super().get_request()
+                client.setblocking(True)
+                if self.tls:
+                    client = self.tls.wrap_socket(
+                        client, server_side=True, do_handshake_on_connect=False
+                    )
+                PRIVATE.add(client)
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                self._evict(str(error))  # or the loop would spin until then
+            raise
         return client, address or (self.url, 0)  # that of a Unix socket is empty
 
-    def admit(self, connection: Connection) -> None:
-        """Serve a connection in a thread of its own; close it if there is no place."""
+    def process_request(self, client: Any, address: Any) -> None:
+        """Serve a client in a thread, if there is a place; called by socketserver."""
+        connection = Connection(client, address, self)
         if not (self._register(connection) and self._start(connection)):
-            self.dismiss(connection)
+            self.shutdown_request(client)
 
     def _register(self, connection: Connection) -> bool:
         """Register a connection; return whether it is to be served."""
@@ -7567,19 +7574,22 @@ class APIServer:
             if self._is_full():
                 self._evict(self.over_limit[1])
             connection.over_limit = self._is_full()
-            self.connections.add(connection)
+            self.connections[connection.socket] = connection
             if len(self.connections) > self.max_clients + self.reserve:
                 return False
             # Its client may have left, and a flood of such must not hold up others.
             connection.half_closed = bool(closed_by_peer([connection.socket.fileno()]))
             if not connection.half_closed:
                 return True
-            half_closed = sum(each.half_closed for each in self.connections)
+            half_closed = sum(c.half_closed for c in self.connections.values())
             return half_closed <= self.half_closed_limit
 
     def _is_full(self) -> bool:
         """Whether the limit is reached, without those that are ending."""
-        staying, limit = (not c.ended for c in self.connections), self.max_clients
+        staying, limit = (
+            (not c.ended for c in self.connections.values()),
+            self.max_clients,
+        )
         return len(self.connections) >= limit and sum(staying) >= limit
 
     def _start(self, connection: Connection) -> bool:
@@ -7588,30 +7598,30 @@ class APIServer:
             try:
                 # Not Thread.start(), which waits until the thread has begun: where many
                 # threads are ready to run, all new clients would wait for that.
-                _thread.start_new_thread(self._serve_client, (connection,))
+                arguments = connection.socket, connection.address
+                _thread.start_new_thread(self.process_request_thread, arguments)
                 return True
             except (RuntimeError, MemoryError) as error:
                 self._evict(str(error))
         return False
 
-    def _serve_client(self, connection: Connection) -> None:
-        try:
-            connection.serve()
-        except Exception:
-            log.error("connection of %s failed", connection.address, exc_info=True)
-        finally:
-            self.dismiss(connection)
+    def finish_request(self, client: Any, address: Any) -> None:
+        """Serve a connection in its thread; called by socketserver."""
+        self.connections[client].serve()
 
-    def dismiss(self, connection: Connection) -> None:
-        """Close a connection that has ended."""
-        with contextlib.suppress(OSError):
-            connection.socket.shutdown(socket.SHUT_WR)
-        connection.socket.close()
+    def shutdown_request(self, client: Any) -> None:
+        """Close a connection that has ended; called by socketserver, too."""
+        super().shutdown_request(client)
         with self._changed:
-            self.connections.discard(connection)
-            self._counts.update(connection.counts)
+            connection = self.connections.pop(client, None)
+            if connection:
+                self._counts.update(connection.counts)
             self._ended += 1
             self._changed.notify_all()
+
+    def handle_error(self, client: Any, address: Any) -> None:
+        """Log an unexpected error of a connection; called by socketserver, too."""
+        log.error("connection of %s failed", address, exc_info=True)
 
     # -- clients that are slow or have left
 
@@ -7626,7 +7636,9 @@ class APIServer:
             if now >= self._warn_at:
                 self._warn_at = now + 10
                 log.warning("evicting idle and slow clients: %s", reason)
-            found = [c for c in self.connections if c.state != BUSY and not c.ended]
+            found = [
+                c for c in self.connections.values() if c.state != BUSY and not c.ended
+            ]
             found = [c for c in found if now - c.since > self.grace]
             found.sort(key=lambda c: (c.state != IDLE, c.since))
             for connection in found[: 1 + self.max_clients // 32]:
@@ -7644,7 +7656,7 @@ class APIServer:
         if self.closing:
             reason = 503, "the service is shutting down"
         with self._changed:
-            connections = {c.socket.fileno(): c for c in self.connections}
+            connections = {c.socket.fileno(): c for c in self.connections.values()}
         for c in connections.values():
             if now - c.since > self.timeouts.get(c.state, math.inf) and not c.ended:
                 c.end(*reason)
@@ -7662,7 +7674,7 @@ class APIServer:
         """Return the counts of replies, and of connections that are open."""
         with self._changed:
             counts = self._counts.copy()
-            for connection in self.connections:
+            for connection in self.connections.values():
                 # A copy is made in one step, while that connection's thread counts.
                 counts.update(connection.counts.copy())
         return Traffic(counts, len(self.connections), self.max_clients)
@@ -7677,9 +7689,10 @@ class APIServer:
         """
         self.closing = True
         self.timeouts.update({IDLE: 0.0, READING: 5.0})
+        self.shutdown()
         if not self._is_passed:  # else the next service accepts them
             self._accept_pending()
-        self.stop_listening()
+        self.server_close()
         end = time.monotonic() + max(5.0, timeout)
         with self._changed:
             while self.connections and time.monotonic() < end:
@@ -8376,7 +8389,7 @@ class Service:
             gc.freeze()  # from now on it does not go through them at all
             return journal
         except BaseException:  # KeyboardInterrupt, too
-            self.server.stop_listening()
+            self.server.server_close()
             raise
         finally:
             gc.enable()
@@ -8384,9 +8397,9 @@ class Service:
     def start(self) -> None:
         """Start the workers and accept clients; raises SettingsError."""
         text, workers = "listening on %s, %s, pid %d", self.settings["WORKER_COUNT"]
-        text += "; open it in a browser" if self.server.port else ""
+        text += "; open it in a browser" if self.server.server_port else ""
         log.info(text, self.server.url, counted(workers, "worker"), os.getpid())
-        access, host = self.server.app.access, self.server.host
+        access, host = self.server.app.access, self.server.server_name
         if access.token and not (access.local or access.path or self.server.tls):
             text = "HOST %s without TLS: the token crosses the network in the clear"
             log.warning(text + "; set TLS_CERT, or put a TLS proxy in front", host)
@@ -8412,7 +8425,7 @@ class Service:
     def _serve(self) -> None:
         """Accept clients until shutdown(), and then answer those that are connected."""
         use_cpus(ONE_CPU)
-        self.server.serve()
+        self.server.serve_forever(self.server.poll_interval)
         self.server.close(self._end - time.monotonic())
         self._events.put(DRAINED)  # wakes the main thread
 
@@ -8458,7 +8471,7 @@ class Service:
         left = self.store.abandon()
         self.store.events.wake(close=True)
         if event in (None, DRAINED):  # else a second signal: clients are not awaited
-            self.server.closing = True
+            self.server.shutdown()
             while self.acceptor.is_alive() and event in (None, DRAINED):
                 event = self._next_event(0.125)
         return left

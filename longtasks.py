@@ -45,17 +45,17 @@ line:
 
       153  1. Settings
       478  2. Tasks and their states
-      845  3. Task registry
-     1554  4. Execution
-     2828  5. Journal
-     3448  6. Events
-     3642  7. Result store and task queue
-     4808  8. Worker pool
-     5117  9. HTTP API
-     6754  10. HTTP server
-     7704  11. Client
-     8270  12. Main
-     8812  13. The page
+      846  3. Task registry
+     1556  4. Execution
+     2830  5. Journal
+     3450  6. Events
+     3644  7. Result store and task queue
+     4811  8. Worker pool
+     5120  9. HTTP API
+     6757  10. HTTP server
+     7707  11. Client
+     8273  12. Main
+     8815  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -767,15 +767,16 @@ def from_json(data: bytes) -> Any:
 # A string, closed or not. No branch of it can fail late, so that the time it takes
 # grows only with the length of the text.
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_NESTING = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_NO_BRACKETS = bytes(set(range(256)) - _NESTING.keys())
 
 
 def _check_depth(text: str) -> None:
     """Raise ValueError for too deep JSON, before the parser recurses into it."""
     if text.count("[") + text.count("{") > MAX_DEPTH:
         brackets = _STRING.sub("", text).encode().translate(None, _NO_BRACKETS)
-        steps = (1 if bracket in b"[{" else -1 for bracket in brackets)
-        if max(itertools.accumulate(steps), default=0) > MAX_DEPTH:
+        depths = itertools.accumulate(map(_NESTING.__getitem__, brackets))
+        if max(depths, default=0) > MAX_DEPTH:
             raise ValueError("nested more than %d levels deep" % MAX_DEPTH)
 
 
@@ -1269,11 +1270,12 @@ class Validator:
         is_object, converted = type(value) is dict, {}
         for name, item in value.items() if is_object else enumerate(value):
             below = self._properties.get(name, self._others)
+            if below is not None and type(item) in below._plain:
+                converted[name] = item  # without a call, as for most of them
+                continue
             if below is None:
                 known = ", ".join(self._properties) or "none"
                 problems.append(((*path, name), "is unknown; known here: " + known))
-            elif type(item) in below._plain:  # saves a call for most of them
-                converted[name] = item
             else:
                 converted[name] = below._convert(item, (*path, name), problems)
             if len(problems) >= MAX_PROBLEMS:
@@ -4321,15 +4323,16 @@ class TaskReader:
 
     def _show_task(self, task: Task) -> None:
         """Show a task as it is now: publish it, queue or count it, wake its waiters."""
-        latest, _ = self._unwritten.get(task.id, (task, None))
-        if latest is task:
-            self._unwritten.pop(task.id, None)
+        unwritten = self._unwritten.get(task.id)
+        is_latest = unwritten is None or unwritten[0] is task
+        if unwritten and is_latest:
+            del self._unwritten[task.id]
         self._results.put(task)
         if self.events.followed:
             options = task.options._replace(label=label_of(task))
             shown = task._replace(params=b"", result=None, options=options)
             self.events.publish(task.id, "status", shown)
-        if task.status == PENDING and latest is task:  # it isn't cancelled since
+        if task.status == PENDING and is_latest:  # it isn't cancelled since
             wait = self._queue.add(task)
             if wait > 0:
                 self._tick_in(wait)

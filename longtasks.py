@@ -1800,8 +1800,7 @@ def long_computation(duration: float = 180, *, ctx: Context) -> dict[str, Any]:
 
 
 # Not by @handler, which needs inspect: importing that takes 12 ms of each command.
-_WEEK = {"type": "number", "minimum": 0, "maximum": 604800}
-_PARAMS = Validator(_closed(duration={**_WEEK, "default": 180}))
+_PARAMS = Validator(_closed(duration={**_DURATION, "maximum": 604_800, "default": 180}))
 REGISTRY["long_computation"] = Handler(
     "long_computation", long_computation, _PARAMS, context="ctx"
 )
@@ -2110,7 +2109,8 @@ def output_of(process: Any, file: Any, ctx: Context) -> Iterator[bytes]:
     left = LEFT_OVER
     longest = max(0.01, min(0.5, ctx.grace / 4))  # to see when it must be killed
     pause = longest
-    with selectors.DefaultSelector() as selector:
+    # Not a DefaultSelector: some of them don't wait when there is no file any more.
+    with selectors.PollSelector() as selector:
         selector.register(file, selectors.EVENT_READ)
         while left > 0:
             ended, data = _has_ended(process, ctx), b""

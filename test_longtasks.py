@@ -4374,14 +4374,20 @@ def children_of(parent):
     return found
 
 
+def no_thread(thread):
+    raise RuntimeError("can't start new thread")
+
+
 @has_proc
 @pytest.mark.parametrize("line", [STUBBORN, OBEDIENT, GROUPED % 1000])
-def test_a_program_and_its_children_end_when_the_task_is_to_stop(line):
+def test_a_program_and_its_children_end_when_the_task_is_to_stop(line, monkeypatch):
     context = Listener()
     done = background(lambda: run_program(line, context=context))
     until(lambda: len(context.lines) == 2)
     pids = [int(line) for line in context.lines]
     assert all(map(alive, pids))
+    # Nor is a thread needed for that.
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
     context.cancel()
     outcome, _ = done.result(LONG)
     assert outcome.status == "cancelled"
@@ -4424,21 +4430,6 @@ def test_programs_end_with_the_service_however_it_ends(line, number, reaper_dies
         running.signal(number)
         assert running.wait() == (1 if number == signal.SIGTERM else -9)
         until(lambda: not any(map(alive, pids)))
-
-
-def no_thread(thread):
-    raise RuntimeError("can't start new thread")
-
-
-@has_proc
-def test_a_program_is_stopped_and_killed_when_there_is_no_thread_left(monkeypatch):
-    context = Listener()
-    done = background(lambda: run_program(STUBBORN, context=context))
-    until(lambda: len(context.lines) == 2)
-    monkeypatch.setattr(threading.Thread, "start", no_thread)
-    context.cancel()
-    assert done.result(LONG)[0].status == "cancelled"
-    assert not any(alive(int(line)) for line in context.lines)
 
 
 # -- many at once
@@ -11030,9 +11021,10 @@ def test_an_isolated_handler_runs_in_a_process_of_its_own(isolated):
     assert done["result"] == {"n": 3, "attempt": 1}
     pid = pid_of(isolated, done["task_id"])
     assert pid != isolated.process.pid
+    assert outcome(isolated, "again")["result"] == 2
+    isolated.logged("(again): completed")
     lines = [line for line in isolated.lines if line.endswith("pid %d\n" % pid)]
     assert len(lines) == 1, "what it logs is in the log once"
-    assert outcome(isolated, "again")["result"] == 2
 
 
 def check_ends(running):

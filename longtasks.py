@@ -2420,11 +2420,11 @@ def find_program(word: str) -> str:
     """Return the absolute path of a program; raises HandlerError if it can't be run."""
     name = os.path.join(FOLDER, word) if os.path.dirname(word) else word
     found = shutil.which(name) or shutil.which(name, os.F_OK)
-    fault = exec_fault(found) if found else ""
-    if found and not fault:
-        return os.path.join(FOLDER, found)
     if found:
-        raise HandlerError("%s %s" % (quote(found), fault))
+        fault = exec_fault(found)
+        if fault:
+            raise HandlerError("%s %s" % (quote(found), fault))
+        return os.path.join(FOLDER, found)
     hint = ""
     if name == word and os.path.exists(os.path.join(FOLDER, word)):
         hint = " on the PATH; for the file in this folder write ./" + word

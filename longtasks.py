@@ -7714,11 +7714,11 @@ class APIServer(ThreadingHTTPServer):
 EXIT_CODES = {
     0: "done; for run and result: the task is completed",
     1: "the task failed",
-    2: "the command is wrong, or the service refused a request and did nothing",
+    2: "the command is wrong, or the service refused it; what it refused isn't done",
     3: "the task was cancelled",
     4: "the service can't be reached, accepts no tasks now, has lost the task or "
     "changed its token, or the output can't be written",
-    130: "interrupted by Ctrl-C; for run: by a second one, after that which cancels",
+    130: "interrupted by Ctrl-C; run by a second one, since the first cancels the task",
 }
 REFUSED, NO_ANSWER, INTERRUPTED = 2, 4, 130
 
@@ -8026,7 +8026,7 @@ def follow(client: Client, task_id: str, emit: Print = report) -> Json:
         try:
             printed = print_log(client, task_id, emit, printed)
         except ClientError:
-            if client.follows:
+            if client.follows:  # else the result is here, and the service may be gone
                 raise
         if task["status"] != status:
             status, next_line = task["status"], now + LINE_INTERVAL

@@ -4334,6 +4334,7 @@ def test_what_a_program_left_in_another_session_does_not_keep_its_task(command, 
     with open(path, "r+b", 0):  # until it is closed, cat does not end
         done = background(lambda: run_program('t=%s -c "%s"' % (sys.executable, code)))
         assert done.result(LONG)[0].status == "completed"
+        path.unlink()  # for one that opens it later
 
 
 def test_a_program_runs_where_no_process_can_be_listed(monkeypatch):

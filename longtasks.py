@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       153  1. Settings
-      478  2. Tasks and their states
-      846  3. Task registry
-     1556  4. Execution
-     2830  5. Journal
-     3450  6. Events
-     3644  7. Result store and task queue
-     4811  8. Worker pool
-     5120  9. HTTP API
-     6757  10. HTTP server
-     7707  11. Client
-     8273  12. Main
-     8815  13. The page
+      482  2. Tasks and their states
+      850  3. Task registry
+     1560  4. Execution
+     2834  5. Journal
+     3454  6. Events
+     3648  7. Result store and task queue
+     4815  8. Worker pool
+     5124  9. HTTP API
+     6761  10. HTTP server
+     7711  11. Client
+     8277  12. Main
+     8819  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -420,7 +420,11 @@ def _argument_parser() -> Any:
 
 def quote(value: Any) -> str:
     """Format a value for a message: as JSON, on one line, at most 80 characters."""
-    return first_line(json.dumps(value, skipkeys=True, default=repr), 80)
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = json.dumps(repr(value))
+    return first_line(text, 80)
 
 
 def first_line(text: str, limit: int = 200) -> str:

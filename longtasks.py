@@ -53,9 +53,9 @@ line:
      4815  8. Worker pool
      5124  9. HTTP API
      6761  10. HTTP server
-     7711  11. Client
-     8277  12. Main
-     8819  13. The page
+     7718  11. Client
+     8284  12. Main
+     8826  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -7570,47 +7570,54 @@ class APIServer(ThreadingHTTPServer):
         return client, address or (self.url, 0)  # that of a Unix socket is empty
 
     def process_request(self, client: Any, address: Any) -> None:
-        """Serve a client in a thread, if there is a place; called by socketserver."""
+        """Serve a connection in a thread, or refuse it; called by socketserver."""
         connection = Connection(client, address, self)
-        if not (self._register(connection) and self._start(connection)):
+        try:
+            self._register(connection)
+            self._start(connection)
+        except HTTPError as error:
+            reply = refusal(error)
+            connection.counts[OTHER, OTHER, reply.status] += 1
+            client.setblocking(False)  # this is the thread that accepts
+            with contextlib.suppress(OSError):
+                client.send(encode_head(reply, "1.1", False) + reply.body)
             self.shutdown_request(client)
 
-    def _register(self, connection: Connection) -> bool:
-        """Register a connection; return whether it is to be served."""
+    def _register(self, connection: Connection) -> None:
+        """Register a connection; raises HTTPError if it is not to be served."""
         with self._changed:
             if self._is_full():
                 self._evict(self.over_limit[1])
             connection.over_limit = self._is_full()
             self.connections[connection.socket] = connection
-            if len(self.connections) > self.max_clients + self.reserve:
-                return False
+            is_over = len(self.connections) > self.max_clients + self.reserve
             # Its client may have left, and a flood of such must not hold up others.
             connection.half_closed = bool(closed_by_peer([connection.socket.fileno()]))
-            if not connection.half_closed:
-                return True
-            half_closed = sum(c.half_closed for c in self.connections.values())
-            return half_closed <= self.half_closed_limit
+            if connection.half_closed:
+                half_closed = sum(c.half_closed for c in self.connections.values())
+                is_over = is_over or half_closed > self.half_closed_limit
+        if is_over:
+            raise HTTPError(*self.over_limit, Retry_After="1")
 
     def _is_full(self) -> bool:
         """Whether the limit is reached, without those that are ending."""
-        staying, limit = (
-            (not c.ended for c in self.connections.values()),
-            self.max_clients,
-        )
+        limit = self.max_clients
+        staying = (not c.ended for c in self.connections.values())
         return len(self.connections) >= limit and sum(staying) >= limit
 
-    def _start(self, connection: Connection) -> bool:
-        """Start a connection's thread; return False if the system has none left."""
+    def _start(self, connection: Connection) -> None:
+        """Start a connection's thread; raises HTTPError if the system has none left."""
         for _ in range(3):
             try:
                 # Not Thread.start(), which waits until the thread has begun: where many
                 # threads are ready to run, all new clients would wait for that.
                 arguments = connection.socket, connection.address
                 _thread.start_new_thread(self.process_request_thread, arguments)
-                return True
+                return
             except (RuntimeError, MemoryError) as error:
                 self._evict(str(error))
-        return False
+        text = "the system has no thread left for this connection"
+        raise HTTPError(503, text, Retry_After="1")
 
     def finish_request(self, client: Any, address: Any) -> None:
         """Serve a connection in its thread; called by socketserver."""

@@ -50,12 +50,12 @@ line:
      2834  5. Journal
      3454  6. Events
      3648  7. Result store and task queue
-     4815  8. Worker pool
-     5124  9. HTTP API
-     6761  10. HTTP server
-     7718  11. Client
-     8284  12. Main
-     8826  13. The page
+     4817  8. Worker pool
+     5126  9. HTTP API
+     6763  10. HTTP server
+     7720  11. Client
+     8287  12. Main
+     8829  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -4118,8 +4118,8 @@ class TaskReader:
     ) -> Task:
         """Return the task once it is finished, or as it is after `timeout` seconds.
 
-        Returns at once when the service stops, or when another thread sets `done`,
-        which must be new. Raises as get() does.
+        Returns early when the service begins to drain or stops, or when another thread
+        sets `done`, which must be new. Raises as get() does.
         """
         task = self.get(task_id)
         if task.finished or timeout <= 0:
@@ -4684,13 +4684,15 @@ class TaskStore(TaskReader):
         """Accept no more tasks; call `on_drained` once the rest is done, perhaps twice.
 
         That is when no task runs, and without a journal none waits that could start
-        within `timeout` seconds. `on_drained` must not wait.
+        within `timeout` seconds. Clients that wait for a task are answered; they may
+        wait again. `on_drained` must not wait.
         """
         with self._lock:
             self._on_drained = on_drained
             self._drained_by = self._monotonic() + timeout
             if not self._may_start():
                 self._queue.close()
+            self._wake_waiting()
             self._check_drained()
 
     def stop(self) -> None:
@@ -8023,8 +8025,9 @@ def next_document(client: Client, task_id: str) -> dict[str, Any]:
     except ClientError as error:
         if error.status != 409:
             raise
-    # The service answers early if its MAX_WAIT is less.
-    time.sleep(max(0.0, begin + POLL_INTERVAL - time.monotonic()))
+    # It answers early when the service begins to drain, or if its MAX_WAIT is less.
+    if time.monotonic() < begin + POLL_INTERVAL:
+        time.sleep(0.25)
     return client.get(path, "status")
 
 

@@ -53,9 +53,9 @@ line:
      4817  8. Worker pool
      5126  9. HTTP API
      6763  10. HTTP server
-     7720  11. Client
-     8287  12. Main
-     8829  13. The page
+     7724  11. Client
+     8291  12. Main
+     8833  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -7446,6 +7446,7 @@ class APIServer(ThreadingHTTPServer):
 
     request_queue_size = 1024  # with 5, the default, clients wait seconds under load
     allow_reuse_address = os.name != "nt"  # there, two could listen on one port
+    allow_reuse_port = False  # nor with this, which newer Pythons may set
     poll_interval = 0.1  # seconds that stopping may take
 
     slowest = 16_384  # bytes a second
@@ -7565,6 +7566,9 @@ class APIServer(ThreadingHTTPServer):
                         client, server_side=True, do_handshake_on_connect=False
                     )
                 PRIVATE.add(client)
+        except MemoryError:  # socketserver expects nothing but OSError
+            self._evict("no memory is left")
+            raise OSError(errno.ENOMEM, "no memory is left") from None
         except OSError as error:
             if error.errno in _EXHAUSTED:
                 self._evict(str(error))  # or the loop would spin until then

@@ -8367,6 +8367,7 @@ def test_hostile_requests_leave_no_thread_behind(attacked):
         (socket.socket, "accept", ConnectionAbortedError()),
         (socket.socket, "accept", ssl.SSLError()),
         (socket.socket, "accept", OSError(errno.EMFILE, "")),
+        (socket.socket, "accept", MemoryError()),
         (longtasks.APIServer, "process_request", MemoryError()),
     ],
     ids=repr,

@@ -52,10 +52,10 @@ line:
      3648  7. Result store and task queue
      4817  8. Worker pool
      5126  9. HTTP API
-     6763  10. HTTP server
-     7724  11. Client
-     8291  12. Main
-     8833  13. The page
+     6767  10. HTTP server
+     7728  11. Client
+     8297  12. Main
+     8839  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -5189,8 +5189,10 @@ class Request:
     @property
     def is_for_page(self) -> bool:
         """Whether a browser asks for the page, which holds no secrets."""
-        is_read = self.path == "/" and self.method in ("GET", "HEAD")
-        return is_read and self.accepts(TEXT, HTML) == HTML
+        if self.path != "/" or self.method not in ("GET", "HEAD"):
+            return False
+        accept = self.headers.get("accept", "")
+        return _quality(accept, HTML) > _quality(accept, TEXT)
 
     def json(self) -> Any:
         """Return the body, parsed as JSON; raises HTTPError or Malformed."""
@@ -5397,8 +5399,10 @@ def result_reply(task: Task) -> Reply:
     moments = ("created_at", "started_at", "ended_at")
     times = {n: getattr(task, n) and timestamp(getattr(task, n)) for n in moments}
     head = to_json({"task_id": task.id, "status": task.status, **times})[:-1]
-    if task.result:
-        return joined_reply(head + b', "result": ', task.result, b"}\n", JSON)
+    if task.status == COMPLETED:
+        return joined_reply(
+            head + b', "result": ', task.result or b"null", b"}\n", JSON
+        )
     return joined_reply(head + b', "error": ', to_json(task.error), b"}\n", JSON)
 
 
@@ -5570,8 +5574,8 @@ def show_result(app: App, request: Request) -> Reply:
         raise Unfinished("task %s is %s; it has no result yet" % (task.id, task.status))
     if request.accepts(JSON, TEXT) == JSON:
         return result_reply(task)
-    if task.result:
-        return joined_reply(b"", task.result, b"\n", TEXT)
+    if task.status == COMPLETED:
+        return joined_reply(b"", task.result or b"null", b"\n", TEXT)
     # A script must not take an error for a result.
     raise HTTPError(406, "the task is %s; its error is JSON only" % task.status)
 
@@ -7959,9 +7963,11 @@ def read_json(name: str, source: str) -> Any:
             with open(source[1:], "rb") as file:
                 data = file.read()
         return from_json(data)
-    except (OSError, Malformed) as error:
-        reason = getattr(error, "strerror", error)
-        raise ClientError(REFUSED, "%s: %s" % (name, reason)) from None
+    except OSError as error:
+        text = "%s %s: %s" % (name, source, error.strerror)
+        raise ClientError(REFUSED, text) from None
+    except Malformed as error:
+        raise ClientError(REFUSED, "%s: %s" % (name, error)) from None
 
 
 def find_type(client: Client, name: str) -> dict[str, Any]:

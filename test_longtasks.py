@@ -8992,7 +8992,10 @@ def test_params_are_words_json_or_a_whole_object(
         (["run", "echo", "--params", "{"], "--params: not JSON: "),
         (["run", "echo", "--params", "[]", "a=1"], "--params must be an object, not"),
         (["run", "echo", "--params", "[]"], "params must be an object, not []"),
-        (["run", "echo", "--params", "@/none"], "--params: No such file or directory"),
+        (
+            ["run", "echo", "--params", "@/none"],
+            "--params @/none: No such file or directory",
+        ),
         (["run", "no\x1b", "a=b"], 'type must be one of "echo", "long_computation", '),
         (["run", "typed", "number=x"], 'params.number must be a number, not "x"'),
         (

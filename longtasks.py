@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       153  1. Settings
-      482  2. Tasks and their states
-      850  3. Task registry
-     1560  4. Execution
-     2834  5. Journal
-     3454  6. Events
-     3648  7. Result store and task queue
-     4817  8. Worker pool
-     5126  9. HTTP API
-     6767  10. HTTP server
-     7728  11. Client
-     8297  12. Main
-     8839  13. The page
+      492  2. Tasks and their states
+      860  3. Task registry
+     1572  4. Execution
+     2848  5. Journal
+     3468  6. Events
+     3662  7. Result store and task queue
+     4831  8. Worker pool
+     5140  9. HTTP API
+     6782  10. HTTP server
+     7746  11. Client
+     8323  12. Main
+     8865  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -184,7 +184,7 @@ def is_temporary(error: Exception) -> bool:
     return bool(re.search("is locked|is full|disk I/O error", str(error)))
 
 
-Check = Callable[[str], Any]  # returns a value, or raises ValueError: what is valid
+Check = Callable[[str], Any]  # raises ValueError saying what is valid
 
 
 def whole(low: int, high: int) -> Check:
@@ -224,9 +224,15 @@ count = whole(1, 100_000)
 # An empty address would stand for all addresses of the host.
 address = matching("[!-~]{1,253}", "a host name or address, such as 127.0.0.1")
 token = matching("[!-~]{16,255}", "16 to 255 visible ASCII characters")
-seconds = matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", "seconds, such as 30 or 0.5", float)
-size = matching("[1-9][0-9]{0,14}([KMG]iB)?", "a size, such as 65536 or 64MiB", _bytes)
-hosts = matching(r"(?a)[\w.:\[\]-]+(,[\w.:\[\]-]+)*", "hosts or HOST:PORT, with commas")
+seconds = matching(
+    r"[0-9]{1,9}(\.[0-9]{1,9})?", "a number of seconds, such as 30 or 0.5", float
+)
+size = matching(
+    "[1-9][0-9]{0,14}([KMG]iB)?", "a size in bytes, such as 65536 or 64MiB", _bytes
+)
+hosts = matching(
+    r"(?a)[\w.:\[\]-]+(,[\w.:\[\]-]+)*", "HOST or HOST:PORT, separated by commas"
+)
 signing_key = matching(  # standardwebhooks.com: base64 of 24 to 64 bytes
     "whsec_([A-Za-z0-9+/]{4}){8,21}([A-Za-z0-9+/]{2,3}={1,2})?",
     "whsec_ and the base64 of 24 to 64 random bytes",
@@ -287,22 +293,23 @@ SETTINGS = (
     Setting("TLS_CERT", "", path, "PEM file with the certificate, for TLS"),
     Setting("TLS_KEY", "", path, "PEM file with its key, unless TLS_CERT has it"),
     Setting("WORKER_COUNT", "10", count, "tasks that may run at once"),
-    Setting("ASYNC_COUNT", "1000", count, "async tasks that may run at once, too"),
+    Setting("ASYNC_COUNT", "1000", count, "async handlers that may run at once, too"),
     Setting("LOG_LEVEL", "info", one_of("debug", "info", "warning", "error"),
             "debug, info, warning or error"),
     Setting("LOG_FORMAT", "text", one_of("text", "json"),
             "text, or json: an object on each line"),
     Setting("HANDLERS", "", path, "Python file that registers task types", os.pathsep),
-    Setting("COMMANDS", "", str, "program to register as a task type: NAME=LINE", "\n"),
+    Setting("COMMANDS", "", str, "program to register as a task type", "\n"),
     Setting("RULES", "", str, "rules of a task type, over those of its handler", "\n"),
     Setting("WEBHOOK_HOSTS", "", hosts,
             "where webhooks may go, as in hooks.example.com,10.0.0.7:8443"),
     Setting("WEBHOOK_SECRET", "", signing_key, "key that signs webhooks", secret=True),
-    Setting("EXECUTOR", "", path, "FILE:FACTORY of an Executor for isolated handlers"),
+    Setting("EXECUTOR", "", path, "where to run isolated handlers"),
     Setting("DB", "", path, "SQLite file to keep tasks in, created if missing"),
-    Setting("TASK_TIMEOUT", "0", seconds, "timeout of runs without one; 0: no limit"),
+    Setting("TASK_TIMEOUT", "0", seconds,
+            "timeout of a run without one of its own; 0: no limit"),
     Setting("GRACE", "3", seconds, "time that a handler has to stop when requested"),
-    Setting("STUCK_LIMIT", "100", count, "stuck handlers at which tasks are refused"),
+    Setting("STUCK_LIMIT", "100", count, "stuck handlers at which no task is accepted"),
     Setting("DRAIN_TIMEOUT", "300", seconds, "time that tasks have to end at shutdown"),
     Setting("QUEUE_LIMIT", "10000", whole(1, 10**9), "tasks that may wait"),
     Setting("QUEUE_BYTES", "64MiB", size, "size of all params that may wait"),
@@ -398,10 +405,13 @@ def _argument_parser() -> Any:
     )
     version = "longtasks " + __version__
     parser.add_argument("--version", action="version", version=version)
-    metavars = {seconds: "SECONDS", size: "SIZE", path: "FILE"}
+    metavars: dict[Any, str] = {seconds: "SECONDS", size: "SIZE", path: "FILE"}
+    metavars.update({count: "N", "COMMANDS": "NAME=LINE", "MCP_TYPES": "TYPE"})
+    metavars.update({"EXECUTOR": "FILE:FACTORY"})
     for setting in SETTINGS:
         name = setting.flag.rpartition("-")[2].upper()
-        options: dict[str, Any] = {"metavar": metavars.get(setting.check, name)}
+        metavar = metavars.get(setting.name) or metavars.get(setting.check, name)
+        options: dict[str, Any] = {"metavar": metavar}
         if setting.separator:
             options["action"] = "append"
         elif setting.check is switch:
@@ -648,7 +658,7 @@ class Task(NamedTuple):
         """Return the task after a move; raises IllegalMove if EXITS forbids it."""
         if status not in EXITS[self.status]:
             raise IllegalMove("task %s is %s, not %s" % (self.id, self.status, status))
-        values: list[Any] = list(self)  # a quarter of the time of _replace()
+        values: list[Any] = list(self)  # in a quarter of the time of _replace()
         values[_PLACES["status"]] = status
         for name, value in changes.items():
             values[_PLACES[name]] = value
@@ -820,7 +830,7 @@ _STRICT = json.JSONDecoder(
 def params_of(task: Task) -> Any:
     """Return a task's params; raises DamagedTask if they are not JSON any more."""
     try:
-        return _STRICT.raw_decode(task.params.decode())[0]
+        return _STRICT.decode(task.params.decode())
     except (ValueError, RecursionError) as error:
         raise DamagedTask("its params are not JSON any more: %s" % error) from None
 
@@ -1075,8 +1085,11 @@ def _called(function: Any) -> Any:
     """Return the function that a functools.partial or a callable object calls."""
     while isinstance(function, functools.partial):
         function = function.func
-    is_object = callable(function) and not lazy_import("inspect").isroutine(function)
+    is_object = callable(function) and not isinstance(function, _FUNCTIONS)
     return type(function).__call__ if is_object else function
+
+
+_FUNCTIONS = types.FunctionType, types.MethodType, types.BuiltinFunctionType
 
 
 def is_coroutine(function: Any) -> bool:
@@ -1102,7 +1115,7 @@ def _parameters_of(function: Any) -> list[Any]:
     try:
         signature = lazy_import("inspect").signature(function, **options)
         params = list(signature.parameters.values())
-        # Without that of the return, which may be anything.
+        # The return annotation is left out: it may be anything.
         annotations = {param.name: param.annotation for param in params}
         annotated: Any = types.SimpleNamespace(__annotations__=annotations)
         # Names in annotations are globals of the innermost function.
@@ -1275,7 +1288,7 @@ class Validator:
         for name, item in value.items() if is_object else enumerate(value):
             below = self._properties.get(name, self._others)
             if below is not None and type(item) in below._plain:
-                converted[name] = item  # without a call, as for most of them
+                converted[name] = item  # saves a call for most of them
                 continue
             if below is None:
                 known = ", ".join(self._properties) or "none"
@@ -1483,8 +1496,7 @@ def load_handlers(file: str, source: str | None = None) -> None:
     """Run a Python file that registers task types; raises HandlerError.
 
     `import longtasks` in it yields this very module, even when it runs as __main__.
-    The file can import modules from its own directory. It is not read if its source is
-    given.
+    It can import modules from its own directory, and is not read if `source` is given.
     """
     with _loading_errors("--handlers " + file, file):
         _, LOADED[file] = _run_file(file, source)
@@ -1523,7 +1535,7 @@ def _loading_errors(subject: str, file: str) -> Iterator[None]:
         trace = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in trace if frame.filename == file]
         where = " (line %s)" % lines[-1] if lines else ""
-        text = describe(error)
+        text = str(error) if isinstance(error, HandlerError) else describe(error)
         if isinstance(error, OSError) and error.filename == file:
             text = str(error.strerror)
         text = text.replace("\n", " ") + where
@@ -1537,7 +1549,7 @@ def describe(error: BaseException) -> str:
         text = str(error)
     except BaseException:  # a __str__ of the handler's may raise even SystemExit
         text = "(its text can't be read)"
-    if not isinstance(error, (Failure, HandlerError, TaskError)) or not text:
+    if not isinstance(error, (Failure, TaskError)) or not text:
         text = name + (": " + text if text else "")
     text = text.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
     return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 3] + "..."
@@ -2078,7 +2090,7 @@ def child_process(ctx: Context, argv: Sequence[str], **options: Any) -> Iterator
     """Run a process for a task, in a session of its own; yield its Popen.
 
     The session is killed at the end of this context, when `ctx.grace` has passed since
-    a request to stop, and when the service dies. Until then the process is not reaped,
+    a request to stop, and when the service dies. The process is reaped only after that,
     so its number can't become that of another process:
 
         the worker                         a client's thread
@@ -2092,7 +2104,7 @@ def child_process(ctx: Context, argv: Sequence[str], **options: Any) -> Iterator
         process = start_session(argv, **options)
     except OSError as error:
         name = error.filename or argv[0]  # it may be the folder, or none without memory
-        fault = exec_fault(name)
+        fault = exec_fault(name) if name == argv[0] else ""
         reason = "it " + fault if fault else error.strerror
         raise Failure("can't run %s: %s" % (quote(name), reason)) from None
     with REAPER.watch(process.pid), process:  # which waits for its end
@@ -2125,6 +2137,7 @@ def output_of(process: Any, file: Any, ctx: Context) -> Iterator[bytes]:
                     data = os.read(file.fileno(), 65536)
                 if not data:  # it has closed its output, and ends soon
                     selector.unregister(file)
+                    longest = min(longest, 0.1)
                 pause = 0.1 if data else 0.001
             elif ended:
                 return
@@ -2210,7 +2223,7 @@ def run_isolated(job: dict[str, Any], ctx: Context) -> Outcome:
 
 
 def _follow_child(
-    data: Iterator[bytes], child: socket.socket, ctx: Context
+    data: Iterator[bytes], link: socket.socket, ctx: Context
 ) -> Outcome | None:
     """Pass on a child's log, progress and steps; return its end, None if it died."""
     reports: dict[str, Any] = {"log": ctx.log, "progress": ctx.progress}
@@ -2220,7 +2233,7 @@ def _follow_child(
         nonlocal owed
         with lock, contextlib.suppress(OSError):  # it has ended, or the buffer is full
             owed += steps
-            owed -= child.send(b"+" * owed, socket.MSG_DONTWAIT)
+            owed -= link.send(b"+" * owed, socket.MSG_DONTWAIT)
 
     for piece in data:
         acknowledge(0)  # steps that did not fit into the buffer before
@@ -2410,7 +2423,8 @@ def _code_after(words: Sequence[str], code: str, valued: str) -> Iterator[str]:
             value_follows = bool(re.fullmatch(valued, word))
             if re.match(code, word):
                 code_follows, value_follows = True, False
-                yield word  # as -eTEXT and --eval=TEXT have it
+                if at:
+                    yield word  # as -eTEXT and --eval=TEXT have it
         elif value_follows:
             value_follows = False
         elif code_follows:
@@ -2513,7 +2527,7 @@ class Program:
         text = value if isinstance(value, str) else to_json(value).decode()
         if text[:1] == "-" and name in self._first:
             raise Fail("params.%s must not begin with -: %s" % (name, quote(text)))
-        return escape(text[:MAX_ARGUMENT])
+        return escape(text[:MAX_ARGUMENT]) or default
 
     def __call__(self, params: Mapping[str, str], ctx: Context) -> dict[str, Any]:
         """Run it to its end; raises Failure unless its exit code is a good one."""
@@ -5182,7 +5196,7 @@ class Request:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it only reads, and at once."""
+        """Whether it is a read that never waits."""
         reads = self.method in ("GET", "HEAD") and not self.query_text
         return reads and "prefer" not in self.headers
 
@@ -5464,8 +5478,7 @@ def submit_one(app: App, submission: Submission, key: str | None) -> Task:
     try:
         return app.store.submit_once(id_of_key(key), submission)[0]
     except DifferentRequest:
-        detail = "another task was submitted with this Idempotency-Key before"
-        raise HTTPError(422, detail) from None
+        raise HTTPError(422, "this Idempotency-Key is that of another task") from None
 
 
 def put_task(app: App, request: Request) -> Reply:
@@ -5664,7 +5677,8 @@ def task_events(app: App, request: Request) -> Reply:
     after, last = None, request.headers.get("last-event-id", "")
     if last:
         match = re.fullmatch(app.store.events.life + "-([0-9]{1,15})", last)
-        after = int(match.group(1)) if match else sys.maxsize  # which is a gap
+        # An id of another process becomes a number that no event has: a gap.
+        after = int(match.group(1)) if match else sys.maxsize
     return stream_reply(event_stream(app, request, after))
 
 
@@ -5971,7 +5985,7 @@ AFTER = {"type": "integer", "minimum": 0, "maximum": 10**17, "default": 0}
 KEY = {"type": "string", "pattern": '^("[!-~]{1,255}"|(?!".*"$)[!-~]{1,255})$'}
 PARAMETERS: dict[str, Json] = {  # headers begin with a capital letter
     "id": {**ID, "description": "The id of the task."},
-    "type": {**STRING, "description": "The name of a task type."},
+    "type": {**STRING, "description": "The task type; in a query, only such tasks."},
     "wait": {**_DURATION, "description": "Seconds to wait for the end of the task."},
     "status": {"enum": ["", *EXITS], "description": "Only tasks of this status."},
     "q": {**STRING, "description": "Only tasks with this in label, type, id or error."},
@@ -5979,7 +5993,7 @@ PARAMETERS: dict[str, Json] = {  # headers begin with a capital letter
     "after": {**AFTER, "description": "The `next` of the page before."},
     "order": {"enum": ["asc", "desc"], "description": "Oldest or newest first."},
     "Prefer": {**STRING, "description": "wait=SECONDS (RFC 7240)."},
-    "Idempotency-Key": {**KEY, "description": "The same one is for the same task."},
+    "Idempotency-Key": {**KEY, "description": "Repeated with it, a task is not new."},
     "Last-Event-ID": {**STRING, "description": "The id of the last event received."},
 }
 
@@ -6137,8 +6151,9 @@ def _type_components(handlers: Mapping[str, Handler]) -> Json:
 def _parameter(name: str, route: Route) -> Json:
     place = "query" if name.islower() else "header"
     place = place if name in route.parameters else "path"
-    schema, required = PARAMETERS[name], place == "path"
-    return {"name": name, "in": place, "required": required, "schema": schema}
+    described = {"name": name, "in": place, "required": place == "path"}
+    schema = dict(PARAMETERS[name])
+    return {**described, "description": schema.pop("description"), "schema": schema}
 
 
 def _operation(method: str, route: Route) -> Json:
@@ -7450,7 +7465,7 @@ class APIServer(ThreadingHTTPServer):
 
     request_queue_size = 1024  # with 5, the default, clients wait seconds under load
     allow_reuse_address = os.name != "nt"  # there, two could listen on one port
-    allow_reuse_port = False  # nor with this, which newer Pythons may set
+    allow_reuse_port = False  # with it, two services could share one, on Linux
     poll_interval = 0.1  # seconds that stopping may take
 
     slowest = 16_384  # bytes a second
@@ -7462,12 +7477,14 @@ class APIServer(ThreadingHTTPServer):
     trim_after = 100  # connections that end before memory is given back
     trim_interval = 10.0  # seconds, at least, before it is given back again
 
-    def __init__(self, address: Any, app: App, max_body: int, max_clients: int) -> None:
+    def __init__(
+        self, address: Any, app: App, max_body: int, max_connections: int
+    ) -> None:
         """`address`: a host and a port, the path of a Unix socket, or a listener."""
         self.app = app._replace(traffic=self.traffic)
         self.tls: Any = None  # an ssl.SSLContext
-        self.max_body, self.max_clients = max_body, max_clients
-        detail = "the limit of connections, %d, is reached" % max_clients
+        self.max_body, self.max_connections = max_body, max_connections
+        detail = "the limit of connections, %d, is reached" % max_connections
         self.over_limit = 503, detail  # for a client for which there is no place
         # Seconds until the first byte of a request, to send it (plus the time of its
         # bytes at the rate `slowest`), to take LARGE bytes, and to read a refusal.
@@ -7518,7 +7535,7 @@ class APIServer(ThreadingHTTPServer):
             self.server_activate()  # before another process can find it dead
             self._file = os.lstat(path)
         self.server_name, self.server_port, self.url = path, 0, "unix:" + path
-        self.app.access.path = path
+        self.app.access.path = os.path.abspath(path)
 
     def server_close(self) -> None:
         """Remove the Unix socket if it is still this one, and stop listening.
@@ -7571,7 +7588,8 @@ class APIServer(ThreadingHTTPServer):
                     )
                 PRIVATE.add(client)
         except MemoryError:  # socketserver expects nothing but OSError
-            self._evict("no memory is left")
+            with contextlib.suppress(MemoryError):
+                self._evict("no memory is left")
             raise OSError(errno.ENOMEM, "no memory is left") from None
         except OSError as error:
             if error.errno in _EXHAUSTED:
@@ -7600,7 +7618,7 @@ class APIServer(ThreadingHTTPServer):
                 self._evict(self.over_limit[1])
             connection.over_limit = self._is_full()
             self.connections[connection.socket] = connection
-            is_over = len(self.connections) > self.max_clients + self.reserve
+            is_over = len(self.connections) > self.max_connections + self.reserve
             # Its client may have left, and a flood of such must not hold up others.
             connection.half_closed = bool(closed_by_peer([connection.socket.fileno()]))
             if connection.half_closed:
@@ -7611,7 +7629,7 @@ class APIServer(ThreadingHTTPServer):
 
     def _is_full(self) -> bool:
         """Whether the limit is reached, without those that are ending."""
-        limit = self.max_clients
+        limit = self.max_connections
         staying = (not c.ended for c in self.connections.values())
         return len(self.connections) >= limit and sum(staying) >= limit
 
@@ -7665,7 +7683,7 @@ class APIServer(ThreadingHTTPServer):
             ]
             found = [c for c in found if now - c.since > self.grace]
             found.sort(key=lambda c: (c.state != IDLE, c.since))
-            for connection in found[: 1 + self.max_clients // 32]:
+            for connection in found[: 1 + self.max_connections // 32]:
                 connection.end(503, reason)
             # Without one, a moment: where accepting fails, its loop must not spin.
             self._changed.wait(self.eviction_wait if found else 0.005)
@@ -7701,7 +7719,7 @@ class APIServer(ThreadingHTTPServer):
             for connection in self.connections.values():
                 # A copy is made in one step, while that connection's thread counts.
                 counts.update(connection.counts.copy())
-        return Traffic(counts, len(self.connections), self.max_clients)
+        return Traffic(counts, len(self.connections), self.max_connections)
 
     # -- stopping
 
@@ -7735,11 +7753,11 @@ class APIServer(ThreadingHTTPServer):
 EXIT_CODES = {
     0: "done; for run and result: the task is completed",
     1: "the task failed",
-    2: "the command is wrong, or the service refused it; what it refused isn't done",
+    2: "the command is wrong, or the service refused a request; that changed nothing",
     3: "the task was cancelled",
     4: "the service can't be reached, accepts no tasks now, has lost the task or "
     "changed its token, or the output can't be written",
-    130: "interrupted by Ctrl-C; run by a second one, since the first cancels the task",
+    130: "interrupted by Ctrl-C; for run: by a second one, the first cancels the task",
 }
 REFUSED, NO_ANSWER, INTERRUPTED = 2, 4, 130
 
@@ -7779,26 +7797,29 @@ class Client:
         self.url = url
         self._scheme, self._host, self._prefix, self._socket = match.groups("")
         self._token = token
-        self.follows = False  # a task that the service has, or may have accepted
+        self.persists = False  # the service has, or may have accepted, its task
+        self.ended = False  # that task has ended, and the service may be gone
+        self.printed = 0  # lines of that task's log
 
     def request(
         self, method: str, path: str, document: Any = None, expected: str = JSON
     ) -> str:
         """Send a request, with a document as JSON; return the response's body.
 
-        A client that follows a task repeats a request that gets no answer or a 5xx, for
+        A client that persists repeats a request that gets no answer or a 5xx, for
         up to RETRY_TIMEOUT seconds.
         """
         deadline, reported = time.monotonic() + RETRY_TIMEOUT, False
         while True:
             try:
                 text = self._send(method, path, document, expected)
-                self.follows |= method == "PUT"
+                self.persists |= method == "PUT"
                 return text
             except ClientError as error:
-                self.follows |= method == "PUT" and error.status == 0
+                self.persists |= method == "PUT" and error.status == 0
                 is_final = 0 < error.status < 500 or time.monotonic() > deadline
-                if is_final or not self.follows:
+                is_final = is_final or (self.ended and error.status < 0)
+                if is_final or not self.persists:
                     raise
                 if not reported:
                     text = "%s; trying again for %g s"
@@ -7866,11 +7887,11 @@ class Client:
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             found = json.loads(problem)
             lines = [each["detail"] for each in found.get("errors", [found])]
-            code = NO_ANSWER if status >= 500 or self.follows else REFUSED
+            code = NO_ANSWER if status >= 500 or self.persists else REFUSED
         if status == 401:
             fault = "the token is wrong" if self._token else "it needs a token"
             lines = ["%s: %s; set API_TOKEN or API_TOKEN_FILE" % (self.url, fault)]
-        if status == 404 and self.follows:
+        if status == 404 and self.persists:
             lines.append("was the service restarted without --db?")
         return ClientError(code, *lines, status=status)
 
@@ -8009,17 +8030,17 @@ Print = Callable[[str], None]
 _DROPPED = re.compile(r"\(dropped before these: (\d+) lines?\)$", re.MULTILINE)
 
 
-def print_log(client: Client, task_id: str, emit: Print, printed: int = 0) -> int:
-    """Emit all lines of a task's log but those printed; return how many there are."""
+def print_log(client: Client, task_id: str, emit: Print) -> None:
+    """Emit the lines of a task's log that have been added since the last call."""
     text = client.request("GET", path_of("tasks", task_id, "log"), None, "text/plain")
     lines, dropped = text.split("\n") if text else [], _DROPPED.match(text)
     first = int(dropped.group(1)) - 1 if dropped else 0  # the number of the first line
-    count = first + len(lines)
-    if printed > count:  # another process has begun a new log
-        printed = 0
-    for line in lines[max(0, printed - first) :]:
+    if client.printed > first + len(lines):  # another process has begun a new log
+        client.printed = 0
+    lines = lines[max(0, client.printed - first) :]
+    client.printed = max(first, client.printed) + len(lines)
+    for line in lines:
         emit(line)
-    return count
 
 
 def next_document(client: Client, task_id: str) -> dict[str, Any]:
@@ -8030,7 +8051,7 @@ def next_document(client: Client, task_id: str) -> dict[str, Any]:
     begin, path = time.monotonic(), path_of("tasks", task_id)
     try:
         found = client.get("%s/result?wait=%g" % (path, POLL_INTERVAL), "status")
-        client.follows = False
+        client.ended = True
         return found
     except ClientError as error:
         if error.status != 409:
@@ -8044,20 +8065,21 @@ def next_document(client: Client, task_id: str) -> dict[str, Any]:
 def follow(client: Client, task_id: str, emit: Print = report) -> Json:
     """Report how a task proceeds, and emit its log; return its result document."""
     task = client.get(path_of("tasks", task_id), "status")
-    client.follows, status, printed, next_line = True, "", 0, 0.0
+    client.persists, status, next_line = True, "", 0.0
     while True:
         now, progress = time.monotonic(), progress_text(task)
         try:
-            printed = print_log(client, task_id, emit, printed)
-        except ClientError:
-            if client.follows:  # else the result is here, and the service may be gone
+            print_log(client, task_id, emit)
+        except ClientError as error:
+            if not client.ended or emit is not report:  # else the result is here
                 raise
+            report("the end of the log is lost: %s" % error)
         if task["status"] != status:
             status, next_line = task["status"], now + LINE_INTERVAL
             report(status)
             if status == PENDING and find_type(client, task["type"]).get("paused"):
-                report("the task type is paused")
-        if not client.follows:
+                report("the task type %s is paused" % task["type"])
+        if client.ended:
             return task
         if progress and (on_terminal(sys.stderr) or now >= next_line):
             report(progress, changes=True)
@@ -8187,7 +8209,7 @@ def rules_text(document: Mapping[str, Any]) -> str:
     return " ".join(["paused"] * document.get("paused", False) + words)
 
 
-def _pause_type(client: Client, args: Any) -> None:
+def _set_paused(client: Client, args: Any) -> None:
     print_text(client.request("POST", path_of("types", args.type, args.name)))
 
 
@@ -8235,13 +8257,17 @@ CLIENT = {  # the commands: the function, the arguments, and the help
     "status": (_show_status, "id", "Print the status of a task."),
     "result": (_show_result, "id --wait", "Print a task's result, or its error."),
     "log": (_show_log, "id -f|--follow", "Print what a task has logged."),
-    "cancel": (_change, _IDS, "Cancel tasks, by ids or filters."),
-    "retry": (_change, _IDS, "Submit finished tasks again, by ids or filters."),
-    "delete": (_change, _IDS, "Delete finished tasks, by ids or filters."),
+    "cancel": (_change, _IDS, "Cancel tasks, by id or filter."),
+    "retry": (_change, _IDS, "Submit finished tasks again, by id or filter."),
+    "delete": (_change, _IDS, "Delete finished tasks, by id or filter."),
     "list": (_list_tasks, _LIST, "List tasks, newest first."),
-    "types": (_list_types, "--json", "List the task types, with their params."),
-    "pause": (_pause_type, "type", "Pause a task type: no other task of it starts."),
-    "resume": (_pause_type, "type", "Let tasks of a type start again."),
+    "types": (
+        _list_types,
+        "--json",
+        "List the task types, with their params and defaults.",
+    ),
+    "pause": (_set_paused, "type", "Pause a task type: its running tasks go on."),
+    "resume": (_set_paused, "type", "Let tasks of a type start again."),
     "help": (_show_help, "command", "List the commands, or show the help of one."),
 }
 

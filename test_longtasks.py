@@ -6837,10 +6837,10 @@ def test_by_rule_nothing_follows_a_follow_up(ends, registry):
         (["--rule", "t on_failed=t"], "on_failed.params.a is missing"),
         (["--command", "u=echo {b} {b.c}"], "{b} can't be an object and a string"),
         (["--webhook-hosts", "a"], "WEBHOOK_HOSTS needs WEBHOOK_SECRET as well"),
-        (["--webhook-hosts", "http://a"], "hosts or HOST:PORT, with commas"),
-        (["--webhook-hosts", "a,,b"], "hosts or HOST:PORT, with commas"),
-        (["--webhook-hosts", "a,"], "hosts or HOST:PORT, with commas"),
-        (["--webhook-hosts", ",a"], "hosts or HOST:PORT, with commas"),
+        (["--webhook-hosts", "http://a"], "HOST or HOST:PORT, separated by commas"),
+        (["--webhook-hosts", "a,,b"], "HOST or HOST:PORT, separated by commas"),
+        (["--webhook-hosts", "a,"], "HOST or HOST:PORT, separated by commas"),
+        (["--webhook-hosts", ",a"], "HOST or HOST:PORT, separated by commas"),
     ],
 )
 def test_follow_ups_that_can_not_be_are_one_line_and_code_2(

@@ -3485,7 +3485,8 @@ def test_workers_run_together_however_slow_the_disk_is(gate, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity here")
 @pytest.mark.skipif(len(longtasks.CPUS) < 2, reason="one CPU, or no GIL")
-def test_short_runs_stay_on_one_cpu_and_lasting_ones_have_all(registry):
+def test_short_runs_stay_on_one_cpu_and_lasting_ones_have_all(registry, monkeypatch):
+    monkeypatch.setattr(longtasks.WorkerPool, "short_run", 0.5)  # on any machine
     cpus, program = len(longtasks.CPUS), [sys.executable, "-c"]
     program.append("import os; print(len(os.sched_getaffinity(0)))")
 
@@ -8845,7 +8846,7 @@ class Scripted:
     """A server that gives these answers, one a connection, and notes the requests.
 
     Where there is None to give, it gives no answer. Logs are answered apart, with these
-    texts, and not noted, nor are types and results that are not next.
+    texts or answers, and not noted, nor are types and results that are not next.
     """
 
     def __init__(self, *answers, logs=()):
@@ -8859,7 +8860,9 @@ class Scripted:
             connection = self.listener.accept()[0]
             asked = connection.recv(65536)
             if b"/log HTTP" in asked:
-                answer = given(next(self.logs), media="text/plain")
+                answer = next(self.logs)
+                if isinstance(answer, str):
+                    answer = given(answer, media="text/plain")
             elif b'"id"' in next_one and b"/types HTTP" in asked:
                 answer = given({"types": []})
             elif b'"id"' in next_one and b"/result?wait" in asked:
@@ -9191,11 +9194,38 @@ def test_what_a_task_logs_is_shown_by_run_and_by_log(client, service):
     assert client(service, "log", task["id"]).code == 2
 
 
+@pytest.mark.parametrize("words", [["run", "t"], ["log", "-f", "x"]])
+def test_the_end_of_a_log_is_asked_for_again(words, client, monkeypatch):
+    monkeypatch.setattr(longtasks, "RETRY_PAUSE", 0.01)
+    runs = in_status("processing")
+    answers = [TAKEN, runs] if words[0] == "run" else [runs]
+    logs = ["a", refusing(503), "a\nb"]
+    with Scripted(*answers, RESULT, None, logs=logs) as server:
+        ran = client(server, *words)
+    shown = ran.out + ran.err
+    assert ran.code == 0
+    assert [line for line in shown.splitlines() if line in ("a", "b")] == ["a", "b"]
+
+
+def test_ctrl_c_does_not_repeat_the_log(client, monkeypatch):
+    go_on = longtasks.next_document
+
+    def interrupted(*given):
+        monkeypatch.setattr(longtasks, "next_document", go_on)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(longtasks, "next_document", interrupted)
+    runs, logs = in_status("processing"), ["a", "a", "a\nb"]
+    with Scripted(TAKEN, runs, TAKEN, runs, runs, RESULT, None, logs=logs) as server:
+        lines = client(server, "run", "t").err.splitlines()
+    assert [line for line in lines if line in ("a", "b")] == ["a", "b"]
+
+
 def test_each_line_of_a_log_is_shown_once_though_lines_are_dropped(client):
     runs, note = in_status("processing"), "(dropped before these: %s)\n"
     logs = ["a\n", "a\nb\n", note % "1 line" + "b\nc\n", note % "5 lines" + "g\n"]
     logs += [note % "5 lines" + "g\n", "A\n"]  # by another process
-    with Scripted(*[runs] * 6, RESULT, logs=[*logs, "A\n"]) as server:
+    with Scripted(*[runs] * 6, RESULT, None, logs=[*logs, "A\n"]) as server:
         ran = client(server, "result", "x", "--wait")
     lines = [line for line in ran.err.splitlines() if not line.endswith("ed")]
     expected = ["a", "processing", "b", "c", note[:-1] % "5 lines", "g", "A"]
@@ -9596,9 +9626,11 @@ def test_messages_that_nobody_reads_do_not_change_the_exit_code(service):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 @pytest.mark.parametrize(
-    "words", [["types"], ["run", "long_computation", "duration=0"]]
+    "words", [["types"], ["run", "long_computation", "duration=0"], ["log", "-f"]]
 )
 def test_output_that_cannot_be_written_is_reported(words, service):
+    if words[0] == "log":
+        words = [*words, submitted(service, "long_computation", {"duration": 0})]
     with open("/dev/full", "wb") as full, command(service, *words, stdout=full) as run:
         assert run.end()[0] == 4
         assert run.err.endswith("longtasks: can't write: No space left on device\n")

@@ -46,16 +46,16 @@ line:
       153  1. Settings
       492  2. Tasks and their states
       860  3. Task registry
-     1572  4. Execution
-     2848  5. Journal
-     3468  6. Events
-     3662  7. Result store and task queue
-     4831  8. Worker pool
-     5140  9. HTTP API
-     6782  10. HTTP server
-     7746  11. Client
-     8323  12. Main
-     8865  13. The page
+     1575  4. Execution
+     2851  5. Journal
+     3471  6. Events
+     3665  7. Result store and task queue
+     4834  8. Worker pool
+     5143  9. HTTP API
+     6785  10. HTTP server
+     7749  11. Client
+     8326  12. Main
+     8868  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1519,6 +1519,9 @@ def _run_file(file: str, source: str | None = None) -> tuple[Any, str]:
             source = opened.read()
     module = sys.modules[name] = types.ModuleType(name)
     module.__file__ = file
+    machinery = lazy_import("importlib.machinery")
+    loader = machinery.SourceFileLoader(name, file)  # tracebacks ask it for lines
+    module.__spec__ = machinery.ModuleSpec(name, loader, origin=file)
     # The future statements of this file are not those of the other.
     exec(compile(source, file, "exec", dont_inherit=True), vars(module))  # noqa: S102
     return module, source

@@ -8102,6 +8102,7 @@ def test_the_client_that_is_idle_longest_is_evicted_for_a_newcomer(registry, imp
 @pytest.mark.parametrize("sent", [b"G", GET, SUBMIT + b"Content-Length: 9\r\n\r\n{"])
 def test_a_client_that_sends_slowly_is_evicted(sent, registry, impatient):
     with serving(MAX_CONNECTIONS=1) as service, held_by(service, sent) as held:
+        until(lambda: connections(service)[0].state == longtasks.READING)
         assert call(service, "GET", "/api/v1/types").status == 200
         answer = all_from(held[0])
         assert answer.startswith(b"HTTP/1.1 503 ")
@@ -9276,7 +9277,8 @@ def test_without_a_terminal_there_is_a_line_for_each_status_and_now_and_then(
     progress = [{"percent": 40.4, "message": "a\nb\x1b"}, {"message": "no meter"}]
     progress += [{"message": ""}, {"percent": 100, "message": ""}]
     runs = [in_status("processing", progress=each) for each in progress]
-    with Scripted(TAKEN, in_status("pending"), *runs, ENDED, RESULT) as server:
+    answers = TAKEN, in_status("pending"), *runs, ENDED, RESULT, None
+    with Scripted(*answers) as server:
         lines = client(server, "run", "t").err.splitlines()
     between = [] if interval else [r" 40% a\nb\x1b", "no meter", "100%"]
     assert lines[1:] == ["pending", "processing", *between, "completed"]
@@ -9676,7 +9678,7 @@ def test_a_list_fits_a_terminal_and_has_colors_unless_they_are_not_wanted(
 def test_run_says_that_the_type_is_paused(service, echo):
     call(service, "POST", "/api/v1/types/echo/pause")
     with command(service, "run", "echo") as run:
-        run.wait_for("pending\nthe task type is paused\n")
+        run.wait_for("pending\nthe task type echo is paused\n")
         call(service, "POST", "/api/v1/types/echo/resume")
         assert run.end() == (0, "{}\n")
 

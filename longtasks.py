@@ -54,8 +54,8 @@ line:
      5143  9. HTTP API
      6785  10. HTTP server
      7749  11. Client
-     8326  12. Main
-     8868  13. The page
+     8327  12. Main
+     8869  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -406,8 +406,8 @@ def _argument_parser() -> Any:
     version = "longtasks " + __version__
     parser.add_argument("--version", action="version", version=version)
     metavars: dict[Any, str] = {seconds: "SECONDS", size: "SIZE", path: "FILE"}
-    metavars.update({count: "N", "COMMANDS": "NAME=LINE", "MCP_TYPES": "TYPE"})
-    metavars.update({"EXECUTOR": "FILE:FACTORY"})
+    metavars[count] = "N"
+    metavars.update(COMMANDS="NAME=LINE", EXECUTOR="FILE:FACTORY", MCP_TYPES="TYPE")
     for setting in SETTINGS:
         name = setting.flag.rpartition("-")[2].upper()
         metavar = metavars.get(setting.name) or metavars.get(setting.check, name)
@@ -8067,6 +8067,7 @@ def next_document(client: Client, task_id: str) -> dict[str, Any]:
 
 def follow(client: Client, task_id: str, emit: Print = report) -> Json:
     """Report how a task proceeds, and emit its log; return its result document."""
+    client.ended = False  # Ctrl-C may have come after its end, before its result
     task = client.get(path_of("tasks", task_id), "status")
     client.persists, status, next_line = True, "", 0.0
     while True:

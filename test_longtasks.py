@@ -9222,6 +9222,22 @@ def test_ctrl_c_does_not_repeat_the_log(client, monkeypatch):
     assert [line for line in lines if line in ("a", "b")] == ["a", "b"]
 
 
+def test_ctrl_c_after_the_end_does_not_lose_the_result(client, monkeypatch):
+    read_log = longtasks.print_log
+
+    def interrupted(asking, *given):
+        if asking.ended:
+            monkeypatch.setattr(longtasks, "print_log", read_log)
+            raise KeyboardInterrupt
+        read_log(asking, *given)
+
+    monkeypatch.setattr(longtasks, "print_log", interrupted)
+    runs, late = in_status("processing"), refusing(409)
+    with Scripted(TAKEN, runs, RESULT, TAKEN, late, ENDED, RESULT, None) as server:
+        ran = client(server, "run", "t")
+    assert (ran.code, ran.out) == (0, '{"a": 1}\n')
+
+
 def test_each_line_of_a_log_is_shown_once_though_lines_are_dropped(client):
     runs, note = in_status("processing"), "(dropped before these: %s)\n"
     logs = ["a\n", "a\nb\n", note % "1 line" + "b\nc\n", note % "5 lines" + "g\n"]

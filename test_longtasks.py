@@ -8846,8 +8846,9 @@ def url_of(where):
 class Scripted:
     """A server that gives these answers, one a connection, and notes the requests.
 
-    Where there is None to give, it gives no answer. Logs are answered apart, with these
-    texts or answers, and not noted, nor are types and results that are not next.
+    Where there is None to give, it gives no answer, and after the last it closes each
+    connection. Logs are answered apart, with these texts or answers, at any time and
+    not noted, nor are types and results that are not next.
     """
 
     def __init__(self, *answers, logs=()):
@@ -8875,22 +8876,26 @@ class Scripted:
                 connection.sendall(answer)
 
     def serve(self):
-        for answer in self.answers:
-            connection, asked = self.accept(answer or b"")
-            self.held.append(connection)
-            if re.search(rb"\r\nContent-Length: [1-9][^{]*$", asked):  # without it yet
-                asked += connection.recv(65536)
-            self.asked.append(asked.decode("latin-1"))
-            if answer is not None:
-                with contextlib.suppress(OSError), connection:
-                    connection.sendall(answer)
-        self.listener.close()
+        with contextlib.suppress(OSError):  # the listener has been shut down
+            for answer in self.answers:
+                connection, asked = self.accept(answer or b"")
+                self.held.append(connection)
+                if re.search(rb"\r\nContent-Length: [1-9][^{]*$", asked):
+                    asked += connection.recv(65536)  # the body comes apart
+                self.asked.append(asked.decode("latin-1"))
+                if answer is not None:
+                    with contextlib.suppress(OSError), connection:
+                        connection.sendall(answer)
+            while True:
+                self.accept(b"")[0].close()
 
     def __enter__(self):
         threading.Thread(target=self.serve, daemon=True).start()
         return self
 
     def __exit__(self, *error):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
         for one in (self.listener, *self.held):
             one.close()
 
@@ -9293,7 +9298,7 @@ def test_without_a_terminal_there_is_a_line_for_each_status_and_now_and_then(
     progress = [{"percent": 40.4, "message": "a\nb\x1b"}, {"message": "no meter"}]
     progress += [{"message": ""}, {"percent": 100, "message": ""}]
     runs = [in_status("processing", progress=each) for each in progress]
-    answers = TAKEN, in_status("pending"), *runs, ENDED, RESULT, None
+    answers = TAKEN, in_status("pending"), *runs, ENDED, RESULT
     with Scripted(*answers) as server:
         lines = client(server, "run", "t").err.splitlines()
     between = [] if interval else [r" 40% a\nb\x1b", "no meter", "100%"]

@@ -55,7 +55,7 @@ line:
      6785  10. HTTP server
      7749  11. Client
      8327  12. Main
-     8869  13. The page
+     8879  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -2853,8 +2853,8 @@ def run_apart(params: dict[str, Any], ctx: Context) -> Outcome:
 # The SQLite file that tasks survive in: WAL mode, one row a task, and the
 # ids of the last tasks that were removed. One thread writes; records that
 # arrive while it writes go into the next commit. The journal decides
-# nothing. Each row has a checksum, so that a damaged row is recognized and
-# never used.
+# nothing. Each row of a task or a step has a checksum, so that a damaged one
+# is recognized and never used.
 # ======================================================================
 
 APPLICATION_ID = 0x6C6F6E67  # "long", in the file's header (sqlite.org/fileformat.html)
@@ -8334,6 +8334,7 @@ def client_main(name: str, argv: Sequence[str]) -> int:
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 EXIT_TIMEOUT = 5.0  # seconds for the last commit, for the log, and for child processes
+COLLECTING_TIME = 1.0  # seconds for results that leave with the process
 LISTEN_FD = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
 
 EventQueue = Any  # a queue.SimpleQueue of signal numbers, and of this one:
@@ -8522,6 +8523,8 @@ class Service:
         if event != DRAINED:
             reason = "second signal" if event else "time is up"
             log.warning("%s: handlers are asked to stop", reason)
+        elif not self.journal and counts.processing + counts.pending:
+            event = self._await_collectors()
         self.store.stop()  # after a drain, too: no task that is given up may start
         if event is None:
             event = self._next_event(self.settings["GRACE"])
@@ -8532,6 +8535,13 @@ class Service:
             while self.acceptor.is_alive() and event in (None, DRAINED):
                 event = self._next_event(0.125)
         return left
+
+    def _await_collectors(self) -> Any:
+        """Let clients that ask now and then collect results; return the last event."""
+        event, end = DRAINED, time.monotonic() + COLLECTING_TIME
+        while event == DRAINED and time.monotonic() < end:
+            event = self._next_event(end - time.monotonic()) or DRAINED
+        return event
 
     def _next_event(self, timeout: float = math.inf) -> Any:
         """Return the next event, or None if there is none for `timeout` seconds.

@@ -10171,6 +10171,28 @@ def test_a_drain_gives_the_result_to_a_client_that_waits_for_it(
     assert stopping.result(LONG) == 0
 
 
+def test_results_in_memory_can_be_collected_for_a_moment_after_a_drain(
+    gate, monkeypatch
+):
+    monkeypatch.setattr(longtasks, "COLLECTING_TIME", LONG)
+    settings = longtasks.read_settings(["--port=0"], {})
+    service = longtasks.Service(settings, longtasks.REGISTRY)
+    service.start()
+    task_id = submitted(service.server.server_port, "gate", {})
+    gate.wait_started()
+    events = queue.SimpleQueue()
+    stopping = background(lambda: service.run(events))
+    events.put(signal.SIGTERM)
+    until(lambda: service.store.draining)
+    gate.release.set()
+    until(lambda: service.store.get(task_id).finished)
+    events.put(longtasks.DRAINED)  # may come more than once
+    result = "/api/v1/tasks/%s/result" % task_id
+    assert call(service, "GET", result).json["result"] == 1
+    events.put(signal.SIGTERM)
+    assert stopping.result(LONG) == 0
+
+
 def test_a_task_that_is_given_up_neither_runs_nor_is_cancelled(registry):
     ran, before = [], set(threading.enumerate())
     handler("late")(lambda: ran.append("late"))

@@ -10200,10 +10200,12 @@ def test_a_task_that_is_given_up_neither_runs_nor_is_cancelled(registry):
     service = longtasks.Service(settings, longtasks.REGISTRY)
     service.start()
     workers = [each for each in threading.enumerate() if "worker" in each.name]
-    task = service.store.submit("late", b"{}", longtasks.Options(delay=0.05))
+    service.store.pause("late", True)
+    task = service.store.submit("late", b"{}")
     close = service.server.close
 
     def close_late(*timeout):
+        service.store.pause("late", False)
         with contextlib.suppress(longtasks.Draining):
             found.append(service.store.cancel(task.id))
         until(lambda: not any(each.is_alive() for each in set(workers) - before))

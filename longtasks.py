@@ -47,10 +47,10 @@ line:
       492  2. Tasks and their states
       860  3. Task registry
      1575  4. Execution
-     2851  5. Journal
-     3471  6. Events
-     3665  7. Result store and task queue
-     4834  8. Worker pool
+     2852  5. Journal
+     3472  6. Events
+     3666  7. Result store and task queue
+     4835  8. Worker pool
      5143  9. HTTP API
      6785  10. HTTP server
      7749  11. Client
@@ -1656,8 +1656,9 @@ class Context:
 
     def log(self, text: str) -> None:
         """Add lines to the task's log, and to the service's."""
+        text = str(text)  # here: logging would do so under a lock
         log_run(logging.INFO, self, "%s", text)
-        self.emit_lines(str(text).splitlines() or [""])
+        self.emit_lines(text.splitlines() or [""])
 
     def log_traceback(self, trace: str) -> None:
         """Add the traceback of the handler's exception to both logs."""
@@ -5094,12 +5095,11 @@ class EventLoop:
             claimed = self._pool.store.claim(is_async=True)
             if claimed is None:
                 return
-            if not self._pool.store.begin(*claimed):
-                self.slots.put(None)
-                continue
-            self._new.append(claimed)
-            if len(self._new) == 1:  # else the loop has not taken all of them yet
-                self._call_soon(self._start_new)
+            # Without a slot it is abandoned: _replace() has put that back.
+            if self._pool.store.begin(*claimed):
+                self._new.append(claimed)
+                if len(self._new) == 1:  # else the loop has not taken all of them yet
+                    self._call_soon(self._start_new)
 
     # -- in the thread of the loop
 

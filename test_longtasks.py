@@ -3707,6 +3707,25 @@ def test_no_more_async_handlers_run_at_once_than_may(count, rule, async_gate):
     assert async_gate.most == 3
 
 
+def test_an_async_handler_that_never_began_leaves_room_for_one_more(
+    async_gate, path, monkeypatch
+):
+    with journalled(path) as store:
+        task_id = store.submit("wait", b"{}").id
+    monkeypatch.setattr(longtasks, "Journal", HeldJournal)
+    with serving(DB=str(path), ASYNC_COUNT=1, GRACE=0.05) as service:
+        service.journal.wait_held()  # a start after a crash, which its handler awaits
+        service.store.cancel(task_id, wait=lambda commit: None)
+        until(service.store.stuck)
+        service.journal.free()
+        assert result_of(service, task_id)["status"] == "cancelled"
+        until(lambda: not service.store.stuck())
+        ids = [submitted(service, "wait") for _ in range(3)]
+        async_gate.open(3)
+        assert [result_of(service, i)["status"] for i in ids] == ["completed"] * 3
+    assert async_gate.most == 1
+
+
 async def square(n):
     await asyncio.sleep(0)
     return n * n
@@ -10601,6 +10620,7 @@ def records(level="DEBUG"):
 
     class Keep(logging.Handler):
         def emit(self, record):
+            self.format(record)  # as others do, under their lock
             kept.append(record)
 
     keep = Keep()
@@ -10656,6 +10676,25 @@ def test_a_run_is_logged_with_its_fields_in_json_and_in_words_as_text(
     assert 0 <= about[2]["duration"] < LONG
     words = r" INFO    task %s \(talk\): completed after \d+\.\d{3} s" % task_id
     assert any(re.fullmatch(TIME + words, as_text(record)) for record in kept)
+
+
+def test_a_text_that_is_slow_to_make_holds_up_no_other_log(registry, gate):
+    class Slow:
+        def __str__(self):
+            return "%d run" % gate()
+
+    @handler("slow")
+    def slow(*, ctx: Context):
+        ctx.log(Slow())
+
+    with records("INFO"), serving() as service:
+        task_id = submitted(service, "slow")
+        gate.wait_started()
+        assert longtasks.within(LONG, lambda: longtasks.log.info("still alive"))
+        gate.release.set()
+        result_of(service, task_id)
+        log = call(service, "GET", TASKS + "/" + task_id + "/log")
+        assert log.body == b"1 run\n"
 
 
 def test_a_run_that_fails_is_logged_with_its_reason_and_traceback(registry):

@@ -47,15 +47,15 @@ line:
       492  2. Tasks and their states
       860  3. Task registry
      1575  4. Execution
-     2852  5. Journal
-     3472  6. Events
-     3666  7. Result store and task queue
-     4835  8. Worker pool
-     5143  9. HTTP API
-     6785  10. HTTP server
-     7749  11. Client
-     8327  12. Main
-     8879  13. The page
+     2854  5. Journal
+     3474  6. Events
+     3668  7. Result store and task queue
+     4837  8. Worker pool
+     5145  9. HTTP API
+     6787  10. HTTP server
+     7751  11. Client
+     8329  12. Main
+     8881  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1499,15 +1499,15 @@ def load_handlers(file: str, source: str | None = None) -> None:
     It can import modules from its own directory, and is not read if `source` is given.
     """
     with _loading_errors("--handlers " + file, file):
-        _, LOADED[file] = _run_file(file, source)
+        LOADED[file] = _run_file(file, source)
 
 
 def _module_name(file: str) -> str:
     return "longtasks_handlers_" + re.sub(r"\W", "_", os.path.abspath(file))
 
 
-def _run_file(file: str, source: str | None = None) -> tuple[Any, str]:
-    """Run a Python file; return the module and its source."""
+def _run_file(file: str, source: str | None = None) -> str:
+    """Run a Python file as a module; return its source."""
     name = _module_name(file)
     lazy_import("inspect")  # before the file can get in its way
     sys.modules["longtasks"] = sys.modules[__name__]
@@ -1524,7 +1524,7 @@ def _run_file(file: str, source: str | None = None) -> tuple[Any, str]:
     module.__spec__ = machinery.ModuleSpec(name, loader, origin=file)
     # The future statements of this file are not those of the other.
     exec(compile(source, file, "exec", dont_inherit=True), vars(module))  # noqa: S102
-    return module, source
+    return source
 
 
 @contextlib.contextmanager
@@ -2799,19 +2799,21 @@ def load_executor(text: str) -> None:
     if not (path and name):
         raise HandlerError("--executor %s: write FILE:FACTORY" % quote(text))
     with _loading_errors("--executor " + text, path):
-        loaded = path in LOADED  # it has handlers, too
-        module = sys.modules[_module_name(path)] if loaded else _run_file(path)[0]
-        executor = getattr(module, name)()
+        before = len(REGISTRY)
+        source = LOADED.get(path) or _run_file(path)
+        if len(REGISTRY) > before:  # it has handlers, too
+            LOADED[path] = source
+        executor = getattr(sys.modules[_module_name(path)], name)()
         if not callable(getattr(executor, "submit", None)):
             raise HandlerError("%s() returned no Executor" % name)
         with open(FILE, "rb") as file:
-            source = file.read()
+            own_source = file.read()
     if not any(known.isolated for known in REGISTRY.values()):
         log.warning("--executor %s has nothing to run: no handler is isolated", text)
-    name = "longtasks_%08x" % zlib.crc32(source)
+    name = "longtasks_%08x" % zlib.crc32(own_source)
     # Threads and forked processes have loaded all files already.
     sys.modules[name] = sys.modules[__name__]
-    _boot_values.update(name=name, file=FILE, source=zlib.compress(source))
+    _boot_values.update(name=name, file=FILE, source=zlib.compress(own_source))
     EXECUTOR[:] = [executor]
 
 
@@ -8824,12 +8826,12 @@ def _register_types(settings: Settings) -> None:
         load_handlers(file)
         if len(REGISTRY) == before:
             log.warning("--handlers %s has no @handler: no task type is in it", file)
+    if settings["EXECUTOR"]:
+        load_executor(settings["EXECUTOR"])
     for line in settings["COMMANDS"]:
         register_command(line)
     for line in settings["RULES"]:
         set_rules(line)
-    if settings["EXECUTOR"]:
-        load_executor(settings["EXECUTOR"])
     check_isolated()
 
 

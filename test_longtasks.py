@@ -11572,6 +11572,13 @@ def test_isolated_handlers_run_where_the_executor_says(factory, where, tmp_path)
         assert running.wait() == 0
 
 
+def test_the_file_of_an_executor_may_have_the_handlers_too(tmp_path):
+    executor = write(tmp_path, ELSEWHERE + FACTORIES) + ":Fresh"
+    rule = ["--rule", "double max_running=1"]
+    with process("--executor", executor, *rule) as running:
+        assert outcome(running, "double", {"n": 21})["result"]["n"] == 42
+
+
 @pytest.mark.parametrize(
     "executor, why",
     [

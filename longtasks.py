@@ -52,10 +52,10 @@ line:
      3668  7. Result store and task queue
      4837  8. Worker pool
      5145  9. HTTP API
-     6787  10. HTTP server
-     7751  11. Client
-     8329  12. Main
-     8881  13. The page
+     6799  10. HTTP server
+     7763  11. Client
+     8341  12. Main
+     8893  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -6267,7 +6267,7 @@ def name_tools(handlers: Mapping[str, Handler], only: Sequence[str]) -> dict[str
 
 
 class Call:
-    """A request of JSON-RPC: a task is submitted at once, all else done in answer().
+    """A request of JSON-RPC: first checked, then submitted, at last answered.
 
     It does not keep the params of a task that it submitted.
     """
@@ -6278,6 +6278,7 @@ class Call:
         self.version, self.has_tasks, self.status = "", False, 200
         self.method: Method = Call._acknowledge  # returns the result
         self.params: Json = {}
+        self.submission: tuple[Submission, str | None] | None = None  # and its key
         self.task: Task  # the one that the params name, or that was submitted
         self.began = time.monotonic()
         self.wait = 0.0  # seconds from then on, for the end of the task
@@ -6287,6 +6288,15 @@ class Call:
             self._begin(message)
         except (TaskError, HTTPError) as error:
             self.error = error.with_traceback(None)  # that would keep the params
+
+    def submit(self) -> None:
+        """Submit the task of a tool, if it is one; this may wait for a disk."""
+        wanted, self.submission = self.submission, None
+        if wanted:
+            try:
+                self.task = submit_one(self.app, *wanted)
+            except (TaskError, HTTPError) as error:
+                self.error, self.wait = error.with_traceback(None), 0.0
 
     def answer(self) -> Json:
         """Return the response, once the task has ended or the time is up."""
@@ -6325,7 +6335,7 @@ class Call:
         yield b"data: %b\n\n" % to_json(self.answer())
 
     def _begin(self, message: Any) -> None:
-        """Check a message, and submit the task that it wants to run."""
+        """Check a message, with the task that it wants to run."""
         if not _MESSAGE.is_valid(message):
             text = 'send {"jsonrpc": "2.0", "id": 1, "method": ...}'
             raise RPCError(INVALID_REQUEST, text)
@@ -6394,7 +6404,7 @@ class Call:
             raise RPCError(INVALID_PARAMS, "Unknown tool: " + quote(name))
         document = {"type": self.tools[name], "params": arguments}
         submission = check_submission(document, self.app.handlers)
-        self.task = submit_one(self.app, submission, meta.get("idempotency-key"))
+        self.submission = submission, meta.get("idempotency-key")
         self.method, self.params = Call._tool_result, {}
         if self.version in TASKED and "task" in params:
             self.method = Call._show_new
@@ -6605,6 +6615,8 @@ def answer_agent(app: App, request: Request) -> Reply:
     calls, is_batch = begin_calls(app, request)
     if not calls:
         return Reply(202)
+    for each in calls:  # now that what was parsed is gone
+        each.submit()
     if is_batch:
         return Reply(200, stream=answers(calls))
     (call,) = calls

@@ -6351,6 +6351,23 @@ def test_the_answers_of_a_batch_are_sent_one_at_a_time(tools):
         assert texts(last["result"]) == ["1"]
 
 
+def test_calls_that_wait_for_the_disk_hold_up_no_other_request(path, monkeypatch):
+    monkeypatch.setattr(longtasks, "Journal", HeldJournal)
+    params = {"name": "long_computation", "arguments": {"duration": 0}}
+    message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
+    blank = b" " * longtasks.LARGE_BODY
+    body = json.dumps(message).encode() + blank
+    with serving(DB=str(path)) as service:
+        calls = [
+            background(lambda: call(service, "POST", "/mcp", body)) for _ in "1234"
+        ]
+        until(lambda: len(service.journal.appended) == 4)
+        other = background(lambda: call(service, "POST", TASKS, b"{" + blank))
+        assert other.result(LONG).status == 400
+        service.journal.free()
+        assert [each.result(LONG).status for each in calls] == [200] * 4
+
+
 def test_each_task_type_is_a_tool(version, tools):
     with serving() as service:
         found = Agent(service, version).ask("tools/list")
@@ -6518,14 +6535,15 @@ def test_bad_input_is_refused_and_starts_nothing(version, tools):
 
 
 def test_a_full_queue_is_an_error_of_the_service(tools):
-    with serving(QUEUE_LIMIT=1, WORKER_COUNT=1, MCP_WAIT=0) as service:
+    with serving(QUEUE_LIMIT=1, WORKER_COUNT=1, MCP_WAIT=0.01) as service:
         agent = Agent(service)
         agent.use("gate")
         tools.wait_started()
         agent.use("gate")
-        answer = agent.send("tools/call", {"name": "gate"})
-        assert answer.json["error"]["code"] == -32603
-        assert "queue is full" in answer.json["error"]["message"]
+        for meta in ({}, {"progressToken": 1}):
+            answer = agent.send("tools/call", {"name": "gate"}, meta)
+            assert answer.json["error"]["code"] == -32603
+            assert "queue is full" in answer.json["error"]["message"]
 
 
 def test_a_call_with_a_key_is_made_once(version, tools):

@@ -1680,7 +1680,7 @@ class Context:
         self.check()
 
     def step(
-        self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any
+        self, name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
         """Call a function once in the life of the task, and return its result.
 

@@ -2960,15 +2960,15 @@ def not_called():
 
 def test_a_step_that_is_done_is_not_called_again_by_later_runs(either):
     task, context = run_of(either)
-    assert context.step("a", lambda *args, **more: (*args, more), 1, b=2) == [
+    assert context.step("a", lambda *args, **more: (*args, more), 1, name=2) == [
         1,
-        {"b": 2},
+        {"name": 2},
     ]
     assert context.step("b", lambda: None) is None
     assert either.get(task.id).steps == 2
     for _ in range(2):
         context = again(either, context)
-        assert context.step("a", not_called) == [1, {"b": 2}]
+        assert context.step("a", not_called) == [1, {"name": 2}]
     assert context.step("c", lambda: 3) == 3
     assert names_of(either, task) == ["a", "b", "c"]
     either.finish(context, DONE)

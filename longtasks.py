@@ -48,14 +48,14 @@ line:
       860  3. Task registry
      1575  4. Execution
      2854  5. Journal
-     3474  6. Events
-     3668  7. Result store and task queue
-     4837  8. Worker pool
-     5145  9. HTTP API
-     6799  10. HTTP server
-     7763  11. Client
-     8341  12. Main
-     8893  13. The page
+     3475  6. Events
+     3669  7. Result store and task queue
+     4838  8. Worker pool
+     5146  9. HTTP API
+     6800  10. HTTP server
+     7764  11. Client
+     8342  12. Main
+     8894  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -438,7 +438,7 @@ def quote(value: Any) -> str:
 
 
 def first_line(text: str, limit: int = 200) -> str:
-    """Return as much of a text, such as an error, as goes into a line of a log."""
+    """Return the first line of a text, such as an error, cut to `limit` characters."""
     line = (text.splitlines() or [""])[0]
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
@@ -664,8 +664,8 @@ class Task(NamedTuple):
             values[_PLACES[name]] = value
         return Task._make(values)
 
-    def put_back(self, **changes: Any) -> Task:
-        """Return the processing task as pending again, for another run."""
+    def requeued(self, **changes: Any) -> Task:
+        """Return the processing task as pending, to be run again."""
         return self.moved_to(PENDING, started_at=None, **changes)
 
     def with_step(self, step: Step) -> Task:
@@ -685,7 +685,7 @@ class Task(NamedTuple):
         if task.cancel_requested:
             return task.moved_to(CANCELLED, ended_at=now, error=CANCELLED_RUNNING)
         if task.interruptions < MAX_INTERRUPTIONS:
-            return task.put_back()
+            return task.requeued()
         error = "interrupted %d times: the process died while it ran"
         return task.moved_to(FAILED, ended_at=now, error=error % MAX_INTERRUPTIONS)
 
@@ -1599,7 +1599,7 @@ class Context:
 
     grace = 1.5  # seconds from the request to stop until a process is killed
     kill_at = math.inf  # on the monotonic clock, once it is to stop
-    deadline = math.inf  # on it, too: when to stop or then abandon the run
+    deadline = math.inf  # on it, too: when to stop the run, or then to abandon it
     max_result = sys.maxsize  # bytes
     began = 0.0  # on the monotonic clock
     waits_for_disk = False  # True: its start is not on disk yet
@@ -1951,14 +1951,14 @@ _bound = threading.local()
 
 
 def use_cpus(cpus: Sequence[int], thread: int = 0) -> None:
-    """Keep a thread (its native id; this one), and what it starts, on these CPUs."""
+    """Keep a thread, and those it starts, on these CPUs; 0 is the calling thread."""
     if len(CPUS) > 1:
         with contextlib.suppress(OSError):  # forbidden: the service is slower then
             os.sched_setaffinity(thread, cpus)
 
 
-def free_children(event: str, arguments: Any) -> None:
-    """Give all CPUs to a run that starts a thread or process: a hook of PEP 578."""
+def unbind_at_spawn(event: str, arguments: Any) -> None:
+    """Give all CPUs to a run before it starts a thread or process: an audit hook."""
     if event in ("subprocess.Popen", "os.posix_spawn", "os.fork") or "thread" in event:
         ctx = getattr(_bound, "context", None)
         if ctx:
@@ -1967,7 +1967,7 @@ def free_children(event: str, arguments: Any) -> None:
 
 
 if len(CPUS) > 1:
-    sys.addaudithook(free_children)
+    sys.addaudithook(unbind_at_spawn)
 
 
 # -- child processes -------------------------------------------------------
@@ -2027,13 +2027,13 @@ with suppress(OSError):
     @contextlib.contextmanager
     def watch(self, session: int) -> Iterator[None]:
         """Have a session killed if the service dies in this context."""
-        self._tell(self._sessions.add, session)
+        self._update(self._sessions.add, session)
         try:
             yield
         finally:
-            self._tell(self._sessions.discard, session)  # another may get its number
+            self._update(self._sessions.discard, session)  # another may get its number
 
-    def _tell(self, change: Callable[[int], None], session: int) -> None:
+    def _update(self, change: Callable[[int], None], session: int) -> None:
         """Change the sessions and send them; start the process if it has died."""
         with self._lock:
             change(session)
@@ -3113,7 +3113,8 @@ class Journal:
         try:
             self._exists()  # if it is not ours, no lock is left beside it
             with NO_FORK:
-                # `stopped`: the last process was stopped, but could not write the rest.
+                # `stopped`: the last process did not crash. Tasks that run according
+                # to the file were stopped, but that could not be written.
                 self._lock, self.stopped = lock_file(self.path)
                 PRIVATE.add(self._lock)
             if not self._exists():
@@ -3227,7 +3228,7 @@ class Journal:
     # -- reading
 
     def load(self) -> Iterator[Task]:
-        """Yield finished tasks by their end, then the others by their submission.
+        """Yield finished tasks in the order of their ends, then the others by seq.
 
         Damaged rows are left out, logged, and their ids added to `damaged`.
         """
@@ -3535,7 +3536,7 @@ class Events:
     line_length = 4000  # characters; the rest of a line is cut off
 
     def __init__(self) -> None:
-        self.life = "%x" % int(time.time() * 1000)  # of this process, in events' ids
+        self.life = "%x" % int(time.time() * 1000)  # names this process in events' ids
         # Whether a client has ever followed: until then no event needs to be kept. The
         # store's lock guards it: under that one clients subscribe, and events happen.
         self.followed = False
@@ -4044,7 +4045,7 @@ OnDurable = Callable[[Task], Any]  # is called once a task can't be lost any mor
 
 
 class TaskReader:
-    """The tasks as clients read them, how moves come to be seen, and the lock.
+    """The tasks as clients read them, how moves become visible, and the lock.
 
     `clock` gives the time in seconds since 1970, and `monotonic` one that is never set.
     `rules` gives the rules of a type, and `follow_ups` the submissions at a task's end.
@@ -4387,8 +4388,8 @@ class TaskReader:
 class TaskStore(TaskReader):
     """All tasks, from submission until they are removed: this is where they move."""
 
-    def take_up(self, journal: Journal) -> None:
-        """Go on with the tasks in a journal; from now on all of them are kept there."""
+    def restore(self, journal: Journal) -> None:
+        """Restore the tasks in a journal, in which all are kept from now on."""
         suspects, crashed = [], not journal.stopped
         with self._lock:
             self.journal, self._results.damaged = journal, journal.damaged
@@ -4514,7 +4515,7 @@ class TaskStore(TaskReader):
         return task, context
 
     def begin(self, task: Task, context: Context) -> bool:
-        """Let the time of a task's run begin; False when it was put back meanwhile.
+        """Start the timeout of a run; return False if the run is over already.
 
         A start is written while its handler runs. If the last process crashed, one of
         its tasks may be the cause: each of them runs only once its start is on disk, or
@@ -4758,7 +4759,7 @@ def after_crash(
 
     They were processing when it ended, or have been interrupted before. After a crash
     they start one after the other, first those with the fewest interruptions. So a task
-    that kills the process is found out, and those that ran beside it complete.
+    that kills the process is identified, and those that ran beside it complete.
     """
     pause, wait = min(1.0, 30.0 / max(1, len(tasks))), 0.0
     resumed = [(task, task.after_crash(now, crashed)) for task in tasks]
@@ -4785,7 +4786,7 @@ def after_run(
     if task.cancel_requested:
         return ended(task, CANCELLED, now, error=CANCELLED_RUNNING)
     if reason == SHUTDOWN:
-        return task.put_back()
+        return task.requeued()
     if reason == TIMED_OUT:
         error = "timed out after %.12g s" % timeout_of(task, rules)
         return ended(task, FAILED, now, error=error)
@@ -4800,7 +4801,7 @@ def after_run(
     if wait is None or outcome.status == FAILED:
         usual = backoff(rules.backoff, task.failures or task.attempt)
         wait = max(usual, wait or 0.0)
-    return task.put_back(error=outcome.error, due_at=now + wait)
+    return task.requeued(error=outcome.error, due_at=now + wait)
 
 
 def ended(task: Task, status: str, now: float, **changes: Any) -> Task:
@@ -4969,7 +4970,7 @@ class WorkerPool:
                 log.exception("tick() failed; it is called again in a second")
                 wait = 1.0
             with self._lock:
-                self._free_long_runs()
+                self._unbind_long_runs()
                 if not self._refill():
                     wait = min(1.0, wait)  # the system may have a thread again then
 
@@ -5018,7 +5019,7 @@ class WorkerPool:
         self._lasted[task.type] = 0.8 * lasted + 0.2 * seconds
         return outcome
 
-    def _free_long_runs(self) -> None:
+    def _unbind_long_runs(self) -> None:
         """Give all CPUs to runs that last longer than usual. Assumes the lock.
 
         If one ends at this very moment, its thread may keep all CPUs for a while.
@@ -5034,7 +5035,7 @@ class WorkerPool:
         """Log the status of a task after a run."""
         state = task.status
         if state == PENDING:
-            state = "failed, to be run again," if task.due_at else "put back"
+            state = "failed, to be run again," if task.due_at else "requeued"
         more: dict[str, Any] = {"duration": round(seconds, 3)}
         if state.startswith(FAILED) and task.error:
             more["error"] = first_line(task.error)
@@ -5047,7 +5048,7 @@ class EventLoop:
     Raises SettingsError if the system has no threads left.
     """
 
-    thread = 0  # free_children() sets it, as it does that of a Context
+    thread = 0  # unbind_at_spawn() sets it, as it does that of a Context
 
     def __init__(self, pool: WorkerPool, count: int) -> None:
         self._pool = pool
@@ -6267,7 +6268,7 @@ def name_tools(handlers: Mapping[str, Handler], only: Sequence[str]) -> dict[str
 
 
 class Call:
-    """A request of JSON-RPC: first checked, then submitted, at last answered.
+    """A request of JSON-RPC, which is checked, then submitted, then answered.
 
     It does not keep the params of a task that it submitted.
     """
@@ -8457,7 +8458,7 @@ class Service:
         gc.disable()  # it would go through all tasks again and again
         try:
             journal = Journal(self.settings["DB"])
-            self.store.take_up(journal)
+            self.store.restore(journal)
             gc.freeze()  # from now on it does not go through them at all
             return journal
         except BaseException:  # KeyboardInterrupt, too

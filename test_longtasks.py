@@ -1063,7 +1063,7 @@ def journalled(path, clock=None, kind=longtasks.Journal, **limits):
     journal, store = kind(str(path)), None
     try:
         store = new_ledger(clock, **limits)
-        store.take_up(journal)
+        store.restore(journal)
         yield store
     finally:
         if kind is HeldJournal:
@@ -1919,7 +1919,7 @@ def test_an_interrupted_task_waits_again_only_once_that_is_on_disk(tmp_path):
             super().start(on_settled)
 
     store, journal = longtasks.TaskStore(), LookedAt(path)
-    store.take_up(journal)
+    store.restore(journal)
     assert [*seen, store.get(task.id).status] == ["processing", "pending"]
     assert store.claim()[0].attempt == 2
     assert journal.close(LONG)
@@ -1939,7 +1939,7 @@ def test_a_cancel_right_after_a_restart_is_not_undone_by_it(tmp_path):
             super().start(on_settled)
 
     store, journal = longtasks.TaskStore(), CancelledFirst(path)
-    store.take_up(journal)
+    store.restore(journal)
     assert cancels[0].result(LONG).status == "cancelled"
     assert journal.close(LONG)
     with journalled(path) as store:
@@ -2440,7 +2440,7 @@ class WallClock(Clock):
 def wall_clocked(monotonic, clock, journal=None, **limits):
     store = new_ledger(clock, {"retries": 1, "backoff": 100}, monotonic, **limits)
     if journal:
-        store.take_up(journal)
+        store.restore(journal)
     return store
 
 
@@ -2851,7 +2851,7 @@ def test_interrupted_tasks_start_apart_and_those_with_fewer_crashes_first(path, 
         assert store.claim()[0].id == ids[2]
 
 
-def test_a_task_that_is_put_back_before_its_start_is_on_disk_is_not_run(gated):
+def test_a_task_that_is_requeued_before_its_start_is_on_disk_is_not_run(gated):
     gated.journal.let.release()
     task = gated.submit("t", b"{}")
     claimed = gated.claim()
@@ -2901,7 +2901,7 @@ def test_a_disk_that_hangs_does_not_hold_up_the_end(path, monkeypatch):
     journal = HeldJournal(path)
     journal.write = hang
     store = longtasks.TaskStore()
-    store.take_up(journal)
+    store.restore(journal)
     submitted = background(lambda: store.submit("t", b"{}"))
     assert hangs.wait(LONG)
     monkeypatch.setattr(longtasks.os, "fsync", hang)
@@ -2915,7 +2915,7 @@ def test_a_disk_that_hangs_does_not_hold_up_the_end(path, monkeypatch):
 def test_a_journal_with_nothing_unwritten_is_closed_in_peace(path):
     journal = longtasks.Journal(str(path))
     store = longtasks.TaskStore()
-    store.take_up(journal)
+    store.restore(journal)
     journal.retry_after = 0.001
 
     def fail(*about):
@@ -3469,7 +3469,7 @@ def test_threads_are_started_for_work_and_never_too_many(gate):
 def test_workers_run_together_however_slow_the_disk_is(gate, tmp_path):
     journal = HeldJournal(tmp_path / "tasks.db")
     store = longtasks.TaskStore()
-    store.take_up(journal)
+    store.restore(journal)
     pool = longtasks.WorkerPool(store, longtasks.REGISTRY, 3)
     journal.let.release()
     tasks = store.submit_all([asked(b"{}", "gate")] * 5)
@@ -6897,7 +6897,7 @@ def then_store(journal=None, **limits):
     limits = longtasks.Limits(**limits)
     store = longtasks.TaskStore(limits, follow_ups=follow_ups)
     if journal:
-        store.take_up(journal)
+        store.restore(journal)
     return store
 
 
@@ -10159,7 +10159,7 @@ def test_past_the_drain_timeout_tasks_are_given_up_and_logged(tmp_path, held):
         submitted(running.port, "deaf", {"name": text})
         running.signal()
         running.logged("time is up: handlers are asked to stop")
-        assert "(polite): put back" in running.logged(polite)
+        assert "(polite): requeued" in running.logged(polite)
         assert running.stop() == 1  # the deaf one is awaited no longer
         running.logged("3 tasks given up")
         lines = [line for line in running.lines if "given up: " in line]
@@ -11865,7 +11865,7 @@ def test_a_drain_reports_a_task_as_running_before_its_start_is_on_disk(
 
 
 @pytest.mark.parametrize("type", ["deaf", "polite"])
-def test_past_the_drain_timeout_running_tasks_are_put_back(type, tmp_path, held):
+def test_past_the_drain_timeout_running_tasks_are_requeued(type, tmp_path, held):
     path = tmp_path / "tasks.db"
     flags = [*held, "--db", str(path)]
     flags += ["--drain-timeout", "0", "--grace", "0.3"]

@@ -50,12 +50,12 @@ line:
      2854  5. Journal
      3475  6. Events
      3669  7. Result store and task queue
-     4838  8. Worker pool
-     5146  9. HTTP API
-     6800  10. HTTP server
-     7764  11. Client
-     8342  12. Main
-     8894  13. The page
+     4839  8. Worker pool
+     5147  9. HTTP API
+     6801  10. HTTP server
+     7765  11. Client
+     8343  12. Main
+     8898  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -4090,7 +4090,7 @@ class TaskReader:
         self._tick_early = threading.Event()
         self._on_drained: Callable[[], None] | None = None  # set: draining
         self._drained_by = math.inf  # on the monotonic clock
-        self._stopped = False  # handlers were asked to stop
+        self._stopped = False  # no task starts any more
 
     def get(self, task_id: str) -> Task:
         """Return a task as it is now; raises UnknownTask, GoneTask or DamagedTask."""
@@ -4374,6 +4374,7 @@ class TaskReader:
         if not self._on_drained or self._is_busy():
             return
         if not (self._may_start() and self._queue.waits_until(self._drained_by)):
+            self._stopped = True  # what could start later is left, or given up
             self._on_drained()
 
     def _tick_in(self, seconds: float) -> float:
@@ -8538,12 +8539,12 @@ class Service:
         if event != DRAINED:
             reason = "second signal" if event else "time is up"
             log.warning("%s: handlers are asked to stop", reason)
-        elif not self.journal and counts.processing + counts.pending:
-            event = self._await_collectors()
-        self.store.stop()  # after a drain, too: no task that is given up may start
+        self.store.stop()
         if event is None:
             event = self._next_event(self.settings["GRACE"])
         left = self.store.abandon()
+        if not self.journal and counts.processing + counts.pending:
+            event = self._await_collectors(event)
         self.store.events.wake(close=True)
         if event in (None, DRAINED):  # else a second signal: clients are not awaited
             self.server.shutdown()
@@ -8551,9 +8552,12 @@ class Service:
                 event = self._next_event(0.125)
         return left
 
-    def _await_collectors(self) -> Any:
-        """Let clients that ask now and then collect results; return the last event."""
-        event, end = DRAINED, time.monotonic() + COLLECTING_TIME
+    def _await_collectors(self, event: Any) -> Any:
+        """Let clients that ask each second collect results, after this event.
+
+        Returns the last event: a second signal ends it.
+        """
+        end = time.monotonic() + COLLECTING_TIME
         while event == DRAINED and time.monotonic() < end:
             event = self._next_event(end - time.monotonic()) or DRAINED
         return event

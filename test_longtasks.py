@@ -10230,8 +10230,11 @@ def test_results_in_memory_can_be_collected_for_a_moment_after_a_drain(
     assert stopping.result(LONG) == 0
 
 
-def test_a_task_that_is_given_up_neither_runs_nor_is_cancelled(registry):
-    ran, before = [], set(threading.enumerate())
+def test_a_task_that_is_given_up_neither_runs_nor_is_cancelled(registry, monkeypatch):
+    ran, before, gets = [], set(threading.enumerate()), []
+    get = longtasks.TaskQueue.get
+    note = lambda *asked: gets.append(asked) or get(*asked)
+    monkeypatch.setattr(longtasks.TaskQueue, "get", note)
     handler("late")(lambda: ran.append("late"))
     settings = longtasks.read_settings(["--port=0", "--drain-timeout=0"], {})
     service = longtasks.Service(settings, longtasks.REGISTRY)
@@ -10239,17 +10242,21 @@ def test_a_task_that_is_given_up_neither_runs_nor_is_cancelled(registry):
     workers = [each for each in threading.enumerate() if "worker" in each.name]
     service.store.pause("late", True)
     task = service.store.submit("late", b"{}")
-    close = service.server.close
+    drain, close = service.store.drain, service.server.close
+
+    def drain_and_resume(*asked):
+        drain(*asked)  # it is over at once
+        service.store.pause("late", False)
+        until(lambda: len(gets) == 3)  # a worker has come upon the task again
 
     def close_late(*timeout):
-        service.store.pause("late", False)
         with contextlib.suppress(longtasks.Draining):
             found.append(service.store.cancel(task.id))
         until(lambda: not any(each.is_alive() for each in set(workers) - before))
         found.append("no worker is left")
         close(*timeout)
 
-    service.server.close, found = close_late, []
+    service.store.drain, service.server.close, found = drain_and_resume, close_late, []
     with records("ERROR") as kept:
         assert stop(service) == 1
     assert [as_json(record)["task"]["id"] for record in kept] == [task.id]

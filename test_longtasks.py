@@ -10233,7 +10233,11 @@ def test_results_in_memory_can_be_collected_for_a_moment_after_a_drain(
 def test_a_task_that_is_given_up_neither_runs_nor_is_cancelled(registry, monkeypatch):
     ran, before, gets = [], set(threading.enumerate()), []
     get = longtasks.TaskQueue.get
-    note = lambda *asked: gets.append(asked) or get(*asked)
+
+    def note(*asked):
+        gets.append(asked)
+        return get(*asked)
+
     monkeypatch.setattr(longtasks.TaskQueue, "get", note)
     handler("late")(lambda: ran.append("late"))
     settings = longtasks.read_settings(["--port=0", "--drain-timeout=0"], {})
@@ -10242,6 +10246,7 @@ def test_a_task_that_is_given_up_neither_runs_nor_is_cancelled(registry, monkeyp
     workers = [each for each in threading.enumerate() if "worker" in each.name]
     service.store.pause("late", True)
     task = service.store.submit("late", b"{}")
+    until(lambda: len(gets) == 2)  # a worker has parked it
     drain, close = service.store.drain, service.server.close
 
     def drain_and_resume(*asked):

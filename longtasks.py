@@ -46,16 +46,16 @@ line:
       153  1. Settings
       492  2. Tasks and their states
       860  3. Task registry
-     1575  4. Execution
-     2854  5. Journal
-     3475  6. Events
-     3669  7. Result store and task queue
-     4839  8. Worker pool
-     5147  9. HTTP API
-     6801  10. HTTP server
-     7765  11. Client
-     8343  12. Main
-     8898  13. The page
+     1578  4. Execution
+     2857  5. Journal
+     3478  6. Events
+     3672  7. Result store and task queue
+     4842  8. Worker pool
+     5150  9. HTTP API
+     6804  10. HTTP server
+     7768  11. Client
+     8346  12. Main
+     8901  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1560,8 +1560,11 @@ def describe(error: BaseException) -> str:
 
 def _number(error: BaseException, name: str) -> float | None:
     """Return the delay or count that an exception has, None if it is no such number."""
-    value: Any = getattr(error, name, None)  # a subclass may not call __init__
-    return float(value) if Validator(_DURATION).is_valid(value) else None
+    with contextlib.suppress(BaseException):  # a __getattr__ of the handler's, as above
+        value: Any = getattr(error, name, None)  # a subclass may not call __init__
+        if Validator(_DURATION).is_valid(value):
+            return float(value)
+    return None
 
 
 def format_trace() -> str:

@@ -3367,6 +3367,9 @@ class Unreadable(Exception):
     def __str__(self):
         raise RuntimeError("no")
 
+    def __getattr__(self, name):
+        raise KeyError(name)
+
 
 def raising(error):
     def function():

@@ -46,16 +46,16 @@ line:
       153  1. Settings
       492  2. Tasks and their states
       860  3. Task registry
-     1578  4. Execution
-     2857  5. Journal
-     3478  6. Events
-     3672  7. Result store and task queue
-     4842  8. Worker pool
-     5150  9. HTTP API
-     6804  10. HTTP server
-     7768  11. Client
-     8346  12. Main
-     8901  13. The page
+     1580  4. Execution
+     2859  5. Journal
+     3480  6. Events
+     3674  7. Result store and task queue
+     4844  8. Worker pool
+     5152  9. HTTP API
+     6806  10. HTTP server
+     7770  11. Client
+     8348  12. Main
+     8903  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -987,7 +987,7 @@ def handler(
     *,
     limits: dict[str, dict[str, float]] | None = None,
     isolated: bool = False,
-    **rules: float,
+    **rules: float | str,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the task type `name`.
 
@@ -1000,10 +1000,12 @@ def handler(
 
     `timeout` is the seconds that a run may take, `retries` how many times a task is run
     again after an error, `backoff` the seconds until the first retry (doubled for each
-    further one), and `max_running` how many tasks of this type may run at once. An
-    `isolated` handler runs in a child process, where it may use a processor for long,
-    or crash, without harm to the service. An `async def` function runs on an event loop
-    that all share: it takes no worker, must not block, and ends by CancelledError.
+    further one), and `max_running` how many tasks of this type may run at once.
+    `on_failed`, `on_completed`, `on_cancelled` and `on_finished` name the type of a
+    follow-up. An `isolated` handler runs in a child process, where it may use a
+    processor for long, or crash, without harm to the service. An `async def` function
+    runs on an event loop that all share: it takes no worker, must not block, and ends
+    by CancelledError.
 
     What the function returns must be JSON and becomes the task's result; an exception
     becomes its error. Raises HandlerError for a name that is taken, an unknown option,

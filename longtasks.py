@@ -47,15 +47,15 @@ line:
       492  2. Tasks and their states
       860  3. Task registry
      1580  4. Execution
-     2859  5. Journal
-     3480  6. Events
-     3674  7. Result store and task queue
-     4844  8. Worker pool
-     5152  9. HTTP API
-     6806  10. HTTP server
-     7770  11. Client
-     8348  12. Main
-     8903  13. The page
+     2865  5. Journal
+     3486  6. Events
+     3680  7. Result store and task queue
+     4850  8. Worker pool
+     5158  9. HTTP API
+     6812  10. HTTP server
+     7776  11. Client
+     8354  12. Main
+     8909  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1862,6 +1862,12 @@ def encode_result(value: Any, limit: int, subject: str = "the result") -> bytes:
 
 def outcome_of(error: BaseException, ctx: Context) -> Outcome:
     """Return how a run has ended by the exception that is being handled."""
+    with contextlib.suppress(BaseException):  # it may raise when it is looked at
+        return _outcome_of(error, ctx)
+    return Outcome(FAILED, error="an exception that can't be read")
+
+
+def _outcome_of(error: BaseException, ctx: Context) -> Outcome:
     text, after = describe(error), _number(error, "after")
     if isinstance(error, Retry):
         limit = _number(error, "max_attempts")

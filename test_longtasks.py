@@ -3371,6 +3371,11 @@ class Unreadable(Exception):
         raise KeyError(name)
 
 
+class Hidden(Exception):
+    def __getattribute__(self, name):
+        raise RuntimeError("no")
+
+
 def raising(error):
     def function():
         raise error
@@ -3399,6 +3404,7 @@ NO_JSON = "the result does not fit into JSON: ValueError: "
             "Cancelled: raised by the handler, though no stop was requested",
         ),
         (raising(Unreadable()), "Unreadable: (its text can't be read)"),
+        (raising(Hidden()), "an exception that can't be read"),
         (raising(ValueError("x" * 10_000)), "ValueError: " + "x" * 3985 + "..."),
         (lambda: {1, 2}, "the result does not fit into JSON: TypeError: "),
         (lambda: float("nan"), "the result does not fit into JSON: ValueError: "),

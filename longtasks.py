@@ -50,12 +50,12 @@ line:
      2865  5. Journal
      3486  6. Events
      3680  7. Result store and task queue
-     4850  8. Worker pool
-     5158  9. HTTP API
-     6812  10. HTTP server
-     7776  11. Client
-     8354  12. Main
-     8909  13. The page
+     4852  8. Worker pool
+     5160  9. HTTP API
+     6817  10. HTTP server
+     7781  11. Client
+     8408  12. Main
+     8963  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -4472,7 +4472,9 @@ class TaskStore(TaskReader):
                         break
                     task, commit = self._unwritten[task_id]
             if not same_request(task, wanted):
-                raise DifferentRequest("%s was submitted with other content" % task_id)
+                raise DifferentRequest(
+                    "task %s was submitted with other content" % task_id
+                )
             if commit is None:
                 return task, False
             with contextlib.suppress(Unavailable):  # then it is this caller's turn
@@ -5652,9 +5654,10 @@ def resubmission(app: App, task: Task) -> Submission:
 
 
 def selected(app: App, request: Request) -> list[Task]:
-    """Return all tasks that the filters in a query select; it must have one."""
-    if not any(request.query.values()):
-        raise HTTPError(400, "say which tasks, with one or more of status, type and q")
+    """Return all tasks that the filters in a query select; none may be empty."""
+    if not request.query or "" in request.query.values():
+        text = "say which tasks, with one or more of status, type and q, none empty"
+        raise HTTPError(400, text)
     return app.store.page(10**9, **request.query)[0]
 
 
@@ -5831,7 +5834,9 @@ def show_index(app: App, request: Request) -> Reply:
     types = ["  %-20s %s" % (n, h.description) for n, h in sorted(app.handlers.items())]
     routes = ["  %-6s %-30s %s" % (r.method, r.path, r.help) for r in ROUTES]
     parts = {"types": "\n".join(types), "routes": "\n".join(routes)}
-    parts.update(url="%s://%s" % (app.scheme, host), curl=app.access.curl)
+    is_https = request.headers.get("x-forwarded-proto") == "https"  # to a proxy
+    scheme = "https" if is_https else app.scheme
+    parts.update(url="%s://%s" % (scheme, host), curl=app.access.curl)
     return text_reply(INDEX % parts)
 
 
@@ -7830,6 +7835,7 @@ class Client:
         self.persists = False  # the service has, or may have accepted, its task
         self.ended = False  # that task has ended, and the service may be gone
         self.printed = 0  # lines of that task's log
+        self.log = ""  # that log, as it was last fetched
 
     def request(
         self, method: str, path: str, document: Any = None, expected: str = JSON
@@ -7913,6 +7919,8 @@ class Client:
         """Return the error for a response, with its problem document if it has one."""
         status = response.status
         text = "the server at %s is not longtasks: %d %s"
+        if status in (502, 503, 504):
+            text = "the service does not answer the proxy at %s: %d %s"
         code, lines = NO_ANSWER, [text % (self.url, status, response.reason)]
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             found = json.loads(problem)
@@ -7953,10 +7961,10 @@ def on_terminal(file: Any) -> bool:
 
 def print_text(text: str) -> None:
     """Print on stdout, without control characters."""
-    # JSON may have DEL and C1 controls in strings, where \uXXXX is the same. Any other
-    # control character is from a server that isn't longtasks.
-    controls = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
-    write_line(controls.sub(lambda match: "\\u%04x" % ord(match.group()), text))
+    # In JSON they may occur in strings, where \uXXXX is the same.
+    lines = text.split("\n")
+    escaped = [_CONTROLS.sub(lambda c: "\\u%04x" % ord(c[0]), line) for line in lines]
+    write_line("\n".join(escaped))
 
 
 def write_line(text: str) -> None:
@@ -7975,19 +7983,41 @@ _STATUS = re.compile("(?<=  )(%s)(?= )" % "|".join(_COLORS))
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in aligned columns; on a terminal, cut to its width and with colors.
+    """Print rows in aligned columns; on a terminal, cut to fit it and with colors.
 
     A status is in its color (SGR of ECMA-48), unless NO_COLOR forbids that.
     """
-    safe = [[escape(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*safe)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in safe]
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns
-        lines = [line[:width] for line in lines]
+    safe = [[escape(cell).replace("\t", " ") for cell in row] for row in rows]
+    sizes = [max(map(columns_of, column)) for column in zip(*safe)]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    shrink(sizes, width)
+    lines = ["  ".join(map(fit, row, sizes)).rstrip() for row in safe]
+    lines = [fit(line, width) if len(line) > width else line for line in lines]
     if on_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
         lines = [_STATUS.sub(_colored, line, count=1) for line in lines]
     write_line("\n".join(lines))
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    unicodedata = lazy_import("unicodedata")
+    wide = [unicodedata.east_asian_width(c) in ("W", "F") for c in text]
+    return len(text) + sum(wide) - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def fit(text: str, size: int) -> str:
+    """Return a text in exactly so many columns, cut off or padded."""
+    while columns_of(text) > size:
+        text = text[:-1]
+    return text + " " * (size - columns_of(text))
+
+
+def shrink(sizes: list[int], width: int) -> None:
+    """Make columns fit a width, if they can: the widest ones, but not the first."""
+    while sum(sizes) + 2 * (len(sizes) - 1) > width and max(sizes[1:]) > 10:
+        sizes[sizes.index(max(sizes[1:]), 1)] -= 1
 
 
 def _colored(status: re.Match[str]) -> str:
@@ -7999,6 +8029,17 @@ def progress_text(task: Mapping[str, Any]) -> str:
     progress = task.get("progress", {})
     percent = "%3d%% " % progress["percent"] if "percent" in progress else ""
     return (percent + str(progress.get("message", ""))).rstrip()
+
+
+def status_text(task: Mapping[str, Any]) -> str:
+    """Return the status in a status document and, of a task to be run again, why."""
+    text: str = task["status"]
+    if task.get("attempt", 1) > 1 and text == PROCESSING:
+        text += ", attempt %d" % task["attempt"]
+    if "next_attempt_at" in task:
+        text += " until " + task["next_attempt_at"]
+    error = first_line(task.get("last_error", ""))
+    return text + (": " + error if error else "")
 
 
 # -- submitting and following ----------------------------------------------
@@ -8032,6 +8073,8 @@ def read_task(client: Client, args: Any) -> tuple[str, Callable[[], str]]:
 
     Raises HTTPError for a bad key.
     """
+    if args.id and args.key is not None:
+        raise ClientError(REFUSED, "give --id or --key, not both")
     task_id = args.id or (new_id() if args.key is None else id_of_key(args.key))
     params, schema = read_json("--params", args.params or "{}"), None
     if args.words and not isinstance(params, dict):
@@ -8068,7 +8111,9 @@ def print_log(client: Client, task_id: str, emit: Print) -> None:
     if client.printed > first + len(lines):  # another process has begun a new log
         client.printed = 0
     lines = lines[max(0, client.printed - first) :]
-    client.printed = max(first, client.printed) + len(lines)
+    client.printed, client.log = max(first, client.printed) + len(lines), text
+    if lines and emit is not report and on_terminal(sys.stderr):
+        report("", changes=True)  # erases the progress
     for line in lines:
         emit(line)
 
@@ -8105,8 +8150,8 @@ def follow(client: Client, task_id: str, emit: Print = report) -> Json:
             if not client.ended or emit is not report:  # else the result is here
                 raise
             report("the end of the log is lost: %s" % error)
-        if task["status"] != status:
-            status, next_line = task["status"], now + LINE_INTERVAL
+        if status_text(task) != status:
+            status, next_line = status_text(task), now + LINE_INTERVAL
             report(status)
             if status == PENDING and find_type(client, task["type"]).get("paused"):
                 report("the task type %s is paused" % task["type"])
@@ -8118,12 +8163,17 @@ def follow(client: Client, task_id: str, emit: Print = report) -> Json:
         task = next_document(client, task_id)
 
 
-def print_result(document: Mapping[str, Any]) -> None:
-    """Print the result in a document; raises ClientError with the error in it."""
+def print_result(document: Mapping[str, Any], log: str = "") -> None:
+    """Print the result in a document; raises ClientError with the error in it.
+
+    Only its first line, if the others have been printed with the log.
+    """
     if "error" not in document:
         print_text(to_json(document["result"]).decode())
         return
     first, *others = document["error"].splitlines() or [""]
+    if "\n".join(map(escape, others)) in log:
+        others = []
     code = 1 if document["status"] == FAILED else 3
     raise ClientError(code, "%s: %s" % (document["status"], first), *others)
 
@@ -8143,7 +8193,7 @@ def _run(client: Client, args: Any) -> None:
         with contextlib.suppress(ClientError):  # it may just have ended
             client.request("POST", path_of("tasks", task_id, "cancel"))
         ended = follow(client, task_id)
-    print_result(ended)
+    print_result(ended, client.log)
 
 
 def _submit(client: Client, args: Any) -> None:
@@ -8158,7 +8208,8 @@ def _show_status(client: Client, args: Any) -> None:
 
 def _show_result(client: Client, args: Any) -> None:
     path = path_of("tasks", args.id, "result")
-    print_result(follow(client, args.id) if args.wait else client.get(path, "status"))
+    ended = follow(client, args.id) if args.wait else client.get(path, "status")
+    print_result(ended, client.log)
 
 
 def _show_log(client: Client, args: Any) -> None:
@@ -8191,8 +8242,9 @@ def _change(client: Client, args: Any) -> None:
 
 
 def query_of(args: Any, names: Sequence[str]) -> str:
-    """Return the arguments of these names that are not empty, as a query."""
-    query = {name: getattr(args, name) for name in names if getattr(args, name)}
+    """Return the arguments of these names that were given, as a query."""
+    query = {name: getattr(args, name) for name in names}
+    query = {name: text for name, text in query.items() if text is not None}
     return urlencode(query, errors="surrogateescape")
 
 
@@ -8207,6 +8259,7 @@ def _list_tasks(client: Client, args: Any) -> None:
     for task in page["tasks"]:
         label = first_line(task.get("label", ""), LABEL_OF_PARAMS)
         shown = task.get("error") or progress_text(task)
+        shown = shown or first_line(task.get("last_error", ""))
         submitted = task["created_at"][:19] + "Z"
         rows.append((task["id"], task["status"], task["type"], label, shown, submitted))
     print_table(rows)
@@ -8307,6 +8360,7 @@ def client_parser(name: str) -> Any:
     """Return the argument parser of a command; raises ClientError."""
     if name not in CLIENT:
         text = "there is no command %s, only %s; without a command the service starts"
+        text += "; --handlers loads a file" if name.endswith(".py") else ""
         raise ClientError(REFUSED, text % (quote(name), ", ".join(CLIENT)))
     _, arguments, description = CLIENT[name]
     codes = ". ".join("%d: %s" % row for row in EXIT_CODES.items())

@@ -4768,7 +4768,9 @@ def test_many_are_cancelled_and_deleted_at_once(gate):
         assert call(service, "POST", TASKS + "/cancel?q=" + ids[0]).json == {"count": 1}
 
 
-@pytest.mark.parametrize("query", ["", "?", "?status=", "?q=&type="])
+@pytest.mark.parametrize(
+    "query", ["", "?", "?status=", "?q=&type=", "?status=pending&type="]
+)
 @pytest.mark.parametrize(
     "method, path", [("POST", "/cancel"), ("POST", "/retry"), ("DELETE", "")]
 )
@@ -5230,6 +5232,8 @@ def test_the_index_has_commands_for_this_host_and_all_types_and_routes(service):
     assert "long_computation" in text
     for route in longtasks.ROUTES:
         assert "  %-6s %s " % (route.method, route.path) in text
+    proxied = call(service, "GET", "/", Host="localhost", X_Forwarded_Proto="https")
+    assert b"curl -X POST https://localhost/" in proxied.body
 
 
 def expected_methods():
@@ -8978,7 +8982,11 @@ def test_run_of_a_task_that_fails_reports_its_error_and_exits_with_1(client, ser
 
     ran = client(service, "run", "failing")
     assert (ran.code, ran.out) == (1, "")
-    assert ran.complaints == ["failed: ValueError: first", r"second \x1b[31m\x9b"]
+    assert ran.complaints == ["failed: ValueError: first"]  # the log has the rest
+    assert ran.err.count("\n" + r"second \x1b[31m\x9b") == 1
+    (task,) = tasks_of(service)
+    alone = client(service, "result", task["id"]).complaints
+    assert alone == ["failed: ValueError: first", r"second \x1b[31m\x9b"]
 
 
 def test_a_word_is_a_string_where_the_schema_allows_one_or_else_json(client, service):
@@ -9067,6 +9075,7 @@ def test_params_are_words_json_or_a_whole_object(
         (["result", "x", "--wait"], 'there is no task "x"'),
         (["status", "\udcff"], 'there is no task "%ff"'),
         (["serve"], 'there is no command "serve", only run, submit, status, '),
+        (["submit", "t", "--id=a", "--key=b"], "give --id or --key, not both"),
         (
             ["types", "--url", "localhost:80"],
             "the URL must be http://HOST:PORT, https://HOST",
@@ -9111,7 +9120,7 @@ def test_a_task_with_an_id_of_ones_own_is_one_however_often_it_is_run(client, se
     assert len(tasks_of(service)) == 1
     ran = client(service, "run", *words, "duration=1")
     assert ran.code == 2
-    assert ran.complaints == [task_id + " was submitted with other content"]
+    assert ran.complaints == ["task %s was submitted with other content" % task_id]
 
 
 def test_a_submitted_task_can_be_cancelled_and_collected(client, service, gate):
@@ -9145,7 +9154,7 @@ def test_a_list_is_an_aligned_table(client, service, gate):
     since = [task["created_at"][:19] + "Z" for task in (first, second)]
     assert client(service, "list", "--order=asc").out == (
         "{0:36}  STATUS      TYPE              LABEL  PROGRESS OR ERROR  SUBMITTED\n"
-        "{1:36}  processing  half                      50% a\tb\\n\\x1b     {3}\n"
+        "{1:36}  processing  half                      50% a b\\n\\x1b     {3}\n"
         "{2:36}  pending     long_computation                            {4}\n"
     ).format("ID", first["id"], second["id"], *since)
     for filtered, found in [
@@ -9392,6 +9401,7 @@ def test_a_full_service_is_reported_with_code_4(client, registry):
         (given("<p>", media="text/html"), "is not longtasks: 200 OK"),
         (given("", "302 Found\r\nLocation: /x", "text/html"), "longtasks: 302 Found"),
         (given("{}", "404 Not Found"), "is not longtasks: 404 Not Found"),
+        (given("<p>", "502 Bad Gateway"), ": 502 Bad Gateway"),
         (given("{}"), "is not longtasks"),
         (given("{"), "is not longtasks"),
         (given("[]", "400 X", "application/problem+json"), "is not longtasks: 400 X"),
@@ -9730,7 +9740,7 @@ def test_a_list_fits_a_terminal_and_has_colors_unless_they_are_not_wanted(
     handler("bad")(raising(ValueError("x" * 100)))
     with serving() as service:
         result_of(service, submitted(service, "bad", label="failed  failed "))
-        env = {"COLUMNS": "90", variable or "A": "1"}
+        env = {"COLUMNS": "110", variable or "A": "1"}
         env.update({"TERM": "dumb"} if variable == "TERM" else {})
         options = {"terminal": "for stdout, too", "env": env}
         with command(service, "list", **options) as listed:
@@ -9738,7 +9748,7 @@ def test_a_list_fits_a_terminal_and_has_colors_unless_they_are_not_wanted(
             row = listed.err.splitlines()[1]
     assert row.count("\x1b[31mfailed\x1b[m") == row.count("\x1b") // 2 == (not variable)
     row = re.sub("\x1b[^m]*m", "", row)
-    assert len(row) == 90
+    assert len(row) == 110
     assert re.search("  bad +failed  failed ", row)
 
 
@@ -9748,6 +9758,40 @@ def test_run_says_that_the_type_is_paused(service, echo):
         run.wait_for("pending\nthe task type echo is paused\n")
         call(service, "POST", "/api/v1/types/echo/resume")
         assert run.end() == (0, "{}\n")
+
+
+def test_run_and_list_say_why_a_task_runs_again_and_when(service, client, gate):
+    delays = iter([0, None, 60])
+
+    @handler("flaky")
+    def flaky():
+        delay = next(delays)
+        if delay is None:
+            return gate()
+        raise longtasks.Retry("busy\nline", after=delay)
+
+    with command(service, "run", "flaky") as run:
+        run.wait_for("processing, attempt 2\n")
+        gate.release.set()
+        assert run.end() == (0, "1\n")
+    with command(service, "run", "flaky") as run:
+        run.wait_for("pending until ")
+        late = tasks_of(service)[1]
+        run.wait_for("until %s: Retry: busy\n" % late["next_attempt_at"])
+        assert " Retry: busy " in client(service, "list").out
+
+
+def test_columns_of_a_list_are_aligned_and_cut_whatever_is_in_them(service, registry):
+    handler("bad")(raising(ValueError("x" * 99)))
+    labels = ["\u65e5\u672c" * 10, "e\u0301" * 20, "a" * 20]
+    for label in labels:
+        result_of(service, submitted(service, "bad", label=label))
+    options = {"terminal": "for stdout, too", "env": {"COLUMNS": "109"}}
+    with command(service, "list", "--order=asc", **options) as listed:
+        assert listed.end()[0] == 0
+    rows = re.sub("\x1b[^m]*m", "", listed.err).splitlines()[1:]
+    found = [row.split(" bad   ")[1].split("  ValueError: x")[0] for row in rows]
+    assert found == ["\u65e5\u672c" * 4 + " ", "e\u0301" * 17, "a" * 17]
 
 
 def test_a_terminal_that_cannot_erase_gets_lines(service):

@@ -46,16 +46,16 @@ line:
       153  1. Settings
       492  2. Tasks and their states
       860  3. Task registry
-     1580  4. Execution
-     2865  5. Journal
-     3486  6. Events
-     3680  7. Result store and task queue
-     4852  8. Worker pool
-     5160  9. HTTP API
-     6817  10. HTTP server
-     7781  11. Client
-     8408  12. Main
-     8963  13. The page
+     1579  4. Execution
+     2864  5. Journal
+     3485  6. Events
+     3679  7. Result store and task queue
+     4851  8. Worker pool
+     5159  9. HTTP API
+     6816  10. HTTP server
+     7780  11. Client
+     8407  12. Main
+     8962  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1000,12 +1000,11 @@ def handler(
 
     `timeout` is the seconds that a run may take, `retries` how many times a task is run
     again after an error, `backoff` the seconds until the first retry (doubled for each
-    further one), and `max_running` how many tasks of this type may run at once.
-    `on_failed`, `on_completed`, `on_cancelled` and `on_finished` name the type of a
-    follow-up. An `isolated` handler runs in a child process, where it may use a
-    processor for long, or crash, without harm to the service. An `async def` function
-    runs on an event loop that all share: it takes no worker, must not block, and ends
-    by CancelledError.
+    further one), and `max_running` how many tasks of this type may run at once;
+    `on_failed` and the like name a follow-up, as in Rules. An `isolated` handler runs
+    in a child process, where it may use a processor for long, or crash, without harm to
+    the service. An `async def` function runs on an event loop that all share: it takes
+    no worker, must not block, and ends by CancelledError.
 
     What the function returns must be JSON and becomes the task's result; an exception
     becomes its error. Raises HandlerError for a name that is taken, an unknown option,
@@ -1562,7 +1561,7 @@ def describe(error: BaseException) -> str:
 
 def _number(error: BaseException, name: str) -> float | None:
     """Return the delay or count that an exception has, None if it is no such number."""
-    with contextlib.suppress(BaseException):  # a __getattr__ of the handler's, as above
+    with contextlib.suppress(BaseException):  # it may run code of the handler
         value: Any = getattr(error, name, None)  # a subclass may not call __init__
         if Validator(_DURATION).is_valid(value):
             return float(value)

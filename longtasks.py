@@ -52,10 +52,10 @@ line:
      3679  7. Result store and task queue
      4851  8. Worker pool
      5159  9. HTTP API
-     6816  10. HTTP server
-     7780  11. Client
-     8407  12. Main
-     8962  13. The page
+     6827  10. HTTP server
+     7791  11. Client
+     8418  12. Main
+     8973  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -6060,6 +6060,7 @@ FIELDS[META + "clientCapabilities"] = _object("extensions?")
 FIELDS["_meta"] = _object(META + "clientCapabilities? idempotency-key?")
 FIELDS["progress"] = _object("percent? message")
 FIELDS["errors"] = _list(_object("pointer detail"))
+MESSAGE_ID: Json = {"anyOf": [STRING, {"type": "integer"}]}
 _FILLED = {"minItems": 1, "maxItems": MAX_BATCH}
 DOCUMENTS: dict[str, Schema] = {
     "Batch": {**_list(_ref("Submission")), **_FILLED},
@@ -6085,7 +6086,7 @@ DOCUMENTS: dict[str, Schema] = {
     "Message": _object(  # of JSON-RPC 2.0, as MCP has them
         "jsonrpc id? method params?",
         jsonrpc={"enum": ["2.0"]},
-        id={"anyOf": [STRING, {"type": "integer"}]},
+        id=MESSAGE_ID,
         params=_object("_meta?"),
     ),
     "Messages": {**_list({}), **_FILLED},
@@ -6249,6 +6250,12 @@ HOW_TO_GO_ON = (
     ' It goes on by itself. Call task_result with {"task_id": "%s"} for its result, '
     "task_status to see how far it is, or task_cancel to stop it."
 )
+# To parse a result and encode it twice takes many times its memory, and blocks others.
+MAX_TOOL_RESULT = 1 << 20  # bytes of a result that an agent gets
+WHERE_IT_IS = (
+    " Its result of %d bytes is too large to be shown here; the whole of it is at "
+    "GET /api/v1/tasks/%s/result."
+)
 
 
 class RPCError(HTTPError):
@@ -6318,7 +6325,7 @@ class Call:
     def answer(self) -> Json:
         """Return the response, once the task has ended or the time is up."""
         head = {"jsonrpc": "2.0", "id": self.id}
-        if type(self.id) not in (str, int):
+        if not _MESSAGE_ID.is_valid(self.id):
             del head["id"]
         try:
             if self.error:
@@ -6541,17 +6548,20 @@ class Call:
         if task.status != COMPLETED:
             found = {"task_id": task.id, "status": task.status, "error": task.error}
             return {**tool_result(found, str(task.error)), "isError": True}
-        text = (task.result or b"null").decode()
+        result = task.result or b"null"
+        if len(result) > MAX_TOOL_RESULT:
+            return self._report(task, WHERE_IT_IS % (len(result), task.id))
+        text = result.decode()
         value = json.loads(text)
         text = value if isinstance(value, str) else text
         if self.version in OLD and not isinstance(value, dict):
             value = {"result": value}
         return tool_result(value, text)
 
-    def _report(self, task: Task, **more: Any) -> Json:
+    def _report(self, task: Task, at_end: str = "", **more: Any) -> Json:
         """Return the status of a task, and how to go on."""
         text = "Task %s is %s." % (task.id, task.status)
-        text += "" if task.finished else HOW_TO_GO_ON % task.id
+        text += at_end if task.finished else HOW_TO_GO_ON % task.id
         found = {**current_status(self.app, task), **more}
         return tool_result(found, text, to_json(found).decode())
 
@@ -6600,6 +6610,7 @@ RPC_METHODS: dict[str, tuple[Sequence[str], Json, Method]] = {
 }
 # fmt: on
 _MESSAGE = Validator(DOCUMENTS["Message"])
+_MESSAGE_ID = Validator(MESSAGE_ID)
 _NEW_META = Validator(_object(META + "protocolVersion " + META + "clientCapabilities"))
 
 

@@ -6473,6 +6473,27 @@ def test_task_result_waits_and_a_task_is_cancelled(tools):
         answers.shutdown()
 
 
+def test_the_way_to_a_large_result_is_shown_instead(version, tools):
+    handler("big")(lambda size: "x" * size)
+    limit = longtasks.MAX_TOOL_RESULT
+    with serving() as service:
+        agent, able = Agent(service, version), Agent(service, version, TASKS_EXTENSION)
+        assert texts(agent.use("big", size=limit - 2)) == ["x" * (limit - 2)]
+        found = [agent.use("big", size=limit)]
+        params = {"taskId": found[0]["structuredContent"]["id"]}
+        found.append(agent.use("task_result", task_id=params["taskId"]))
+        if version == NEWEST:
+            found.append(able.ask("tasks/get", params)["result"])
+        if version == "2025-11-25":
+            found.append(agent.ask("tasks/result", params))
+    for each in found:
+        assert each["structuredContent"]["status"] == "completed"
+        text = "Its result of 1048578 bytes is too large to be shown here; the whole of"
+        assert text in texts(each)[0]
+        path = TASKS + "/%s/result." % params["taskId"]
+        assert texts(each)[0].endswith("GET " + path)
+
+
 def events_of(answer):
     assert answer.media == "text/event-stream"
     lines = answer.body.decode().splitlines()
@@ -6526,10 +6547,13 @@ def test_bad_input_is_refused_and_starts_nothing(version, tools):
         assert ask({"name": 5}, headers={"Mcp-Name": "5"})[0] in (-32602, -32020)
         assert ask({"name": "add", "arguments": []})[0] == -32602
         assert ask({"name": "add"}, jsonrpc="1.0", status=400)[0] == -32600
-        for wrong in (None, 1.5, True, []):
+        for wrong in (None, 1.5, 1e300, True, []):
             answer = agent.send("tools/call", {"name": "add"}, id=wrong)
             assert (answer.status, answer.json["error"]["code"]) == (400, -32600)
             assert "id" not in answer.json
+        for right in (1.0, -1, ""):  # as JSON Schema has integers, and strings
+            answer = agent.send("tools/call", {"name": "task_list"}, id=right)
+            assert (answer.status, answer.json["id"]) == (200, right)
         notice = {"jsonrpc": "2.0", "method": "notifications/x", "params": []}
         assert call(service, "POST", "/mcp", notice).status == 400
         code, _ = ask({"name": "x" * 5000}, status=413)

@@ -46,16 +46,16 @@ line:
       153  1. Settings
       492  2. Tasks and their states
       860  3. Task registry
-     1579  4. Execution
-     2864  5. Journal
-     3485  6. Events
-     3679  7. Result store and task queue
-     4851  8. Worker pool
-     5159  9. HTTP API
-     6827  10. HTTP server
-     7791  11. Client
-     8418  12. Main
-     8973  13. The page
+     1588  4. Execution
+     2874  5. Journal
+     3495  6. Events
+     3689  7. Result store and task queue
+     4861  8. Worker pool
+     5169  9. HTTP API
+     6837  10. HTTP server
+     7801  11. Client
+     8428  12. Main
+     8983  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1011,6 +1011,7 @@ def handler(
     and a signature that can't be called with JSON.
     """
     _check_name(name)
+    name, rules = plain(name), {rule: plain(value) for rule, value in rules.items()}
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
@@ -1042,6 +1043,14 @@ def _check_name(name: str) -> None:
         raise HandlerError("a task type's name must be 1 to 100 printable characters")
     if name in REGISTRY:
         raise HandlerError("the task type %s is registered twice" % quote(name))
+
+
+def plain(value: Any) -> Any:
+    """Return a member of an Enum of strings as the str it is, other values as they are.
+
+    Such a member is equal to its str, but is formatted as its name.
+    """
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 def is_name(name: Any) -> bool:
@@ -1727,6 +1736,7 @@ class Context:
         self.check()
         if not is_name(name):
             raise Fail("a step's name must be 1 to 100 printable characters")
+        name = plain(name)  # the journal sums its ascii()
         if not self.save_step or os.getpid() != self._pid:
             raise Fail("steps can't be saved on an executor or in a forked process")
         with self._lock:

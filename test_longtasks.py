@@ -14,6 +14,7 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import email.utils
+import enum
 import errno
 import functools
 import hmac
@@ -744,6 +745,23 @@ def test_a_handler_may_take_params_of_any_names(registry):
         longtasks.check_submission({"type": name, "params": params}, registry)
     assert run(registry, "one dict", {"x": [1]}) == [{"x": [1]}, "id"]
     assert run(registry, "keywords", {"n": 1, "x": 2}) == [1, {"x": 2}]
+
+
+class Named(str, enum.Enum):
+    LOAD = "load"
+    SEND = "send"
+
+
+def test_a_type_named_by_an_enum_is_shown_by_its_value(registry):
+    handler(Named.SEND)(lambda: None)
+    handler(Named.LOAD, on_completed=Named.SEND)(lambda: None)
+    with serving() as service:
+        result_of(service, submitted(service, "load"))
+        until(lambda: service.store.page(9, type="send")[0])
+        for path in ("/", "/metrics"):
+            shown = call(service, "GET", path).body.decode()
+            assert "send" in shown
+            assert "Named." not in shown
 
 
 def test_the_registry_is_a_dict_and_the_function_stays_itself(registry):
@@ -3071,6 +3089,19 @@ def test_a_step_that_can_not_be_is_an_error_before_it_is_called(name, error, eit
     with pytest.raises(longtasks.Fail, match=re.escape(error)):
         context.step(name, not_called)
     assert either.get(task.id).steps == 2
+
+
+def test_a_step_named_by_an_enum_is_intact_at_the_next_start(path):
+    with journalled(path) as store:
+        task, context = run_of(store)
+        assert context.step(Named.LOAD, lambda: 1) == 1
+    with journalled(path) as store:
+        assert store.journal.damaged_rows == 0
+        context = begun(store)[1]
+        assert context.step(Named.LOAD, not_called) == 1
+        with pytest.raises(longtasks.Fail, match='two steps called "load"'):
+            context.step("load", not_called)
+        assert {type(step.name) for step in store.steps(task.id)} == {str}
 
 
 def test_a_step_that_failed_can_be_tried_again_in_the_same_run(either):

@@ -45,17 +45,17 @@ line:
 
       153  1. Settings
       492  2. Tasks and their states
-      860  3. Task registry
-     1588  4. Execution
-     2874  5. Journal
-     3495  6. Events
-     3689  7. Result store and task queue
-     4861  8. Worker pool
-     5169  9. HTTP API
-     6837  10. HTTP server
-     7801  11. Client
-     8428  12. Main
-     8983  13. The page
+      864  3. Task registry
+     1592  4. Execution
+     2878  5. Journal
+     3499  6. Events
+     3693  7. Result store and task queue
+     4865  8. Worker pool
+     5173  9. HTTP API
+     6849  10. HTTP server
+     7813  11. Client
+     8440  12. Main
+     8995  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -550,6 +550,10 @@ class Invalid(TaskError):
         super().__init__(
             "; ".join("%s %s" % (dotted(path), text) for path, text in self.problems)
         )
+
+
+class TooMany(TaskError):
+    """These are more tasks than may wait, even in an empty queue."""
 
 
 class UnknownTask(TaskError):
@@ -4271,8 +4275,8 @@ class TaskReader:
         waiting = self._results.totals[PENDING] + self._new
         size = self._results.pending_bytes + self._new_bytes
         if more > self.limits.queue:
-            text = "holds %d tasks, more than the %d that may wait"
-            raise Invalid([((), text % (more, self.limits.queue))])
+            text = "%d tasks at once are more than the %d that may wait"
+            raise TooMany(text % (more, self.limits.queue))
         if waiting + more > self.limits.queue:
             raise QueueFull("the queue is full: %s waiting" % counted(waiting, "task"))
         if size >= self.limits.queue_bytes:
@@ -5314,6 +5318,7 @@ def text_reply(text: str, status: int = 200, headers: Headers = {}) -> Reply:
 ERRORS: dict[type, tuple[int, dict[str, str]]] = {  # their statuses and headers
     Malformed: (400, {}),
     Invalid: (422, {}),
+    TooMany: (422, {}),
     UnknownTask: (404, {}),
     GoneTask: (410, {}),
     DamagedTask: (410, {}),
@@ -5657,8 +5662,15 @@ def retry_task(app: App, request: Request) -> Reply:
 
 
 def resubmission(app: App, task: Task) -> Submission:
-    """Return the submission that repeats a task; raises Invalid or DamagedTask."""
-    wanted = check_submission(submission_document(task), app.handlers)
+    """Return the submission that repeats a task; raises HTTPError if it is invalid.
+
+    There is no document whose places the errors could point to.
+    """
+    try:
+        wanted = check_submission(submission_document(task), app.handlers)
+    except (Invalid, DamagedTask) as error:
+        text = "task %s: %s" % (task.id, error)
+        raise HTTPError(refusal(error).status, text) from None
     return wanted._replace(params=task.params, retry_of=task.id)  # shares the bytes
 
 

@@ -4876,7 +4876,8 @@ def test_a_retry_that_cannot_be_is_refused(gate, registry):
         del registry["gate"]
         assert_problem(call(service, "POST", path), 422, "type must be one of")
         answer = call(service, "POST", TASKS + "/retry?type=gate")
-        assert_problem(answer, 422, "type must be one of")
+        text = 'task %s: type must be one of "long_computation", not "gate"' % lost
+        assert_problem(answer, 422, text)
         call(service, "DELETE", TASKS + "/" + lost)
         assert_problem(call(service, "POST", path), 410, "was deleted")
         path = TASKS + "/%s/retry" % uuid.uuid4()
@@ -4890,6 +4891,11 @@ def test_many_are_submitted_again_or_none(registry, tmp_path):
         call(service, "POST", TASKS, {**ONE, "delay": 60})
         refused = call(service, "POST", TASKS + "/retry?status=completed")
         assert_problem(refused, 503, "the queue is full")
+        service.store.limits = service.store.limits._replace(queue=2)
+        refused = call(service, "POST", TASKS + "/retry?status=completed")
+        text = "3 tasks at once are more than the 2 that may wait"
+        assert_problem(refused, 422, text)
+        service.store.limits = service.store.limits._replace(queue=3)
         assert len(found_by(service, "")) == 4
         call(service, "POST", TASKS + "/cancel?status=pending")
         retry = functools.partial(call, service, "POST", TASKS + "/retry?q=" + ids[0])

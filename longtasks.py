@@ -47,15 +47,15 @@ line:
       492  2. Tasks and their states
       864  3. Task registry
      1592  4. Execution
-     2878  5. Journal
-     3499  6. Events
-     3693  7. Result store and task queue
-     4865  8. Worker pool
-     5173  9. HTTP API
-     6849  10. HTTP server
-     7813  11. Client
-     8440  12. Main
-     8995  13. The page
+     2894  5. Journal
+     3515  6. Events
+     3709  7. Result store and task queue
+     4882  8. Worker pool
+     5190  9. HTTP API
+     6866  10. HTTP server
+     7830  11. Client
+     8457  12. Main
+     9012  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1992,6 +1992,22 @@ def unbind_at_spawn(event: str, arguments: Any) -> None:
 
 if len(CPUS) > 1:
     sys.addaudithook(unbind_at_spawn)
+
+
+# -- garbage ---------------------------------------------------------------
+#
+# The garbage collector may call a handler's __del__() in any thread, also in one that
+# has the store's lock. What is reported there must not wait for that lock.
+
+_collecting = threading.local()
+
+
+def note_collection(phase: str, info: Any) -> None:
+    """Note whether this thread collects garbage: a callback of gc."""
+    _collecting.now = phase == "start"
+
+
+gc.callbacks.append(note_collection)
 
 
 # -- child processes -------------------------------------------------------
@@ -4145,9 +4161,10 @@ class TaskReader:
     def _emit(self, context: Context, kind: str, payload: Any) -> None:
         """Publish the progress or log of a handler, unless its run is over.
 
-        Takes the lock.
+        Takes the lock, but not where that could wait forever: in a forked child, which
+        lacks the thread that may hold it, and in a __del__() of a thread that may.
         """
-        if os.getpid() != self._pid:  # a forked child lacks the thread that may hold it
+        if os.getpid() != self._pid or getattr(_collecting, "now", False):
             return
         with self._lock:
             if self._running.get(context.task_id) is not context:

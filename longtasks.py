@@ -48,14 +48,14 @@ line:
       864  3. Task registry
      1592  4. Execution
      2894  5. Journal
-     3515  6. Events
-     3709  7. Result store and task queue
-     4882  8. Worker pool
-     5190  9. HTTP API
-     6866  10. HTTP server
-     7830  11. Client
-     8457  12. Main
-     9012  13. The page
+     3532  6. Events
+     3726  7. Result store and task queue
+     4899  8. Worker pool
+     5207  9. HTTP API
+     6883  10. HTTP server
+     7847  11. Client
+     8474  12. Main
+     9029  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -3182,6 +3182,9 @@ class Journal:
             return False
         if not os.path.isfile(self.path):
             raise JournalError("DB %s is not a regular file" % self.path)
+        if is_mount_point(self.path):
+            text = "is a mount of its own, without its -wal; mount its folder"
+            raise JournalError("DB %s %s" % (self.path, text))
         # Under another name neither the WAL nor the lock would be found. The name that
         # has a lock beside it is the one that the service has used.
         links = os.stat(self.path).st_nlink
@@ -3473,6 +3476,20 @@ class Journal:
 
 
 RUNS, STOPPED = "runs", "stopped"  # states of the process that has or had the lock
+
+
+MOUNTS = "/proc/self/mountinfo"  # see proc(5); only Linux has it
+
+
+def is_mount_point(path: str) -> bool:
+    """Whether a file was mounted by itself, as into a container, apart from its folder.
+
+    What is written beside it goes to another folder than that of the file.
+    """
+    escaped = re.sub(rb"[\\ \t\n]", lambda m: b"\\%03o" % ord(m[0]), os.fsencode(path))
+    with contextlib.suppress(OSError), open(MOUNTS, "rb") as file:
+        return any(line.split()[4] == escaped for line in file)
+    return False
 
 
 def lock_file(path: str) -> tuple[Any, bool]:

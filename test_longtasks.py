@@ -3204,6 +3204,21 @@ def test_a_file_is_refused_under_a_second_name(path, tmp_path, refusal):
     longtasks.Journal(str(path)).close(LONG)
 
 
+def test_a_file_that_is_a_mount_of_its_own_is_refused(tmp_path, monkeypatch, refusal):
+    mounts, folder = tmp_path / "mountinfo", tmp_path / "a\\b c"
+    monkeypatch.setattr(longtasks, "MOUNTS", str(mounts))
+    folder.mkdir()
+    path = os.path.realpath(str(folder / "tasks.db"))
+    longtasks.Journal(path).close(LONG)  # where there is no such list of mounts
+    line = "41 22 8:1 /srv/t.db %s rw,relatime shared:1 - ext4 /dev/a\\040b rw\n"
+    written = path.replace("\\", "\\134").replace(" ", "\\040")
+    mounts.write_text(line % "/" + line % os.path.dirname(written))
+    longtasks.Journal(path).close(LONG)
+    mounts.write_text(line % "/" + line % written)
+    text = "DB %s is a mount of its own, without its -wal; mount its folder"
+    assert refusal("--db", path) == text % path
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
 def test_a_path_may_be_any_bytes(tmp_path):
     path = os.path.join(str(tmp_path), os.fsdecode(b"\xff?#%41.db"))

@@ -45,17 +45,17 @@ line:
 
       153  1. Settings
       492  2. Tasks and their states
-      864  3. Task registry
-     1592  4. Execution
-     2894  5. Journal
-     3532  6. Events
-     3726  7. Result store and task queue
-     4899  8. Worker pool
-     5207  9. HTTP API
-     6883  10. HTTP server
-     7847  11. Client
-     8474  12. Main
-     9029  13. The page
+      870  3. Task registry
+     1598  4. Execution
+     2905  5. Journal
+     3543  6. Events
+     3737  7. Result store and task queue
+     4910  8. Worker pool
+     5227  9. HTTP API
+     6903  10. HTTP server
+     7867  11. Client
+     8494  12. Main
+     9049  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -522,6 +522,7 @@ MAX_TRACE = 10_000  # characters of a traceback that is logged
 MAX_LABEL = 200  # characters of a label that a client gives
 LABEL_OF_PARAMS = 80  # characters of a label that is made of params
 MAX_FOLLOW_UPS = 10  # that a submission may have in its `then`
+STEP_BYTES = 300  # that a step takes in memory, besides its name and result
 MAX_INTERRUPTIONS = 3  # runs during which the process died, until the task fails
 
 Path = Tuple[Union[str, int], ...]  # the way from a document's top to a place in it
@@ -643,7 +644,7 @@ class Task(NamedTuple):
     cancel_requested: int = 0  # 1 when a client wants a processing task to stop
     retry_of: str | None = None  # the id of the task that this one repeats
     steps: int = 0  # how many are done
-    step_bytes: int = 0  # of their results
+    step_bytes: int = 0  # that they take, as Step.weight counts
     follows: str | None = None  # the id of the task at whose end it was submitted
     options: Options = NO_OPTIONS
 
@@ -674,7 +675,7 @@ class Task(NamedTuple):
 
     def with_step(self, step: Step) -> Task:
         """Return the task with one more step done, and no interruptions counted."""
-        size = self.step_bytes + len(step.result)
+        size = self.step_bytes + step.weight
         return self._replace(steps=self.steps + 1, step_bytes=size, interruptions=0)
 
     def after_crash(self, now: float, crashed: bool = True) -> Task:
@@ -706,6 +707,11 @@ class Step(NamedTuple):
     result: bytes  # JSON
     started_at: float
     ended_at: float
+
+    @property
+    def weight(self) -> int:
+        """Bytes that it takes in memory, about: most results are short."""
+        return STEP_BYTES + len(self.name) + len(self.result)
 
 
 CANCELLED_WAITING = "cancelled before it ran"
@@ -1625,6 +1631,7 @@ class Context:
     thread = 0  # native id of its thread while that is bound to one CPU
     reason = ""  # why the run is to stop, "" as long as it is not
     _step_names: set[str] | None = None  # of this run
+    _step_bytes: int | None = None  # of all steps, once one is saved
     _progress: tuple[float | None, str] | None = None
     _published: tuple[float | None, str] | None = None
     _published_at = 0.0
@@ -1648,7 +1655,7 @@ class Context:
         self.steps: dict[str, Step] = {}  # those done in all runs, by name
         self._pid = os.getpid()
         self._emit = emit
-        self._lock = threading.RLock()  # guards `reason`, _wake and _on_stop
+        self._lock = threading.RLock()  # guards `reason`, _wake, _on_stop and _step_...
 
     def progress(self, fraction: float | None, message: str = "") -> None:
         """Report how far the task is: a fraction from 0 to 1, and a message.
@@ -1758,12 +1765,16 @@ class Context:
         self, name: str, began: float, value: Any, on_durable: Callable[[], Any]
     ) -> None:
         """Save the value of a step; raises Fail if it can't be stored."""
-        done = list(self.steps.values())  # at once: other threads may add some
-        room = self.max_result - sum(len(step.result) for step in done)
+        step = Step(0, 0, name, b"", began, max(began, time.time()))
+        with self._lock:
+            if self._step_bytes is None:
+                self._step_bytes = sum(done.weight for done in self.steps.values())
+            room = self.max_result - self._step_bytes - step.weight
         subject = "the result of step " + quote(name)
-        result = encode_result(value, max(0, room), subject)
-        step = Step(0, 0, name, result, began, max(began, time.time()))
+        step = step._replace(result=encode_result(value, max(0, room), subject))
         self.save_step(self, step, on_durable)
+        with self._lock:
+            self._step_bytes += step.weight
 
     @property
     def cancelled(self) -> bool:
@@ -5103,6 +5114,15 @@ class WorkerPool:
         log_run(logging.INFO, context, state, **more)
 
 
+def name_of(coroutine: Any) -> str:
+    """Return the name of a coroutine, or that of the async generator it closes."""
+    if not hasattr(coroutine, "__qualname__"):
+        kind, inside = types.AsyncGeneratorType, gc.get_referents(coroutine)
+        closed: list[Any] = [each for each in inside if type(each) is kind]
+        coroutine = (closed or [type(coroutine)])[0]
+    return str(coroutine.__qualname__)
+
+
 class EventLoop:
     """A thread that runs async handlers, and one that starts up to `count` of them.
 
@@ -5145,7 +5165,7 @@ class EventLoop:
             self._call_soon(setattr, self, "_seen", None)
         elif run and now - self._seen_at >= 0.9:
             self._seen_at = math.inf  # it is logged once
-            inner = Context("?", type=run.get_coro().__qualname__)  # that it has made
+            inner = Context("?", type=name_of(run.get_coro()))  # that it has made
             context = self._runs.get(run, inner)
             stack = sys._current_frames().get(self._thread.ident or 0)
             trace = "".join(traceback.format_stack(stack, 5))

@@ -3128,18 +3128,41 @@ def test_threads_of_a_handler_can_do_steps_at_the_same_time(restless, store):
 
 
 def test_steps_count_into_the_bytes_of_their_task():
-    store = new_ledger(result_bytes=1000)
+    store = new_ledger(result_bytes=1500)
     tasks = [store.submit("t", b"{}") for _ in range(2)]
     for task in tasks:
         context = begun(store)[1]
         assert context.step("a", lambda: "x" * 500) == "x" * 500
-        error = 'the result of step "b" has 502 bytes, more than the 498 that are kept'
+        error = 'the result of step "b" has 502 bytes, more than the 396 that are kept'
         with pytest.raises(longtasks.Fail, match=error):
             context.step("b", lambda: "x" * 500)
-        assert store.get(task.id).weight == 504
+        assert store.get(task.id).weight == 2 + 300 + 1 + 502
         store.finish(context, DONE)
     assert answer_of(store, tasks[0].id) == "GoneTask"
     assert store.get(tasks[1].id).steps == 1
+
+
+def test_steps_without_results_fill_the_memory_of_a_task_as_well():
+    context = run_of(new_ledger(result_bytes=4000))[1]
+    for n in range(12):
+        context.step("step %2d" % n, int)
+    with pytest.raises(longtasks.Fail, match='the result of step "a" has 4 bytes'):
+        context.step("a", lambda: None)
+
+
+def test_a_step_takes_no_longer_after_many_others(store):
+    context = run_of(store)[1]
+    for n in range(100_000):
+        context.steps[str(n)] = longtasks.Step(1, n, str(n), b"0", 0.0, 0.0)
+
+    def seconds(names):
+        begin = time.perf_counter()
+        for name in names:
+            context.step(name, int)
+        return time.perf_counter() - begin
+
+    counting_all = seconds(["a"])
+    assert seconds("step %d" % n for n in range(100)) < 10 * counting_all
 
 
 @pytest.mark.parametrize(
@@ -3862,18 +3885,27 @@ def test_what_goes_wrong_with_a_sleep_or_a_step_fails_its_async_task(registry):
         assert service.store.steps(task_id) == []
 
 
-@pytest.mark.parametrize("in_child", [False, True])
+@pytest.mark.parametrize("inner", ["", "blocking", "generator"])
 def test_a_handler_that_blocks_the_event_loop_is_named_and_harms_no_other(
-    in_child, async_gate
+    inner, async_gate
 ):
     release = threading.Event()
 
     async def blocking():
         assert release.wait(LONG)
 
+    async def generator():
+        try:
+            yield
+        finally:
+            await blocking()
+
     @handler("blocks")
     async def blocks():
-        await (asyncio.gather(blocking()) if in_child else blocking())
+        if inner == "generator":  # the loop closes it
+            async for _ in generator():
+                return
+        await (asyncio.gather(blocking()) if inner else blocking())
 
     with serving(GRACE=0.1) as service, records("WARNING") as kept:
         waiting = [submitted(service, "wait")]
@@ -3888,7 +3920,7 @@ def test_a_handler_that_blocks_the_event_loop_is_named_and_harms_no_other(
         until(lambda: any(text in record.getMessage() for record in kept))
         (line,) = (record.fields for record in kept if text in record.getMessage())
         assert "assert release.wait(LONG)" in line["traceback"]
-        assert "blocking" in line["type"] if in_child else line["task_id"] == blocks_id
+        assert inner in line["type"] if inner else line["task_id"] == blocks_id
         release.set()
         assert result_of(service, blocks_id)["status"] == "completed"
 

@@ -50,12 +50,12 @@ line:
      2905  5. Journal
      3543  6. Events
      3737  7. Result store and task queue
-     4910  8. Worker pool
-     5227  9. HTTP API
-     6903  10. HTTP server
-     7867  11. Client
-     8494  12. Main
-     9049  13. The page
+     4922  8. Worker pool
+     5239  9. HTTP API
+     6915  10. HTTP server
+     7879  11. Client
+     8506  12. Main
+     9061  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -4492,26 +4492,39 @@ class TaskStore(TaskReader):
         self.wake()
         return tasks[0]
 
-    def submit_all(
-        self, submissions: Sequence[Submission], once: bool = False
-    ) -> list[Task]:
+    def submit_all(self, submissions: Sequence[Submission]) -> list[Task]:
         """Accept all of these as pending, or none; raises as submit() does.
 
-        With `once`, retries of tasks that have been retried are left out. The caller
-        calls wake() then: a worker that wakes earlier would take the processor from a
-        reply to the client.
+        The caller calls wake() then: a worker that wakes earlier would take the
+        processor from a reply to the client.
         """
         with self._lock:
-            if once:
-                latest = [task for task, _ in self._unwritten.values()]
-                done = {task.retry_of for task in (*self._results.all(), *latest)}
-                submissions = [s for s in submissions if s.retry_of not in done]
-                if not submissions:
-                    return []
             wanted = [(new_id(), submission) for submission in submissions]
             tasks, commit = self._accept(wanted)
         commit.check()
         return tasks
+
+    def submit_retries(self, retries: Sequence[Submission]) -> list[Task]:
+        """Do as submit_all(), but leave out those of tasks that have been retried."""
+        while True:
+            with self._lock:
+                done = {task.retry_of for task in self._results.all()}
+                wanted = [(new_id(), s) for s in retries if s.retry_of not in done]
+                commit = self._retry_underway({s.retry_of for _, s in wanted})
+                if commit is None:
+                    tasks, commit = self._accept(wanted) if wanted else ([], _DURABLE)
+                    break
+            with contextlib.suppress(Unavailable):  # then it is this caller's turn
+                commit.check()
+        commit.check()
+        return tasks
+
+    def _retry_underway(self, task_ids: set[str | None]) -> Commit | None:
+        """Return a commit that has a retry of one of these tasks. Assumes the lock."""
+        for task, commit in self._unwritten.values():
+            if task.retry_of in task_ids:
+                return commit
+        return None
 
     def submit_once(self, task_id: str, wanted: Submission) -> tuple[Task, bool]:
         """Accept a task under an id of the caller's, unless it is there already.
@@ -4528,13 +4541,12 @@ class TaskStore(TaskReader):
                     if task_id not in self._unwritten:
                         tasks, commit = self._accept([(task_id, wanted)])
                         break
-                    task, commit = self._unwritten[task_id]
-            if not same_request(task, wanted):
-                raise DifferentRequest(
-                    "task %s was submitted with other content" % task_id
-                )
-            if commit is None:
+                    _, commit = self._unwritten[task_id]
+            if commit is None and same_request(task, wanted):
                 return task, False
+            if commit is None:
+                text = "task %s was submitted with other content"
+                raise DifferentRequest(text % task_id)
             with contextlib.suppress(Unavailable):  # then it is this caller's turn
                 commit.check()
         commit.check()
@@ -5764,7 +5776,7 @@ def retry_tasks(app: App, request: Request) -> Reply:
     """Submit the finished tasks that match a query again, each only once."""
     tasks = [task for task in selected(app, request) if task.finished]
     retries = [resubmission(app, task) for task in tasks]
-    return json_reply({"count": len(app.store.submit_all(retries, once=True))})
+    return json_reply({"count": len(app.store.submit_retries(retries))})
 
 
 def task_events(app: App, request: Request) -> Reply:

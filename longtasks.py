@@ -47,15 +47,15 @@ line:
       492  2. Tasks and their states
       870  3. Task registry
      1598  4. Execution
-     2905  5. Journal
-     3543  6. Events
-     3737  7. Result store and task queue
-     4922  8. Worker pool
-     5239  9. HTTP API
-     6915  10. HTTP server
-     7879  11. Client
-     8506  12. Main
-     9061  13. The page
+     2906  5. Journal
+     3544  6. Events
+     3738  7. Result store and task queue
+     4923  8. Worker pool
+     5240  9. HTTP API
+     6916  10. HTTP server
+     7880  11. Client
+     8507  12. Main
+     9090  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1952,6 +1952,7 @@ def _after_fork_in_child() -> None:
     is left alone: a fork does not inherit its locks, and no call is safe there.
     """
     use_cpus(CPUS)
+    gc.enable()  # the thread that collects garbage is not here
     for number, action in IN_CHILDREN.items():
         signal.signal(number, action)
     IN_CHILDREN.clear()
@@ -8514,6 +8515,7 @@ def client_main(name: str, argv: Sequence[str]) -> int:
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 EXIT_TIMEOUT = 5.0  # seconds for the last commit, for the log, and for child processes
 COLLECTING_TIME = 1.0  # seconds for results that leave with the process
+GARBAGE_INTERVAL = 0.05  # seconds between two looks at the counts of objects
 LISTEN_FD = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
 
 EventQueue = Any  # a queue.SimpleQueue of signal numbers, and of this one:
@@ -8962,6 +8964,31 @@ def raise_file_limit(wanted: int) -> None:
             log.warning(text, wanted, limit)
 
 
+def collect_garbage() -> None:
+    """Collect cyclic garbage when it is due, as Python does, but in this thread.
+
+    Python does it in any thread that allocates memory. It may run finalizers of a
+    handler's objects, which would then run under a lock:
+
+        a worker
+        takes the store's lock, allocates
+        runs a finalizer, which logs: waits for the store's lock
+    """
+    use_cpus(ONE_CPU)
+    next_full = 0.0
+    while True:
+        time.sleep(GARBAGE_INTERVAL)
+        counts, limits = gc.get_count(), gc.get_threshold()
+        due = [n for n in range(3) if counts[n] > limits[n] > 0]
+        begin = time.monotonic()
+        full = due[-1:] == [2] and begin >= next_full
+        if due:
+            with UserCode():
+                gc.collect(2 if full else min(1, due[-1]))
+        if full:  # it takes long where there are many tasks: at most 1 % of the time
+            next_full = begin + 100 * (time.monotonic() - begin)
+
+
 def import_ahead(settings: Settings) -> None:
     """Import all that the service needs, before a handlers file can get in its way.
 
@@ -8991,6 +9018,8 @@ def _start(argv: Sequence[str], signals: Signals) -> Service:
     service = Service(settings, REGISTRY, manager)
     raise_file_limit(settings["MAX_CONNECTIONS"] + 1000)
     signals.starting = False
+    gc.disable()
+    start_thread("gc", collect_garbage)
     service.start()
     return service
 

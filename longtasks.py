@@ -48,14 +48,14 @@ line:
       870  3. Task registry
      1598  4. Execution
      2906  5. Journal
-     3544  6. Events
-     3738  7. Result store and task queue
-     4923  8. Worker pool
-     5240  9. HTTP API
-     6916  10. HTTP server
-     7880  11. Client
-     8507  12. Main
-     9090  13. The page
+     3545  6. Events
+     3739  7. Result store and task queue
+     4925  8. Worker pool
+     5242  9. HTTP API
+     6918  10. HTTP server
+     7882  11. Client
+     8509  12. Main
+     9092  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -3383,7 +3383,8 @@ class Journal:
             self._release()
             return True
         self._writer.join(timeout)
-        return not self._writer.is_alive() and not self._open.moves
+        # Without an error, such moves came later, and no client was told of them.
+        return not self._writer.is_alive() and not (self.error and self._open.moves)
 
     def _run(self) -> None:
         """Write one commit after the other; after close() the last, if possible."""
@@ -3795,7 +3796,7 @@ class ResultStore:
 
     def __init__(self, limits: Limits, clock: Clock, monotonic: Clock) -> None:
         self._limits, self._clock, self._monotonic = limits, clock, monotonic
-        self._began = monotonic()
+        self._began, self._start = monotonic(), clock()
         self._tasks: dict[str, Task] = {}
         self._ended: deque[str] = deque()  # ids by the tasks' ends, or of removed ones
         self._removed: OrderedDict[str, None] = OrderedDict()
@@ -3805,8 +3806,7 @@ class ResultStore:
         self.pending_bytes = 0
         self.finished_bytes = 0
         # Counts on from the time, so that a list's `after` still holds after a restart.
-        # Tasks up to the first one were submitted to an earlier process.
-        self.last_seq = self._first_seq = int(clock() * 1e6)
+        self.last_seq = int(clock() * 1e6)
 
     def load(self, tasks: Iterable[Task], removed: Iterable[str]) -> Iterator[Task]:
         """Take in the tasks of an earlier process, ordered as Journal.load() does.
@@ -3823,7 +3823,6 @@ class ResultStore:
         in_order = sorted(self._tasks.values())  # a task begins with its seq
         self._tasks = {task.id: task for task in in_order}
         self.last_seq = max([self.last_seq] + [task.seq for task in in_order[-1:]])
-        self._first_seq = self.last_seq
 
     def new(self, wanted: Iterable[Identified]) -> list[Task]:
         """Return the tasks of submissions. They are not shown yet."""
@@ -3912,11 +3911,11 @@ class ResultStore:
         return evicted
 
     def _is_expired(self, task: Task) -> bool:
-        ttl = self._limits.result_ttl
-        if task.ended_at is None or self._clock() - task.ended_at <= ttl:
+        if task.ended_at is None:
             return False
-        # Perhaps the clock was set: no task is older than the process that accepted it.
-        return task.seq <= self._first_seq or self._monotonic() - self._began > ttl
+        # A clock that is set ahead, perhaps by mistake, makes no task older.
+        now = min(self._clock(), self._start + self._monotonic() - self._began)
+        return now - task.ended_at > self._limits.result_ttl
 
     def _is_over_limit(self) -> bool:
         finished = len(self._tasks) - self.totals[PENDING] - self.totals[PROCESSING]
@@ -4105,6 +4104,7 @@ class TaskQueue:
 
 Wait = Callable[[Commit], Any]  # awaits a commit, or leaves that to its caller
 LOG_SIZE = 16 << 10  # characters of a finished task's log that the file keeps
+MAX_UNWRITTEN = 500  # tasks whose moves are not on disk; above it, a start waits
 
 # The commit of records that need no wait for a disk.
 _DURABLE = Commit()
@@ -4604,10 +4604,12 @@ class TaskStore(TaskReader):
 
         A start is written while its handler runs. If the last process crashed, one of
         its tasks may be the cause: each of them runs only once its start is on disk, or
-        no restart would count it. While nothing can be written, nothing starts.
+        no restart would count it. While nothing can be written, nothing starts, and
+        where much is to be written, little: after a crash, that would run again.
         """
         journal = task.id in self._unwritten and self.journal  # without the lock
-        if journal and (journal.error or task.seq <= self._suspect_seq):
+        behind = len(self._unwritten) - self._new > MAX_UNWRITTEN
+        if journal and (behind or journal.error or task.seq <= self._suspect_seq):
             durable = threading.Event()
             context.waits_for_disk = True
             journal.append(on_durable=durable.set)  # behind the start

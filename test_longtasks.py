@@ -2534,6 +2534,20 @@ def test_a_clock_that_is_set_cuts_no_delay_and_ages_no_result_of_this_process():
     assert store.claim()[0].id == delayed.id
 
 
+def test_a_clock_that_is_set_ahead_by_mistake_removes_no_task():
+    monotonic = Clock()
+    clock = WallClock(monotonic)
+    store = wall_clocked(monotonic, clock, result_ttl=60)
+    monotonic.advance(1000, store)
+    task = finished_task(store)
+    clock.ahead = 3600
+    monotonic.advance(59, store)
+    assert store.get(task.id).finished
+    clock.ahead = 0
+    monotonic.advance(2, store)
+    assert answer_of(store, task.id) == "GoneTask"
+
+
 def test_times_and_durations_bear_a_clock_that_is_set_back():
     monotonic = Clock()
     clock = WallClock(monotonic)
@@ -2902,6 +2916,23 @@ def test_interrupted_tasks_start_apart_and_those_with_fewer_crashes_first(path, 
         assert store.claim()[0].id == ids[2]
 
 
+def test_where_much_is_unwritten_a_start_waits_until_that_is_on_disk(
+    gated, monkeypatch
+):
+    monkeypatch.setattr(longtasks, "MAX_UNWRITTEN", 2)
+    submits = [longtasks.Submission("t", b"{}")] * 3
+    gated.journal.let.release()
+    gated.submit_all(submits)
+    for _ in range(2):
+        gated.finish(begun(gated)[1], DONE)
+    claimed = gated.claim()
+    third = background(lambda: gated.begin(*claimed))
+    until(lambda: claimed[1].waits_for_disk)
+    assert not third.done()
+    gated.journal.free()
+    assert third.result(LONG)
+
+
 def test_a_task_that_is_requeued_before_its_start_is_on_disk_is_not_run(gated):
     gated.journal.let.release()
     task = gated.submit("t", b"{}")
@@ -2975,6 +3006,14 @@ def test_a_journal_with_nothing_unwritten_is_closed_in_peace(path):
     journal.write = fail
     with pytest.raises(longtasks.Unavailable):
         store.submit("t", b"{}")
+    assert journal.close(LONG)
+
+
+def test_what_comes_after_the_last_commit_is_not_missing_in_it(path):
+    journal = longtasks.Journal(str(path))
+    longtasks.TaskStore().restore(journal)
+    assert journal.close(LONG)
+    journal.append(longtasks.Removal(1, "x"))  # for a client that is not answered
     assert journal.close(LONG)
 
 

@@ -47,15 +47,15 @@ line:
       492  2. Tasks and their states
       870  3. Task registry
      1598  4. Execution
-     2906  5. Journal
-     3545  6. Events
-     3739  7. Result store and task queue
-     4925  8. Worker pool
-     5242  9. HTTP API
-     6918  10. HTTP server
-     7882  11. Client
-     8509  12. Main
-     9092  13. The page
+     2890  5. Journal
+     3529  6. Events
+     3723  7. Result store and task queue
+     4908  8. Worker pool
+     5225  9. HTTP API
+     6901  10. HTTP server
+     7865  11. Client
+     8492  12. Main
+     9075  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -2004,22 +2004,6 @@ def unbind_at_spawn(event: str, arguments: Any) -> None:
 
 if len(CPUS) > 1:
     sys.addaudithook(unbind_at_spawn)
-
-
-# -- garbage ---------------------------------------------------------------
-#
-# The garbage collector may call a handler's __del__() in any thread, also in one that
-# has the store's lock. What is reported there must not wait for that lock.
-
-_collecting = threading.local()
-
-
-def note_collection(phase: str, info: Any) -> None:
-    """Note whether this thread collects garbage: a callback of gc."""
-    _collecting.now = phase == "start"
-
-
-gc.callbacks.append(note_collection)
 
 
 # -- child processes -------------------------------------------------------
@@ -4190,10 +4174,9 @@ class TaskReader:
     def _emit(self, context: Context, kind: str, payload: Any) -> None:
         """Publish the progress or log of a handler, unless its run is over.
 
-        Takes the lock, but not where that could wait forever: in a forked child, which
-        lacks the thread that may hold it, and in a __del__() of a thread that may.
+        Takes the lock.
         """
-        if os.getpid() != self._pid or getattr(_collecting, "now", False):
+        if os.getpid() != self._pid:  # a forked child lacks the thread that may hold it
             return
         with self._lock:
             if self._running.get(context.task_id) is not context:

@@ -17,7 +17,6 @@ import email.utils
 import enum
 import errno
 import functools
-import gc
 import hmac
 import http.client
 import http.server
@@ -3464,26 +3463,6 @@ def test_the_latest_progress_is_told_in_the_end_and_once(monkeypatch, clock):
     for late in ([30], []):
         clock.advance(1, store)
         assert percents() == late
-
-
-def test_garbage_that_logs_does_not_wait_for_the_lock_of_the_store():
-    class Temporary:
-        def __init__(self, context):
-            self.context, self.itself = context, self
-
-        def __del__(self):
-            self.context.log("removed")
-            removed.append(self.context.task_id)
-
-    def collecting():  # as it may happen at any time
-        gc.collect()
-        return 0.0
-
-    store, removed = longtasks.TaskStore(clock=collecting), []
-    task_id = store.submit("t", b"{}").id
-    Temporary(begun(store)[1])
-    assert longtasks.within(LONG, lambda: store.submit("t", b"{}"))
-    assert removed == [task_id]
 
 
 def test_a_log_is_bounded_for_each_task_and_in_all(monkeypatch):

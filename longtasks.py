@@ -286,7 +286,7 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("PORT", "8080", whole(0, 65535), "port to listen on; 0: any free one"),
     Setting("HOST", "127.0.0.1", address, "address to listen on"),
-    Setting("UNIX_SOCKET", "", path, "Unix socket to listen on, not HOST and PORT"),
+    Setting("UNIX_SOCKET", "", path, "Unix socket to listen on instead"),
     Setting("API_TOKEN", "", token, "token that clients must send", secret=True),
     Setting("API_TOKEN_FILE", "", path, "file with the token that clients must send"),
     Setting("INSECURE", "no", switch, "serve everybody, on any HOST, without a token"),
@@ -300,15 +300,14 @@ SETTINGS = (
             "text, or json: an object on each line"),
     Setting("HANDLERS", "", path, "Python file that registers task types", os.pathsep),
     Setting("COMMANDS", "", str, "program to register as a task type", "\n"),
-    Setting("RULES", "", str, "rules of a task type, over those of its handler", "\n"),
-    Setting("WEBHOOK_HOSTS", "", hosts,
-            "where webhooks may go, as in hooks.example.com,10.0.0.7:8443"),
+    Setting("RULES", "", str, "rules of a task type", "\n"),
+    Setting("WEBHOOK_HOSTS", "", hosts, "hosts that webhooks may go to"),
     Setting("WEBHOOK_SECRET", "", signing_key, "key that signs webhooks", secret=True),
     Setting("EXECUTOR", "", path, "where to run isolated handlers"),
-    Setting("DB", "", path, "SQLite file to keep tasks in, created if missing"),
+    Setting("DB", "", path, "SQLite file to keep tasks in"),
     Setting("TASK_TIMEOUT", "0", seconds,
-            "timeout of a run without one of its own; 0: no limit"),
-    Setting("GRACE", "3", seconds, "time that a handler has to stop when requested"),
+            "timeout of runs without their own; 0: none"),
+    Setting("GRACE", "3", seconds, "time that a handler has to stop"),
     Setting("STUCK_LIMIT", "100", count, "stuck handlers at which no task is accepted"),
     Setting("DRAIN_TIMEOUT", "300", seconds, "time that tasks have to end at shutdown"),
     Setting("QUEUE_LIMIT", "10000", whole(1, 10**9), "tasks that may wait"),
@@ -320,7 +319,7 @@ SETTINGS = (
     Setting("MAX_BODY", "1MiB", size, "largest request body"),
     Setting("MAX_WAIT", "300", seconds, "time that a client may wait for a task"),
     Setting("MAX_CONNECTIONS", "1000", count, "clients connected at once"),
-    Setting("MCP", "yes", switch, "offer the task types to agents, as tools, at /mcp"),
+    Setting("MCP", "yes", switch, "offer the task types to agents, at /mcp"),
     Setting("MCP_TYPES", "", str, "task type to offer, if not all", ","),
     Setting("MCP_WAIT", "45", seconds, "time that a tool call waits for its task"),
 )
@@ -5662,7 +5661,7 @@ def show_task(app: App, request: Request) -> Reply:
 
 
 def show_submission(app: App, request: Request) -> Reply:
-    """Show what was submitted, ready to be submitted again."""
+    """Show what was submitted."""
     return json_reply(submission_document(app.store.get(request.task_id)))
 
 
@@ -5759,7 +5758,7 @@ def delete_tasks(app: App, request: Request) -> Reply:
 
 
 def retry_tasks(app: App, request: Request) -> Reply:
-    """Submit the finished tasks that match a query again, each only once."""
+    """Submit finished tasks that match a query again, each once."""
     tasks = [task for task in selected(app, request) if task.finished]
     retries = [resubmission(app, task) for task in tasks]
     return json_reply({"count": len(app.store.submit_retries(retries))})
@@ -5882,7 +5881,7 @@ def type_document(app: App, name: str) -> Json:
 
 
 def pause_type(app: App, request: Request, paused: bool = True) -> Reply:
-    """Pause a task type: those that run go on, and no other one starts."""
+    """Pause a task type: none starts, those that run go on."""
     if request.type not in app.handlers:
         raise HTTPError(404, "there is no task type " + quote(request.type))
     app.store.pause(request.type, paused)
@@ -5896,7 +5895,7 @@ def resume_type(app: App, request: Request) -> Reply:
 
 
 def show_index(app: App, request: Request) -> Reply:
-    """Show the page to a browser, curl commands to any other client."""
+    """Show the page to a browser, curl commands to others."""
     if request.is_for_page:
         return Reply(
             200, PAGE.encode(), HTML, {"Content-Security-Policy": page_policy()}
@@ -6710,7 +6709,7 @@ def is_notice(message: Any) -> bool:
 
 
 def answer_agent(app: App, request: Request) -> Reply:
-    """Answer an agent, for which each task type is a tool (MCP)."""
+    """Answer an agent: each task type is a tool (MCP)."""
     if app.tools is None:
         raise HTTPError(404, "this service was started without MCP")
     request.accepts(JSON)

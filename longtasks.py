@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       153  1. Settings
-      492  2. Tasks and their states
-      870  3. Task registry
-     1598  4. Execution
-     2890  5. Journal
-     3529  6. Events
-     3723  7. Result store and task queue
-     4908  8. Worker pool
-     5225  9. HTTP API
-     6901  10. HTTP server
-     7865  11. Client
-     8492  12. Main
-     9075  13. The page
+      491  2. Tasks and their states
+      869  3. Task registry
+     1597  4. Execution
+     2889  5. Journal
+     3528  6. Events
+     3722  7. Result store and task queue
+     4907  8. Worker pool
+     5224  9. HTTP API
+     6900  10. HTTP server
+     7864  11. Client
+     8491  12. Main
+     9074  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at

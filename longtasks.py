@@ -47,15 +47,15 @@ line:
       491  2. Tasks and their states
       869  3. Task registry
      1597  4. Execution
-     2889  5. Journal
-     3528  6. Events
-     3722  7. Result store and task queue
-     4907  8. Worker pool
-     5224  9. HTTP API
-     6900  10. HTTP server
-     7864  11. Client
-     8491  12. Main
-     9074  13. The page
+     2905  5. Journal
+     3544  6. Events
+     3738  7. Result store and task queue
+     4923  8. Worker pool
+     5240  9. HTTP API
+     6916  10. HTTP server
+     7880  11. Client
+     8507  12. Main
+     9091  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -2812,9 +2812,10 @@ def retry_after(text: str) -> float:
 #
 # Isolated handlers may run wherever an Executor of concurrent.futures takes them. It
 # is given eval(), this file and the handlers files, so that nothing has to be installed
-# where they run. Each process there loads these files once.
+# where they run. Each process there loads these files once. One that dies may break the
+# executor: then all that it has fail, and the next task gets a new one.
 
-EXECUTOR: list[Any] = []  # holds the executor, if there is one
+EXECUTOR: list[Any] = []  # the executor, and the function that makes one; or none
 BOOT = """
 import sys, types, zlib
 if name not in sys.modules:
@@ -2826,6 +2827,7 @@ if name not in sys.modules:
 reply = sys.modules[name].run_remote(job)
 """
 _boot_values: dict[str, Any] = {}  # the variables of BOOT besides the job
+_renewing = threading.Lock()  # held while the executor is replaced, taken alone
 
 
 def load_executor(text: str) -> None:
@@ -2838,7 +2840,8 @@ def load_executor(text: str) -> None:
         source = LOADED.get(path) or _run_file(path)
         if len(REGISTRY) > before:  # it has handlers, too
             LOADED[path] = source
-        executor = getattr(sys.modules[_module_name(path)], name)()
+        factory = getattr(sys.modules[_module_name(path)], name)
+        executor = factory()
         if not callable(getattr(executor, "submit", None)):
             raise HandlerError("%s() returned no Executor" % name)
         with open(FILE, "rb") as file:
@@ -2849,13 +2852,26 @@ def load_executor(text: str) -> None:
     # Threads and forked processes have loaded all files already.
     sys.modules[name] = sys.modules[__name__]
     _boot_values.update(name=name, file=FILE, source=zlib.compress(own_source))
-    EXECUTOR[:] = [executor]
+    EXECUTOR[:] = [executor, factory]
+
+
+def submit_to_executor(*call: Any) -> Any:
+    """Have the executor call a function, or a new one if a process broke it."""
+    executor, factory = EXECUTOR
+    try:
+        return executor.submit(*call)
+    except lazy_import("concurrent.futures").BrokenExecutor as error:
+        with _renewing, UserCode():
+            if EXECUTOR[0] is executor:  # else another thread has replaced it
+                log.warning("a new executor is made: %s", describe(error))
+                EXECUTOR[0] = factory()
+    return EXECUTOR[0].submit(*call)
 
 
 def run_on_executor(job: dict[str, Any], ctx: Context) -> Outcome:
     """Run a handler by the executor, and return how that ended."""
     values = {"boot": BOOT, "scope": dict(_boot_values, job=job)}
-    future = EXECUTOR[0].submit(eval, "(exec(boot, scope), scope['reply'])[1]", values)
+    future = submit_to_executor(eval, "(exec(boot, scope), scope['reply'])[1]", values)
     done = threading.Event()
     future.add_done_callback(lambda _: done.set())
     ctx.on_stop(done.set)
@@ -8984,6 +9000,7 @@ def import_ahead(settings: Settings) -> None:
     names += ["sqlite3"] if settings["DB"] else []
     names += ["ssl"] if settings["TLS_CERT"] or settings["WEBHOOK_HOSTS"] else []
     names += ["http.client"] if settings["WEBHOOK_HOSTS"] else []
+    names += ["concurrent.futures"] if settings["EXECUTOR"] else []
     for name in names:
         with contextlib.suppress(ImportError):  # a small host may lack it
             lazy_import(name)
@@ -9060,8 +9077,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end_children() -> None:
-    """End executors, and processes of handlers, since nobody waits for them."""
-    for executor in EXECUTOR:
+    """End the executor, and processes of handlers, since nobody waits for them."""
+    for executor in EXECUTOR[:1]:
         with contextlib.suppress(Exception):
             executor.shutdown(wait=False)
     multiprocessing = sys.modules.get("multiprocessing")

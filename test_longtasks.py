@@ -11800,6 +11800,10 @@ def again():
 def here():
     return os.getpid()
 
+@handler("dies", isolated=True)
+def dies():
+    os._exit(3)
+
 @handler("steps", isolated=True)
 def steps(ctx: Context):
     return ctx.step("a", os._exit, 1)
@@ -11826,6 +11830,18 @@ def test_isolated_handlers_run_where_the_executor_says(factory, where, tmp_path)
         cancelled = outcome(running, "double", {"n": 1, "wait": 3}, timeout=0.1)
         assert cancelled["error"] == "timed out after 0.1 s"
         assert not [line for line in running.lines if "stuck" in line]
+        running.signal()
+        assert running.wait() == 0
+
+
+def test_an_executor_that_a_process_breaks_by_its_death_is_replaced(tmp_path):
+    executor = write(tmp_path, ELSEWHERE + FACTORIES) + ":processes"
+    with process("--executor", executor) as running:
+        for _ in range(2):
+            assert "BrokenProcessPool" in outcome(running, "dies")["error"]
+            assert outcome(running, "double", {"n": 21})["result"]["n"] == 42
+        text = "a new executor is made: BrokenProcessPool: "
+        assert len([line for line in running.lines if text in line]) == 2
         running.signal()
         assert running.wait() == 0
 

@@ -52,10 +52,10 @@ line:
      3738  7. Result store and task queue
      4923  8. Worker pool
      5240  9. HTTP API
-     6916  10. HTTP server
-     7880  11. Client
-     8507  12. Main
-     9091  13. The page
+     6926  10. HTTP server
+     7890  11. Client
+     8517  12. Main
+     9101  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -5881,24 +5881,29 @@ def encode_event(life: str, event: Event) -> bytes:
 
 def list_types(app: App, request: Request) -> Reply:
     """List the task types, with the JSON Schema of their params."""
-    return json_reply({"types": [type_document(app, n) for n in sorted(app.handlers)]})
+    return json_reply({"types": [type_document(app, n) for n in listed_types(app)]})
+
+
+def listed_types(app: App) -> list[str]:
+    """Return the task types that are registered, or still paused since they were."""
+    return sorted(app.store.paused.union(app.handlers))
 
 
 def type_document(app: App, name: str) -> Json:
     """Describe a task type, with the rules in force for it."""
-    known, rules = app.handlers[name], app.store.rules(name)._asdict()
+    known, rules = app.handlers.get(name), app.store.rules(name)._asdict()
     in_force = {rule: rules[rule] for rule in PROGRAM_RULES if rules[rule] is not None}
     document = {
         "type": name,
-        "description": known.description,
-        "params": known.params.schema,
+        "description": known.description if known else "",
+        "params": known.params.schema if known else {},
     }
     return {**document, "rules": in_force, "paused": name in app.store.paused}
 
 
 def pause_type(app: App, request: Request, paused: bool = True) -> Reply:
     """Pause a task type: none starts, those that run go on."""
-    if request.type not in app.handlers:
+    if request.type not in listed_types(app):
         raise HTTPError(404, "there is no task type " + quote(request.type))
     app.store.pause(request.type, paused)
     log.info("task type %s: %s", request.type, "paused" if paused else "resumed")
@@ -5977,7 +5982,7 @@ def show_health(app: App, request: Request) -> Reply:
 def show_readiness(app: App, request: Request) -> Reply:
     """Show whether the service would accept a task now."""
     app.store.check_open()
-    paused = len(app.store.paused.intersection(app.handlers))
+    paused = len(app.store.paused)
     detail = {"detail": "%s paused" % counted(paused, "task type")} if paused else {}
     return json_reply({"status": "ready", **detail})
 
@@ -6009,7 +6014,7 @@ def service_metrics(app: App) -> Iterator[Row]:
     store, (requests, connections, limit) = app.store, app.traffic()
     counts, counters = store.counts(), store.snapshot()
     zeros = {(type, status): 0 for type in app.handlers for status in FINISHED}
-    paused = {(name,): int(name in store.paused) for name in app.handlers}
+    paused = {(name,): int(name in store.paused) for name in listed_types(app)}
     yield ("longtasks_tasks_finished_total", "counter", "Tasks that have finished.",
            {**zeros, **counters.ended}, "type", "status")
     yield "longtasks_tasks_pending", "gauge", "Tasks that wait.", counts.pending
@@ -9692,6 +9697,8 @@ function showErrors(errors) {
 
 let types = [];
 
+const isRegistered = ({ params }) => params.type; // else it is still paused, and gone
+
 function drawTypes(latest) {
   const shape = (each) => JSON.stringify(each.map(({ type, params, description }) =>
     [type, params, description]));
@@ -9699,14 +9706,15 @@ function drawTypes(latest) {
   types = latest;
   drawDurations();
   if (same) return; // keep what was entered
-  const options = () => types.map(({ type }) => new Option(type, type));
-  $("type").replaceChildren(new Option("all", ""), ...options());
-  $("new-type").replaceChildren(...options());
+  const options = (each) => each.map(({ type }) => new Option(type, type));
+  $("type").replaceChildren(new Option("all", ""), ...options(types));
+  $("new-type").replaceChildren(...options(types.filter(isRegistered)));
   drawForm();
 }
 
 function drawForm() {
-  const { params, description } = types[$("new-type").selectedIndex];
+  const chosen = $("new-type").value;
+  const { params, description } = types.find(({ type }) => type === chosen);
   const fields = makeFields("#/params/", params);
   const name = fields.length ? "other params" : "params";
   if (params.additionalProperties !== false)

@@ -5368,6 +5368,27 @@ def test_a_type_is_paused_and_resumed_over_http(registry):
     assert lines == ["task type a/b c: paused", "task type a/b c: resumed"]
 
 
+def test_a_paused_type_that_is_gone_can_be_resumed(registry, tmp_path):
+    path, types = str(tmp_path / "tasks.db"), "/api/v1/types"
+    handler("gone")(lambda: 1)
+    with serving(DB=path) as service:
+        call(service, "POST", types + "/gone/pause")
+        task_id = submitted(service, "gone")
+    del registry["gone"]
+    with serving(DB=path) as service:
+        known, _ = call(service, "GET", types).json["types"]
+        assert (known["type"], known["paused"], known["params"]) == ("gone", True, {})
+        sample = 'longtasks_type_paused{type="gone"} 1\n'
+        assert sample in call(service, "GET", "/metrics").body.decode()
+        assert call(service, "GET", "/readyz").json["detail"] == "1 task type paused"
+        answer = call(service, "POST", types + "/gone/resume")
+        assert answer.json == {**known, "paused": False}
+        error = 'no task type "gone" is registered any more; known: long_computation'
+        assert document_of(service, task_id)["error"] == error
+        assert len(call(service, "GET", types).json["types"]) == 1
+        assert_problem(call(service, "POST", types + "/gone/pause"), 404, '"gone"')
+
+
 def test_types_are_listed_with_their_schema(service):
     (known,) = call(service, "GET", "/api/v1/types").json["types"]
     assert known.pop("description").startswith("Wait for a number of seconds")
@@ -12721,8 +12742,13 @@ def test_the_page_pauses_types_and_shows_how_long_their_tasks_took(browser, regi
     handler("quick", max_running=2)(lambda: None)
     with serving() as service:
         result_of(service, submitted(service, "quick"))
+        service.store.pause("gone", True)  # as an earlier process may have left it
         browser.go(service)
         browser.click("#types summary")
+        browser.see("#durations", "gone", "quick")
+        offered = "return document.querySelector('#new-type').textContent"
+        assert browser.run(offered) == "long_computationquick"
+        browser.click("[aria-label='resume gone']")
         browser.see("#durations", "quick", "max_running\xa02", "0.0 s")
         browser.click("[aria-label='pause quick']")
         browser.see("[aria-label='resume quick']", "resume")

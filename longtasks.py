@@ -52,10 +52,10 @@ line:
      3738  7. Result store and task queue
      4923  8. Worker pool
      5240  9. HTTP API
-     6926  10. HTTP server
-     7890  11. Client
-     8517  12. Main
-     9101  13. The page
+     6921  10. HTTP server
+     7885  11. Client
+     8512  12. Main
+     9107  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -8662,9 +8662,20 @@ class Service:
         log.info(text, journal.path, waiting, counts.finished, len(interrupted))
         for name in sorted(self.store.paused):
             log.warning("task type %s: paused", name)
+        self._log_unregistered()
         for task in interrupted:
             if task.status == FAILED:  # by this start: it was interrupted too often
                 log_task(logging.WARNING, task, "failed", {"error": task.error})
+
+    def _log_unregistered(self) -> None:
+        """Warn of tasks that will fail, since no handler is registered for them."""
+        handlers, (tasks, _) = self.server.app.handlers, self.store.page(10**9)
+        gone = [t.type for t in tasks if not t.finished and t.type not in handlers]
+        if gone:
+            names = sorted(set(gone))
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            text = "%s waiting for types that are not registered will fail: %s"
+            log.warning(text, counted(len(gone), "task"), shown)
 
     def _serve(self) -> None:
         """Accept clients until shutdown(), and then answer those that are connected."""

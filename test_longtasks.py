@@ -11011,6 +11011,7 @@ def interrupted_3_times(path):
 def test_each_task_that_is_given_up_at_the_start_is_a_warning(tmp_path, registry):
     path = str(tmp_path / "tasks.db")
     task = interrupted_3_times(path)
+    handler("t")(lambda: None)
     for count in (1, 0):  # and not again at a later start
         with records("INFO") as kept, serving(DB=path):
             pass
@@ -11020,6 +11021,21 @@ def test_each_task_that_is_given_up_at_the_start_is_a_warning(tmp_path, registry
         warned = [as_json(record) for record in kept if record.levelname == "WARNING"]
         assert [line["task_id"] for line in warned] == [task.id] * count
         assert all("interrupted 3 times" in line["error"] for line in warned)
+
+
+@pytest.mark.parametrize(
+    "types, shown",
+    [("ab", "1 task %s: b"), ("gabcdefg", "7 tasks %s: b, c, d, e, f, ...")],
+)
+def test_a_start_warns_of_tasks_whose_types_are_gone(types, shown, path, registry):
+    with journalled(path) as store:
+        for type in types:
+            store.submit(type, b"{}")
+    handler("a")(lambda: None)
+    with records("WARNING") as kept, serving(DB=str(path)):
+        pass
+    text = shown % "waiting for types that are not registered will fail"
+    assert kept[0].getMessage() == text
 
 
 def test_a_start_counts_what_it_has_decided_though_the_disk_is_full(

@@ -46,16 +46,16 @@ line:
       153  1. Settings
       491  2. Tasks and their states
       869  3. Task registry
-     1597  4. Execution
-     2905  5. Journal
-     3544  6. Events
-     3738  7. Result store and task queue
-     4923  8. Worker pool
-     5240  9. HTTP API
-     6921  10. HTTP server
-     7885  11. Client
-     8512  12. Main
-     9107  13. The page
+     1596  4. Execution
+     2904  5. Journal
+     3543  6. Events
+     3737  7. Result store and task queue
+     4922  8. Worker pool
+     5239  9. HTTP API
+     6920  10. HTTP server
+     7884  11. Client
+     8511  12. Main
+     9106  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1008,12 +1008,11 @@ def handler(
     numbers: {"duration": {"minimum": 0, "maximum": 60}}.
 
     `timeout` is the seconds that a run may take, `retries` how many times a task is run
-    again after an error, `backoff` the seconds until the first retry (doubled for each
-    further one), and `max_running` how many tasks of this type may run at once;
-    `on_failed` and the like name a follow-up, as in Rules. An `isolated` handler runs
-    in a child process, where it may use a processor for long, or crash, without harm to
-    the service. An `async def` function runs on an event loop that all share: it takes
-    no worker, must not block, and ends by CancelledError.
+    again after an error, and `max_running` how many tasks of this type may run at once;
+    Rules has all of them. An `isolated` handler runs in a child process, where it may
+    use a processor for long, or crash, without harm to the service. An `async def`
+    function runs on an event loop that all share: it takes no worker, must not block,
+    and ends by CancelledError.
 
     What the function returns must be JSON and becomes the task's result; an exception
     becomes its error. Raises HandlerError for a name that is taken, an unknown option,
@@ -8993,6 +8992,7 @@ def collect_garbage() -> None:
     use_cpus(ONE_CPU)
     next_full = 0.0
     while True:
+        gc.disable()  # each time, since a handler may have enabled it
         time.sleep(GARBAGE_INTERVAL)
         counts, limits = gc.get_count(), gc.get_threshold()
         due = [n for n in range(3) if counts[n] > limits[n] > 0]
@@ -9035,7 +9035,6 @@ def _start(argv: Sequence[str], signals: Signals) -> Service:
     service = Service(settings, REGISTRY, manager)
     raise_file_limit(settings["MAX_CONNECTIONS"] + 1000)
     signals.starting = False
-    gc.disable()
     start_thread("gc", collect_garbage)
     service.start()
     return service

@@ -9105,9 +9105,8 @@ def _end_children() -> None:
 # ======================================================================
 # 13. The page
 #
-# What a browser gets at GET /: a client of the API like any other. It shows
-# all texts from the service as text, never as HTML, and the browser runs no
-# script but the one in it.
+# A client of the API like any other, at GET /. It shows what the service says
+# as text, never as HTML, and the browser runs no script but the one in it.
 # ======================================================================
 
 PAGE = r"""<!doctype html>
@@ -9160,7 +9159,7 @@ header, main { max-width: 1320px; margin: auto; padding: 16px clamp(12px, 2vw, 2
 header, figure, dl, #filter, #pages, .actions, .heading {
   display: flex; flex-wrap: wrap; align-items: center; gap: 8px 16px;
 }
-#connection { flex: 1 1 120px; }
+#connection, #place { flex: 1 1 120px; }
 figure { flex-wrap: nowrap; }
 figure svg { width: clamp(40px, 8vw, 96px); border-bottom: 1px solid var(--line); }
 figure path { stroke: var(--accent); stroke-width: .8; }
@@ -9185,17 +9184,15 @@ main { align-items: start; padding-top: 0; }
 .task[open] { background: var(--raised); }
 .name::before { content: "\25B8" / ""; display: inline-block; width: 16px; }
 [open] .name::before { content: "\25BE" / ""; }
-.label { padding-left: 16px; font-size: 12px; }
-.label:not(:empty) { display: block; }
-.name :is(code, .label), .name::before, .time, #empty { color: var(--quiet); }
-#place { flex: 1; color: var(--quiet); }
+.label { display: block; padding-left: 16px; font-size: 12px; }
+.name :is(code, .label), .name::before, .time, #empty, #place { color: var(--quiet); }
 progress { width: 96px; height: 12px; margin-right: 4px; vertical-align: -2px; }
 #empty { padding: 36px 20px; text-align: center; }
 
 .details, .pair, form, fieldset { display: grid; gap: 12px; }
 .details { padding: 4px 12px 14px clamp(12px, 2vw, 28px); }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); }
-dd, pre, label, .error { overflow-wrap: anywhere; }
+dd, pre, label, td:first-child, .error { overflow-wrap: anywhere; }
 
 aside summary { padding: 10px 14px; }
 #form { padding: 2px 14px 14px; }
@@ -9205,10 +9202,8 @@ fieldset { border: 0; padding: 0; min-width: 0; }
 [aria-invalid=true] { border-color: var(--wrong); }
 table { width: 100%; padding: 0 14px 14px; font-size: 12px; }
 th { text-align: start; font-weight: normal; color: var(--quiet); }
-td:first-child { overflow-wrap: anywhere; }
 :is(td, .heading) button { padding: 2px 6px; }
 dialog { margin: auto; padding: 20px; width: min(380px, 90vw); color: inherit; }
-dialog::backdrop { background: rgb(0 0 0 / .5); }
 
 @media (max-width: 900px) {
   main { grid-template-columns: minmax(0, 1fr); }
@@ -9226,12 +9221,10 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
   <p id="connection" class="status pending" role="status">connecting</p>
   <figure>
     <svg viewBox="0 0 60 20" aria-hidden="true"><path id="finished-chart"/></svg>
-    <figcaption><b id="finished">0</b> finished</figcaption>
-  </figure>
+    <figcaption><b id="finished">0</b> finished</figcaption></figure>
   <figure>
     <svg viewBox="0 0 60 20" aria-hidden="true"><path id="waiting-chart"/></svg>
-    <figcaption><b id="waiting">0</b> in the queue</figcaption>
-  </figure>
+    <figcaption><b id="waiting">0</b> in the queue</figcaption></figure>
 </header>
 <main>
   <p id="notice" class="card" role="status"></p>
@@ -9270,8 +9263,7 @@ dialog::backdrop { background: rgb(0 0 0 / .5); }
       <summary><h2>Task types</h2></summary>
       <table>
         <thead><tr><th>type<th>median<th>longest<td></thead>
-        <tbody id="durations"></tbody>
-      </table>
+        <tbody id="durations"></tbody></table>
     </details>
   </aside>
 </main>
@@ -9385,11 +9377,9 @@ function span(time) {
 }
 
 // -- requests
-
 let token = sessionStorage.getItem("token") ?? "";
 let login = null; // a promise that another token will have been entered
 let skew = 0; // seconds that the service's clock is ahead
-
 const now = () => Date.now() / 1000 + skew;
 
 async function api(path, options = {}) {
@@ -9431,7 +9421,6 @@ async function submit(body) {
 const post = (path) => api(path, { method: "POST" });
 
 // -- the state, and how it is drawn
-
 let list = { tasks: [], counts: {}, next: null };
 let after = []; // where the pages of the list begin, up to the one that is shown
 let opened = ""; // the id of the task that is open
@@ -9609,7 +9598,6 @@ async function forAll(verb, fits) {
 }
 
 // -- the charts of the last five minutes, as far as the page has been open
-
 const slots = new Map(); // how many tasks finished, and waited, in five seconds
 let total = Infinity; // how many had finished when the latest list was loaded
 
@@ -9750,9 +9738,7 @@ $("form").onsubmit = async (event) => {
 };
 
 // -- the table of task types: how long the latest tasks took, and what is paused
-
 const durations = new Map(); // by type: those of completed tasks in seconds, sorted
-
 const isPaused = (name) => types.some(({ type, paused }) => type === name && paused);
 
 async function loadDurations() {
@@ -9780,18 +9766,15 @@ function drawDurations() {
     button.onclick = () => post(`/api/v1/types/${path}/${verb}`).then(reload, alert);
     const limits = Object.entries(rules).filter(([name, value]) => value &&
       (name !== "backoff" || rules.retries)).map((limit) => limit.join("\xa0"));
-    const shown = make("small", {}, limits.join(", "));
-    const name = make("td", {}, type, make("br"), shown);
+    const name = make("td", {}, type, make("br"), make("small", {}, limits.join(", ")));
     return make("tr", {}, name, cell(times[times.length >> 1]), cell(times.at(-1)),
       make("td", {}, button));
   }));
 }
 
 // -- live updates: an event only says that something has changed; the list says what
-
 let loads = 0, loaded = 0; // the numbers of the latest list requested, and shown
-let timer = 0;
-let connection = new AbortController();
+let timer = 0, connection = new AbortController();
 
 async function load() {
   const number = ++loads, query = new URLSearchParams(new FormData($("filter")));
@@ -9821,10 +9804,7 @@ const reload = () => load().catch(() => connection.abort());
 
 // Loads the list soon: once for all events that come meanwhile.
 function refresh() {
-  timer ||= setTimeout(() => {
-    timer = 0;
-    reload();
-  }, 400);
+  timer ||= setTimeout(() => { timer = 0; reload(); }, 400);
 }
 
 async function follow() {
@@ -9850,11 +9830,9 @@ async function follow() {
 }
 
 // -- the start
-
 for (const value of ["", ...STATUSES]) {
-  const radio = { type: "radio", name: "status", value, checked: !value };
-  $("statuses").append(
-    make("label", {}, make("input", radio), (value || "all") + " ", make("b")));
+  const each = make("input", { type: "radio", name: "status", value, checked: !value });
+  $("statuses").append(make("label", {}, each, (value || "all") + " ", make("b")));
 }
 $("filter").oninput = () => show("", []);
 $("filter").onsubmit = (event) => event.preventDefault();

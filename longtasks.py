@@ -9143,8 +9143,8 @@ code, pre, textarea { font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; }
 pre { max-height: 260px; overflow: auto; white-space: pre-wrap; margin-top: 4px; }
 pre:empty::after { content: "nothing yet"; color: var(--quiet); }
 button, summary { cursor: pointer; }
-button:hover:enabled, .task > summary:hover { background: var(--raised); }
-button:disabled { opacity: .5; cursor: default; }
+button:hover:enabled, .summary:hover { background: var(--raised); }
+button:is(:disabled, [aria-busy]) { opacity: .5; cursor: default; }
 button.main { background: var(--accent) !important; color: var(--card); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 .status::before { content: "\25CF\2002" / ""; font-size: 10px; vertical-align: 1px; }
@@ -9177,10 +9177,9 @@ main { align-items: start; padding-top: 0; }
 #statuses input:not(:checked) { border-color: transparent; }
 #type, #search { width: 150px; }
 .task, #empty, #pages { border-top: 1px solid var(--line); }
-.task > summary { display: grid; align-items: center; gap: 0 12px; padding: 7px 12px; }
-.task > summary { grid-template-columns: 6fr 98px 106px 106px 6fr; }
-.task > summary > *, .label { overflow: hidden; text-overflow: ellipsis; }
-.task > summary > *, .label { white-space: nowrap; }
+.summary { display: grid; align-items: center; gap: 0 12px; padding: 7px 12px; }
+.summary { grid-template-columns: 6fr 98px 120px 120px 6fr; }
+.summary > *, .label { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .task[open] { background: var(--raised); }
 .name::before { content: "\25B8" / ""; display: inline-block; width: 16px; }
 [open] .name::before { content: "\25BE" / ""; }
@@ -9210,7 +9209,7 @@ dialog { margin: auto; padding: 20px; width: min(380px, 90vw); color: inherit; }
   aside { order: -1; }
 }
 @media (max-width: 600px) {
-  .task > summary { display: flex; flex-wrap: wrap; }
+  .summary { display: flex; flex-wrap: wrap; }
   #statuses, .name, .progress { flex-basis: 100%; }
 }
 </style>
@@ -9331,11 +9330,14 @@ const TASKS = "/api/v1/tasks";
 const PAGE_SIZE = 100; // tasks on a page of the list
 const SLOTS = 60, SLOT = 5; // of the charts: how many, and the seconds of each
 const MAX_TEXT = 200_000; // characters of a request or result that are shown
+const CONTROLS = /[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]/g;
+const SILENT = "The service does not answer.";
 
 const $ = (id) => document.getElementById(id);
 const pause = (time) => new Promise((resolve) => setTimeout(resolve, time * 1000));
 const seconds = (timestamp) => Date.parse(timestamp) / 1000;
-const local = new Intl.DateTimeFormat([], { dateStyle: "medium", timeStyle: "medium" });
+const date = new Intl.DateTimeFormat([], { dateStyle: "medium", timeStyle: "medium" });
+const local = (timestamp) => date.format(Date.parse(timestamp)).replace(CONTROLS, "");
 
 // Creates an element. Text from the service becomes a text node, never HTML.
 function make(tag, properties, ...children) {
@@ -9346,8 +9348,8 @@ function make(tag, properties, ...children) {
 
 // Sets the text of an element, with control characters escaped: they are invisible.
 function put(element, text) {
-  const visible = String(text ?? "").replace(/[\0-\x08\x0b-\x1f\x7f-\x9f]/g,
-    (c) => "\\x" + c.charCodeAt().toString(16).padStart(2, "0"));
+  const visible = String(text ?? "").replace(CONTROLS, (c) =>
+    (c < "\xff" ? "\\x" : "\\u") + c.charCodeAt().toString(16).padStart(2, "0"));
   if (element.textContent !== visible) element.textContent = visible;
 }
 
@@ -9385,8 +9387,8 @@ const now = () => Date.now() / 1000 + skew;
 async function api(path, options = {}) {
   const sent = token, headers = { ...options.headers };
   if (sent) headers.Authorization = "Bearer " + sent;
-  const signal = options.signal ?? AbortSignal.timeout(40_000);
-  const response = await fetch(path, { ...options, headers, signal });
+  const init = { signal: AbortSignal.timeout(40_000), ...options, headers };
+  const response = await fetch(path, init).catch(() => { throw new Error(SILENT); });
   const ahead = seconds(response.headers.get("Date")) - Date.now() / 1000;
   skew = Math.abs(ahead) > 2 ? ahead : 0;
   if (response.ok) return response;
@@ -9458,7 +9460,7 @@ function drawSummary() {
   putCount($("waiting"), ["pending"]);
   put($("connection"), live ? "live" : "not connected");
   $("connection").className = "status " + (live ? "completed" : "pending");
-  put($("notice"), !live ? "The service does not answer. Trying again …" :
+  put($("notice"), !live ? SILENT + " Trying again …" :
     unready && "No new tasks are accepted now: " + unready);
   put($("empty"), tasks.length ? "" :
     "There are no such tasks. Submit one here, or see: curl " + location.origin);
@@ -9538,7 +9540,7 @@ class Row {
     if (this.element.open && !this.details) this.expand();
     for (const each of this.texts) {
       const name = each.dataset.text, text = texts[name];
-      put(each, text && name.endsWith("_at") ? local.format(Date.parse(text)) : text);
+      put(each, text && name.endsWith("_at") ? local(text) : text);
     }
     this.status.className = "status " + task.status;
     this.bar.hidden = percent === undefined;
@@ -9819,6 +9821,8 @@ async function follow() {
       const { body } = await api("/api/v1/events", { signal: connection.signal });
       live = true;
       failures = 0;
+      for (const each of document.querySelectorAll(".error"))
+        if (each.textContent === SILENT) put(each, "");
       refresh();
       const reader = body.getReader();
       while (!(await reader.read()).done) refresh();

@@ -12486,8 +12486,8 @@ def browsers(tmp_path_factory):
 @pytest.fixture
 def browser(browsers):
     """The browser, at its usual size and in its usual colours."""
-    for command in ("clearDeviceMetricsOverride", "setEmulatedMedia"):
-        browsers.cdp("Emulation." + command)
+    for reset in "clearDeviceMetricsOverride", "setEmulatedMedia", "setLocaleOverride":
+        browsers.cdp("Emulation." + reset)
     browsers.ask("POST", "/url", url="about:blank")
     return browsers
 
@@ -12669,7 +12669,7 @@ return id.getBoundingClientRect().left >= type.getBoundingClientRect().right;
 
 def test_the_page_shows_all_that_comes_from_the_service_as_text(browser, gate, service):
     tags = "<script>hacked = 1</script><img src=x onerror='hacked = 1'>"
-    odd, shown = tags + "\x01\x9b", tags + "\\x01\\x9b"
+    odd, shown = tags + "\x01\x9b\u202e", tags + r"\x01\x9b\u202e"
     runs_left = tags + " \u05d0\u05d1"  # and would take the digits that follow along
 
     @handler(runs_left)
@@ -12682,6 +12682,7 @@ def test_the_page_shows_all_that_comes_from_the_service_as_text(browser, gate, s
             raise ValueError(odd)
         return {tags: tags}
 
+    browser.cdp("Emulation.setLocaleOverride", locale="ar")  # whose dates have \u200f
     browser.go(service)
     browser.choose(runs_left)
     browser.see("#description", "Show <b>bold</b> text.")
@@ -12696,6 +12697,7 @@ def test_the_page_shows_all_that_comes_from_the_service_as_text(browser, gate, s
         assert browser.run(PLACES), "the id is not to the right of the type"
         gate.release.set()
         browser.see("[open] .result", end)
+        assert "\\u" not in browser.text("[open] dl div:nth-child(3)")
         gate.release.clear()
     count = "return [window.hacked, document.images.length, document.scripts.length]"
     assert browser.run(count) == [None, 0, 1]
@@ -12844,10 +12846,13 @@ def test_the_page_shows_a_drain_and_finds_the_service_again(browser, tmp_path, h
         assert running.wait() == 0
         browser.see("#notice", "The service does not answer")
         browser.see("#connection", "not connected")
+        browser.click("#form .main")
+        browser.see("#refused", "does not answer")
     with process(*flags, env={"PORT": str(running.port)}):
         browser.see("#connection", "live")
         browser.see(summary(task_id), "completed")
         assert not browser.text("#notice")
+        assert not browser.text("#refused")
 
 
 def test_the_page_asks_for_the_token_until_it_is_right(browser, registry):
@@ -12968,6 +12973,10 @@ def test_the_page_is_legible_in_light_and_dark_and_on_a_phone(
         browser.open(runs)
         browser.see("[open] .request", "{")
         assert (browser.run(GROUND) < 128) == (scheme == "dark")
+        script = (
+            "const e = document.querySelector('.time'); e.append('for 59 min 59 s');"
+        )
+        assert not browser.run(script + "return e.scrollWidth > e.clientWidth")
         assert browser.run("return document.documentElement.scrollWidth") <= width
 
 

@@ -9413,14 +9413,14 @@ async function askForToken() {
 const getJSON = async (path) => (await api(path)).json();
 const getText = async (path) =>
   (await api(path, { headers: { Accept: "text/plain, */*;q=0.5" } })).text();
-
-async function submit(body) {
-  const headers = { "Content-Type": "application/json" };
-  const response = await api(TASKS, { method: "POST", headers, body });
-  show((await response.json()).id);
-}
-
 const post = (path) => api(path, { method: "POST" });
+
+// Has a button do its work, once at a time. Disabled, it would lose the focus.
+async function alone(button, work) {
+  if (button.ariaBusy) return;
+  button.ariaBusy = "true";
+  await work().finally(() => { button.ariaBusy = null; });
+}
 
 // -- the state, and how it is drawn
 let list = { tasks: [], counts: {}, next: null };
@@ -9446,8 +9446,9 @@ function draw() {
     else $("rows").insertBefore(row.element, place);
   }
   drawSummary();
-  drawChart("finished");
-  drawChart("waiting");
+  ["finished", "waiting"].forEach(drawChart);
+  const focused = document.activeElement, near = focused.closest(".task") ?? $("pages");
+  if (focused.disabled) near.querySelector("summary, :enabled")?.focus();
 }
 
 function drawSummary() {
@@ -9469,10 +9470,13 @@ function drawSummary() {
   $("older").disabled = next === null;
   $("pages").hidden = !before && !tasks.length;
   $("cancel-all").disabled = !tasks.some(isUnfinished);
-  $("retry-all").disabled = tasks.every(isUnfinished);
+  $("retry-all").disabled = !tasks.some(isRetriable);
 }
 
-const isUnfinished = (task) => !task.ended_at;
+const isUnfinished = ({ status }) => ["pending", "processing"].includes(status);
+const isRetriable = ({ id, status }) => ["failed", "cancelled"].includes(status) &&
+  list.tasks.every(({ retry_of: other }) => other !== id);
+const GONE = { status: "gone", started_at: "", ended_at: "", next_attempt_at: "" };
 
 class Row {
   texts = [];
@@ -9511,10 +9515,10 @@ class Row {
   }
 
   on(button, work) {
-    button.onclick = () => {
+    button.onclick = () => alone(button, () => {
       put(this.error, "");
-      work().then(reload, ({ message }) => put(this.error, message));
-    };
+      return work().then(reload, ({ message }) => put(this.error, message));
+    });
   }
 
   draw(task) {
@@ -9546,7 +9550,7 @@ class Row {
     this.bar.hidden = percent === undefined;
     this.bar.value = percent ?? 0;
     if (!this.details) return;
-    this.cancel.disabled = Boolean(ended || task.cancel_requested);
+    this.cancel.disabled = !isUnfinished(task) || Boolean(task.cancel_requested);
     this.retry.disabled = this.delete.disabled = !ended;
   }
 
@@ -9596,7 +9600,7 @@ async function forAll(verb, fits) {
   const all = paths.map((path) => post(`${path}/${verb}`));
   const failures = (await Promise.allSettled(all)).filter(({ reason }) => reason);
   if (failures.length) alert(failures[0].reason.message);
-  reload();
+  await reload();
 }
 
 // -- the charts of the last five minutes, as far as the page has been open
@@ -9695,8 +9699,8 @@ function showErrors(errors) {
   $("form").querySelector("[aria-invalid=true]")?.focus();
 }
 
-let types = [];
-
+let types = [], drawn = ""; // and the form of the one that is chosen
+let sent = {}; // a task without an answer yet: sent again, it is still the same one
 const isRegistered = ({ params }) => params.type; // else it is still paused, and gone
 
 function drawTypes(latest) {
@@ -9724,20 +9728,23 @@ function drawForm() {
   showErrors([]);
 }
 
-$("form").onsubmit = async (event) => {
-  event.preventDefault();
-  event.submitter.disabled = true;
+async function submit() {
   put($("accepted"), "");
   try {
     const type = $("new-type").value, params = entered($("params"));
-    await submit(JSON.stringify({ type, params, ...entered($("options")) }));
+    const body = JSON.stringify({ type, params, ...entered($("options")) });
+    const key = crypto.getRandomValues(new Uint32Array(4)).join("-");
+    if (sent.body !== body) sent = { body, key };
+    const headers = { "Content-Type": "application/json", "Idempotency-Key": sent.key };
+    const response = await api(TASKS, { method: "POST", headers, body });
+    sent = {};
+    show((await response.json()).id);
     showErrors([]);
     put($("accepted"), "Submitted");
   } catch (error) {
     showErrors(error.errors ?? [{ detail: error.message }]);
   }
-  event.submitter.disabled = false;
-};
+}
 
 // -- the table of task types: how long the latest tasks took, and what is paused
 const durations = new Map(); // by type: those of completed tasks in seconds, sorted
@@ -9760,6 +9767,7 @@ async function loadDurations() {
 }
 
 function drawDurations() {
+  const focused = document.activeElement.closest("#durations tr")?.rowIndex;
   $("durations").replaceChildren(...types.map(({ type, paused, rules }) => {
     const times = durations.get(type) ?? [];
     const cell = (time) => make("td", {}, time === undefined ? "" : span(time));
@@ -9772,6 +9780,7 @@ function drawDurations() {
     return make("tr", {}, name, cell(times[times.length >> 1]), cell(times.at(-1)),
       make("td", {}, button));
   }));
+  if (focused) $("durations").rows[focused - 1]?.querySelector("button").focus();
 }
 
 // -- live updates: an event only says that something has changed; the list says what
@@ -9839,9 +9848,10 @@ for (const value of ["", ...STATUSES]) {
   $("statuses").append(make("label", {}, each, (value || "all") + " ", make("b")));
 }
 $("filter").oninput = () => show("", []);
-$("filter").onsubmit = (event) => event.preventDefault();
-$("cancel-all").onclick = () => forAll("cancel", isUnfinished);
-$("retry-all").onclick = () => forAll("retry", (task) => !isUnfinished(task));
+document.querySelector("main").onsubmit = (event) => event.preventDefault();
+$("form").onsubmit = ({ submitter }) => alone(submitter, submit);
+for (const [verb, fits] of [["cancel", isUnfinished], ["retry", isRetriable]])
+  $(verb + "-all").onclick = ({ target }) => alone(target, () => forAll(verb, fits));
 $("types").ontoggle = () => loadDurations().catch(() => {});
 $("older").onclick = () => show("", [...after, list.next]);
 $("newer").onclick = () => show("", after.slice(0, -1));

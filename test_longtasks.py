@@ -12661,6 +12661,34 @@ def test_the_form_has_an_input_for_each_param_and_shows_errors_there(browser, re
         assert submission(service, browser.opened()) == expected
 
 
+BETWEEN = """
+const request = window.fetch;
+window.fetch = async (path, init) =>
+  [await request(path, init), init.method && await between][0];
+"""
+
+
+def test_what_is_pressed_again_before_an_answer_is_done_once(browser, service):
+    handler("quick")(lambda: 1)
+    browser.go(service)
+    browser.choose("quick")
+    browser.run(BETWEEN + "window.between = Promise.reject(TypeError('Failed'))")
+    browser.click("#form .main")
+    browser.see("#refused", "The service does not answer.")
+    browser.run("between = new Promise((go) => { window.go = go; })")
+    twice = "for (let i = 2; i--;) document.querySelector('%s').click()"
+    browser.run(twice % "#form .main")
+    browser.run("go()")  # the answer with the task that has been there before
+    browser.see("[open] .status", "completed")
+    browser.click("#form .main")
+    browser.see(status_filter("completed"), "2")
+    assert browser.run("return document.activeElement.innerText") == "Submit"
+    browser.see("[open] .status", "completed")
+    browser.run(twice % "[open] .retry")
+    browser.see(status_filter("completed"), "3")
+    assert len(call(service, "GET", "/api/v1/tasks").json["tasks"]) == 3
+
+
 PLACES = """
 const [type, id] = document.querySelector("[open] .name").children;
 return id.getBoundingClientRect().left >= type.getBoundingClientRect().right;
@@ -12742,6 +12770,7 @@ def test_the_page_finds_retries_and_cancels_all_that_are_shown(browser, gate, re
         fails = [submitted(service, "bad", label="house %d" % n) for n in range(2)]
         other = submitted(service, "bad", label="garden")
         result_of(service, other)
+        submitted(service, "long_computation", {"duration": 0}, label="house")
         runs, waits = submitted(service, "gate"), submitted(service, "gate")
         browser.go(service)
         browser.see(
@@ -12754,8 +12783,9 @@ def test_the_page_finds_retries_and_cancels_all_that_are_shown(browser, gate, re
         browser.ask("POST", "/alert/dismiss")
         browser.click("#retry-all")
         browser.ask("POST", "/alert/accept")
-        browser.see("#place", "1 to 4")
+        browser.see("#place", "1 to 5")
         assert browser.text(summary(fails[0]))
+        assert browser.elements("#retry-all:disabled")  # they have been retried
         browser.fill("#search", "gate")
         browser.see("#place", "1 to 2")
         browser.click("#cancel-all")
@@ -12776,9 +12806,10 @@ def test_the_page_pauses_types_and_shows_how_long_their_tasks_took(browser, regi
         offered = "return document.querySelector('#new-type').textContent"
         assert browser.run(offered) == "long_computationquick"
         browser.click("[aria-label='resume gone']")
+        until(lambda: "gone" not in browser.text("#durations"), "the end of its row")
         browser.see("#durations", "quick", "max_running\xa02", "0.0 s")
         browser.click("[aria-label='pause quick']")
-        browser.see("[aria-label='resume quick']", "resume")
+        browser.see("[aria-label='resume quick']:focus", "resume")
         task_id = submitted(service, "quick")
         browser.see(summary(task_id), "pending", "paused")
         browser.click("[aria-label='resume quick']")
@@ -12925,6 +12956,9 @@ def test_the_page_can_be_used_with_a_keyboard_and_a_screen_reader(
     assert re.search("steps %s processing for .* s ago" % task_id[:8], " ".join(names))
     roles = {"button", "radio", "combobox", "progressbar", "spinbutton", "log"}
     assert roles < set(names.values()), names
+    browser.type(".cancel", "\n")
+    browser.see("[open] .status", "cancelled")
+    assert browser.run(focused) == task_id
 
 
 AXE = os.environ.get("LONGTASKS_AXE", "")

@@ -9247,7 +9247,7 @@ dialog { margin: auto; padding: 20px; width: min(380px, 90vw); color: inherit; }
   <aside class="card">
     <details id="new">
       <summary><h2>New task</h2></summary>
-      <form id="form">
+      <form id="form" novalidate>
         <label class="field"><b>Type</b> <select id="new-type"></select>
           <small id="description"></small></label>
         <fieldset id="params" aria-label="Params"></fieldset>
@@ -9670,13 +9670,17 @@ function makeInput({ type, enum: choices, default: initial }) {
 // Returns an object with what was entered into the fields of a fieldset.
 function entered(fieldset) {
   return Object.fromEntries([...fieldset.elements].flatMap((input) => {
-    const { type, value, valueAsNumber: number } = input;
+    const { type, value, valueAsNumber: number, validationMessage: wrong } = input;
     const name = input.name.split("/").pop();
-    if (value === input.initial || (value === "" && type !== "text")) return [];
+    const left = value === input.initial || (value === "" && type !== "text");
+    if (left && !wrong) return [];
     if (type === "text") return [[name, value]];
     try {
-      const json = number % 1 ? number : parse(value); // .5 is not JSON
-      return input.name === "#/params" ? Object.entries(json) : [[name, json]];
+      if (wrong) throw new Error(wrong);
+      const json = Math.abs(number) < 2 ** 53 ? number : parse(value); // 07 is not JSON
+      if (input.name !== "#/params") return [[name, json]];
+      if (value.trim()[0] !== "{") throw new Error("must be a JSON object");
+      return Object.entries(json);
     } catch ({ message: detail }) {
       throw Object.assign(new Error(), { errors: [{ pointer: input.name, detail }] });
     }
@@ -9696,7 +9700,9 @@ function showErrors(errors) {
     put(place, [place.textContent, detail].filter(Boolean).join("; "));
     if (input) input.ariaInvalid = "true";
   }
-  $("form").querySelector("[aria-invalid=true]")?.focus();
+  const wrong = $("form").querySelectorAll("[aria-invalid=true]");
+  for (const each of wrong) each.closest("details").open = true; // the options
+  wrong[0]?.focus();
 }
 
 let types = [], drawn = ""; // and the form of the one that is chosen
@@ -9704,21 +9710,21 @@ let sent = {}; // a task without an answer yet: sent again, it is still the same
 const isRegistered = ({ params }) => params.type; // else it is still paused, and gone
 
 function drawTypes(latest) {
-  const shape = (each) => JSON.stringify(each.map(({ type, params, description }) =>
-    [type, params, description]));
-  const same = shape(latest) === shape(types);
   types = latest;
   drawDurations();
-  if (same) return; // keep what was entered
-  const options = (each) => each.map(({ type }) => new Option(type, type));
-  $("type").replaceChildren(new Option("all", ""), ...options(types));
-  $("new-type").replaceChildren(...options(types.filter(isRegistered)));
+  const options = (each, { value }) => each.map(({ type }) =>
+    new Option(type, type, false, type === value));
+  $("type").replaceChildren(new Option("all", ""), ...options(types, $("type")));
+  $("new-type").replaceChildren(...options(types.filter(isRegistered), $("new-type")));
   drawForm();
 }
 
 function drawForm() {
   const chosen = $("new-type").value;
   const { params, description } = types.find(({ type }) => type === chosen);
+  const form = JSON.stringify([chosen, params, description]);
+  if (form === drawn) return; // keep what was entered
+  drawn = form;
   const fields = makeFields("#/params/", params);
   const name = fields.length ? "other params" : "params";
   if (params.additionalProperties !== false)

@@ -12617,7 +12617,7 @@ def test_the_form_has_an_input_for_each_param_and_shows_errors_there(browser, re
         return None
 
     longtasks.register_command("say=echo {what}")
-    wrong = "[aria-invalid=true]:focus + .error"
+    wrong, priority = "[aria-invalid=true]:focus + .error", '[name="#/priority"]'
     with serving() as service:
         browser.go(service)
         browser.choose("say")
@@ -12643,12 +12643,24 @@ def test_the_form_has_an_input_for_each_param_and_shows_errors_there(browser, re
         browser.fill(field("items"), "[1")
         browser.type(field("required"), "null")
         browser.fill(field("note"), "")
-        browser.type(field(""), '{"more": [18014398509481985]}')
+        browser.type(field(""), "[1]")
         browser.click("#form details summary")
-        browser.type('[name="#/priority"]', "7")
+        browser.type(priority, "1e")
+        browser.click("#form details summary")
+        browser.click("#type option[value=say]")
+        handler("another")(lambda: None)  # as after a restart
+        submitted(service, "another")
+        browser.see("#new-type", "another")
+        assert browser.run("return document.querySelector('#type').value") == "say"
         browser.click("#form .main")
         browser.see(field("items") + wrong, "JSON")
         browser.fill(field("items"), "[1, 2]")
+        browser.click("#form .main")
+        browser.see(field("") + wrong, "must be a JSON object")
+        browser.fill(field(""), '{"more": [18014398509481985]}')
+        browser.click("#form .main")
+        browser.see(priority + wrong, "enter a number")
+        browser.fill(priority, "07")
         browser.click("#form .main")
         browser.see(field("n") + wrong, "params.n must be a whole number")
         browser.fill(field("n"), "12345678901234567890")

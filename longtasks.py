@@ -9142,6 +9142,7 @@ button, input, select, textarea, pre {
 code, pre, textarea { font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; }
 pre { max-height: 260px; overflow: auto; white-space: pre-wrap; margin-top: 4px; }
 pre:empty::after { content: "nothing yet"; color: var(--quiet); }
+.task:not(:has(.pending, .processing)) pre:empty::after { content: "nothing"; }
 button, summary { cursor: pointer; }
 button:hover:enabled, .summary:hover { background: var(--raised); }
 button:is(:disabled, [aria-busy]) { opacity: .5; cursor: default; }
@@ -9480,6 +9481,7 @@ const GONE = { status: "gone", started_at: "", ended_at: "", next_attempt_at: ""
 
 class Row {
   texts = [];
+  end = 0; // how many lines the log had when it was loaded, dropped ones included
 
   constructor(id) {
     this.path = TASKS + "/" + id;
@@ -9487,7 +9489,7 @@ class Row {
     this.element.id = id;
     this.summary.onclick = (event) => {
       event.preventDefault(); // the state says whether a row is open
-      const copying = !getSelection().isCollapsed; // the id, say
+      const copying = event.detail && !getSelection().isCollapsed; // the id, say
       if (!copying) show(opened === id ? "" : id);
     };
   }
@@ -9506,7 +9508,8 @@ class Row {
     this.on(this.cancel, () => post(this.path + "/cancel"));
     this.on(this.retry, async () =>
       show((await (await post(this.path + "/retry")).json()).id));
-    this.on(this.delete, () => api(this.path, { method: "DELETE" }));
+    this.on(this.delete, () => api(this.path, { method: "DELETE" }).then(() =>
+      opened === this.task.id && show("")));
     this.on(this.save, async () => {
       const log = encodeURIComponent(await getText(this.path + "/log"));
       const href = "data:text/plain;charset=utf-8," + log;
@@ -9556,28 +9559,37 @@ class Row {
 
   // Fetches what only an open row shows.
   async load() {
-    this.appendLog(await getText(this.path + "/log"));
-    if (!this.request.textContent)
-      put(this.request, pretty(await getText(this.path + "/submission")));
-    if (this.task.steps) await this.loadSteps();
-    if (!this.task.ended_at || this.result.textContent) return;
-    const path = this.path + "/result";
-    put(this.result, this.task.status === "completed" ?
-      readable(await getText(path)) : (await getJSON(path)).error);
+    const { task, request } = this;
+    const get = (name, use) => getText(`${this.path}/${name}`).then(use);
+    await Promise.all([
+      get("log", (text) => this.appendLog(text)),
+      request.textContent || get("submission", (json) => put(request, pretty(json))),
+      task.steps && get("steps", (json) => this.putSteps(JSON.parse(json).steps)),
+      task.ended_at && !this.finished && this.loadResult(),
+    ]);
   }
 
-  async loadSteps() {
-    const { steps } = await getJSON(this.path + "/steps");
+  async loadResult() {
+    const path = this.path + "/result", ok = this.task.status === "completed";
+    put(this.result, ok ? readable(await getText(path)) : (await getJSON(path)).error);
+    this.finished = true;
+  }
+
+  putSteps(steps) {
     put(this.steps, steps.map(({ name, started_at: started, ended_at: ended }) =>
       `${name} took ${span(seconds(ended) - seconds(started))}`).join("\n"));
   }
 
   // Keeps what is there, so that a reader's selection and place stay.
   appendLog(text) {
-    const { log } = this;
+    const { log } = this, shown = log.textContent, all = text.split("\n");
     const atEnd = log.scrollTop + log.clientHeight > log.scrollHeight - 9;
-    if (!text.startsWith(log.textContent)) log.textContent = "";
-    const more = text.slice(log.textContent.length);
+    const [, dropped] = /^\(dropped before these: (\d+) line/.exec(text) ?? [];
+    const first = dropped ? dropped - 1 : 0, end = first + all.length - 1;
+    const another = dropped ? this.end > end : !text.startsWith(shown);
+    if (another || shown.length > MAX_TEXT + text.length) log.textContent = "";
+    const more = all.slice(log.textContent && Math.max(0, this.end - first)).join("\n");
+    this.end = end;
     if (more) log.append(more);
     if (atEnd) log.scrollTop = log.scrollHeight;
   }
@@ -9794,15 +9806,18 @@ let loads = 0, loaded = 0; // the numbers of the latest list requested, and show
 let timer = 0, connection = new AbortController();
 
 async function load() {
+  const known = rows.get(opened)?.task;
   const number = ++loads, query = new URLSearchParams(new FormData($("filter")));
   if (after.length) query.set("after", after.at(-1));
   const [latest, metrics, registered, problem, task] = await Promise.all([
     getJSON(`${TASKS}?order=desc&limit=${PAGE_SIZE}&${query}`), getText("/metrics"),
     getJSON("/api/v1/types"),
     api("/readyz").then(() => "", ({ detail = "" }) => detail),
-    opened && getJSON(TASKS + "/" + opened).catch(() => rows.get(opened)?.task),
+    opened && getJSON(TASKS + "/" + opened).catch(({ status }) =>
+      known && [404, 410].includes(status) ? { ...known, ...GONE } : known),
   ]);
   if (number < loaded) return;
+  if (after.length && !latest.tasks.length) return show(opened, []); // they are gone
   loaded = number;
   list = latest;
   unready = problem;
@@ -9859,7 +9874,7 @@ $("form").onsubmit = ({ submitter }) => alone(submitter, submit);
 for (const [verb, fits] of [["cancel", isUnfinished], ["retry", isRetriable]])
   $(verb + "-all").onclick = ({ target }) => alone(target, () => forAll(verb, fits));
 $("types").ontoggle = () => loadDurations().catch(() => {});
-$("older").onclick = () => show("", [...after, list.next]);
+$("older").onclick = () => after.includes(list.next) || show("", [...after, list.next]);
 $("newer").onclick = () => show("", after.slice(0, -1));
 $("new-type").onchange = drawForm;
 const time = { type: "number", minimum: 0, description: "seconds" };

@@ -12587,7 +12587,7 @@ def test_the_page_cancels_deletes_and_submits_again(browser, steps, service):
     browser.click(status_filter("cancelled"))
     browser.open(first)
     browser.click("[open] .delete")
-    browser.see("[open] .error", "deleted")
+    until(lambda: not browser.text(summary(first)), "the end of the row")
     assert call(service, "GET", "/api/v1/tasks/" + first).status == 410
 
 
@@ -12858,6 +12858,29 @@ def test_the_page_shows_steps_and_the_output_of_programs(browser, registry):
         ]
 
 
+def test_an_open_row_has_a_long_log_and_says_that_its_task_is_gone(browser, service):
+    longtasks.register_command("quiet=true")
+    task_id, text = submitted(service, "quiet"), ""
+    browser.go(service)
+    browser.open(task_id)
+    for n in range(7):  # more than the service keeps, at last more than the page does
+        more = "".join("%d %d %s\n" % (n, each, "x" * 990) for each in range(60))
+        service.store.events.log(task_id, *more.splitlines())
+        text += more
+        browser.see("[open] .log", "%d 59 x" % n)
+        shown = browser.run("return document.querySelector('[open] .log').textContent")
+        assert shown == text if n < 5 else len(shown) < 2e5
+    result = (
+        "return getComputedStyle(document.querySelector('[open] .result'), 'after')"
+    )
+    assert browser.run(result + ".content") == '"nothing"'
+    fetched = "return performance.getEntries().filter((e) => /result$/.test(e.name))"
+    assert len(browser.run(fetched)) == 1
+    call(service, "DELETE", "/api/v1/tasks/" + task_id)
+    browser.see("[open] .status", "gone")
+    assert len(browser.elements("[open] .actions :disabled")) == 3
+
+
 def test_a_page_that_nobody_sees_holds_no_connection(browser, service, monkeypatch):
     def connections():
         metrics = call(service, "GET", "/metrics").body.decode()
@@ -12922,19 +12945,29 @@ new PerformanceObserver((list) => {
 
 def test_ten_thousand_tasks_do_not_freeze_the_page(browser, registry, service):
     handler("n")(lambda n: n)
+    handler("few")(lambda: None)
     browser.go(service)
     browser.run(LONGEST)
     batch = [longtasks.Submission("n", b'{"n": 1}')] * 1000
     for _ in range(10):
         service.store.submit_all(batch)
     browser.see(status_filter("completed"), "10,000")
-    browser.click("#older")
+    browser.run("for (let i = 2; i--;) document.querySelector('#older').click()")
     browser.see("#place", "101 to 200")
     tasks = call(service, "GET", "/api/v1/tasks?order=desc&limit=200").json["tasks"]
     ids = "return [...document.querySelectorAll('.task')].map((e) => e.id)"
     assert browser.run(ids) == [task["id"] for task in tasks[100:]]
     browser.click("#newer")
     browser.see("#place", "1 to 100")
+    assert browser.run("return document.activeElement.id") == "older"
+    browser.click("#type option[value=few]")
+    browser.see("#empty", "no such tasks")
+    few = service.store.submit_all([longtasks.Submission("few", b"{}")] * 101)
+    browser.see("#place", "1 to 100")
+    browser.click("#older")
+    browser.see("#place", "101 to 101")
+    service.store.delete(few[0].id)
+    browser.see("#place", "1 to 100")  # that page has gone
     assert browser.run("return longest") < 5000  # on a busy machine; else 100
 
 
@@ -12951,6 +12984,7 @@ def test_the_page_can_be_used_with_a_keyboard_and_a_screen_reader(
         "POST", "/actions", actions=[{"type": "key", "id": "0", "actions": press}]
     )
     assert browser.run(focused) == task_id
+    browser.run("getSelection().selectAllChildren(document.querySelector('h1'))")
     browser.type(summary(task_id), "\n")
     browser.see("[open] .request", "steps")
     browser.type(".cancel", ESCAPE)

@@ -49,13 +49,13 @@ line:
      1596  4. Execution
      2904  5. Journal
      3543  6. Events
-     3737  7. Result store and task queue
-     4922  8. Worker pool
-     5239  9. HTTP API
-     6920  10. HTTP server
-     7884  11. Client
-     8511  12. Main
-     9106  13. The page
+     3741  7. Result store and task queue
+     4926  8. Worker pool
+     5243  9. HTTP API
+     6924  10. HTTP server
+     7888  11. Client
+     8515  12. Main
+     9110  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -3708,15 +3708,19 @@ class Events:
             return (list(kept.lines), kept.dropped) if kept else ([], 0)
 
     def log_text(self, task_id: str, size: int = sys.maxsize) -> str:
-        """Return the end of a task's log, at most `size` characters, as text.
+        """Return the end of a task's log, at most `size` bytes in UTF-8, as text.
 
         Control characters are then escaped. A first line says how many are missing.
         """
         lines, dropped = self.log_of(task_id)
         texts: deque[str] = deque()
-        while lines and len(lines[-1]) < size:
-            size -= len(lines[-1]) + 1
-            texts.appendleft(escape(lines.pop()) + "\n")
+        while lines:
+            line = escape(lines[-1]) + "\n"
+            size -= len(line.encode())
+            if size < 0:
+                break
+            texts.appendleft(line)
+            lines.pop()
         dropped += len(lines)
         if dropped:
             texts.appendleft("(dropped before these: %s)\n" % counted(dropped, "line"))
@@ -4101,7 +4105,7 @@ class TaskQueue:
 
 
 Wait = Callable[[Commit], Any]  # awaits a commit, or leaves that to its caller
-LOG_SIZE = 16 << 10  # characters of a finished task's log that the file keeps
+LOG_SIZE = 16 << 10  # bytes of a finished task's log that the file keeps
 MAX_UNWRITTEN = 500  # tasks whose moves are not on disk; above it, a start waits
 
 # The commit of records that need no wait for a disk.

@@ -2111,49 +2111,25 @@ def test_of_many_who_submit_under_one_id_at_once_one_is_first(attempt, either):
     assert either.counts().pending == 1
 
 
-def test_a_repeat_takes_its_turn_when_the_first_could_not_be_written(gated):
+@pytest.mark.parametrize(
+    "submit",
+    [
+        lambda store, n: store.submit_once("id", asked(b"{}")),
+        lambda store, n: store.submit_once("id", asked(b"[%d]" % n)),  # in conflict
+        lambda store, n: store.submit_retries([asked(b"{}")._replace(retry_of="a")]),
+    ],
+)
+def test_a_repeat_takes_its_turn_when_the_first_could_not_be_written(submit, gated):
     gated.journal.failure = sqlite3.OperationalError("full")
-    first = background(lambda: gated.submit_once("id", asked(b"{}")))
+    first = background(lambda: submit(gated, 1))
     gated.journal.wait_held()
-    second = background(lambda: gated.submit_once("id", asked(b"{}")))
+    second = background(lambda: submit(gated, 2))
     gated.journal.let.release()
     for waiting in (first, second):
         with pytest.raises(longtasks.Unavailable):
             waiting.result(LONG)
     gated.journal.heal()
-    assert gated.submit_once("id", asked(b"{}"))[1]
-
-
-def test_a_conflict_is_told_once_what_it_conflicts_with_is_on_disk(gated):
-    def submit(params):
-        return background(lambda: gated.submit_once("id", asked(params)))
-
-    first = submit(b"{}")
-    gated.journal.wait_held()
-    second = submit(b'{"n": 1}')
-    with pytest.raises(concurrent.futures.TimeoutError):
-        second.result(0.1)
-    gated.journal.free()
-    assert first.result(LONG)[1]
-    with pytest.raises(longtasks.DifferentRequest):
-        second.result(LONG)
-
-
-@pytest.mark.parametrize("error", [None, sqlite3.OperationalError("full")])
-def test_a_retry_is_left_out_once_the_other_one_is_on_disk(error, gated):
-    retries = [longtasks.Submission("t", b"{}", retry_of=longtasks.new_id())]
-    first = background(lambda: gated.submit_retries(retries))
-    gated.journal.wait_held()
-    second = background(lambda: gated.submit_retries(retries))
-    with pytest.raises(concurrent.futures.TimeoutError):
-        second.result(0.1)
-    gated.journal.failure = error
-    gated.journal.let.release()
-    if error is None:
-        assert [len(each.result(LONG)) for each in (first, second)] == [1, 0]
-    for each in (first, second) if error else ():
-        with pytest.raises(longtasks.Unavailable):
-            each.result(LONG)
+    assert submit(gated, 3)[-1]
 
 
 # -- steering --------------------------------------------------------------

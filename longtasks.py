@@ -46,16 +46,16 @@ line:
       153  1. Settings
       491  2. Tasks and their states
       869  3. Task registry
-     1596  4. Execution
-     2994  5. Journal
-     3633  6. Events
-     3831  7. Result store and task queue
-     5016  8. Worker pool
-     5333  9. HTTP API
-     7014  10. HTTP server
-     7978  11. Client
-     8605  12. Main
-     9200  13. The page
+     1606  4. Execution
+     3004  5. Journal
+     3643  6. Events
+     3841  7. Result store and task queue
+     5026  8. Worker pool
+     5343  9. HTTP API
+     7024  10. HTTP server
+     7988  11. Client
+     8615  12. Main
+     9210  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1054,11 +1054,21 @@ def _check_name(name: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return a member of an Enum of strings as the str it is, other values as they are.
+    """Return what is a text or a number by a subclass as the str, int or float it is.
 
-    Such a member is equal to its str, but is formatted as its name.
+    A member of an Enum of strings is equal to its str, but is formatted as its name.
     """
-    return str.__str__(value) if isinstance(value, str) else value
+    for kind, convert in _PLAIN.items():
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return convert(value)
+    return value
+
+
+_PLAIN: dict[type, Callable[[Any], Any]] = {
+    str: str.__str__,
+    int: int.__int__,
+    float: float.__float__,
+}
 
 
 def is_name(name: Any) -> bool:
@@ -1579,7 +1589,7 @@ def describe(error: BaseException) -> str:
 def _number(error: BaseException, name: str) -> float | None:
     """Return the delay or count that an exception has, None if it is no such number."""
     with contextlib.suppress(BaseException):  # it may run code of the handler
-        value: Any = getattr(error, name, None)  # a subclass may not call __init__
+        value = plain(getattr(error, name, None))  # a subclass may not call __init__
         if Validator(_DURATION).is_valid(value):
             return float(value)
     return None

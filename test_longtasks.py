@@ -764,6 +764,24 @@ def test_a_type_named_by_an_enum_is_shown_by_its_value(registry):
             assert "Named." not in shown
 
 
+def test_numbers_of_a_subclass_such_as_those_of_numpy_are_numbers(registry):
+    class Float64(float):
+        pass
+
+    class Few(enum.IntEnum):
+        TWO = 2
+
+    error = longtasks.Retry("busy", after=Float64(0.5), max_attempts=Few.TWO)
+    handler("t", backoff=Float64(0.25), retries=Few.TWO)(raising(error))
+    assert longtasks.rules_of(registry, 0, "t")[1:3] == (2, 0.25)
+    outcome = outcome_of(registry)
+    assert (outcome.status, outcome.after) == ("pending", 0.5)
+    assert outcome_of(registry, context=Context("id", 2)).status == "failed"
+    for wrong in (True, "1", Float64("nan")):
+        handler("wrong %r" % wrong)(raising(longtasks.Retry("busy", after=wrong)))
+        assert outcome_of(registry, "wrong %r" % wrong).after is None
+
+
 def test_the_registry_is_a_dict_and_the_function_stays_itself(registry):
     function = annotated(int)
     assert handler("é" * 100)(function) is registry["é" * 100].function is function

@@ -47,15 +47,15 @@ line:
       491  2. Tasks and their states
       869  3. Task registry
      1606  4. Execution
-     3004  5. Journal
-     3643  6. Events
-     3841  7. Result store and task queue
-     5026  8. Worker pool
-     5343  9. HTTP API
-     7024  10. HTTP server
-     7988  11. Client
-     8615  12. Main
-     9210  13. The page
+     2918  5. Journal
+     3557  6. Events
+     3755  7. Result store and task queue
+     4940  8. Worker pool
+     5257  9. HTTP API
+     6938  10. HTTP server
+     7902  11. Client
+     8529  12. Main
+     9124  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -2721,7 +2721,7 @@ def set_rules(line: str) -> None:
 # A built-in type that sends a status document to a URL, signed as in Standard Webhooks
 # 1.0.0 (standardwebhooks.com). It is registered if the operator lists hosts for it.
 
-WEBHOOK_TIMEOUT = 20.0  # seconds to connect, and then for TLS and the response
+WEBHOOK_TIMEOUT = 20.0  # seconds for the connection and the response
 WEBHOOK_RULES = {"retries": 40, "backoff": 5}  # over about a day
 
 
@@ -2750,13 +2750,12 @@ def send_webhook(key: bytes, params: dict[str, Any], ctx: Context) -> dict[str, 
     url, task = params["url"], params["task"]
     kind, when = "task.%s" % task.get("status"), task.get("ended_at")
     body = to_json({"type": kind, "timestamp": when, "data": task})
-    headers = _webhook_headers(key, ctx.task_id, body)
-    status, reason, response = post(url, headers, body, ctx)
-    answer = "%d %s" % (status, reason)
-    if 200 <= status < 300:
+    response = post(url, _webhook_headers(key, ctx.task_id, body), body, ctx)
+    answer = "%d %s" % (response.status, response.reason)
+    if 200 <= response.status < 300:
         return {"response": answer}
-    failure = Fail(answer) if status == 410 else Failure(answer)
-    failure.after = retry_after(response.get("Retry-After", ""))
+    failure = Fail(answer) if response.status == 410 else Failure(answer)
+    failure.after = retry_after(response.headers.get("Retry-After", ""))
     raise failure
 
 
@@ -2773,127 +2772,42 @@ def _webhook_headers(key: bytes, task_id: str, body: bytes) -> dict[str, str]:
     }
 
 
-def post(
-    url: str, headers: dict[str, str], body: bytes, ctx: Context
-) -> tuple[int, str, Any]:
-    """Send a request; return what Wire.response() does, or raise Failure.
+def post(url: str, headers: dict[str, str], body: bytes, ctx: Context) -> Any:
+    """Send a request; return the response without its body, or raise Failure.
 
-    Redirects are not followed, proxies not used. The connection is cut when
-    WEBHOOK_TIMEOUT is up, and at once when the task is to stop.
+    Redirects are not followed, proxies not used. The request is given up when
+    WEBHOOK_TIMEOUT is up, and at once when the task is to stop: a thread of its own
+    waits for the server, since not every wait for a connection can be ended.
     """
-    client, parts, wire = lazy_import("http.client"), urlsplit(url), Wire()
-    connection, tls = client.HTTPConnection(parts.netloc), None
-    if parts.scheme == "https":
-        tls = lazy_import("ssl").create_default_context()
-        connection = client.HTTPSConnection(parts.netloc, context=tls)
-    timer = threading.Timer(WEBHOOK_TIMEOUT, wire.cut)
+    client, parts = lazy_import("http.client"), urlsplit(url)
+    secure = parts.scheme == "https"
+    connect = client.HTTPSConnection if secure else client.HTTPConnection
+    connection = connect(parts.netloc, timeout=WEBHOOK_TIMEOUT)
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-    try:
-        with contextlib.closing(wire):
-            ctx.on_stop(wire.cut)
-            wire.connect(connection.host, connection.port)
-            timer.start()
-            if tls:
-                wire.start_tls(tls, connection.host)
-            connection.sock = wire.socket
-            connection.request("POST", target, body, headers)
-            return wire.response()
-    except (OSError, client.HTTPException, UnicodeError) as error:
-        ctx.check()
-        reason = "timed out" if wire.is_cut else describe(error)
-        raise Failure("no answer from %s: %s" % (parts.netloc, reason)) from None
-    finally:
-        ctx.on_stop(None)
-        timer.cancel()
+    found, done = [], threading.Event()
 
+    def exchange() -> None:
+        try:
+            with contextlib.closing(connection):
+                connection.request("POST", target, body, headers)
+                with connection.getresponse() as response:
+                    found.append(response)
+        except (OSError, client.HTTPException, UnicodeError) as error:
+            found.append(error)
+        done.set()
 
-class Wire:
-    """A connection to a server that any thread can cut at any time.
-
-    Only the resolution of a name can't be cut: it ends when the system gives it up.
-    """
-
-    def __init__(self) -> None:
-        self.socket: Any = None
-        self.is_cut = False
-
-    def cut(self) -> None:
-        """Have what waits for the server, now or later, raise OSError."""
-        self.is_cut = True
-        with contextlib.suppress(OSError, TypeError):  # there is none, or it has ended
-            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)  # below TLS
-
-    def check(self) -> None:
-        """Raise TimeoutError if it was cut."""
-        if self.is_cut:
-            raise TimeoutError("timed out")
-
-    def close(self) -> None:
-        """Close its socket, if it has one."""
-        if self.socket:
-            self.socket.close()
-
-    def connect(self, host: str, port: int) -> None:
-        """Connect to the first address of a host that answers."""
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        fault = OSError("it has no address")
-        for family, kind, protocol, _, address in found:
-            try:
-                self.socket = socket.socket(family, kind, protocol)
-                self._connect(address, WEBHOOK_TIMEOUT / len(found))
-                return
-            except OSError as error:
-                self.close()
-                self.check()
-                fault = error
-        raise fault
-
-    def _connect(self, address: Any, timeout: float) -> None:
-        self.socket.setblocking(False)
-        fault = self.socket.connect_ex(address)
-        self.check()  # a cut had no effect if it came before that
-        if fault in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-            with selectors.DefaultSelector() as selector:
-                selector.register(self.socket, selectors.EVENT_WRITE)
-                if not selector.select(timeout):
-                    raise TimeoutError("timed out")
-            fault = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if fault:
-            raise OSError(fault, os.strerror(fault))
-        self.socket.settimeout(WEBHOOK_TIMEOUT)
-
-    def start_tls(self, tls: Any, host: str) -> None:
-        """Do the handshake of TLS."""
-        options = {"server_hostname": host, "do_handshake_on_connect": False}
-        self.socket = tls.wrap_socket(self.socket, **options)
-        self.check()  # a cut had no effect if it came while the socket was wrapped
-        self.socket.do_handshake()
-
-    def response(self) -> tuple[int, str, Any]:
-        """Return status, reason and headers of a response.
-
-        Interim ones before it are skipped (RFC 9110, 15.2). Raises OSError or
-        HTTPException.
-        """
-        with self.socket.makefile("rb") as file:
-            for _ in range(100):
-                status, reason, headers = read_head(file)
-                self.check()  # it may end where it was cut
-                if status == 101 or status >= 200:
-                    return status, reason, headers
-        raise lazy_import("http.client").HTTPException("100 interim responses")
-
-
-def read_head(file: Any) -> tuple[int, str, Any]:
-    """Read status, reason and headers of one response; raises HTTPException."""
-    client = lazy_import("http.client")
-    line = file.readline(65536).decode("latin-1")
-    found = re.fullmatch(r"HTTP/1\.[0-9] +([1-9][0-9]{2})(?: (.*))?", line.rstrip())
-    if not found:
-        fault = quote(line) if line else "the server closed the connection"
-        raise client.BadStatusLine(fault)
-    status, reason = found.groups("")
-    return int(status), reason.strip(), client.parse_headers(file)
+    start_thread("webhook", exchange)
+    ctx.on_stop(done.set)
+    done.wait(WEBHOOK_TIMEOUT)
+    ctx.on_stop(None)
+    with contextlib.suppress(OSError, TypeError):  # it has ended: no socket
+        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)  # below TLS
+    ctx.check()
+    response = found[0] if found else TimeoutError("timed out")
+    if isinstance(response, Exception):
+        reason = describe(response)
+        raise Failure("no answer from %s: %s" % (parts.netloc, reason))
+    return response
 
 
 def retry_after(text: str) -> float:

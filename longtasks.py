@@ -5144,15 +5144,6 @@ class WorkerPool:
         log_run(logging.INFO, context, state, **more)
 
 
-def name_of(coroutine: Any) -> str:
-    """Return the name of a coroutine, or that of the async generator it closes."""
-    if not hasattr(coroutine, "__qualname__"):
-        kind, inside = types.AsyncGeneratorType, gc.get_referents(coroutine)
-        closed: list[Any] = [each for each in inside if type(each) is kind]
-        coroutine = (closed or [type(coroutine)])[0]
-    return str(coroutine.__qualname__)
-
-
 class EventLoop:
     """A thread that runs async handlers, and one that starts up to `count` of them.
 
@@ -5195,7 +5186,9 @@ class EventLoop:
             self._call_soon(setattr, self, "_seen", None)
         elif run and now - self._seen_at >= 0.9:
             self._seen_at = math.inf  # it is logged once
-            inner = Context("?", type=name_of(run.get_coro()))  # that it has made
+            # A task that a handler has made; that of an async generator has no name.
+            name = getattr(run.get_coro(), "__qualname__", "an async generator")
+            inner = Context("?", type=name)
             context = self._runs.get(run, inner)
             stack = sys._current_frames().get(self._thread.ident or 0)
             trace = "".join(traceback.format_stack(stack, 5))

@@ -3214,21 +3214,6 @@ def test_steps_without_results_fill_the_memory_of_a_task_as_well():
         context.step("a", lambda: None)
 
 
-def test_a_step_takes_no_longer_after_many_others(store):
-    context = run_of(store)[1]
-    for n in range(100_000):
-        context.steps[str(n)] = longtasks.Step(1, n, str(n), b"0", 0.0, 0.0)
-
-    def seconds(names):
-        begin = time.perf_counter()
-        for name in names:
-            context.step(name, int)
-        return time.perf_counter() - begin
-
-    counting_all = seconds(["a"])
-    assert seconds("step %d" % n for n in range(100)) < 10 * counting_all
-
-
 @pytest.mark.parametrize(
     "change",
     [

@@ -51,11 +51,11 @@ line:
      3557  6. Events
      3755  7. Result store and task queue
      4940  8. Worker pool
-     5257  9. HTTP API
-     6938  10. HTTP server
-     7902  11. Client
-     8529  12. Main
-     9124  13. The page
+     5250  9. HTTP API
+     6931  10. HTTP server
+     7895  11. Client
+     8522  12. Main
+     9117  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at

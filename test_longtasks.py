@@ -3180,6 +3180,15 @@ def test_a_step_that_failed_can_be_tried_again_in_the_same_run(either):
     assert context.step("a", lambda: 1) == 1
 
 
+@pytest.fixture
+def restless():
+    """Where threads take turns, they do so as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 def test_threads_of_a_handler_can_do_steps_at_the_same_time(restless, store):
     task, context = run_of(store)
 
@@ -4590,146 +4599,6 @@ def test_programs_end_with_the_service_however_it_ends(line, number, reaper_dies
         running.signal(number)
         assert running.wait() == (1 if number == signal.SIGTERM else -9)
         until(lambda: not any(map(alive, pids)))
-
-
-# -- many at once
-
-
-HALF = {"percent": 50.0, "message": "half"}
-
-
-def register_all_kinds():
-    """Register types that end in each of the ways there are; return their names."""
-
-    @handler("quick")
-    def quick():
-        return 1
-
-    @handler("talks", max_running=2)
-    def talk(ctx: Context):
-        ctx.log("a line")
-        ctx.progress(0.5, "half")
-
-    @handler("sleeps", timeout=0.02)
-    def sleep(ctx: Context):
-        ctx.sleep(0.001 if ctx.attempt % 2 else LONG)
-
-    @handler("fails", retries=1, backoff=0)
-    def fail():
-        raise longtasks.Failure("as it should")
-
-    @handler("again")
-    def again(ctx: Context):
-        if ctx.attempt == 1:
-            raise longtasks.Retry(after=0.001)
-
-    return ["quick", "talks", "sleeps", "fails", "again"]
-
-
-class Visitor:
-    """Does at random what a task store can do, and keeps what it returned."""
-
-    def __init__(self, store, kinds, seed):
-        self.store, self.kinds, self.dice = store, kinds, random.Random(seed)
-        self.ids, self.ends = [], {}
-
-    def visit(self, times):
-        acts = [self.look, self.cancel, self.delete, self.list, self.follow]
-        refusals = longtasks.Finished, longtasks.Unfinished, longtasks.GoneTask
-        for _ in range(times):
-            self.submit()
-            for act in self.dice.sample(acts, 2):
-                with contextlib.suppress(*refusals):
-                    act(self.dice.choice(self.ids))
-
-    def submit(self):
-        delay, priority = self.dice.choice([0, 0, 0.002]), self.dice.randrange(3)
-        options = longtasks.Options(delay=delay, priority=priority)
-        kind = self.dice.choice(self.kinds)
-        self.ids.append(self.store.submit(kind, b"{}", options).id)
-
-    def look(self, task_id):
-        context = self.store.context(task_id) or Context("")
-        assert context.progress_document() in (None, HALF)
-        for task in (self.store.get(task_id), self.store.wait(task_id, 0.005)):
-            if task.finished:  # and nothing may change it
-                assert self.ends.setdefault(task_id, task) == task
-
-    def cancel(self, task_id):
-        assert self.store.cancel(task_id).status in ("cancelled", "processing")
-
-    def delete(self, task_id):
-        self.store.delete(task_id)
-        with pytest.raises(longtasks.GoneTask):
-            self.store.get(task_id)
-
-    def list(self, task_id):
-        seqs = [task.seq for task in self.store.page(1000)[0]]
-        assert seqs == sorted(set(seqs))
-
-    def follow(self, task_id):
-        _, subscription = self.store.subscribe(task_id, after=0)
-        events = self.store.events.take(subscription, 0.001)
-        assert {event.task_id for event in events} <= {task_id}
-        assert len({e.number for e in events}) == len(events)
-        self.store.events.unsubscribe(subscription)
-
-
-@contextlib.contextmanager
-def all_events(store):
-    """A list of all events, which fills while this lasts and is complete then."""
-    events, over = [], threading.Event()
-    _, subscription = store.subscribe("")
-
-    def follow():
-        while not over.is_set():
-            events.extend(store.events.take(subscription, 0.01))
-
-    thread = threading.Thread(target=follow)
-    thread.start()
-    try:
-        yield events
-    finally:
-        over.set()
-        thread.join(LONG)
-        events.extend(store.events.take(subscription, 0))
-        assert not subscription.closed
-        store.events.unsubscribe(subscription)
-
-
-@pytest.fixture
-def restless():
-    """Where threads take turns, they do so as often as can be."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
-@pytest.mark.parametrize("db", ["", "tasks.db"])
-def test_many_who_do_everything_at_once_leave_the_books_balanced(
-    db, registry, restless, tmp_path
-):
-    kinds, path = register_all_kinds(), db and str(tmp_path / db)
-    with serving(DB=path, WORKER_COUNT=6, RESULT_LIMIT=300, GRACE=LONG) as service:
-        store = service.store
-        visitors = [Visitor(store, kinds, seed) for seed in range(8)]
-        with all_events(store) as events:
-            together(8, lambda index: visitors[index].visit(100))
-            until(lambda: store.counts()[:2] == (0, 0) and not store.stuck())
-        tasks = store.page(10**6)[0]
-        assert store.counts() == (0, 0, len(tasks))
-    ids = sorted(id for visitor in visitors for id in visitor.ids)
-    ends = [e.task_id for e in events if e.kind == "status" and e.payload.finished]
-    assert sorted(ends) == ids, "each has ended once"
-    gone = [event.task_id for event in events if event.kind == "gone"]
-    assert sorted(gone + [task.id for task in tasks]) == ids
-    assert [event.number for event in events] == list(range(1, len(events) + 1))
-    assert {task.status for task in tasks} <= longtasks.FINISHED
-    if path:
-        journal = longtasks.Journal(path)
-        assert sorted(journal.load()) == tasks
-        assert journal.close(LONG)
 
 
 # ======================================================================

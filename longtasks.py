@@ -55,7 +55,7 @@ line:
      6931  10. HTTP server
      7895  11. Client
      8522  12. Main
-     9117  13. The page
+     9113  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -8682,10 +8682,9 @@ class Service:
         handlers, (tasks, _) = self.server.app.handlers, self.store.page(10**9)
         gone = [t.type for t in tasks if not t.finished and t.type not in handlers]
         if gone:
-            names = sorted(set(gone))
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             text = "%s waiting for types that are not registered will fail: %s"
-            log.warning(text, counted(len(gone), "task"), shown)
+            names = first_line(", ".join(sorted(set(gone))))
+            log.warning(text, counted(len(gone), "task"), names)
 
     def _serve(self) -> None:
         """Accept clients until shutdown(), and then answer those that are connected."""
@@ -8744,10 +8743,7 @@ class Service:
         return left
 
     def _await_collectors(self, event: Any) -> Any:
-        """Let clients that ask each second collect results, after this event.
-
-        Returns the last event: a second signal ends it.
-        """
+        """Let clients that ask each second collect results, until a second signal."""
         end = time.monotonic() + COLLECTING_TIME
         while event == DRAINED and time.monotonic() < end:
             event = self._next_event(end - time.monotonic()) or DRAINED

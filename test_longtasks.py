@@ -11345,6 +11345,7 @@ def test_the_oom_killer_prefers_an_isolated_task_to_the_service(isolated):
     assert Path(score % pid_of(isolated, task_id)).read_text() == "1000\n"
     assert Path(score % isolated.process.pid).read_text() != "1000\n"
     cancel(isolated.port, task_id)
+    result_of(isolated.port, task_id)  # else its end evicts a result of another test
 
 
 def test_a_result_that_is_too_large_does_not_leave_the_isolated_process(isolated):

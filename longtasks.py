@@ -47,15 +47,15 @@ line:
       491  2. Tasks and their states
       869  3. Task registry
      1606  4. Execution
-     2918  5. Journal
-     3557  6. Events
-     3755  7. Result store and task queue
-     4940  8. Worker pool
-     5250  9. HTTP API
-     6931  10. HTTP server
-     7895  11. Client
-     8522  12. Main
-     9113  13. The page
+     2922  5. Journal
+     3561  6. Events
+     3759  7. Result store and task queue
+     4961  8. Worker pool
+     5271  9. HTTP API
+     6952  10. HTTP server
+     7916  11. Client
+     8544  12. Main
+     9136  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -2789,6 +2789,9 @@ def post(url: str, headers: dict[str, str], body: bytes, ctx: Context) -> Any:
     def exchange() -> None:
         try:
             with contextlib.closing(connection):
+                connection.connect()
+                if done.is_set():  # it was given up meanwhile
+                    return
                 connection.request("POST", target, body, headers)
                 with connection.getresponse() as response:
                     found.append(response)
@@ -2799,6 +2802,7 @@ def post(url: str, headers: dict[str, str], body: bytes, ctx: Context) -> Any:
     start_thread("webhook", exchange)
     ctx.on_stop(done.set)
     done.wait(WEBHOOK_TIMEOUT)
+    done.set()
     ctx.on_stop(None)
     with contextlib.suppress(OSError, TypeError):  # it has ended: no socket
         socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)  # below TLS
@@ -3766,6 +3770,7 @@ class Events:
 
 
 Clock = Callable[[], float]  # the time in seconds
+HOUR = 3600.0
 
 
 class Limits(NamedTuple):
@@ -3812,7 +3817,8 @@ class ResultStore:
 
     def __init__(self, limits: Limits, clock: Clock, monotonic: Clock) -> None:
         self._limits, self._clock, self._monotonic = limits, clock, monotonic
-        self._began, self._start = monotonic(), clock()
+        self._began = self._agreed_at = monotonic()
+        self._offset = clock() - self._began  # of the clock, as far as it is believed
         self._tasks: dict[str, Task] = {}
         self._ended: deque[str] = deque()  # ids by the tasks' ends, or of removed ones
         self._removed: OrderedDict[str, None] = OrderedDict()
@@ -3822,7 +3828,8 @@ class ResultStore:
         self.pending_bytes = 0
         self.finished_bytes = 0
         # Counts on from the time, so that a list's `after` still holds after a restart.
-        self.last_seq = int(clock() * 1e6)
+        # Tasks up to the first one were submitted to an earlier process.
+        self.last_seq = self._first_seq = int(clock() * 1e6)
 
     def load(self, tasks: Iterable[Task], removed: Iterable[str]) -> Iterator[Task]:
         """Take in the tasks of an earlier process, ordered as Journal.load() does.
@@ -3839,6 +3846,7 @@ class ResultStore:
         in_order = sorted(self._tasks.values())  # a task begins with its seq
         self._tasks = {task.id: task for task in in_order}
         self.last_seq = max([self.last_seq] + [task.seq for task in in_order[-1:]])
+        self._first_seq = self.last_seq
 
     def new(self, wanted: Iterable[Identified]) -> list[Task]:
         """Return the tasks of submissions. They are not shown yet."""
@@ -3914,6 +3922,7 @@ class ResultStore:
     def evict(self) -> list[Task]:
         """Remove finished tasks beyond the limits, in the order of their ends."""
         evicted: list[Task] = []
+        self._follow_clock()
         if len(self._ended) > 2 * (len(self._tasks) + 100):  # mostly of removed tasks
             self._ended = deque(i for i in self._ended if i in self._tasks)
         while self._ended:
@@ -3927,11 +3936,23 @@ class ResultStore:
         return evicted
 
     def _is_expired(self, task: Task) -> bool:
-        if task.ended_at is None:
+        ttl, now = self._limits.result_ttl, self._monotonic()
+        if task.ended_at is None or self._clock() - task.ended_at <= ttl:
             return False
-        # A clock that is set ahead, perhaps by mistake, makes no task older.
-        now = min(self._clock(), self._start + self._monotonic() - self._began)
-        return now - task.ended_at > self._limits.result_ttl
+        if now + self._offset - task.ended_at <= ttl:
+            return False
+        # Perhaps the clock was set: no task is older than the process that accepted it.
+        return task.seq <= self._first_seq or now - self._began > ttl
+
+    def _follow_clock(self) -> None:
+        """Believe the clock, but if it was set by more than an hour only in an hour.
+
+        A clock that is set ahead by mistake would make all tasks too old.
+        """
+        now = self._monotonic()
+        offset = self._clock() - now
+        if abs(offset - self._offset) <= HOUR or now - self._agreed_at > HOUR:
+            self._offset, self._agreed_at = offset, now
 
     def _is_over_limit(self) -> bool:
         finished = len(self._tasks) - self.totals[PENDING] - self.totals[PROCESSING]
@@ -8124,7 +8145,7 @@ def columns_of(text: str) -> int:
 def fit(text: str, size: int) -> str:
     """Return a text in exactly so many columns, cut off or padded."""
     while columns_of(text) > size:
-        text = text[:-1]
+        text = text[: -max(1, (columns_of(text) - size) // 2)]  # each takes up to two
     return text + " " * (size - columns_of(text))
 
 
@@ -8267,7 +8288,8 @@ def follow(client: Client, task_id: str, emit: Print = report) -> Json:
         if status_text(task) != status:
             status, next_line = status_text(task), now + LINE_INTERVAL
             report(status)
-            if status == PENDING and find_type(client, task["type"]).get("paused"):
+            is_pending = task["status"] == PENDING
+            if is_pending and find_type(client, task["type"]).get("paused"):
                 report("the task type %s is paused" % task["type"])
         if client.ended:
             return task
@@ -8997,19 +9019,20 @@ def collect_garbage() -> None:
         runs a finalizer, which logs: waits for the store's lock
     """
     use_cpus(ONE_CPU)
-    next_full = 0.0
+    before = 0  # blocks of memory after the last full collection
     while True:
         gc.disable()  # each time, since a handler may have enabled it
         time.sleep(GARBAGE_INTERVAL)
         counts, limits = gc.get_count(), gc.get_threshold()
         due = [n for n in range(3) if counts[n] > limits[n] > 0]
-        begin = time.monotonic()
-        full = due[-1:] == [2] and begin >= next_full
+        blocks = sys.getallocatedblocks() if due else 0  # always 0 with PYTHONMALLOC
+        # Going through all objects takes long: only where there is a quarter more.
+        full = blocks > 1.25 * before + 100_000 if blocks else due[-1:] == [2]
         if due:
             with UserCode():
                 gc.collect(2 if full else min(1, due[-1]))
-        if full:  # it takes long where there are many tasks: at most 1 % of the time
-            next_full = begin + 100 * (time.monotonic() - begin)
+        if full:
+            before = sys.getallocatedblocks()
 
 
 def import_ahead(settings: Settings) -> None:

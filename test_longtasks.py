@@ -2533,11 +2533,17 @@ def test_a_clock_that_is_set_ahead_by_mistake_removes_no_task():
     store = wall_clocked(monotonic, clock, result_ttl=60)
     monotonic.advance(1000, store)
     task = finished_task(store)
-    clock.ahead = 3600
+    clock.ahead = 10_000
     monotonic.advance(59, store)
     assert store.get(task.id).finished
     clock.ahead = 0
     monotonic.advance(2, store)
+    assert answer_of(store, task.id) == "GoneTask"
+    clock.ahead = 10_000  # as after a suspension
+    for _ in range(61):
+        monotonic.advance(60, store)
+    task = finished_task(store)
+    monotonic.advance(61, store)
     assert answer_of(store, task.id) == "GoneTask"
 
 

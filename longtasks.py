@@ -47,15 +47,15 @@ line:
       491  2. Tasks and their states
       869  3. Task registry
      1606  4. Execution
-     2922  5. Journal
-     3561  6. Events
-     3759  7. Result store and task queue
-     4961  8. Worker pool
-     5271  9. HTTP API
-     6952  10. HTTP server
-     7916  11. Client
-     8544  12. Main
-     9136  13. The page
+     2923  5. Journal
+     3562  6. Events
+     3760  7. Result store and task queue
+     4962  8. Worker pool
+     5272  9. HTTP API
+     6953  10. HTTP server
+     7917  11. Client
+     8545  12. Main
+     9137  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1663,7 +1663,8 @@ class Context:
         self.steps: dict[str, Step] = {}  # those done in all runs, by name
         self._pid = os.getpid()
         self._emit = emit
-        self._lock = threading.RLock()  # guards `reason`, _wake, _on_stop and _step_...
+        # Guards `reason`, _wake, _on_stop, _step_names and _step_bytes.
+        self._lock = threading.RLock()
 
     def progress(self, fraction: float | None, message: str = "") -> None:
         """Report how far the task is: a fraction from 0 to 1, and a message.
@@ -3513,7 +3514,7 @@ MOUNTS = "/proc/self/mountinfo"  # see proc(5); only Linux has it
 def is_mount_point(path: str) -> bool:
     """Whether a file was mounted by itself, as into a container, apart from its folder.
 
-    What is written beside it goes to another folder than that of the file.
+    Its -wal and lock would not be in that folder.
     """
     escaped = re.sub(rb"[\\ \t\n]", lambda m: b"\\%03o" % ord(m[0]), os.fsencode(path))
     with contextlib.suppress(OSError), open(MOUNTS, "rb") as file:
@@ -9025,7 +9026,7 @@ def collect_garbage() -> None:
         time.sleep(GARBAGE_INTERVAL)
         counts, limits = gc.get_count(), gc.get_threshold()
         due = [n for n in range(3) if counts[n] > limits[n] > 0]
-        blocks = sys.getallocatedblocks() if due else 0  # always 0 with PYTHONMALLOC
+        blocks = sys.getallocatedblocks() if due else 0  # 0 without pymalloc
         # Going through all objects takes long: only where there is a quarter more.
         full = blocks > 1.25 * before + 100_000 if blocks else due[-1:] == [2]
         if due:

@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       153  1. Settings
-      491  2. Tasks and their states
-      869  3. Task registry
-     1606  4. Execution
-     2923  5. Journal
-     3562  6. Events
-     3760  7. Result store and task queue
-     4962  8. Worker pool
-     5272  9. HTTP API
-     6953  10. HTTP server
-     7917  11. Client
-     8545  12. Main
-     9137  13. The page
+      490  2. Tasks and their states
+      868  3. Task registry
+     1605  4. Execution
+     2926  5. Journal
+     3565  6. Events
+     3763  7. Result store and task queue
+     4965  8. Worker pool
+     5275  9. HTTP API
+     6956  10. HTTP server
+     7920  11. Client
+     8548  12. Main
+     9140  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -305,8 +305,7 @@ SETTINGS = (
     Setting("WEBHOOK_SECRET", "", signing_key, "key that signs webhooks", secret=True),
     Setting("EXECUTOR", "", path, "where to run isolated handlers"),
     Setting("DB", "", path, "SQLite file to keep tasks in"),
-    Setting("TASK_TIMEOUT", "0", seconds,
-            "timeout of runs without their own; 0: none"),
+    Setting("TASK_TIMEOUT", "0", seconds, "timeout of runs without their own; 0: none"),
     Setting("GRACE", "3", seconds, "time that a handler has to stop"),
     Setting("STUCK_LIMIT", "100", count, "stuck handlers at which no task is accepted"),
     Setting("DRAIN_TIMEOUT", "300", seconds, "time that tasks have to end at shutdown"),
@@ -2845,7 +2844,7 @@ if name not in sys.modules:
 reply = sys.modules[name].run_remote(job)
 """
 _boot_values: dict[str, Any] = {}  # the variables of BOOT besides the job
-_renewing = threading.Lock()  # held while the executor is replaced, taken alone
+_renewing = threading.Lock()  # guards the replacement of the executor
 
 
 def load_executor(text: str) -> None:
@@ -2879,10 +2878,14 @@ def submit_to_executor(*call: Any) -> Any:
     try:
         return executor.submit(*call)
     except lazy_import("concurrent.futures").BrokenExecutor as error:
-        with _renewing, UserCode():
-            if EXECUTOR[0] is executor:  # else another thread has replaced it
-                log.warning("a new executor is made: %s", describe(error))
-                EXECUTOR[0] = factory()
+        log.warning("a new executor is made: %s", describe(error))
+        with UserCode():
+            made = factory()
+        with _renewing:
+            if EXECUTOR[0] is executor:
+                EXECUTOR[0] = made
+        if EXECUTOR[0] is not made:  # another thread was first
+            made.shutdown(wait=False)
     return EXECUTOR[0].submit(*call)
 
 
@@ -3505,9 +3508,6 @@ class Journal:
         self._wal_is_large = large
 
 
-RUNS, STOPPED = "runs", "stopped"  # states of the process that has or had the lock
-
-
 MOUNTS = "/proc/self/mountinfo"  # see proc(5); only Linux has it
 
 
@@ -3520,6 +3520,9 @@ def is_mount_point(path: str) -> bool:
     with contextlib.suppress(OSError), open(MOUNTS, "rb") as file:
         return any(line.split()[4] == escaped for line in file)
     return False
+
+
+RUNS, STOPPED = "runs", "stopped"  # states of the process that has or had the lock
 
 
 def lock_file(path: str) -> tuple[Any, bool]:
@@ -8128,7 +8131,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     shrink(sizes, width)
     lines = ["  ".join(map(fit, row, sizes)).rstrip() for row in safe]
-    lines = [fit(line, width) if len(line) > width else line for line in lines]
+    lines = [fit(line, width) if columns_of(line) > width else line for line in lines]
     if on_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
         lines = [_STATUS.sub(_colored, line, count=1) for line in lines]
     write_line("\n".join(lines))

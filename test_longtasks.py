@@ -9862,6 +9862,12 @@ def test_columns_of_a_list_are_aligned_and_cut_whatever_is_in_them(service, regi
     rows = re.sub("\x1b[^m]*m", "", listed.err).splitlines()[1:]
     found = [row.split(" bad   ")[1].split("  ValueError: x")[0] for row in rows]
     assert found == ["\u65e5\u672c" * 4 + " ", "e\u0301" * 17, "a" * 17]
+    handler("wide")(raising(longtasks.Failure("\u65e5" * 50)))
+    result_of(service, submitted(service, "wide", label="\u65e5" * 50))
+    options["env"] = {"COLUMNS": "80", "NO_COLOR": "1"}
+    with command(service, "list", "--type=wide", **options) as listed:
+        assert listed.end()[0] == 0
+    assert max(map(longtasks.columns_of, listed.err.splitlines())) == 80
 
 
 def test_a_terminal_that_cannot_erase_gets_lines(service):
@@ -11751,6 +11757,31 @@ def test_an_executor_that_a_process_breaks_by_its_death_is_replaced(tmp_path):
         assert len([line for line in running.lines if text in line]) == 2
         running.signal()
         assert running.wait() == 0
+
+
+def test_threads_that_replace_an_executor_at_once_use_the_same_one(monkeypatch):
+    both, made = threading.Barrier(2), []
+
+    class Executor:
+        open = True
+
+        def submit(self, *call):
+            if self not in made:
+                raise concurrent.futures.BrokenExecutor
+            return self
+
+        def shutdown(self, wait):
+            self.open = False
+
+    def factory():
+        both.wait(LONG)
+        made.append(Executor())
+        return made[-1]
+
+    monkeypatch.setattr(longtasks, "EXECUTOR", [Executor(), factory])
+    first, second = together(2, lambda n: longtasks.submit_to_executor(len, ""))
+    assert first is second
+    assert [each for each in made if each.open] == [first]
 
 
 def test_the_file_of_an_executor_may_have_the_handlers_too(tmp_path):

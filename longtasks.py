@@ -9335,7 +9335,6 @@ dialog { margin: auto; padding: 20px; width: min(380px, 90vw); color: inherit; }
       <div><dt>Started</dt><dd data-text="started_at"></dd></div>
       <div><dt>Ended</dt><dd data-text="ended_at"></dd></div>
       <div><dt>Attempt</dt><dd data-text="attempt"></dd></div>
-      <div><dt>Priority</dt><dd data-text="priority"></dd></div>
       <div><dt>Next attempt</dt><dd data-text="next_attempt_at"></dd></div>
       <div><dt>Last error</dt><dd data-text="last_error"></dd></div>
       <div><dt>Retry of</dt><dd data-text="retry_of"></dd></div>
@@ -9344,17 +9343,17 @@ dialog { margin: auto; padding: 20px; width: min(380px, 90vw); color: inherit; }
     <div class="pair">
       <div><h3>Request</h3>
         <pre class="request" tabindex="0" aria-label="Request"></pre></div>
-      <div><h3 data-text="outcome"></h3>
+      <div><div class="heading"><h3 data-text="outcome"></h3>
+        <button class="saveResult">Save</button></div>
         <pre class="result" tabindex="0" aria-label="Result or error"></pre></div>
     </div>
     <div><h3>Steps</h3>
       <pre class="steps" tabindex="0" aria-label="Steps"></pre></div>
-    <div><div class="heading"><h3>Log</h3> <button class="save">Save</button></div>
+    <div><div class="heading"><h3>Log</h3> <button class="saveLog">Save</button></div>
       <pre class="log" tabindex="0" role="log" aria-label="Log"></pre></div>
     <div class="actions">
       <button class="cancel">Cancel</button> <button class="delete">Delete</button>
-      <button class="retry">Retry</button>
-      <span class="error" role="alert"></span>
+      <button class="retry">Retry</button> <span class="error" role="alert"></span>
     </div>
   </div>
 </template>
@@ -9371,6 +9370,7 @@ const SILENT = "The service does not answer.";
 const $ = (id) => document.getElementById(id);
 const pause = (time) => new Promise((resolve) => setTimeout(resolve, time * 1000));
 const seconds = (timestamp) => Date.parse(timestamp) / 1000;
+const took = ({ started_at: from, ended_at: to }) => seconds(to) - seconds(from);
 const date = new Intl.DateTimeFormat([], { dateStyle: "medium", timeStyle: "medium" });
 const local = (timestamp) => date.format(Date.parse(timestamp)).replace(CONTROLS, "");
 
@@ -9460,7 +9460,7 @@ async function alone(button, work) {
 // -- the state, and how it is drawn
 let list = { tasks: [], counts: {}, next: null };
 let after = []; // where the pages of the list begin, up to the one that is shown
-let opened = ""; // the id of the task that is open
+let opened = location.hash.slice(1); // the id of the task that is open
 let live = false;
 let unready = ""; // why the service accepts no tasks now
 const rows = new Map(); // by task id
@@ -9544,11 +9544,14 @@ class Row {
       show((await (await post(this.path + "/retry")).json()).id));
     this.on(this.delete, () => api(this.path, { method: "DELETE" }).then(() =>
       opened === this.task.id && show("")));
-    this.on(this.save, async () => {
-      const log = encodeURIComponent(await getText(this.path + "/log"));
-      const href = "data:text/plain;charset=utf-8," + log;
-      make("a", { href, download: this.task.id + ".log" }).click();
-    });
+    this.on(this.saveResult, () => this.download("result"));
+    this.on(this.saveLog, () => this.download("log"));
+  }
+
+  async download(name) {
+    const blob = await (await api(`${this.path}/${name}`)).blob();
+    const href = URL.createObjectURL(blob), download = `${this.task.id}.${name}`;
+    make("a", { href, download }).click();
   }
 
   on(button, work) {
@@ -9588,7 +9591,7 @@ class Row {
     this.bar.value = percent ?? 0;
     if (!this.details) return;
     this.cancel.disabled = !isUnfinished(task) || Boolean(task.cancel_requested);
-    this.retry.disabled = this.delete.disabled = !ended;
+    this.retry.disabled = this.delete.disabled = this.saveResult.disabled = !ended;
   }
 
   // Fetches what only an open row shows.
@@ -9598,7 +9601,8 @@ class Row {
     await Promise.all([
       get("log", (text) => this.appendLog(text)),
       request.textContent || get("submission", (json) => put(request, pretty(json))),
-      task.steps && get("steps", (json) => this.putSteps(JSON.parse(json).steps)),
+      task.steps && get("steps", (json) => put(this.steps, JSON.parse(json).steps
+        .map((step) => `${step.name} took ${span(took(step))}`).join("\n"))),
       task.ended_at && !this.finished && this.loadResult(),
     ]);
   }
@@ -9607,11 +9611,6 @@ class Row {
     const path = this.path + "/result", ok = this.task.status === "completed";
     put(this.result, ok ? readable(await getText(path)) : (await getJSON(path)).error);
     this.finished = true;
-  }
-
-  putSteps(steps) {
-    put(this.steps, steps.map(({ name, started_at: started, ended_at: ended }) =>
-      `${name} took ${span(seconds(ended) - seconds(started))}`).join("\n"));
   }
 
   // Keeps what is there, so that a reader's selection and place stay.
@@ -9633,6 +9632,7 @@ class Row {
 function show(id, pages = after) {
   document.activeElement?.closest(".task")?.firstElementChild.focus();
   opened = id;
+  history.replaceState(null, "", "#" + id);
   after = pages;
   draw();
   reload();
@@ -9808,9 +9808,9 @@ async function loadDurations() {
   for (let pages = 10, after = ""; pages && after !== null; pages--) {
     const query = `status=completed&order=desc&limit=1000${after && "&after=" + after}`;
     const { tasks, next } = await getJSON(`${TASKS}?${query}`);
-    for (const { type, started_at: started, ended_at: ended } of tasks) {
-      if (!durations.has(type)) durations.set(type, []);
-      durations.get(type).push(seconds(ended) - seconds(started));
+    for (const task of tasks) {
+      if (!durations.has(task.type)) durations.set(task.type, []);
+      durations.get(task.type).push(took(task));
     }
     after = next;
   }
@@ -9843,7 +9843,7 @@ async function load() {
   const known = rows.get(opened)?.task;
   const number = ++loads, query = new URLSearchParams(new FormData($("filter")));
   if (after.length) query.set("after", after.at(-1));
-  const [latest, metrics, registered, problem, task] = await Promise.all([
+  const [latest, metrics, { types: found }, problem, task] = await Promise.all([
     getJSON(`${TASKS}?order=desc&limit=${PAGE_SIZE}&${query}`), getText("/metrics"),
     getJSON("/api/v1/types"),
     api("/readyz").then(() => "", ({ detail = "" }) => detail),
@@ -9858,8 +9858,7 @@ async function load() {
   if (task && !list.tasks.some(({ id }) => id === task.id)) list.tasks.push(task);
   list.tasks.sort((a, b) => b.created_at.localeCompare(a.created_at));
   sample(metrics);
-  if (JSON.stringify(registered.types) !== JSON.stringify(types))
-    drawTypes(registered.types);
+  if (JSON.stringify(found) !== JSON.stringify(types)) drawTypes(found);
   draw();
   const row = rows.get(opened);
   await row?.load().catch(({ detail }) => put(row.error, detail));
@@ -9918,6 +9917,7 @@ $("options").append(...makeFields("#/", { properties: {
   priority: { type: "integer", minimum: -1000, maximum: 1000 },
 } }));
 $("new").open = innerWidth > 900;
+window.onhashchange = () => show(location.hash.slice(1));
 document.onkeydown = ({ key }) => { if (key === "Escape" && opened) show(""); };
 setInterval(() => {
   if (!live || document.hidden) return;

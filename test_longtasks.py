@@ -12728,8 +12728,9 @@ def test_the_page_pauses_types_and_shows_how_long_their_tasks_took(browser, regi
 
 
 SAVED = """
-window.saved = null;
-HTMLAnchorElement.prototype.click = function () { saved = [this.download, this.href]; };
+window.saved = [];
+URL.createObjectURL = (blob) => (blob.text().then((text) => saved.push(text)), "");
+HTMLAnchorElement.prototype.click = function () { saved.push(this.download); };
 """
 
 
@@ -12749,12 +12750,13 @@ def test_the_page_shows_steps_and_the_output_of_programs(browser, registry):
         browser.see("[open] .result", "one\n<b>two</b>")
         assert not browser.text("[open] .steps")
         browser.run(SAVED)
-        browser.click("[open] .save")
-        until(lambda: browser.run("return saved"), "the file")
-        assert browser.run("return saved") == [
-            browser.opened() + ".log",
-            "data:text/plain;charset=utf-8," + "one%0A%3Cb%3Etwo%3C%2Fb%3E%0A",
-        ]
+        name = browser.opened()
+        for kind, text in [("log", "one\n<b>two</b>\n"), ("result", '{"task_id": ')]:
+            browser.click("[open] .save" + kind.title())
+            until(lambda: len(browser.run("return saved")) == 2, "the file")
+            files = browser.run("return saved.splice(0)")
+            assert files[0] == "%s.%s" % (name, kind)
+            assert files[1].startswith(text)
 
 
 def test_an_open_row_has_a_long_log_and_says_that_its_task_is_gone(browser, service):
@@ -12778,6 +12780,18 @@ def test_an_open_row_has_a_long_log_and_says_that_its_task_is_gone(browser, serv
     call(service, "DELETE", "/api/v1/tasks/" + task_id)
     browser.see("[open] .status", "gone")
     assert len(browser.elements("[open] .actions :disabled")) == 3
+
+
+def test_the_address_of_the_page_names_the_task_that_is_open(browser, service):
+    params = {"duration": 0}
+    first, second = [submitted(service, "long_computation", params) for _ in range(2)]
+    browser.go(service)
+    browser.open(first)
+    assert browser.run("return location.hash") == "#" + first
+    browser.run("location.hash = arguments[0]", second)
+    browser.see('[id="%s"][open]' % second, second)
+    browser.ask("POST", "/refresh")
+    browser.see('[id="%s"][open]' % second, second)
 
 
 def test_a_page_that_nobody_sees_holds_no_connection(browser, service, monkeypatch):

@@ -51,11 +51,11 @@ line:
      3565  6. Events
      3763  7. Result store and task queue
      4965  8. Worker pool
-     5275  9. HTTP API
-     6956  10. HTTP server
-     7920  11. Client
-     8548  12. Main
-     9140  13. The page
+     5277  9. HTTP API
+     6958  10. HTTP server
+     7922  11. Client
+     8550  12. Main
+     9142  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -4979,6 +4979,8 @@ async def run_task(
     It waits only for an async handler.
     """
     log_run(logging.DEBUG, context, "attempt %d started", task.attempt)
+    if task.attempt > 1:  # the log has the lines of earlier runs, too
+        context.emit_lines(["(attempt %d)" % task.attempt])
     try:
         if task.type not in handlers:  # it came from a journal
             names = ", ".join(sorted(handlers))
@@ -6138,7 +6140,7 @@ PARAMETERS: dict[str, Json] = {  # headers begin with a capital letter
     "id": {**ID, "description": "The id of the task."},
     "type": {**STRING, "description": "The task type; in a query, only such tasks."},
     "wait": {**_DURATION, "description": "Seconds to wait for the end of the task."},
-    "status": {"enum": ["", *EXITS], "description": "Only tasks of this status."},
+    "status": {"enum": [*EXITS, ""], "description": "Only tasks of this status."},
     "q": {**STRING, "description": "Only tasks with this in label, type, id or error."},
     "limit": {**LIMIT, "description": "How many tasks to list at most."},
     "after": {**AFTER, "description": "The `next` of the page before."},

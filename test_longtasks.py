@@ -5412,7 +5412,8 @@ def test_a_handler_may_end_its_retries(error, text, attempts, registry):
         assert (result["status"], result["error"]) == ("failed", text)
         path = "/api/v1/tasks/" + task_id
         assert call(service, "GET", path).json["attempt"] == attempts
-        assert call(service, "GET", path + "/log").body == b""
+        lines = ["(attempt %d)\n" % n for n in range(2, attempts + 1)]
+        assert call(service, "GET", path + "/log").body == "".join(lines).encode()
 
 
 def test_the_log_of_a_task_has_the_end_of_the_traceback_and_escapes_controls(registry):
@@ -11302,7 +11303,7 @@ def log_of(running, task_id, word=""):
 
 def pid_of(running, task_id):
     """The process that a task says it runs in."""
-    return int(log_of(running, task_id, "pid ").split()[1])
+    return int(re.search("pid ([0-9]+)", log_of(running, task_id, "pid ")).group(1))
 
 
 def test_an_isolated_handler_runs_in_a_process_of_its_own(isolated):

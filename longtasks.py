@@ -661,11 +661,7 @@ class Task(NamedTuple):
         """Return the task after a move; raises IllegalMove if EXITS forbids it."""
         if status not in EXITS[self.status]:
             raise IllegalMove("task %s is %s, not %s" % (self.id, self.status, status))
-        values: list[Any] = list(self)  # in a quarter of the time of _replace()
-        values[_PLACES["status"]] = status
-        for name, value in changes.items():
-            values[_PLACES[name]] = value
-        return Task._make(values)
+        return self._replace(status=status, **changes)
 
     def requeued(self, **changes: Any) -> Task:
         """Return the processing task as pending, to be run again."""
@@ -691,9 +687,6 @@ class Task(NamedTuple):
             return task.requeued()
         error = "interrupted %d times: the process died while it ran"
         return task.moved_to(FAILED, ended_at=now, error=error % MAX_INTERRUPTIONS)
-
-
-_PLACES = {name: place for place, name in enumerate(Task._fields)}
 
 
 class Step(NamedTuple):

@@ -1046,21 +1046,10 @@ def _check_name(name: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return what is a text or a number by a subclass as the str, int or float it is.
-
-    A member of an Enum of strings is equal to its str, but is formatted as its name.
-    """
-    for kind, convert in _PLAIN.items():
-        if isinstance(value, kind) and not isinstance(value, bool):
-            return convert(value)
-    return value
-
-
-_PLAIN: dict[type, Callable[[Any], Any]] = {
-    str: str.__str__,
-    int: int.__int__,
-    float: float.__float__,
-}
+    """Return a value as JSON has it: without the subclass of an Enum, or of numpy."""
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        return json.loads(json.dumps(value))
+    return value  # a validator refuses it
 
 
 def is_name(name: Any) -> bool:

@@ -1555,12 +1555,8 @@ def _loading_errors(subject: str, file: str) -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """Return "ValueError: text" for an exception, whatever its __str__ does."""
-    name: str = type.__getattribute__(type(error), "__name__")
-    try:
-        text = str(error)
-    except BaseException:  # a __str__ of the handler's may raise even SystemExit
-        text = "(its text can't be read)"
+    """Return "ValueError: text" for an exception, or the text alone of our own."""
+    name, text = type(error).__name__, str(error)
     if not isinstance(error, (Failure, TaskError)) or not text:
         text = name + (": " + text if text else "")
     text = text.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
@@ -1574,13 +1570,6 @@ def _number(error: BaseException, name: str) -> float | None:
         if Validator(_DURATION).is_valid(value):
             return float(value)
     return None
-
-
-def format_trace() -> str:
-    """Return the end of the traceback of the exception that is being handled."""
-    with contextlib.suppress(BaseException):  # traceback fails on odd errors
-        return traceback.format_exc().rstrip("\n")[-MAX_TRACE:]
-    return ""
 
 
 # ======================================================================
@@ -1875,8 +1864,11 @@ def encode_result(value: Any, limit: int, subject: str = "the result") -> bytes:
 
 
 def outcome_of(error: BaseException, ctx: Context) -> Outcome:
-    """Return how a run has ended by the exception that is being handled."""
-    with contextlib.suppress(BaseException):  # it may raise when it is looked at
+    """Return how a run has ended by the exception that is being handled.
+
+    Its __str__ and its traceback are the handler's code, and may raise anything.
+    """
+    with contextlib.suppress(BaseException):
         return _outcome_of(error, ctx)
     return Outcome(FAILED, error="an exception that can't be read")
 
@@ -1889,12 +1881,12 @@ def _outcome_of(error: BaseException, ctx: Context) -> Outcome:
         return Outcome(FAILED if last else PENDING, None, text, after, final=last)
     if isinstance(error, Cancelled) and ctx.cancelled:
         return Outcome(CANCELLED)
-    if isinstance(error, Cancelled):
-        text += ": raised by the handler, though no stop was requested"
     stopped = ctx.cancelled and type(error).__name__ == "CancelledError"
     is_plain = stopped or isinstance(error, (Failure, TaskError, Cancelled))
-    final = isinstance(error, (Fail, TaskError))
-    return Outcome(FAILED, None, text, after, final, "" if is_plain else format_trace())
+    trace = "" if is_plain else traceback.format_exc().rstrip("\n")[-MAX_TRACE:]
+    return Outcome(
+        FAILED, None, text, after, isinstance(error, (Fail, TaskError)), trace
+    )
 
 
 # -- forks -----------------------------------------------------------------

@@ -803,13 +803,9 @@ def _read_int(text: str) -> int:
 
 def _read_float(text: str) -> float:
     number = float(text)
-    if math.isinf(number):
-        raise ValueError("a number that is too large")
+    if not math.isfinite(number):  # it is a constant such as NaN, or 1e999
+        raise ValueError("%s is not a number, or too large" % first_line(text, 20))
     return number
-
-
-def _read_constant(text: str) -> Any:
-    raise ValueError("%s is not a number in JSON" % text)
 
 
 def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -823,7 +819,7 @@ def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _STRICT = json.JSONDecoder(
     parse_int=_read_int,
     parse_float=_read_float,
-    parse_constant=_read_constant,
+    parse_constant=_read_float,
     object_pairs_hook=_read_object,
 )
 
@@ -2145,26 +2141,24 @@ def output_of(process: Any, file: Any, ctx: Context) -> Iterator[bytes]:
     this one has ended, no more is read than a pipe can hold.
     """
     left = LEFT_OVER
-    longest = max(0.01, min(0.5, ctx.grace / 4))  # to see when it must be killed
+    longest = max(0.01, min(0.1, ctx.grace / 4))  # to see when it must be killed
     pause = longest
     # Not a DefaultSelector: some of them don't wait when there is no file any more.
     with selectors.PollSelector() as selector:
         selector.register(file, selectors.EVENT_READ)
         while left > 0:
             ended, data = _has_ended(process, ctx), b""
-            ready = selector.select(0 if ended else min(pause, longest))
-            if ready:
+            if selector.select(0 if ended else pause):
                 # It may have been killed before it has read its input.
                 with contextlib.suppress(ConnectionResetError):
                     data = os.read(file.fileno(), 65536)
                 if not data:  # it has closed its output, and ends soon
                     selector.unregister(file)
-                    longest = min(longest, 0.1)
-                pause = 0.1 if data else 0.001
+                    pause = 0.001
             elif ended:
                 return
             else:
-                pause *= 2
+                pause = min(longest, 2 * pause)
             left -= len(data) if ended else 0
             yield data
 

@@ -2206,15 +2206,6 @@ module.isolated_main()
 MAX_MESSAGE = 64 << 10  # characters of a log line or a message from a child process
 
 
-def check_isolated() -> None:
-    """Check that isolated handlers can load this file; raises HandlerError."""
-    isolated = [name for name, known in REGISTRY.items() if known.isolated]
-    if isolated and not EXECUTOR and not os.path.isfile(FILE):
-        text = "the isolated task type %s needs longtasks.py as a file, for processes "
-        text += "of its own: start that, not an archive or standard input"
-        raise HandlerError(text % quote(isolated[0]))
-
-
 def run_isolated(job: dict[str, Any], ctx: Context) -> Outcome:
     """Run a handler in a child process, and return how that ended."""
     flags = lazy_import("subprocess")._args_from_interpreter_flags()
@@ -9061,7 +9052,6 @@ def _register_types(settings: Settings) -> None:
         register_command(line)
     for line in settings["RULES"]:
         set_rules(line)
-    check_isolated()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2800,7 +2800,8 @@ if name not in sys.modules:
     code = compile(zlib.decompress(source), file, "exec", dont_inherit=True)
     exec(code, module.__dict__)
     sys.modules.setdefault(name, module)
-reply = sys.modules[name].run_remote(job)
+module = sys.modules[name]
+reply = tuple(module.run_job(job, module.Context(**job["context"])))
 """
 _boot_values: dict[str, Any] = {}  # the variables of BOOT besides the job
 _renewing = threading.Lock()  # guards the replacement of the executor
@@ -2861,11 +2862,6 @@ def run_on_executor(job: dict[str, Any], ctx: Context) -> Outcome:
         ctx.check()  # the run there may go on; its end is ignored
         raise Failure("the executor has cancelled it")
     return Outcome(*future.result())
-
-
-def run_remote(job: dict[str, Any]) -> tuple[Any, ...]:
-    """Run a handler in a process of the executor; return the fields of its Outcome."""
-    return tuple(run_job(job, Context(**job["context"])))
 
 
 def run_apart(params: dict[str, Any], ctx: Context) -> Outcome:

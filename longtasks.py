@@ -1702,15 +1702,10 @@ class Context:
     async def _step_async(self, name: str, function: Callable[[], Any]) -> Any:
         with self._step_called(name) as save:
             if name not in self.steps:
-                asyncio = lazy_import("asyncio")
-                loop, saved = asyncio.get_running_loop(), asyncio.Event()
-
-                def on_durable() -> None:
-                    with contextlib.suppress(RuntimeError):  # the loop is closed
-                        loop.call_soon_threadsafe(saved.set)
-
-                save(await function(), on_durable)
-                await saved.wait()
+                saved = lazy_import("concurrent.futures").Future()
+                saved.set_running_or_notify_cancel()  # it can't be cancelled
+                save(await function(), functools.partial(saved.set_result, None))
+                await lazy_import("asyncio").wrap_future(saved)
             return json.loads(self.steps[name].result)
 
     @contextlib.contextmanager

@@ -159,10 +159,7 @@ def lazy_import(name: str) -> Any:
 
 
 class SettingsError(Exception):
-    """A setting that can't be used; the text names it and says what would be valid.
-
-    `temporary` means that the same start may succeed later with nothing changed.
-    """
+    """A setting that can't be used; `temporary` if it may be usable later."""
 
     def __init__(self, text: str, temporary: bool = False) -> None:
         super().__init__(text)
@@ -470,8 +467,7 @@ def start_thread(name: str, function: Callable[[], Any]) -> threading.Thread:
 def within(seconds: float, function: Callable[[], Any]) -> bool:
     """Call a function that may fail or hang, but wait at most `seconds` for it.
 
-    Returns False if it has not returned by then. It is not called, and the result is
-    False, if the system can't start another thread.
+    Returns False if it has not returned by then, or the system has no thread for it.
     """
 
     def run() -> None:
@@ -489,9 +485,8 @@ def within(seconds: float, function: Callable[[], Any]) -> bool:
 # ======================================================================
 # 2. Tasks and their states
 #
-# A task is an immutable value. EXITS is the table of moves: which status may
-# follow which. The constants MAX_... are the limits that no setting changes.
-# Params and results are stored as JSON. The errors here know nothing of HTTP.
+# A task is an immutable value, with params and result as JSON. EXITS is the
+# table of moves. The constants MAX_... are the limits that no setting changes.
 # ======================================================================
 
 PENDING = "pending"  # waits in the queue
@@ -856,10 +851,9 @@ def _label_of(params: bytes) -> str:
 # ======================================================================
 # 3. Task registry
 #
-# The registry is a dict from the name of a task type to its handler. A
-# handler's signature becomes a JSON Schema once, when it is registered.
-# Clients read that schema from /api/v1/types, and the service validates the
-# params of each submission against it.
+# A dict from the name of a task type to its handler. When one is registered,
+# its signature becomes a JSON Schema, by which the params of submissions are
+# validated.
 # ======================================================================
 
 
@@ -868,10 +862,7 @@ class HandlerError(Exception):
 
 
 class Cancelled(BaseException):
-    """Raised in a handler whose task is to stop.
-
-    It is a BaseException, so that a handler's `except Exception` does not catch it.
-    """
+    """Raised in a handler whose task is to stop; `except Exception` lets it pass."""
 
 
 class Failure(Exception):
@@ -1501,7 +1492,7 @@ def load_handlers(file: str, source: str | None = None) -> None:
     """Run a Python file that registers task types; raises HandlerError.
 
     `import longtasks` in it yields this very module, even when it runs as __main__.
-    It can import modules from its own directory, and is not read if `source` is given.
+    It can import its neighbours. It is not read if `source` is given.
     """
     with _loading_errors("--handlers " + file, file):
         LOADED[file] = _run_file(file, source)
@@ -1584,8 +1575,8 @@ SHUTDOWN = "the service stops"
 
 PROGRESS_INTERVAL = 1.0  # seconds until progress is published that came too fast
 
-# Publishes an event of a run: "progress", with fraction and message, or "log", with
-# lines and how many were dropped before them.
+# Publishes "progress" of a run (fraction, message), or "log" (lines, how many others
+# were dropped before them).
 Emit = Callable[["Context", str, Any], None]
 
 
@@ -1623,9 +1614,7 @@ class Context:
         self.task_id = task_id
         self.type = type
         self.label = label  # None if the client gave none
-        # 1 in the first run. A task is run again when the process died while it ran,
-        # so a handler must work when it is run twice.
-        self.attempt = attempt
+        self.attempt = attempt  # 1 in the first run; there may always be another one
         self.steps: dict[str, Step] = {}  # those done in all runs, by name
         self._pid = os.getpid()
         self._emit = emit
@@ -1633,10 +1622,9 @@ class Context:
         self._lock = threading.RLock()
 
     def progress(self, fraction: float | None, message: str = "") -> None:
-        """Report how far the task is: a fraction from 0 to 1, and a message.
+        """Report how far the task is, as a fraction from 0 to 1 or None, and a message.
 
-        The fraction is None where it isn't known. Raises Cancelled when the task is to
-        stop.
+        Raises Cancelled when the task is to stop.
         """
         self.check()
         if fraction is not None:
@@ -1757,10 +1745,7 @@ class Context:
             raise Cancelled()
 
     def cancel(self, reason: str = BY_CLIENT) -> None:
-        """Request that the handler stop; the first reason is kept.
-
-        A sleep() of the handler returns at once, by raising Cancelled.
-        """
+        """Request that the handler stop, and wake it; the first reason is kept."""
         with self._lock:
             if not self.reason:
                 self.kill_at = time.monotonic() + self.grace
@@ -1772,9 +1757,8 @@ class Context:
     def on_stop(self, function: Callable[[], Any] | None) -> None:
         """Call this function when the task is to stop, or now if it already is.
 
-        The function must return at once, since its caller may hold the store's lock.
-        OSError is ignored. When this returns, an earlier function is not called any
-        more.
+        It must return at once, since its caller may hold the store's lock, and may
+        raise OSError. When this returns, an earlier function is not called any more.
         """
         with self._lock:
             self._on_stop = function
@@ -1885,19 +1869,11 @@ def _outcome_of(error: BaseException, ctx: Context) -> Outcome:
 # A handler may fork, as multiprocessing does. The child has a copy of all that the
 # service has, without its threads, and must not act as a second service.
 
-# Held while this process forks, and while a descriptor is open that a forked child
-# must not get but that is not in PRIVATE:
-#
-#     this thread                        a handler's thread
-#     Popen() makes a pipe
-#                                        fork() copies both its ends
-#     adds its end to PRIVATE
-#     waits for the end of the pipe      its child holds that pipe open
-NO_FORK = threading.RLock()
-
 # Owners of descriptors that only this process may hold. As long as a child had one,
 # too, a port would stay in use, a lock would be held, a pipe would have no end.
 PRIVATE: WeakSet[Any] = WeakSet()
+# Held while this process forks, and until a new descriptor is in PRIVATE.
+NO_FORK = threading.RLock()
 
 # What forked children do with the signals that the service handles.
 IN_CHILDREN: dict[int, Any] = {}
@@ -1920,9 +1896,9 @@ def _after_fork() -> None:
 def _after_fork_in_child() -> None:
     """Give up the service's descriptors and signals in a child.
 
-    Private descriptors are redirected to standard input. Closing their files would
-    flush the parent's data, and wait for locks of threads that are not here. SQLite
-    is left alone: a fork does not inherit its locks, and no call is safe there.
+    Private descriptors become standard input, since closing their files would flush the
+    parent's data, and wait for locks. SQLite is left alone: a fork does not inherit its
+    locks, and no call is safe there.
     """
     use_cpus(CPUS)
     gc.enable()  # the thread that collects garbage is not here
@@ -2005,8 +1981,7 @@ def kill_session(session: int) -> None:
 class Reaper:
     """A small process that kills sessions if the service dies, however it dies.
 
-    Each line of its input lists all sessions. The end of its input means that the
-    service has died.
+    Each line of its input lists all sessions; its end means that the service has died.
     """
 
     SOURCE = """
@@ -2103,15 +2078,8 @@ def child_process(ctx: Context, argv: Sequence[str], **options: Any) -> Iterator
     """Run a process for a task, in a session of its own; yield its Popen.
 
     The session is killed at the end of this context, when `ctx.grace` has passed since
-    a request to stop, and when the service dies. The process is reaped only after that,
-    so its number can't become that of another process:
-
-        the worker                         a client's thread
-        reaps the process
-                                           cancels the task: killpg(pid, SIGTERM)
-        on_stop(None)                      hits a new process with this number
-
-    Raises Failure if it can't be started.
+    a request to stop, and when the service dies. Only then is the process reaped: no
+    signal can hit another that got its number. Raises Failure if it can't be started.
     """
     try:
         process = start_session(argv, **options)
@@ -2182,9 +2150,9 @@ def exit_status(code: int) -> str:
 # -- isolated handlers -----------------------------------------------------
 #
 # A fresh interpreter loads this file and the same handlers files. Its standard input
-# is a socket: the service sends the job as a line of JSON, and gets back lines of a
-# JSON array, a tab and a result. Each step among them is answered with a byte once it
-# is on disk. The end of its input requests the handler to stop.
+# is a socket: it gets the job as a line of JSON, and sends lines of a JSON array, a tab
+# and a result. It gets a byte for each step that is on disk; the end of its input
+# requests the handler to stop.
 
 FILE = os.path.join(FOLDER, globals().get("__file__", ""))
 CHILD = """
@@ -2361,9 +2329,8 @@ def print_at_once() -> None:
 #
 #     backup=rsync -a --info=progress2 {src} {to=/backup/}
 #
-# It is split once, as a shell would, but no shell ever sees it: a placeholder's
-# value stays within its word, whatever it holds. {task.type} is a member of a param
-# that is an object. {{ and }} are braces.
+# It is split as a shell would, but no shell ever sees it: a placeholder's value stays
+# within its word. {task.type} is a member of an object. {{ and }} are braces.
 
 MAX_ARGUMENT = 4096  # characters of a placeholder's value
 MAX_OUTPUT = 16 << 10  # characters of a program's output that go into its result
@@ -2407,8 +2374,7 @@ _AS_ARGUMENT = """sh -c 'ls "$1" | wc -l' sh {dir}"""
 def code_in(words: Sequence[str]) -> Iterator[str]:
     """Yield the words of a line that an interpreter would run as code.
 
-    Interpreters are looked for among all words, since other programs start them: env,
-    sudo, timeout, busybox.
+    Each word may be one, since other programs start them: env, sudo, timeout, busybox.
     """
     for at, word in enumerate(words):
         program = os.path.basename(word)
@@ -2628,8 +2594,7 @@ def visible(line: str) -> str:
 def percentage(line: str) -> float | None:
     """Return the first percentage in a line of output that looks like a meter.
 
-    That is a line that was drawn again, or one with only numbers and signs before the
-    percentage, so "overhead: 0.1%" is none.
+    It was drawn again, or has only numbers and signs before: "overhead: 0.1%" is none.
     """
     find = _PERCENT.search if "\r" in line.rstrip("\r") else _METER.match
     found = "%" in line and find(visible(line)[:1000])
@@ -2672,8 +2637,8 @@ def set_rules(line: str) -> None:
 
 # -- webhooks --------------------------------------------------------------
 #
-# A built-in type that sends a status document to a URL, signed as in Standard Webhooks
-# 1.0.0 (standardwebhooks.com). It is registered if the operator lists hosts for it.
+# A built-in type for the hosts that the operator lists. It signs a status document as
+# in Standard Webhooks 1.0.0 (standardwebhooks.com), and sends it.
 
 WEBHOOK_TIMEOUT = 20.0  # seconds for the connection and the response
 WEBHOOK_RULES = {"retries": 40, "backoff": 5}  # over about a day
@@ -2729,9 +2694,9 @@ def _webhook_headers(key: bytes, task_id: str, body: bytes) -> dict[str, str]:
 def post(url: str, headers: dict[str, str], body: bytes, ctx: Context) -> Any:
     """Send a request; return the response without its body, or raise Failure.
 
-    Redirects are not followed, proxies not used. The request is given up when
-    WEBHOOK_TIMEOUT is up, and at once when the task is to stop: a thread of its own
-    waits for the server, since not every wait for a connection can be ended.
+    Redirects are not followed, proxies not used. A thread of its own waits for the
+    server, so that the request is given up when WEBHOOK_TIMEOUT is up or the task is to
+    stop, whatever it waits for.
     """
     client, parts = lazy_import("http.client"), urlsplit(url)
     secure = parts.scheme == "https"
@@ -2782,9 +2747,9 @@ def retry_after(text: str) -> float:
 # -- executors -------------------------------------------------------------
 #
 # Isolated handlers may run wherever an Executor of concurrent.futures takes them. It
-# is given eval(), this file and the handlers files, so that nothing has to be installed
-# where they run. Each process there loads these files once. One that dies may break the
-# executor: then all that it has fail, and the next task gets a new one.
+# gets eval(), this file and the handlers files, which each process there loads once. So
+# nothing has to be installed there. A process that dies may break the executor: then
+# all that it has fail, and the next task gets a new one.
 
 EXECUTOR: list[Any] = []  # the executor, and the function that makes one; or none
 BOOT = """

@@ -900,14 +900,10 @@ def flush_output() -> None:
             stream.flush()  # type: ignore[union-attr]
 
 
-_RECURSION_LIMIT = sys.getrecursionlimit()
-
-
 class UserCode:
-    """A context for code that is not the service's, which may change the process.
+    """A context for code that is not the service's, which may fork.
 
-    A child that it has forked exits where it leaves the context, or it would go on as a
-    second service. A lower recursion limit would break the service, so it is reset.
+    A child exits where it leaves the context, or it would go on as a second service.
     """
 
     __slots__ = ("_pid",)
@@ -916,8 +912,6 @@ class UserCode:
         self._pid = os.getpid()
 
     def __exit__(self, kind: Any, error: BaseException | None, tb: Any) -> None:
-        if sys.getrecursionlimit() < _RECURSION_LIMIT:
-            sys.setrecursionlimit(_RECURSION_LIMIT)
         if os.getpid() != self._pid:  # the exit status is the one that Python gives
             within(1, flush_output)  # which waits if a thread of the parent was writing
             code: Any = error.code if isinstance(error, SystemExit) else error

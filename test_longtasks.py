@@ -3977,15 +3977,11 @@ def test_a_child_that_an_async_handler_forks_does_not_go_on_with_the_loop(regist
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             os.kill(pid, signal.SIGABRT)
-        sys.setrecursionlimit(sys.getrecursionlimit() - 10)
         return os.waitpid(child, 0)[1]
 
-    limit = sys.getrecursionlimit()
-    with serving() as service:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a process with threads forks
-            assert result_of(service, submitted(service, "forks"))["result"] == 256
-        assert sys.getrecursionlimit() == limit
+    with serving() as service, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a process with threads forks
+        assert result_of(service, submitted(service, "forks"))["result"] == 256
 
 
 @pytest.mark.skipif(len(longtasks.CPUS) < 2, reason="one CPU, or no GIL")
@@ -10701,7 +10697,7 @@ def test_a_line_that_cannot_be_formatted_is_logged_as_that_and_raises_nothing(un
 
 
 GLOBALS = """
-import locale, logging.config, random, socket, sys, threading, time, warnings
+import locale, logging.config, random, socket, sys, time, warnings
 from longtasks import handler
 
 logging.config.dictConfig({"version": 1})
@@ -10717,7 +10713,6 @@ sys.stderr = None
 def spoil():
     for name in ("json", "subprocess", "uuid", "base64", "hashlib", "hmac", "sqlite3"):
         sys.modules[name] = None
-    sys.setrecursionlimit(25 if threading.active_count() > 2 else 40)
 
 spoil()
 

@@ -1017,9 +1017,6 @@ def handler(
 
 
 def _check_name(name: str) -> None:
-    if callable(name):
-        own = getattr(name, "__name__", "NAME")
-        raise HandlerError('write @handler("%s"), with a name' % own)
     if not is_name(name):
         raise HandlerError("a task type's name must be 1 to 100 printable characters")
     if name in REGISTRY:

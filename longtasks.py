@@ -113,7 +113,7 @@ import typing
 import zlib
 from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
-from email.utils import formatdate, parsedate_to_datetime
+from email.utils import formatdate
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Container, Dict, Iterator
@@ -2665,7 +2665,9 @@ def send_webhook(key: bytes, params: dict[str, Any], ctx: Context) -> dict[str, 
     if 200 <= response.status < 300:
         return {"response": answer}
     failure = Fail(answer) if response.status == 410 else Failure(answer)
-    failure.after = retry_after(response.headers.get("Retry-After", ""))
+    wait = response.headers.get("Retry-After", "")
+    if re.fullmatch("[0-9]{1,9}", wait):  # else it is a date
+        failure.after = min(float(wait), 86_400.0)
     raise failure
 
 
@@ -2722,17 +2724,6 @@ def post(url: str, headers: dict[str, str], body: bytes, ctx: Context) -> Any:
         reason = describe(response)
         raise Failure("no answer from %s: %s" % (parts.netloc, reason))
     return response
-
-
-def retry_after(text: str) -> float:
-    """Return the seconds in a Retry-After (RFC 9110, 10.2.3): 0 to a day."""
-    wait = 0.0
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if re.fullmatch("[0-9]{1,9}", text):
-            wait = float(text)
-        else:
-            wait = parsedate_to_datetime(text).timestamp() - time.time()
-    return max(0.0, min(wait, 86_400.0))
 
 
 # -- executors -------------------------------------------------------------

@@ -13,7 +13,6 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
-import email.utils
 import enum
 import errno
 import functools
@@ -7111,7 +7110,6 @@ def last_error(service, task_id):
         (404, {}, 2),
         (302, {"Location": "/other"}, 2),
         (429, {"Retry-After": "60"}, 60),
-        (503, {"Retry-After": "date"}, 58),
         (503, {"Retry-After": "soon"}, 2),
         (503, {"Retry-After": "999999999"}, 86_400),
     ],
@@ -7119,8 +7117,6 @@ def last_error(service, task_id):
 def test_a_webhook_is_retried_unless_its_receiver_is_gone(
     status, headers, waits, receiver
 ):
-    if headers.get("Retry-After") == "date":
-        headers = {"Retry-After": email.utils.formatdate(time.time() + 60, usegmt=True)}
     receiver.answers.append((status, headers))
     with serving() as service:
         task_id = submitted(service, "webhook", {"url": receiver.url, "task": {}})

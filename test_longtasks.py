@@ -11800,15 +11800,6 @@ def test_an_executor_that_cannot_be_used_is_one_line_and_code_2(
     assert not longtasks.EXECUTOR
 
 
-def test_an_executor_with_nothing_to_run_is_warned_of(registry, tmp_path, monkeypatch):
-    monkeypatch.setattr(longtasks, "EXECUTOR", [])
-    executor = write(tmp_path, FACTORIES, "f.py") + ":threads"
-    with records("WARNING") as kept:
-        longtasks.load_executor(executor)
-    text = "--executor %s has nothing to run: no handler is isolated" % executor
-    assert [record.getMessage() for record in kept] == [text]
-
-
 ODD_RESULTS = """
 from longtasks import handler
 

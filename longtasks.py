@@ -2332,7 +2332,6 @@ SECRETS = frozenset(["API_TOKEN", "API_TOKEN_FILE", "TLS_KEY", "WEBHOOK_SECRET"]
 _BRACES = re.compile(
     r"\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:=([^{}]*))?\}|\{\{|\}\}|[{}]", re.ASCII
 )
-_FOR_A_SHELL = re.compile(r"\|[|&]?|&&?|([0-9&]?>>?|<)(&[0-9]|[\w./{}=-]+)?")
 _A_WORD = "a string of at most %d characters, without NUL" % MAX_ARGUMENT
 _WORD = {
     "type": "string",
@@ -2599,10 +2598,6 @@ def register_command(line: str) -> None:
         _check_name(program.name)
     except HandlerError as error:
         raise HandlerError("--command %s: %s" % (quote(line), error)) from None
-    for_a_shell = list(filter(_FOR_A_SHELL.fullmatch, program.words))
-    if for_a_shell:
-        text = "--command %s: no shell sees its %s; for that write %s"
-        log.warning(text, quote(program.name), quote(for_a_shell[0]), _AS_ARGUMENT)
     name, params = program.name, Validator(program.schema)
     REGISTRY[name] = Handler(name, program, params, whole=True, context="ctx")
 

@@ -4186,19 +4186,6 @@ def test_a_placeholder_beside_code_is_a_word_like_any_other(line):
     assert "required" in program("t=" + line).schema
 
 
-SIGNS = ["|", "||", "&&", "&", "<", ">>", "2>&1", ">{a}", "<a.txt", "2>/dev/null"]
-
-
-@pytest.mark.parametrize(
-    "word", [*SIGNS, "a|b", "<b>", "a>b", ";", "1>2 3", "-", "{a}&b"]
-)
-def test_a_sign_for_a_shell_is_warned_of_once(word, registry):
-    with records() as kept:
-        longtasks.register_command("t=echo {a} '%s' b '%s'" % (word, word))
-    found = ['no shell sees its "%s"' % word in each.getMessage() for each in kept]
-    assert found == [True] * (word in SIGNS)
-
-
 def test_the_recipe_for_a_pipe_works(registry, tmp_path):
     (tmp_path / "-l").touch()
     (tmp_path / "$(id)").touch()

@@ -383,16 +383,14 @@ def test_some_settings_have_values_of_repeated_flags_or_else_of_the_environment(
     assert longtasks.read_settings([], environ)[name] == values
 
 
-PATHS = ["UNIX_SOCKET", "API_TOKEN_FILE", "TLS_CERT", "TLS_KEY"]
-PATHS += ["HANDLERS", "EXECUTOR", "DB"]
-
-
-@pytest.mark.parametrize("name", PATHS)
-def test_a_path_is_relative_to_where_the_service_was_started(name, monkeypatch):
+def test_a_path_is_relative_to_where_the_service_was_started(monkeypatch):
     monkeypatch.setattr(longtasks, "FOLDER", "/start")
+    names = ["UNIX_SOCKET", "API_TOKEN_FILE", "TLS_CERT", "TLS_KEY"]
+    names += ["HANDLERS", "EXECUTOR", "DB"]
     for text, expected in [("x", "/start/x"), ("/x", "/x")]:
-        found = longtasks.read_settings([], {name: text})[name]
-        assert found in (expected, [expected])
+        found = longtasks.read_settings([], dict.fromkeys(names, text))
+        for name in names:
+            assert found[name] in (expected, [expected])
 
 
 @pytest.mark.parametrize(
@@ -592,9 +590,7 @@ def test_a_long_text_is_cut_to_its_limit():
     for longer in ("x" * 4001, "x" * 10**7):
         assert longtasks.quote(longer) == '"%s...' % ("x" * 76)
         assert longtasks.describe(longtasks.Failure(longer)) == "x" * 3997 + "..."
-
-
-def test_a_surrogate_in_an_error_which_utf_8_cant_hold_is_escaped():
+    # UTF-8 can't hold a surrogate.
     assert longtasks.describe(ValueError("\ud800")) == r"ValueError: \ud800"
 
 
@@ -748,19 +744,12 @@ def test_a_handler_may_take_params_of_any_names(registry):
 
 class Named(str, enum.Enum):
     LOAD = "load"
-    SEND = "send"
 
 
-def test_a_type_named_by_an_enum_is_shown_by_its_value(registry):
-    handler(Named.SEND)(lambda: None)
-    handler(Named.LOAD, on_completed=Named.SEND)(lambda: None)
-    with serving() as service:
-        result_of(service, submitted(service, "load"))
-        until(lambda: service.store.page(9, type="send")[0])
-        for path in ("/", "/metrics"):
-            shown = call(service, "GET", path).body.decode()
-            assert "send" in shown
-            assert "Named." not in shown
+def test_a_name_that_an_enum_has_is_its_value(registry):
+    handler(Named.LOAD, on_completed=Named.LOAD)(lambda: None)
+    names = [*registry][-1], registry["load"].name, registry["load"].rules
+    assert repr(names) == "('load', 'load', {'on_completed': 'load'})"
 
 
 def test_numbers_of_a_subclass_such_as_those_of_numpy_are_numbers(registry):
@@ -781,10 +770,9 @@ def test_numbers_of_a_subclass_such_as_those_of_numpy_are_numbers(registry):
         assert outcome_of(registry, "wrong %r" % wrong).after is None
 
 
-def test_the_registry_is_a_dict_and_the_function_stays_itself(registry):
+def test_a_registered_function_stays_itself(registry):
     function = annotated(int)
     assert handler("é" * 100)(function) is registry["é" * 100].function is function
-    assert isinstance(longtasks.REGISTRY, dict)
 
 
 class AsyncObject:
@@ -6923,7 +6911,6 @@ def test_by_rule_nothing_follows_a_follow_up(ends, registry):
         (["--webhook-hosts", "a"], "WEBHOOK_HOSTS needs WEBHOOK_SECRET as well"),
         (["--webhook-hosts", "http://a"], "HOST or HOST:PORT, separated by commas"),
         (["--webhook-hosts", "a,,b"], "HOST or HOST:PORT, separated by commas"),
-        (["--webhook-hosts", "a,"], "HOST or HOST:PORT, separated by commas"),
         (["--webhook-hosts", ",a"], "HOST or HOST:PORT, separated by commas"),
     ],
 )
@@ -7136,22 +7123,13 @@ def test_a_webhook_goes_nowhere_but_to_the_hosts_that_are_listed(receiver):
         assert "on a host of WEBHOOK_HOSTS" in outcome.error
 
 
-@pytest.mark.parametrize(
-    "params, error",
-    [
-        ({"name": "x"}, "params.folder is missing; params.name is unknown"),
-        ({"folder": "-rf"}, "params.folder must be a string"),
-    ],
-)
-def test_a_program_is_not_run_with_the_params_of_an_earlier_line(
-    params, error, registry
-):
+def test_a_program_is_not_run_with_the_params_of_an_earlier_line(registry):
     longtasks.register_command("clean=echo {folder}")
     store = new_ledger()
-    store.submit("clean", longtasks.to_json(params), longtasks.Options(retries=9))
+    store.submit("clean", b'{"folder": "-rf"}', longtasks.Options(retries=9))
     outcome = longtasks.run_one(*begun(store), longtasks.REGISTRY)
     assert outcome[:2] == ("failed", None)
-    assert outcome.error.startswith(error)
+    assert outcome.error.startswith("params.folder must be a string")
     assert outcome.final
 
 
@@ -7166,24 +7144,17 @@ def test_a_receiver_that_does_not_answer_in_time_is_left(drips, receiver, monkey
         assert last_error(service, task_id).startswith(expected)
 
 
-def test_a_webhook_is_cancelled_though_its_receiver_is_silent(receiver, monkeypatch):
-    monkeypatch.setattr(longtasks, "WEBHOOK_TIMEOUT", 1000)
-    receiver.answers.append((0, {}))
-    with serving(GRACE=1000.0) as service:
-        task_id = submitted(service, "webhook", {"url": receiver.url, "task": {}})
-        receiver.next()
-        cancel(service, task_id)
-        assert result_of(service, task_id)["status"] == "cancelled"
-
-
-def test_a_webhook_is_cancelled_in_the_handshake_of_tls(registry, monkeypatch):
+@pytest.mark.parametrize("scheme", ["http", "https"])  # which sends a handshake
+def test_a_webhook_is_cancelled_though_its_receiver_is_silent(
+    scheme, registry, monkeypatch
+):
     monkeypatch.setattr(longtasks, "WEBHOOK_TIMEOUT", LONG)
     with socket.create_server(("127.0.0.1", 0)) as silent, serving(
         GRACE=LONG
     ) as service:
         host = "127.0.0.1:%d" % silent.getsockname()[1]
         longtasks.register_webhook(host, SECRET)
-        params = {"url": "https://%s/" % host, "task": {}}
+        params = {"url": "%s://%s/" % (scheme, host), "task": {}}
         task_id = submitted(service, "webhook", params)
         assert silent.accept()[0].recv(1)
         cancel(service, task_id)
@@ -11142,6 +11113,10 @@ ENDINGS = """
 def bad():
     raise ValueError("no")
 
+@handler("odd", isolated=True, retries=9)
+def odd():
+    return [{1: "a", "1": "b"}]
+
 @handler("ends", isolated=True, retries=9, backoff=0)
 def ends(runs: int):
     raise Retry("not yet", 0, max_attempts=runs) if runs > 1 else Fail("no account")
@@ -11296,6 +11271,8 @@ def check_ends(running):
         ended = outcome(running, "ends", {"runs": runs})
         assert (ended["status"], ended["error"]) == ("failed", error)
         assert status_of(running, ended["task_id"])["attempt"] == runs
+    odd = outcome(running, "odd")["error"]
+    assert odd == NO_JSON + 'the key "1" occurs twice in one object'
     bad = outcome(running, "bad")
     assert bad["error"] == "ValueError: no"
     running.logged("  ValueError: no")
@@ -11724,7 +11701,8 @@ def test_isolated_handlers_run_where_the_executor_says(factory, where, tmp_path)
 
 def test_an_executor_that_a_process_breaks_by_its_death_is_replaced(tmp_path):
     executor = write(tmp_path, ELSEWHERE + FACTORIES) + ":processes"
-    with process("--executor", executor) as running:
+    # Its file has the handlers, too.
+    with process("--executor", executor, "--rule", "double retries=1") as running:
         for _ in range(2):
             assert "BrokenProcessPool" in outcome(running, "dies")["error"]
             assert outcome(running, "double", {"n": 21})["result"]["n"] == 42
@@ -11759,13 +11737,6 @@ def test_threads_that_replace_an_executor_at_once_use_the_same_one(monkeypatch):
     assert [each for each in made if each.open] == [first]
 
 
-def test_the_file_of_an_executor_may_have_the_handlers_too(tmp_path):
-    executor = write(tmp_path, ELSEWHERE + FACTORIES) + ":Fresh"
-    rule = ["--rule", "double max_running=1"]
-    with process("--executor", executor, *rule) as running:
-        assert outcome(running, "double", {"n": 21})["result"]["n"] == 42
-
-
 @pytest.mark.parametrize(
     "executor, why",
     [
@@ -11785,35 +11756,6 @@ def test_an_executor_that_cannot_be_used_is_one_line_and_code_2(
     write(tmp_path, FACTORIES, "f.py")
     assert why in refusal("--executor", str(tmp_path / executor))
     assert not longtasks.EXECUTOR
-
-
-ODD_RESULTS = """
-from longtasks import handler
-
-values = [{1}, float("nan"), {1: "a", "1": "b"}, 10**1000, [], "x" * 2000]
-for _ in range(100):
-    values[4] = [values[4]]
-
-def odd(n: int):
-    return values[n]
-
-handler("here")(odd)
-handler("isolated", isolated=True)(odd)
-"""
-
-
-def test_an_odd_result_has_the_same_error_wherever_its_handler_runs(tmp_path):
-    file = write(tmp_path, ODD_RESULTS)
-    flags = ["--handlers", file, "--result-bytes", "1500", "--max-wait", "30"]
-    factory = "from concurrent.futures import ThreadPoolExecutor"
-    elsewhere = ["--executor", write(tmp_path, factory, "f.py") + ":ThreadPoolExecutor"]
-    with process(*flags) as near, process(*flags, *elsewhere) as far:
-        for n in range(6):
-            ends = [outcome(near, "here", {"n": n}, retries=2)]
-            ends += [outcome(near, "isolated", {"n": n}, retries=2)]
-            ends += [outcome(far, "isolated", {"n": n}, retries=2)]
-            (error,) = {end["error"] for end in ends}
-            assert error.startswith("the result ")
 
 
 # -- with a journal, for real ----------------------------------------------

@@ -44,18 +44,18 @@ The file is a house of rooms. A room uses only the rooms above it, and begins at
 line:
 
       153  1. Settings
-      490  2. Tasks and their states
-      868  3. Task registry
-     1605  4. Execution
-     2926  5. Journal
-     3565  6. Events
-     3763  7. Result store and task queue
-     4965  8. Worker pool
-     5277  9. HTTP API
-     6958  10. HTTP server
-     7922  11. Client
-     8550  12. Main
-     9142  13. The page
+      486  2. Tasks and their states
+      852  3. Task registry
+     1552  4. Execution
+     2804  5. Journal
+     3443  6. Events
+     3641  7. Result store and task queue
+     4843  8. Worker pool
+     5156  9. HTTP API
+     6837  10. HTTP server
+     7801  11. Client
+     8429  12. Main
+     9020  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1072,11 +1072,9 @@ def _called(function: Any) -> Any:
     """Return the function that a functools.partial or a callable object calls."""
     while isinstance(function, functools.partial):
         function = function.func
-    is_object = callable(function) and not isinstance(function, _FUNCTIONS)
-    return type(function).__call__ if is_object else function
-
-
-_FUNCTIONS = types.FunctionType, types.MethodType, types.BuiltinFunctionType
+    if callable(function) and not lazy_import("inspect").isroutine(function):
+        return type(function).__call__
+    return function
 
 
 def is_coroutine(function: Any) -> bool:
@@ -1638,11 +1636,6 @@ class Context:
         log_run(logging.INFO, self, "%s", text)
         self.emit_lines(text.splitlines() or [""])
 
-    def log_traceback(self, trace: str) -> None:
-        """Add the traceback of the handler's exception to both logs."""
-        log_run(logging.WARNING, self, "raised", traceback=trace)
-        self.emit_lines(trace.splitlines())
-
     def emit_lines(self, lines: Sequence[str], dropped: int = 0) -> None:
         """Add lines to the task's log, after `dropped` others that were not kept."""
         for at in range(0, len(lines), 1000):  # a lock is held for each piece
@@ -2038,13 +2031,6 @@ def start_session(argv: Sequence[str], **options: Any) -> Any:
     return process
 
 
-def prefer_to_kill(pid: int) -> None:
-    """Have Linux kill a process before the service if memory runs out (proc(5))."""
-    score = "/proc/%d/oom_score_adj" % pid
-    with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
-        file.write("1000")
-
-
 def exec_fault(path: str) -> str:
     """Return why a file can't be run: by its mode or its first line; "" if it can.
 
@@ -2080,7 +2066,9 @@ def child_process(ctx: Context, argv: Sequence[str], **options: Any) -> Iterator
         reason = "it " + fault if fault else error.strerror
         raise Failure("can't run %s: %s" % (quote(name), reason)) from None
     with REAPER.watch(process.pid), process:  # which waits for its end
-        prefer_to_kill(process.pid)
+        score = "/proc/%d/oom_score_adj" % process.pid  # for when memory runs out
+        with contextlib.suppress(OSError), open(score, "w", encoding="ascii") as file:
+            file.write("1000")  # Linux kills it before the service (proc(5))
         try:
             yield process
         finally:
@@ -4892,7 +4880,8 @@ async def run_task(
     except BaseException as error:  # SystemExit too: it must not end the worker
         outcome = outcome_of(error, context)
     if outcome.trace:
-        context.log_traceback(outcome.trace)
+        log_run(logging.WARNING, context, "raised", traceback=outcome.trace)
+        context.emit_lines(outcome.trace.splitlines())
     return outcome
 
 

@@ -46,16 +46,16 @@ line:
       153  1. Settings
       486  2. Tasks and their states
       852  3. Task registry
-     1552  4. Execution
-     2804  5. Journal
-     3443  6. Events
-     3641  7. Result store and task queue
-     4843  8. Worker pool
-     5156  9. HTTP API
-     6837  10. HTTP server
-     7801  11. Client
-     8429  12. Main
-     9020  13. The page
+     1545  4. Execution
+     2782  5. Journal
+     3421  6. Events
+     3619  7. Result store and task queue
+     4821  8. Worker pool
+     5134  9. HTTP API
+     6815  10. HTTP server
+     7779  11. Client
+     8407  12. Main
+     8998  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1231,8 +1231,7 @@ class Validator:
     def parse_member(self, name: str, text: str) -> Any:
         """Return the value of a property in a word, such as 2 for retries=2.
 
-        It is a string if the schema allows that, else it is JSON. The value may still
-        be invalid; validate() says why.
+        It is a string if the schema allows that, else JSON. It may still be invalid.
         """
         own = self.member(name)
         if own and own.schema.get("type") != "string" and not own.is_valid(text):
@@ -1262,10 +1261,7 @@ class Validator:
         return value
 
     def _convert_members(self, value: Any, path: Path, problems: list[Problem]) -> Any:
-        """Convert the members of an object or an array.
-
-        It stops at MAX_PROBLEMS, since they may take more memory than the value.
-        """
+        """Convert the members of an object or an array, up to MAX_PROBLEMS."""
         for name in self.schema.get("required", ()):
             if name not in value:
                 problems.append(((*path, name), "is missing"))
@@ -1419,10 +1415,7 @@ def with_task(
 
 
 def follow_ups_by_rule(handlers: Mapping[str, Handler]) -> dict[str, list[Any]]:
-    """Return the follow-ups by the rules of each type, as entries of a `then`.
-
-    Raises HandlerError for one that can't be submitted.
-    """
+    """Return the follow-ups by rules, as in a `then`, by type; raises HandlerError."""
     found: dict[str, list[Any]] = {name: [] for name in handlers}
     for name, ending in itertools.product(handlers, ENDINGS):
         rule = "on_" + ending
@@ -1682,10 +1675,7 @@ class Context:
 
     @contextlib.contextmanager
     def _step_called(self, name: str) -> Iterator[Callable[..., None]]:
-        """Take the name of a step, and free it again if the step fails.
-
-        Yields a function that saves its value.
-        """
+        """Take a step's name, and free it if the step fails; yield what saves it."""
         self.check()
         if not is_name(name):
             raise Fail("a step's name must be 1 to 100 printable characters")
@@ -1803,10 +1793,7 @@ _DOUBTFUL = re.compile(
 
 
 def encode_result(value: Any, limit: int, subject: str = "the result") -> bytes:
-    """Return the result of a handler or a step as JSON that is valid as params, too.
-
-    Raises Fail for anything else, and for more than `limit` bytes.
-    """
+    """Return a result as JSON that is valid as params, too, or raise Fail."""
     try:
         result = to_json(value)
         if len(result) <= limit:
@@ -2106,10 +2093,7 @@ def output_of(process: Any, file: Any, ctx: Context) -> Iterator[bytes]:
 
 
 def _has_ended(process: Any, ctx: Context) -> bool:
-    """Return whether it has ended; kill it if it has not stopped within its grace.
-
-    It is not reaped, where the system allows that.
-    """
+    """Whether it has ended; it is not reaped yet, and is killed after its grace."""
     if time.monotonic() >= ctx.kill_at:
         kill_session(process.pid)
     if not hasattr(os, "waitid"):
@@ -2591,10 +2575,7 @@ def register_command(line: str) -> None:
 
 
 def set_rules(line: str) -> None:
-    """Set rules of a task type by a line such as "backup timeout=60 retries=2".
-
-    They win over those that its handler sets. Raises HandlerError.
-    """
+    """Set rules of a type, over its handler's, by a line such as "backup retries=2"."""
     try:
         name, *words = shlex.split(line) or [""]
         known = find_handler(name, REGISTRY, ("the type",))
@@ -2636,10 +2617,7 @@ def register_webhook(hosts: str, secret: str) -> None:
 
 
 def send_webhook(key: bytes, params: dict[str, Any], ctx: Context) -> dict[str, Any]:
-    """Send the status of a finished task to a URL, signed as a Standard Webhook.
-
-    Raises Failure unless the response is a success.
-    """
+    """Send the status of a finished task to a URL, signed as a Standard Webhook."""
     url, task = params["url"], params["task"]
     kind, when = "task.%s" % task.get("status"), task.get("ended_at")
     body = to_json({"type": kind, "timestamp": when, "data": task})

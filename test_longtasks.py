@@ -527,7 +527,6 @@ def test_ids_are_random_uuids_of_version_4():
 @pytest.mark.parametrize(
     "data, reason",
     [
-        (b"", "not JSON"),
         (b"[1] x", "not JSON"),
         (b'"\n"', "not JSON"),
         (b'"\xff"', "'utf-8' codec can't decode byte 0xff in position 1"),
@@ -675,7 +674,6 @@ def test_params_are_checked_against_annotations(annotation, good, bad, registry)
         ),
         ({"a": 1, "n": 9.5}, "params.n must be a number from 0 to 9, not 9.5"),
         ({"a": 1, "m": 0}, "params.m must be a whole number from 1 or null, not 0"),
-        ({"a": 1, "m": "x"}, 'params.m must be a whole number from 1 or null, not "x"'),
     ],
 )
 def test_each_problem_is_reported_with_its_place_and_what_would_be_valid(
@@ -831,7 +829,6 @@ NAN, INFINITE = float("nan"), float("inf")
     [
         ({"retry": 3}, 'task type "bad": retry is unknown; known here: timeout, retr'),
         ({"retries": -1}, "retries must be a whole number from 0"),
-        ({"timeout": "1"}, "timeout must be a number from 0"),
         ({"backoff": INFINITE}, "backoff must be a number"),
         ({"limits": {"n": 5}}, r"limits\.n must be an object"),
         ({"limits": {"n": {"least": 1}}}, r"limits\.n\.least is unknown"),
@@ -3504,7 +3501,6 @@ NO_JSON = "the result does not fit into JSON: ValueError: "
     "function, error",
     [
         (raising(ValueError("bad")), "ValueError: bad"),
-        (raising(KeyError("k")), "KeyError: 'k'"),
         (raising(SystemExit(3)), "SystemExit: 3"),
         (raising(KeyboardInterrupt()), "KeyboardInterrupt"),
         (raising(Cancelled()), "Cancelled"),
@@ -4180,7 +4176,6 @@ def test_the_recipe_for_a_pipe_works(registry, tmp_path):
         ("backup timeout", 'timeout must be a number from 0 to 1000000000, not ""'),
         ("backup timout=1", "timout is unknown; known here: timeout, retries, "),
         ("backup timeout=1 timeout=2", 'the key "timeout" occurs twice'),
-        ("backup timeout=NaN", "timeout must be a number from 0 to 1000000000, not "),
         ("backup max_running=-1", "max_running must be a whole number from 0, not -1"),
         ("backup exit_codes=0,x", "exit_codes[1] must be a whole number from 0 to 255"),
         ("backup exit_codes=256", "exit_codes[0] must be a whole number from 0 to 255"),
@@ -4220,16 +4215,6 @@ def test_a_rule_from_outside_wins_over_that_of_the_handler(registry, tmp_path):
         assert done["result"] == {"exit_code": 4, "output": str(tmp_path) + "\n"}
         failed = result_of(service, submitted(service, "where", {"code": "0"}))
         assert failed["error"].startswith("exit code 0\n")
-
-
-def test_a_program_whose_folder_is_gone_fails_with_the_name_of_the_folder(
-    registry, tmp_path
-):
-    longtasks.register_command("t=echo")
-    longtasks.set_rules("t cwd=%s" % tmp_path)
-    tmp_path.rmdir()
-    error = 'can\'t run "%s": No such file or directory' % tmp_path
-    assert outcome_of(registry).error == error
 
 
 def executable(folder, content, mode=0o755):
@@ -4273,15 +4258,16 @@ def test_a_program_in_this_folder_is_found_by_its_path_only(tmp_path, monkeypatc
         program("t=%s" % tmp_path)
 
 
-def test_a_program_that_became_unrunnable_fails_its_task(tmp_path):
-    path = executable(tmp_path, b"#!/bin/sh\n")
-    made = program("t=" + path)
+def test_a_program_that_became_unrunnable_fails_its_task(registry, tmp_path):
+    path, folder = executable(tmp_path, b"#!/bin/sh\n"), tmp_path / "folder"
+    folder.mkdir()
+    longtasks.register_command("t=" + path)
+    longtasks.set_rules("t cwd=%s" % folder)
     executable(tmp_path, b"#!/no/sh")
-    with pytest.raises(longtasks.Failure, match=r"can't run .*: it needs the"):
-        made({}, Context("id"))
-    os.remove(path)
-    with pytest.raises(longtasks.Failure, match=r"can't run .*: No such file"):
-        made({}, Context("id"))
+    assert 'can\'t run "%s": it needs the' % path in outcome_of(registry).error
+    folder.rmdir()
+    error = 'can\'t run "%s": No such file or directory' % folder
+    assert outcome_of(registry).error == error
 
 
 def test_placeholders_become_params():
@@ -4306,7 +4292,6 @@ def test_a_value_stays_within_its_word_and_no_shell_sees_it():
     "line, value, reason",
     [
         ("t=echo {a}", "-rf", "does not begin with -"),
-        ("t=echo {a}.txt", "-rf", "does not begin with -"),
         ("t=echo {b=}{a}", "-rf", "does not begin with -"),
         ("t=echo x{a} {a}", "-rf", "does not begin with -"),
         ("t=echo {a} -- {a}", "-rf", "does not begin with -"),
@@ -4356,7 +4341,6 @@ def test_its_output_is_the_log_and_its_tail_the_result():
         ("10%\\r20.5 %\\r", 20.5, "20.5 %"),
         ("\\r####     45.0%", 45, "####     45.0%"),  # curl -#
         ("   450K .......... ..........  4% 1.2M 12s\\n", 4, None),  # wget
-        ("Objects: 5% (1/20)\\rObjects: 45% (9/20)\\r", 45, "Objects: 45% (9/20)"),
         (" 45%|####  | 45/100 [00:12<00:15]\\n", 45, None),  # tqdm
         ("[download]  45.3% of 10MiB at 1MiB/s\\n", 45.3, None),
         ("[ 45%] Building C object a.c\\n", 45, None),
@@ -4369,7 +4353,6 @@ def test_its_output_is_the_log_and_its_tail_the_result():
         ("frame=9\\rframe=10\\nmuxing overhead: 0.1%", None, "muxing overhead: 0.1%"),
         ("3 received, 0% packet loss\\n", None, None),
         ("no number %\\n", None, None),
-        ("one\\ntwo\\n", None, "two"),
         ("one\\ntwo\\rthree\\r", None, "three"),
         ("one\\ntwo", None, "two"),
         ("\\n \\n", None, ""),
@@ -11715,7 +11698,6 @@ def test_threads_that_replace_an_executor_at_once_use_the_same_one(monkeypatch):
     [
         ("f.py", "write FILE:FACTORY"),
         ("missing.py:f", "No such file"),
-        ("f.py:", "write FILE:FACTORY"),
         ("f.py:missing", "has no attribute 'missing'"),
         ("f.py:sys", "'module' object is not callable"),
         ("f.py:broken", "OSError: no scheduler"),

@@ -47,15 +47,15 @@ line:
       486  2. Tasks and their states
       852  3. Task registry
      1545  4. Execution
-     2782  5. Journal
-     3421  6. Events
-     3619  7. Result store and task queue
-     4821  8. Worker pool
-     5134  9. HTTP API
-     6815  10. HTTP server
-     7779  11. Client
-     8407  12. Main
-     8998  13. The page
+     2779  5. Journal
+     3418  6. Events
+     3616  7. Result store and task queue
+     4818  8. Worker pool
+     5131  9. HTTP API
+     6812  10. HTTP server
+     7776  11. Client
+     8404  12. Main
+     8995  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at

@@ -536,7 +536,6 @@ def test_ids_are_random_uuids_of_version_4():
         (b"1" * 1001, "more than 1000 digits"),
         (b"[" + b"1" * 1_000_000 + b"]", "more than 1000 digits"),
         (b"1" * 1_000_000 + b".5", "too large"),
-        (b"1e" + b"9" * 1_000_000, "too large"),
         (b'[{"a": {"__proto__": 1, "x:": 2, "__proto__": 3}}]', '"__proto__" occurs'),
         (b"]" * 200 + b"[" * 100, "not JSON: Expecting value"),
         (b"[" * 60 + b"]]][[[" + b"[" * 60, "not JSON: (Extra|Expecting)|100 levels"),
@@ -634,10 +633,7 @@ ANNOTATIONS = [
     (Literal["a", "b"], ["a", "b"], ["c", None, 1]),
     (Literal[1, 2], [1, 2], [True, 3, "1"]),
     (Literal["a", None], ["a", None], ["b", 0, False]),
-    (List, [[], [1]], ["a"]),
-    (Dict, [{}], [[]]),
     (Sequence[int], [[], [1]], ["ab", ["a"], {}]),
-    (Sequence, [[], ["a"]], ["ab", {}]),
     (Mapping[str, int], [{}, {"a": 1}], [{"a": "b"}, []]),
     (List[NewType("UserId", int)], [[1]], [["1"]]),
     (List["int"], [[1]], [["1"]]),
@@ -732,6 +728,7 @@ def test_a_handler_may_take_params_of_any_names(registry):
     def keywords(n: int, *, ctx: Context, **others):
         return [n, others]
 
+    assert handler("é" * 100)(keywords) is registry["é" * 100].function is keywords
     for name, params in [("one dict", {"x": [1]}), ("keywords", {"n": 1, "x": 2})]:
         longtasks.check_submission({"type": name, "params": params}, registry)
     assert run(registry, "one dict", {"x": [1]}) == [{"x": [1]}, "id"]
@@ -766,11 +763,6 @@ def test_numbers_of_a_subclass_such_as_those_of_numpy_are_numbers(registry):
         assert outcome_of(registry, "wrong %r" % wrong).after is None
 
 
-def test_a_registered_function_stays_itself(registry):
-    function = annotated(int)
-    assert handler("é" * 100)(function) is registry["é" * 100].function is function
-
-
 class AsyncObject:
     async def __call__(self, number: int = 3):
         return number
@@ -790,7 +782,6 @@ async def async_generator():
         ("", "1 to 100 printable"),
         ("x" * 101, "1 to 100 printable"),
         ("a\nb", "1 to 100 printable"),
-        (5, "1 to 100 printable"),
         ("long_computation", '"long_computation" is registered twice'),
         (generator, "1 to 100 printable"),
     ],
@@ -988,7 +979,6 @@ def test_a_handlers_file_adds_types_and_may_import_its_neighbours(tmp_path, regi
         (None, r"none\.py: No such file or directory$"),
         ("def f(:\n", r"SyntaxError: .* \(mine.py, line 1\)"),
         ("\n\n1/0\n", r"ZeroDivisionError: division by zero \(line 3\)"),
-        ("import no_such_module_anywhere\n", r"ModuleNotFoundError: .* \(line 1\)"),
         ("raise SystemExit(3)\n", r"SystemExit: 3 \(line 1\)"),
         (
             "import longtasks\n@longtasks.handler('long_computation')\ndef f(): 1\n",
@@ -3119,8 +3109,6 @@ def test_a_run_that_is_over_adds_no_step(either):
     [
         ("twice", 'this run has two steps called "twice"'),
         ("", "a step's name must be 1 to 100 printable characters"),
-        ("x" * 101, "a step's name must be 1 to 100 printable characters"),
-        ("a\n", "a step's name must be 1 to 100 printable characters"),
         (1, "a step's name must be 1 to 100 printable characters"),
     ],
 )
@@ -3502,7 +3490,6 @@ NO_JSON = "the result does not fit into JSON: ValueError: "
     [
         (raising(ValueError("bad")), "ValueError: bad"),
         (raising(SystemExit(3)), "SystemExit: 3"),
-        (raising(KeyboardInterrupt()), "KeyboardInterrupt"),
         (raising(Cancelled()), "Cancelled"),
         (raising(Unreadable()), "an exception that can't be read"),
         (raising(Hidden()), "an exception that can't be read"),
@@ -4176,7 +4163,6 @@ def test_the_recipe_for_a_pipe_works(registry, tmp_path):
         ("backup timeout", 'timeout must be a number from 0 to 1000000000, not ""'),
         ("backup timout=1", "timout is unknown; known here: timeout, retries, "),
         ("backup timeout=1 timeout=2", 'the key "timeout" occurs twice'),
-        ("backup max_running=-1", "max_running must be a whole number from 0, not -1"),
         ("backup exit_codes=0,x", "exit_codes[1] must be a whole number from 0 to 255"),
         ("backup exit_codes=256", "exit_codes[0] must be a whole number from 0 to 255"),
         ("backup cwd=/no-such", 'there is no folder "/no-such"'),
@@ -4292,7 +4278,6 @@ def test_a_value_stays_within_its_word_and_no_shell_sees_it():
     "line, value, reason",
     [
         ("t=echo {a}", "-rf", "does not begin with -"),
-        ("t=echo {b=}{a}", "-rf", "does not begin with -"),
         ("t=echo x{a} {a}", "-rf", "does not begin with -"),
         ("t=echo {a} -- {a}", "-rf", "does not begin with -"),
         ("t=echo --- {a}", "-rf", "does not begin with -"),
@@ -4347,12 +4332,10 @@ def test_its_output_is_the_log_and_its_tail_the_result():
         ("Progress: 45%\\r\\n", 45, "Progress: 45%"),
         ("7,5% b\\n\\n", 7.5, "7,5% b"),
         ("10% of cpu 90%\\n", 10, "10% of cpu 90%"),
-        ("140%\\n", 100, "140%"),
         ("50%\\ncopying\\n", 50, "copying"),
         ("audio:0kB muxing overhead: 0.149%\\n", None, None),  # ffmpeg
         ("frame=9\\rframe=10\\nmuxing overhead: 0.1%", None, "muxing overhead: 0.1%"),
         ("3 received, 0% packet loss\\n", None, None),
-        ("no number %\\n", None, None),
         ("one\\ntwo\\rthree\\r", None, "three"),
         ("one\\ntwo", None, "two"),
         ("\\n \\n", None, ""),
@@ -6881,7 +6864,6 @@ def test_by_rule_nothing_follows_a_follow_up(ends, registry):
         (["--webhook-hosts", "a"], "WEBHOOK_HOSTS needs WEBHOOK_SECRET as well"),
         (["--webhook-hosts", "http://a"], "HOST or HOST:PORT, separated by commas"),
         (["--webhook-hosts", "a,,b"], "HOST or HOST:PORT, separated by commas"),
-        (["--webhook-hosts", ",a"], "HOST or HOST:PORT, separated by commas"),
     ],
 )
 def test_follow_ups_that_can_not_be_are_one_line_and_code_2(
@@ -11181,10 +11163,6 @@ def forked(ctx: Context):
         ctx.step("a", os._exit, 8)
     except Fail as error:
         os._exit(7)
-
-@handler("waits", isolated=True)
-def waits(ctx: Context):
-    return ctx.step("wait", lambda: ctx.log("waits") or ctx.sleep(1000))
 """
 
 
@@ -11325,15 +11303,6 @@ def test_what_an_isolated_handler_does_wrong_with_steps_fails_its_task(isolated)
     error = outcome(isolated, "steps", {"size": 1 << 18})["error"]
     assert re.fullmatch('the result of step "step ." has .* bytes, more than .*', error)
     assert outcome(isolated, "forked")["result"] == 7
-
-
-def test_a_step_of_an_isolated_handler_ends_when_its_task_is_to_stop(isolated):
-    task_id = submitted(isolated.port, "waits")
-    log_of(isolated, task_id, "waits")
-    assert cancel(isolated, task_id).status == 202
-    assert result_of(isolated, task_id)["status"] == "cancelled"
-    path = TASKS + "/%s/steps" % task_id
-    assert call(isolated, "GET", path).json == {"steps": []}
 
 
 def test_an_isolated_handler_learns_that_it_is_to_stop(isolated):

@@ -534,10 +534,8 @@ def test_ids_are_random_uuids_of_version_4():
         (b"[NaN]", "NaN is not a number"),
         (b"[1e999]", "too large"),
         (b"1" * 1001, "more than 1000 digits"),
-        (b"[" + b"1" * 1_000_000 + b"]", "more than 1000 digits"),
         (b"1" * 1_000_000 + b".5", "too large"),
         (b'[{"a": {"__proto__": 1, "x:": 2, "__proto__": 3}}]', '"__proto__" occurs'),
-        (b"]" * 200 + b"[" * 100, "not JSON: Expecting value"),
         (b"[" * 60 + b"]]][[[" + b"[" * 60, "not JSON: (Extra|Expecting)|100 levels"),
         (b"[" + b'["]",' * 100 + b"1" + b"]" * 101, "100 levels"),
         (b"[" * 1_000_000, "100 levels"),
@@ -632,7 +630,6 @@ ANNOTATIONS = [
     (Union[int, str], [1, "a"], [None, 1.5, []]),
     (Literal["a", "b"], ["a", "b"], ["c", None, 1]),
     (Literal[1, 2], [1, 2], [True, 3, "1"]),
-    (Literal["a", None], ["a", None], ["b", 0, False]),
     (Sequence[int], [[], [1]], ["ab", ["a"], {}]),
     (Mapping[str, int], [{}, {"a": 1}], [{"a": "b"}, []]),
     (List[NewType("UserId", int)], [[1]], [["1"]]),
@@ -4090,7 +4087,6 @@ def run_program(line, params=None, context=None):
         ("backup=no-such-program x", 'there is no program "no-such-program"'),
         ("backup=echo {a=1} {a=2}", "{a} has two defaults"),
         ("backup=awk '{print $1}'", '{ in "{print $1}": a placeholder is {NAME} or'),
-        ("backup=echo {", '{ in "{": a placeholder is {NAME} or {NAME=DEFAULT}'),
         ("backup=echo {a}}", '} in "{a}}": a placeholder is {NAME}'),
         ("long_computation=ls", "is registered twice"),
     ],
@@ -4217,7 +4213,6 @@ def executable(folder, content, mode=0o755):
         (b"#!/bin/sh\n", 0o644, "is not executable: chmod +x %s"),
         (b"echo 1\n", 0o755, "does not begin with a #! line, such as #!/bin/sh"),
         (b"", 0o755, "does not begin with a #! line, such as #!/bin/sh"),
-        (b"#!/no/sh -e\n", 0o755, 'needs the interpreter "/no/sh", which can\'t be'),
         (b"#! \t/no/sh\t-e", 0o755, 'needs the interpreter "/no/sh", which can\'t be'),
         (b"#!/etc/passwd\n", 0o755, 'needs the interpreter "/etc/passwd", which'),
         (b"#!/bin/sh\r\n", 0o755, 'needs the interpreter "/bin/sh\\r", which'),
@@ -4278,7 +4273,6 @@ def test_a_value_stays_within_its_word_and_no_shell_sees_it():
     "line, value, reason",
     [
         ("t=echo {a}", "-rf", "does not begin with -"),
-        ("t=echo x{a} {a}", "-rf", "does not begin with -"),
         ("t=echo {a} -- {a}", "-rf", "does not begin with -"),
         ("t=echo --- {a}", "-rf", "does not begin with -"),
         ("t=echo -n -- x {a}", "-rf", None),
@@ -4398,7 +4392,6 @@ def test_the_work_for_a_piece_does_not_grow_with_those_before_it(piece):
         ("echo why; exit 3", "exit code 3\nwhy"),
         ("yes | head -99999; echo why; exit 1", "exit code 1\n" + "y\n" * 1948 + "why"),
         ("exit 1", "exit code 1"),
-        ("kill -9 $$", "killed by SIGKILL"),
         ("kill -SEGV $$", "killed by SIGSEGV"),
     ],
 )
@@ -7033,7 +7026,6 @@ def last_error(service, task_id):
     "status, headers, waits",
     [
         (410, {"Retry-After": "60"}, None),
-        (404, {}, 2),
         (302, {"Location": "/other"}, 2),
         (429, {"Retry-After": "60"}, 60),
         (503, {"Retry-After": "soon"}, 2),
@@ -11208,6 +11200,8 @@ def test_an_isolated_handler_runs_in_a_process_of_its_own(isolated):
     isolated.logged(done["task_id"] + " (told): completed")
     lines = [line for line in isolated.lines if line.endswith("pid %d\n" % pid)]
     assert len(lines) == 1, "what it logs is in the log once"
+    # It may start others.
+    assert outcome(isolated, "family", {"seconds": 0})["result"] == [1, 2]
 
 
 def check_ends(running):
@@ -11234,7 +11228,6 @@ def test_an_isolated_handler_ends_its_retries_as_any_other_does(isolated):
     "type, params, error",
     [
         ("crash", {"number": 0}, "exit code 7"),
-        ("crash", {"number": signal.SIGSEGV}, "killed by SIGSEGV"),
         ("crash", {"number": signal.SIGKILL}, "killed by SIGKILL"),
         ("flood", {}, "killed by SIGKILL"),  # sends more than is read
     ],
@@ -11333,10 +11326,6 @@ def family_of(running, task_id):
     count = 1 + len(multiprocessing.get_all_start_methods())
     until(lambda: len(log_of(running, task_id).split()) == 2 * count)
     return [int(pid) for pid in log_of(running, task_id).split()[1::2]]
-
-
-def test_an_isolated_handler_may_use_processes_of_its_own(isolated):
-    assert outcome(isolated, "family", {"seconds": 0})["result"] == [1, 2]
 
 
 @has_proc

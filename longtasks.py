@@ -52,10 +52,10 @@ line:
      3616  7. Result store and task queue
      4818  8. Worker pool
      5131  9. HTTP API
-     6812  10. HTTP server
-     7776  11. Client
-     8404  12. Main
-     8995  13. The page
+     6772  10. HTTP server
+     7736  11. Client
+     8364  12. Main
+     8955  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -6045,10 +6045,8 @@ FIELDS[META + "clientCapabilities"] = _object("extensions?")
 FIELDS["_meta"] = _object(META + "clientCapabilities? idempotency-key?")
 FIELDS["progress"] = _object("percent? message")
 FIELDS["errors"] = _list(_object("pointer detail"))
-MESSAGE_ID: Json = {"anyOf": [STRING, {"type": "integer"}]}
-_FILLED = {"minItems": 1, "maxItems": MAX_BATCH}
 DOCUMENTS: dict[str, Schema] = {
-    "Batch": {**_list(_ref("Submission")), **_FILLED},
+    "Batch": {**_list(_ref("Submission")), "minItems": 1, "maxItems": MAX_BATCH},
     "Accepted": _object("id status"),
     "BatchAccepted": _list(_ref("Accepted")),
     "Status": _object(
@@ -6071,11 +6069,10 @@ DOCUMENTS: dict[str, Schema] = {
     "Message": _object(  # of JSON-RPC 2.0, as MCP has them
         "jsonrpc id? method params?",
         jsonrpc={"enum": ["2.0"]},
-        id=MESSAGE_ID,
+        id={"anyOf": [STRING, {"type": "integer"}]},
         params=_object("_meta?"),
     ),
-    "Messages": {**_list({}), **_FILLED},
-    "Answer": {"anyOf": [OBJECT, _list({})]},
+    "Answer": OBJECT,
     "Problem": _object("type title status detail errors?", status=_COUNT),
 }
 REFUSALS = """\
@@ -6212,9 +6209,8 @@ def _content(names: str) -> Json:
 MCP_PATH = "/mcp"
 NEW = ("2026-07-28",)
 TASKED = ("2025-11-25",)  # has tasks without an extension
-BATCHED = ("2025-03-26", "2024-11-05")  # in which a request may have several messages
-OLD = (*TASKED, "2025-06-18", *BATCHED)
-UNNAMED = BATCHED[0]  # that of a request without the header MCP-Protocol-Version
+UNNAMED = "2025-03-26"  # that of a request without the header MCP-Protocol-Version
+OLD = (*TASKED, "2025-06-18", UNNAMED, "2024-11-05")
 TASKS_EXTENSION: Json = {META + "tasks": {}}
 OLD_TASKS: Json = {"list": {}, "cancel": {}, "requests": {"tools": {"call": {}}}}
 PARSE_ERROR, INVALID_REQUEST, UNKNOWN_METHOD = -32700, -32600, -32601
@@ -6276,15 +6272,12 @@ def name_tools(handlers: Mapping[str, Handler], only: Sequence[str]) -> dict[str
 
 
 class Call:
-    """A request of JSON-RPC, which is checked, then submitted, then answered.
+    """A request of JSON-RPC: it begins, submits a task perhaps, and is answered."""
 
-    It does not keep the params of a task that it submitted.
-    """
-
-    def __init__(self, app: App, request: Request, message: Any) -> None:
+    def __init__(self, app: App, request: Request) -> None:
         self.app, self.tools, self.request = app, app.tools or {}, request
-        self.id = message.get("id") if isinstance(message, dict) else None
-        self.version, self.has_tasks, self.status = "", False, 200
+        self.head: Json = {"jsonrpc": "2.0"}  # of the answer
+        self.version, self.has_tasks = "", False
         self.method: Method = Call._acknowledge  # returns the result
         self.params: Json = {}
         self.submission: tuple[Submission, str | None] | None = None  # and its key
@@ -6292,39 +6285,36 @@ class Call:
         self.began = time.monotonic()
         self.wait = 0.0  # seconds from then on, for the end of the task
         self.token: Any = None  # of the client, for notifications of its progress
-        self.error: Exception | None = None
-        try:
-            self._begin(message)
-        except (TaskError, HTTPError) as error:
-            self.error = error.with_traceback(None)  # that would keep the params
+
+    def begin(self) -> bool:
+        """Parse and check the message; return whether it wants an answer."""
+        with parsing(self.request):
+            message = self.request.json()
+            if not _MESSAGE.is_valid(message):
+                text = 'send {"jsonrpc": "2.0", "id": 1, "method": ...}'
+                raise RPCError(INVALID_REQUEST, text)
+            if "id" in message:
+                self.head["id"] = message["id"]
+                self._check(message["method"], message.get("params", {}))
+            return "id" in message
 
     def submit(self) -> None:
         """Submit the task of a tool, if it is one; this may wait for a disk."""
-        wanted, self.submission = self.submission, None
-        if wanted:
-            try:
-                self.task = submit_one(self.app, *wanted)
-            except (TaskError, HTTPError) as error:
-                self.error, self.wait = error.with_traceback(None), 0.0
+        if self.submission:
+            self.task = submit_one(self.app, *self.submission)
+            self.submission = None  # its params are not needed any more
 
     def answer(self) -> Json:
         """Return the response, once the task has ended or the time is up."""
-        head = {"jsonrpc": "2.0", "id": self.id}
-        if not _MESSAGE_ID.is_valid(self.id):
-            del head["id"]
-        try:
-            if self.error:
-                raise self.error
-            result = self.method(self, self.params)
-        except (TaskError, HTTPError) as error:
-            if self.version not in OLD:
-                is_invalid = isinstance(error, Invalid)
-                self.status = 400 if is_invalid else refusal(error).status
-            return {**head, "error": rpc_error(error)}
+        result = self.method(self, self.params)
         if self.version in NEW:
             meta = {META + "serverInfo": ABOUT}
             result = {"resultType": "complete", "_meta": meta, **result}
-        return {**head, "result": result}
+        return {**self.head, "result": result}
+
+    def refuse(self, error: TaskError | HTTPError) -> Json:
+        """Return the response that tells of an error."""
+        return {**self.head, "error": rpc_error(error)}
 
     def stream(self) -> Iterator[bytes]:
         """Yield nothing once, then a task's progress as events, and the answer."""
@@ -6341,14 +6331,14 @@ class Call:
                     notice = {"method": "notifications/progress", "params": params}
                     yield b"data: %b\n\n" % to_json({"jsonrpc": "2.0", **notice})
                 yield b":\n\n"
-        yield b"data: %b\n\n" % to_json(self.answer())
+        try:
+            answer = self.answer()
+        except (TaskError, HTTPError) as error:
+            answer = self.refuse(error)
+        yield b"data: %b\n\n" % to_json(answer)
 
-    def _begin(self, message: Any) -> None:
+    def _check(self, method: str, params: Json) -> None:
         """Check a message, with the task that it wants to run."""
-        if not _MESSAGE.is_valid(message):
-            text = 'send {"jsonrpc": "2.0", "id": 1, "method": ...}'
-            raise RPCError(INVALID_REQUEST, text)
-        method, params = message["method"], message.get("params", {})
         meta = params.get("_meta", {})
         self.token = meta.get("progressToken")
         self._read_version(meta)
@@ -6595,29 +6585,7 @@ RPC_METHODS: dict[str, tuple[Sequence[str], Json, Method]] = {
 }
 # fmt: on
 _MESSAGE = Validator(DOCUMENTS["Message"])
-_MESSAGE_ID = Validator(MESSAGE_ID)
 _NEW_META = Validator(_object(META + "protocolVersion " + META + "clientCapabilities"))
-
-
-def begin_calls(app: App, request: Request) -> tuple[list[Call], bool]:
-    """Return the calls in a request, and whether they are a batch."""
-    with parsing(request):
-        found = request.json()
-        is_batch = isinstance(found, list)
-        version = request.headers.get("mcp-protocol-version", UNNAMED)
-        if is_batch and not (version in BATCHED and 0 < len(found) <= MAX_BATCH):
-            text = "send one message; before 2025-06-18, up to %d in an array"
-            raise RPCError(INVALID_REQUEST, text % MAX_BATCH)
-        messages = found if is_batch else [found]
-        calls = [Call(app, request, each) for each in messages if not is_notice(each)]
-        return calls, is_batch
-
-
-def is_notice(message: Any) -> bool:
-    """Whether a message wants no response: a notification, or itself a response."""
-    if not isinstance(message, dict) or "method" in message:
-        return _MESSAGE.is_valid(message) and "id" not in message
-    return "result" in message or "error" in message
 
 
 def answer_agent(app: App, request: Request) -> Reply:
@@ -6625,28 +6593,20 @@ def answer_agent(app: App, request: Request) -> Reply:
     if app.tools is None:
         raise HTTPError(404, "this service was started without MCP")
     request.accepts(JSON)
-    calls, is_batch = begin_calls(app, request)
-    if not calls:
-        return Reply(202)
-    for each in calls:  # now that what was parsed is gone
-        each.submit()
-    if is_batch:
-        return Reply(200, stream=answers(calls))
-    (call,) = calls
-    streams = call.token is not None and _quality(
-        request.headers.get("accept", ""), SSE
-    )
-    if call.wait and streams:
-        return stream_reply(call.stream())
-    answer = call.answer()  # sets the status
-    return json_reply(answer, call.status)
-
-
-def answers(calls: Sequence[Call]) -> Iterator[bytes]:
-    """Yield the answers of a batch as an array; no more than one is in memory."""
-    yield b"["
-    for call in calls:
-        yield to_json(call.answer()) + (b"]\n" if call is calls[-1] else b",\n")
+    call = Call(app, request)
+    try:
+        if not call.begin():
+            return Reply(202)
+        call.submit()  # now that what was parsed is gone
+        accept = request.headers.get("accept", "")
+        if call.wait and call.token is not None and _quality(accept, SSE):
+            return stream_reply(call.stream())
+        return json_reply(call.answer())
+    except (TaskError, HTTPError) as error:
+        refused = refusal(error)
+        status = 400 if isinstance(error, Invalid) else refused.status
+        status = 200 if call.version in OLD else status
+        return json_reply(call.refuse(error), status, refused.headers)
 
 
 # -- routes ----------------------------------------------------------------
@@ -6701,7 +6661,7 @@ ROUTES = (
     Route("POST", "/api/v1/types/{type}/pause", pause_type, {200: "Type"}),
     Route("POST", "/api/v1/types/{type}/resume", resume_type, {200: "Type"}),
     Route("POST", MCP_PATH, answer_agent,
-          {200: "Answer events", 202: ""}, body="Message Messages"),
+          {200: "Answer events", 202: ""}, body="Message"),
     Route("GET", "/healthz", show_health, {200: "Probe"}, public=True),
     Route("GET", "/readyz", show_readiness, {200: "Probe"}, public=True),
     Route("GET", "/metrics", show_metrics, {200: "metrics"}),

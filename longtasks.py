@@ -5328,32 +5328,29 @@ def timestamp(when: float) -> str:
 
 def status_document(task: Task, context: Context | None = None) -> Json:
     """Return the fields of DOCUMENTS["Status"] that apply to a task."""
-    document: Json = {"id": task.id, "status": task.status, "type": task.type}
-    document["created_at"] = timestamp(task.created_at)
-    if task.started_at:
-        document["started_at"] = timestamp(task.started_at)
-    own: list[tuple[str, Any]]  # of its status
+    fields: Json = {
+        "id": task.id,
+        "status": task.status,
+        "type": task.type,
+        "created_at": timestamp(task.created_at),
+        "started_at": task.started_at and timestamp(task.started_at),
+        "ended_at": task.ended_at and timestamp(task.ended_at),
+        "label": label_of(task),
+        "attempt": task.attempt,
+        "steps": task.steps,
+        "priority": task.options.priority,
+        "retry_of": task.retry_of,
+        "follows": task.follows,
+    }
     if task.finished:
-        document["ended_at"] = timestamp(task.ended_at)
-        own = [("error", task.error and first_line(task.error))]
+        fields["error"] = task.error and first_line(task.error)
     elif task.status == PROCESSING:
-        own = [("progress", context and context.progress_document())]
-        own += [("cancel_requested", bool(task.cancel_requested))]
+        fields["progress"] = context and context.progress_document()
+        fields["cancel_requested"] = bool(task.cancel_requested)
     else:
-        own = [("next_attempt_at", task.due_at and timestamp(task.due_at))]
-        own += [("last_error", task.error)]
-    for name, value in (
-        ("label", label_of(task)),
-        ("attempt", task.attempt),
-        ("steps", task.steps),
-        ("priority", task.options.priority),
-        ("retry_of", task.retry_of),
-        ("follows", task.follows),
-        *own,
-    ):
-        if value:
-            document[name] = value
-    return document
+        fields["next_attempt_at"] = task.due_at and timestamp(task.due_at)
+        fields["last_error"] = task.error
+    return {name: value for name, value in fields.items() if value}
 
 
 def submission_document(task: Task) -> Json:

@@ -52,10 +52,10 @@ line:
      3616  7. Result store and task queue
      4818  8. Worker pool
      5131  9. HTTP API
-     6772  10. HTTP server
-     7736  11. Client
-     8364  12. Main
-     8955  13. The page
+     6747  10. HTTP server
+     7711  11. Client
+     8339  12. Main
+     8930  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -5144,7 +5144,7 @@ JSON = "application/json"
 PROBLEM = "application/problem+json"  # RFC 9457
 TEXT = "text/plain; charset=utf-8"
 HTML = "text/html; charset=utf-8"
-SSE = "text/event-stream"
+SSE = "text/event-stream"  # html.spec.whatwg.org/#server-sent-events
 METRICS = "text/plain; version=0.0.4; charset=utf-8"  # prometheus.io/docs/instrumenting
 
 OTHER = "other"  # stands in metrics for every unknown path and method
@@ -5205,13 +5205,11 @@ class Request:
         return from_json(self.body)
 
     def check_body_type(self) -> None:
-        """Raise HTTPError unless the headers announce JSON.
-
-        A browser lets any web page send other types here without asking first (CORS).
-        """
+        """Raise HTTPError unless the headers announce JSON."""
         headers = self.headers
         if "content-length" not in headers and "transfer-encoding" not in headers:
             raise HTTPError(411, "send a JSON body with its Content-Length")
+        # A browser lets any page send other types here without asking first (CORS).
         media = headers.get("content-type", "").partition(";")[0]
         if media.strip(" \t").lower() != JSON:
             raise HTTPError(415, "send JSON, with the header Content-Type: " + JSON)
@@ -5219,10 +5217,7 @@ class Request:
             raise HTTPError(415, "send no Content-Encoding", Accept_Encoding="identity")
 
     def accepts(self, *offers: str) -> str:
-        """Return the media type that the client prefers, the first of equals.
-
-        Raises HTTPError 406 if the header Accept allows none (RFC 9110, 12.5.1).
-        """
+        """Return the type that Accept prefers (RFC 9110, 12.5.1); raises HTTPError."""
         accept = self.headers.get("accept")
         if not accept or accept == "*/*":
             return offers[0]
@@ -5376,12 +5371,9 @@ def step_document(step: Step) -> Json:
 def follow_ups(
     handlers: Mapping[str, Handler], by_rule: dict[str, list[Json]], task: Task
 ) -> Iterator[Submission]:
-    """Yield the follow-ups of a task that has ended, by its `then` and type's rules.
-
-    The rules do not apply to a task that is itself a follow-up.
-    """
+    """Yield the follow-ups of a task that has ended, by its `then` and type's rules."""
     entries = json.loads(task.options.then) if task.options.then else []
-    entries += [] if task.follows else by_rule.get(task.type, [])
+    entries += [] if task.follows else by_rule.get(task.type, [])  # no endless chain
     document = status_document(task) if entries else {}
     for entry in entries:
         if entry["on"] in (task.status, "finished"):
@@ -5617,14 +5609,11 @@ def retry_task(app: App, request: Request) -> Reply:
 
 
 def resubmission(app: App, task: Task) -> Submission:
-    """Return the submission that repeats a task; raises HTTPError if it is invalid.
-
-    There is no document whose places the errors could point to.
-    """
+    """Return the submission that repeats a task; raises HTTPError if it is invalid."""
     try:
         wanted = check_submission(submission_document(task), app.handlers)
     except (Invalid, DamagedTask) as error:
-        text = "task %s: %s" % (task.id, error)
+        text = "task %s: %s" % (task.id, error)  # without pointers into a body
         raise HTTPError(refusal(error).status, text) from None
     return wanted._replace(params=task.params, retry_of=task.id)  # shares the bytes
 
@@ -5708,8 +5697,7 @@ def following(
 def event_stream(app: App, request: Request, after: int | None) -> Iterator[bytes]:
     """Yield nothing once, then Server-Sent Events until the task or the service ends.
 
-    `after` is the number of the last event that the client has, None for none. The
-    format is that of html.spec.whatwg.org/#server-sent-events.
+    `after` is the number of the last event that the client has, None for none.
     """
     events = app.store.events
     encode = functools.partial(encode_event, events.life)
@@ -5734,17 +5722,12 @@ def new_events(
 ) -> Iterator[list[Event]]:
     """Yield events as they come, an empty list to keep the connection alive.
 
-    The last are those of the end of a task or of the service, or of the time `until` on
-    the monotonic clock.
+    That ends with the task or the service, or at `until` on the monotonic clock.
     """
     ended = False
     while not ended:
         left = until - time.monotonic()
-        # Read before take(), so that events published before the end are sent:
-        #   this thread                 the thread that ends the service
-        #   reads closed: False         publishes an event, sets closed
-        #   takes the event, sends it
-        #   reads closed: True, ends
+        # Read before take(): what was published before the end is then taken, too.
         ended = subscription.closed or left <= 0
         timeout = 0 if ended else min(KEEP_ALIVE, left)
         batch = app.store.events.take(subscription, timeout)
@@ -5781,12 +5764,13 @@ def type_document(app: App, name: str) -> Json:
     """Describe a task type, with the rules in force for it."""
     known, rules = app.handlers.get(name), app.store.rules(name)._asdict()
     in_force = {rule: rules[rule] for rule in PROGRAM_RULES if rules[rule] is not None}
-    document = {
+    return {
         "type": name,
         "description": known.description if known else "",
         "params": known.params.schema if known else {},
+        "rules": in_force,
+        "paused": name in app.store.paused,
     }
-    return {**document, "rules": in_force, "paused": name in app.store.paused}
 
 
 def pause_type(app: App, request: Request, paused: bool = True) -> Reply:
@@ -5806,9 +5790,8 @@ def resume_type(app: App, request: Request) -> Reply:
 def show_index(app: App, request: Request) -> Reply:
     """Show the page to a browser, curl commands to others."""
     if request.is_for_page:
-        return Reply(
-            200, PAGE.encode(), HTML, {"Content-Security-Policy": page_policy()}
-        )
+        policy = {"Content-Security-Policy": page_policy()}
+        return Reply(200, PAGE.encode(), HTML, policy)
     host = request.headers.get("host", "localhost")
     if not re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII):
         host = "localhost"
@@ -6131,9 +6114,8 @@ def openapi(handlers: Mapping[str, Handler], needs_token: bool) -> Json:
 def _type_components(handlers: Mapping[str, Handler]) -> Json:
     """Return a component for each task type, the schema of its submissions.
 
-    Client generators make a class and a file of each. So the names are letters and
-    digits, and differ by more than upper and lower case. All end in Task, perhaps with
-    a number, as none of DOCUMENTS does.
+    Client generators make a class and a file of each, so the names are letters and
+    digits that differ by more than case. All end in Task or a number; no DOCUMENTS do.
     """
     found: Json = {}
     same: Counter[str] = Counter()
@@ -6688,10 +6670,7 @@ _ITEM = re.compile("(/api/v1/(?:tasks|types)/)([^/]+)(.*)", re.DOTALL)
 
 
 def find_route(request: Request) -> Route:
-    """Return the route of a request, and set its task id or type, query and wait.
-
-    Raises HTTPError.
-    """
+    """Return a request's route, and set its id or type, query and wait, or raise."""
     if request.method not in METHODS:
         raise HTTPError(501, "there is no method " + quote(request.method))
     path = request.path

@@ -52,10 +52,10 @@ line:
      3616  7. Result store and task queue
      4818  8. Worker pool
      5131  9. HTTP API
-     6747  10. HTTP server
-     7711  11. Client
-     8339  12. Main
-     8930  13. The page
+     6736  10. HTTP server
+     7700  11. Client
+     8328  12. Main
+     8919  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -6191,7 +6191,7 @@ TASKED = ("2025-11-25",)  # has tasks without an extension
 UNNAMED = "2025-03-26"  # that of a request without the header MCP-Protocol-Version
 OLD = (*TASKED, "2025-06-18", UNNAMED, "2024-11-05")
 TASKS_EXTENSION: Json = {META + "tasks": {}}
-OLD_TASKS: Json = {"list": {}, "cancel": {}, "requests": {"tools": {"call": {}}}}
+OLD_TASKS: Json = {"cancel": {}, "requests": {"tools": {"call": {}}}}
 PARSE_ERROR, INVALID_REQUEST, UNKNOWN_METHOD = -32700, -32600, -32601
 INVALID_PARAMS, INTERNAL_ERROR = -32602, -32603
 HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION = -32020, -32021, -32022
@@ -6437,11 +6437,6 @@ class Call:
         related = {META + "related-task": {"taskId": task.id}}
         return {**self._outcome(task), "_meta": related}
 
-    def _list_tasks(self, params: Json) -> Json:
-        tasks, after = self._page(int(params.get("cursor", 0)))
-        found: Json = {"tasks": [self._state(task) for task in tasks]}
-        return {**found, "nextCursor": str(after)} if after else found
-
     def _cancel_task(self, params: Json) -> Json:
         if self.version in TASKED:
             self.app.store.cancel(self.task.id)
@@ -6461,17 +6456,13 @@ class Call:
         return self._report(self.app.store.cancel(self.task.id))
 
     def _tool_list(self, params: Json) -> Json:
-        tasks, after = self._page(**params)
+        query = {"limit": 100, **params}
+        tasks, after = self.app.store.page(newest_first=True, **query)
+        tasks = [task for task in tasks if task.type in self.tools.values()]
         documents = [current_status(self.app, task) for task in tasks]
         return tool_result({"tasks": documents, "next": after})
 
     # -- results
-
-    def _page(
-        self, after: int = 0, limit: int = 100, **filters: str
-    ) -> tuple[list[Task], int | None]:
-        tasks, last = self.app.store.page(limit, after, True, **filters)
-        return [task for task in tasks if task.type in self.tools.values()], last
 
     def _state(self, task: Task) -> Json:
         """Return a task as the methods for tasks have it."""
@@ -6538,8 +6529,6 @@ _BY_ID = _closed("task_id", task_id=STRING)
 _BY_ID_WAIT = _closed("task_id", task_id=STRING, wait=_DURATION)
 _SOME = _closed(status={"enum": list(EXITS)}, type=STRING, limit=LIMIT, after=AFTER)
 _FOR_TASK, _NAMED = _object("taskId"), _object("name arguments?")
-_CURSOR: Json = {"type": "string", "pattern": "^[0-9]{1,17}$", "maxLength": 17}
-_CURSOR["description"] = "a nextCursor"
 Method = Callable[[Call, Json], Json]
 # fmt: off
 TOOLS: dict[str, tuple[Method, str, Json, Json]] = {
@@ -6558,7 +6547,6 @@ RPC_METHODS: dict[str, tuple[Sequence[str], Json, Method]] = {
     "tools/call": (NEW + OLD, _NAMED, Call._acknowledge),
     "tasks/get": (NEW + TASKED, _FOR_TASK, Call._get_task),
     "tasks/result": (TASKED, _FOR_TASK, Call._await_result),
-    "tasks/list": (TASKED, _object("cursor?", cursor=_CURSOR), Call._list_tasks),
     "tasks/update": (NEW, _FOR_TASK, Call._acknowledge),  # no task asks for input
     "tasks/cancel": (NEW + TASKED, _FOR_TASK, Call._cancel_task),
 }

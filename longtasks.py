@@ -52,10 +52,10 @@ line:
      3616  7. Result store and task queue
      4818  8. Worker pool
      5131  9. HTTP API
-     6736  10. HTTP server
-     7700  11. Client
-     8328  12. Main
-     8919  13. The page
+     6726  10. HTTP server
+     7690  11. Client
+     8318  12. Main
+     8909  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -5389,18 +5389,6 @@ def current_status(app: App, task: Task) -> Json:
     return status_document(task, app.store.context(task.id))
 
 
-def result_reply(task: Task) -> Reply:
-    """Reply with the result document of a finished task."""
-    moments = ("created_at", "started_at", "ended_at")
-    times = {n: getattr(task, n) and timestamp(getattr(task, n)) for n in moments}
-    head = to_json({"task_id": task.id, "status": task.status, **times})[:-1]
-    if task.status == COMPLETED:
-        return joined_reply(
-            head + b', "result": ', task.result or b"null", b"}\n", JSON
-        )
-    return joined_reply(head + b', "error": ', to_json(task.error), b"}\n", JSON)
-
-
 def joined_reply(head: bytes, value: bytes, tail: bytes, media: str) -> Reply:
     """Reply with these parts; a large value is shared by all replies, not copied."""
     if len(value) > LARGE:
@@ -5566,12 +5554,17 @@ def show_result(app: App, request: Request) -> Reply:
     task = await_end(app, request, request.task_id)
     if not task.finished:
         raise Unfinished("task %s is %s; it has no result yet" % (task.id, task.status))
-    if request.accepts(JSON, TEXT) == JSON:
-        return result_reply(task)
+    result = task.result or b"null"
+    if request.accepts(JSON, TEXT) == TEXT:
+        if task.status != COMPLETED:  # a script must not take an error for a result
+            raise HTTPError(406, "the task is %s; its error is JSON only" % task.status)
+        return joined_reply(b"", result, b"\n", TEXT)
+    moments = ("created_at", "started_at", "ended_at")
+    times = {n: getattr(task, n) and timestamp(getattr(task, n)) for n in moments}
+    head = to_json({"task_id": task.id, "status": task.status, **times})[:-1]
     if task.status == COMPLETED:
-        return joined_reply(b"", task.result or b"null", b"\n", TEXT)
-    # A script must not take an error for a result.
-    raise HTTPError(406, "the task is %s; its error is JSON only" % task.status)
+        return joined_reply(head + b', "result": ', result, b"}\n", JSON)
+    return joined_reply(head + b', "error": ', to_json(task.error), b"}\n", JSON)
 
 
 def list_steps(app: App, request: Request) -> Reply:
@@ -6291,10 +6284,6 @@ class Call:
             result = {"resultType": "complete", "_meta": meta, **result}
         return {**self.head, "result": result}
 
-    def refuse(self, error: TaskError | HTTPError) -> Json:
-        """Return the response that tells of an error."""
-        return {**self.head, "error": rpc_error(error)}
-
     def stream(self) -> Iterator[bytes]:
         """Yield nothing once, then a task's progress as events, and the answer."""
         reached = -0.01
@@ -6313,7 +6302,7 @@ class Call:
         try:
             answer = self.answer()
         except (TaskError, HTTPError) as error:
-            answer = self.refuse(error)
+            answer = {**self.head, "error": rpc_error(error)}
         yield b"data: %b\n\n" % to_json(answer)
 
     def _check(self, method: str, params: Json) -> None:
@@ -6573,7 +6562,8 @@ def answer_agent(app: App, request: Request) -> Reply:
         refused = refusal(error)
         status = 400 if isinstance(error, Invalid) else refused.status
         status = 200 if call.version in OLD else status
-        return json_reply(call.refuse(error), status, refused.headers)
+        answer = {**call.head, "error": rpc_error(error)}
+        return json_reply(answer, status, refused.headers)
 
 
 # -- routes ----------------------------------------------------------------

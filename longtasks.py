@@ -46,16 +46,16 @@ line:
       153  1. Settings
       486  2. Tasks and their states
       852  3. Task registry
-     1545  4. Execution
-     2779  5. Journal
-     3418  6. Events
-     3616  7. Result store and task queue
-     4818  8. Worker pool
-     5131  9. HTTP API
-     6726  10. HTTP server
-     7690  11. Client
-     8318  12. Main
-     8909  13. The page
+     1558  4. Execution
+     2832  5. Journal
+     3471  6. Events
+     3669  7. Result store and task queue
+     4871  8. Worker pool
+     5184  9. HTTP API
+     6779  10. HTTP server
+     7743  11. Client
+     8371  12. Main
+     8963  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -113,7 +113,7 @@ import typing
 import zlib
 from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
-from email.utils import formatdate
+from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Container, Dict, Iterator
@@ -900,10 +900,14 @@ def flush_output() -> None:
             stream.flush()  # type: ignore[union-attr]
 
 
-class UserCode:
-    """A context for code that is not the service's, which may fork.
+_RECURSION_LIMIT = sys.getrecursionlimit()
 
-    A child exits where it leaves the context, or it would go on as a second service.
+
+class UserCode:
+    """A context for code that is not the service's, which may change the process.
+
+    A child that it has forked exits where it leaves the context, or it would go on as a
+    second service. A lower recursion limit would break the service, so it is reset.
     """
 
     __slots__ = ("_pid",)
@@ -912,6 +916,8 @@ class UserCode:
         self._pid = os.getpid()
 
     def __exit__(self, kind: Any, error: BaseException | None, tb: Any) -> None:
+        if sys.getrecursionlimit() < _RECURSION_LIMIT:
+            sys.setrecursionlimit(_RECURSION_LIMIT)
         if os.getpid() != self._pid:  # the exit status is the one that Python gives
             within(1, flush_output)  # which waits if a thread of the parent was writing
             code: Any = error.code if isinstance(error, SystemExit) else error
@@ -1017,6 +1023,9 @@ def handler(
 
 
 def _check_name(name: str) -> None:
+    if callable(name):
+        own = getattr(name, "__name__", "NAME")
+        raise HandlerError('write @handler("%s"), with a name' % own)
     if not is_name(name):
         raise HandlerError("a task type's name must be 1 to 100 printable characters")
     if name in REGISTRY:
@@ -1524,8 +1533,12 @@ def _loading_errors(subject: str, file: str) -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """Return "ValueError: text" for an exception, or the text alone of our own."""
-    name, text = type(error).__name__, str(error)
+    """Return "ValueError: text" for an exception, whatever its __str__ does."""
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except BaseException:  # a __str__ of the handler's may raise even SystemExit
+        text = "(its text can't be read)"
     if not isinstance(error, (Failure, TaskError)) or not text:
         text = name + (": " + text if text else "")
     text = text.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
@@ -1827,12 +1840,13 @@ def _outcome_of(error: BaseException, ctx: Context) -> Outcome:
         return Outcome(FAILED if last else PENDING, None, text, after, final=last)
     if isinstance(error, Cancelled) and ctx.cancelled:
         return Outcome(CANCELLED)
+    if isinstance(error, Cancelled):
+        text += ": raised by the handler, though no stop was requested"
     stopped = ctx.cancelled and type(error).__name__ == "CancelledError"
     is_plain = stopped or isinstance(error, (Failure, TaskError, Cancelled))
     trace = "" if is_plain else traceback.format_exc().rstrip("\n")[-MAX_TRACE:]
-    return Outcome(
-        FAILED, None, text, after, isinstance(error, (Fail, TaskError)), trace
-    )
+    final = isinstance(error, (Fail, TaskError))
+    return Outcome(FAILED, None, text, after, final, trace)
 
 
 # -- forks -----------------------------------------------------------------
@@ -1840,11 +1854,18 @@ def _outcome_of(error: BaseException, ctx: Context) -> Outcome:
 # A handler may fork, as multiprocessing does. The child has a copy of all that the
 # service has, without its threads, and must not act as a second service.
 
+# Held while this process forks, and until a new descriptor is in PRIVATE:
+#
+#     this thread                        a handler's thread
+#     Popen() makes a pipe
+#                                        fork() copies both its ends
+#     adds its end to PRIVATE
+#     waits for the end of the pipe      its child holds that pipe open
+NO_FORK = threading.RLock()
+
 # Owners of descriptors that only this process may hold. As long as a child had one,
 # too, a port would stay in use, a lock would be held, a pipe would have no end.
 PRIVATE: WeakSet[Any] = WeakSet()
-# Held while this process forks, and until a new descriptor is in PRIVATE.
-NO_FORK = threading.RLock()
 
 # What forked children do with the signals that the service handles.
 IN_CHILDREN: dict[int, Any] = {}
@@ -2042,8 +2063,15 @@ def child_process(ctx: Context, argv: Sequence[str], **options: Any) -> Iterator
     """Run a process for a task, in a session of its own; yield its Popen.
 
     The session is killed at the end of this context, when `ctx.grace` has passed since
-    a request to stop, and when the service dies. Only then is the process reaped: no
-    signal can hit another that got its number. Raises Failure if it can't be started.
+    a request to stop, and when the service dies. The process is reaped only after that,
+    so its number can't become that of another process:
+
+        the worker                         a client's thread
+        reaps the process
+                                           cancels the task: killpg(pid, SIGTERM)
+        on_stop(None)                      hits a new process with this number
+
+    Raises Failure if it can't be started.
     """
     try:
         process = start_session(argv, **options)
@@ -2070,7 +2098,7 @@ def output_of(process: Any, file: Any, ctx: Context) -> Iterator[bytes]:
     this one has ended, no more is read than a pipe can hold.
     """
     left = LEFT_OVER
-    longest = max(0.01, min(0.1, ctx.grace / 4))  # to see when it must be killed
+    longest = max(0.01, min(0.25, ctx.grace / 4))  # to see when it must be killed
     pause = longest
     # Not a DefaultSelector: some of them don't wait when there is no file any more.
     with selectors.PollSelector() as selector:
@@ -2130,6 +2158,15 @@ module.isolated_main()
 """
 
 MAX_MESSAGE = 64 << 10  # characters of a log line or a message from a child process
+
+
+def check_isolated() -> None:
+    """Check that isolated handlers can load this file; raises HandlerError."""
+    isolated = [name for name, known in REGISTRY.items() if known.isolated]
+    if isolated and not EXECUTOR and not os.path.isfile(FILE):
+        text = "the isolated task type %s needs longtasks.py as a file, for processes "
+        text += "of its own: start that, not an archive or standard input"
+        raise HandlerError(text % quote(isolated[0]))
 
 
 def run_isolated(job: dict[str, Any], ctx: Context) -> Outcome:
@@ -2301,6 +2338,7 @@ SECRETS = frozenset(["API_TOKEN", "API_TOKEN_FILE", "TLS_KEY", "WEBHOOK_SECRET"]
 _BRACES = re.compile(
     r"\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:=([^{}]*))?\}|\{\{|\}\}|[{}]", re.ASCII
 )
+_FOR_A_SHELL = re.compile(r"\|[|&]?|&&?|([0-9&]?>>?|<)(&[0-9]|[\w./{}=-]+)?")
 _A_WORD = "a string of at most %d characters, without NUL" % MAX_ARGUMENT
 _WORD = {
     "type": "string",
@@ -2567,6 +2605,10 @@ def register_command(line: str) -> None:
         _check_name(program.name)
     except HandlerError as error:
         raise HandlerError("--command %s: %s" % (quote(line), error)) from None
+    for_a_shell = list(filter(_FOR_A_SHELL.fullmatch, program.words))
+    if for_a_shell:
+        text = "--command %s: no shell sees its %s; for that write %s"
+        log.warning(text, quote(program.name), quote(for_a_shell[0]), _AS_ARGUMENT)
     name, params = program.name, Validator(program.schema)
     REGISTRY[name] = Handler(name, program, params, whole=True, context="ctx")
 
@@ -2623,9 +2665,7 @@ def send_webhook(key: bytes, params: dict[str, Any], ctx: Context) -> dict[str, 
     if 200 <= response.status < 300:
         return {"response": answer}
     failure = Fail(answer) if response.status == 410 else Failure(answer)
-    wait = response.headers.get("Retry-After", "")
-    if re.fullmatch("[0-9]{1,9}", wait):  # else it is a date
-        failure.after = min(float(wait), 86_400.0)
+    failure.after = retry_after(response.headers.get("Retry-After", ""))
     raise failure
 
 
@@ -2684,6 +2724,17 @@ def post(url: str, headers: dict[str, str], body: bytes, ctx: Context) -> Any:
     return response
 
 
+def retry_after(text: str) -> float:
+    """Return the seconds in a Retry-After (RFC 9110, 10.2.3): 0 to a day."""
+    wait = 0.0
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if re.fullmatch("[0-9]{1,9}", text):
+            wait = float(text)
+        else:
+            wait = parsedate_to_datetime(text).timestamp() - time.time()
+    return max(0.0, min(wait, 86_400.0))
+
+
 # -- executors -------------------------------------------------------------
 #
 # Isolated handlers may run wherever an Executor of concurrent.futures takes them. It
@@ -2723,6 +2774,8 @@ def load_executor(text: str) -> None:
             raise HandlerError("%s() returned no Executor" % name)
         with open(FILE, "rb") as file:
             own_source = file.read()
+    if not any(known.isolated for known in REGISTRY.values()):
+        log.warning("--executor %s has nothing to run: no handler is isolated", text)
     name = "longtasks_%08x" % zlib.crc32(own_source)
     # Threads and forked processes have loaded all files already.
     sys.modules[name] = sys.modules[__name__]
@@ -8861,6 +8914,7 @@ def _register_types(settings: Settings) -> None:
         register_command(line)
     for line in settings["RULES"]:
         set_rules(line)
+    check_isolated()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import email.utils
 import enum
 import errno
 import functools
@@ -780,7 +781,8 @@ async def async_generator():
         ("x" * 101, "1 to 100 printable"),
         ("a\nb", "1 to 100 printable"),
         ("long_computation", '"long_computation" is registered twice'),
-        (generator, "1 to 100 printable"),
+        (generator, r'write @handler\("generator"'),
+        (Clock, r'write @handler\("Clock"'),
     ],
 )
 def test_a_type_needs_a_name_of_its_own(name, reason):
@@ -3487,8 +3489,11 @@ NO_JSON = "the result does not fit into JSON: ValueError: "
     [
         (raising(ValueError("bad")), "ValueError: bad"),
         (raising(SystemExit(3)), "SystemExit: 3"),
-        (raising(Cancelled()), "Cancelled"),
-        (raising(Unreadable()), "an exception that can't be read"),
+        (
+            raising(Cancelled()),
+            "Cancelled: raised by the handler, though no stop was requested",
+        ),
+        (raising(Unreadable()), "Unreadable: (its text can't be read)"),
         (raising(Hidden()), "an exception that can't be read"),
         (raising(ValueError("x" * 10_000)), "ValueError: " + "x" * 3985 + "..."),
         (lambda: {1, 2}, "the result does not fit into JSON: TypeError: "),
@@ -3931,11 +3936,15 @@ def test_a_child_that_an_async_handler_forks_does_not_go_on_with_the_loop(regist
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             os.kill(pid, signal.SIGABRT)
+        sys.setrecursionlimit(sys.getrecursionlimit() - 10)
         return os.waitpid(child, 0)[1]
 
-    with serving() as service, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a process with threads forks
-        assert result_of(service, submitted(service, "forks"))["result"] == 256
+    limit = sys.getrecursionlimit()
+    with serving() as service:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a process with threads forks
+            assert result_of(service, submitted(service, "forks"))["result"] == 256
+        assert sys.getrecursionlimit() == limit
 
 
 @pytest.mark.skipif(len(longtasks.CPUS) < 2, reason="one CPU, or no GIL")
@@ -4138,6 +4147,19 @@ def test_a_placeholder_in_code_is_refused_with_the_right_form(line):
 )
 def test_a_placeholder_beside_code_is_a_word_like_any_other(line):
     assert "required" in program("t=" + line).schema
+
+
+SIGNS = ["|", "||", "&&", "&", "<", ">>", "2>&1", ">{a}", "<a.txt", "2>/dev/null"]
+
+
+@pytest.mark.parametrize(
+    "word", [*SIGNS, "a|b", "<b>", "a>b", ";", "1>2 3", "-", "{a}&b"]
+)
+def test_a_sign_for_a_shell_is_warned_of_once(word, registry):
+    with records() as kept:
+        longtasks.register_command("t=echo {a} '%s' b '%s'" % (word, word))
+    found = ['no shell sees its "%s"' % word in each.getMessage() for each in kept]
+    assert found == [True] * (word in SIGNS)
 
 
 def test_the_recipe_for_a_pipe_works(registry, tmp_path):
@@ -6978,6 +7000,7 @@ def last_error(service, task_id):
         (410, {"Retry-After": "60"}, None),
         (302, {"Location": "/other"}, 2),
         (429, {"Retry-After": "60"}, 60),
+        (503, {"Retry-After": "date"}, 58),
         (503, {"Retry-After": "soon"}, 2),
         (503, {"Retry-After": "999999999"}, 86_400),
     ],
@@ -6985,6 +7008,8 @@ def last_error(service, task_id):
 def test_a_webhook_is_retried_unless_its_receiver_is_gone(
     status, headers, waits, receiver
 ):
+    if headers.get("Retry-After") == "date":
+        headers = {"Retry-After": email.utils.formatdate(time.time() + 60, usegmt=True)}
     receiver.answers.append((status, headers))
     with serving() as service:
         task_id = submitted(service, "webhook", {"url": receiver.url, "task": {}})
@@ -10544,7 +10569,7 @@ def test_a_line_that_cannot_be_formatted_is_logged_as_that_and_raises_nothing(un
 
 
 GLOBALS = """
-import locale, logging.config, random, socket, sys, time, warnings
+import locale, logging.config, random, socket, sys, threading, time, warnings
 from longtasks import handler
 
 logging.config.dictConfig({"version": 1})
@@ -10560,6 +10585,7 @@ sys.stderr = None
 def spoil():
     for name in ("json", "subprocess", "uuid", "base64", "hashlib", "hmac", "sqlite3"):
         sys.modules[name] = None
+    sys.setrecursionlimit(25 if threading.active_count() > 2 else 40)
 
 spoil()
 
@@ -11619,6 +11645,21 @@ def test_an_executor_that_cannot_be_used_is_one_line_and_code_2(
     write(tmp_path, FACTORIES, "f.py")
     assert why in refusal("--executor", str(tmp_path / executor))
     assert not longtasks.EXECUTOR
+
+
+def test_isolated_handlers_need_longtasks_as_a_file(refusal, registry, monkeypatch):
+    handler("apart", isolated=True)(lambda: 1)
+    monkeypatch.setattr(longtasks, "FILE", "/from/stdin")
+    assert '"apart" needs longtasks.py as a file' in refusal()
+
+
+def test_an_executor_with_nothing_to_run_is_warned_of(registry, tmp_path, monkeypatch):
+    monkeypatch.setattr(longtasks, "EXECUTOR", [])
+    executor = write(tmp_path, FACTORIES, "f.py") + ":threads"
+    with records("WARNING") as kept:
+        longtasks.load_executor(executor)
+    text = "--executor %s has nothing to run: no handler is isolated" % executor
+    assert [record.getMessage() for record in kept] == [text]
 
 
 # -- with a journal, for real ----------------------------------------------

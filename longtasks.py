@@ -52,10 +52,10 @@ line:
      3669  7. Result store and task queue
      4871  8. Worker pool
      5184  9. HTTP API
-     6779  10. HTTP server
-     7743  11. Client
-     8371  12. Main
-     8963  13. The page
+     6838  10. HTTP server
+     7802  11. Client
+     8430  12. Main
+     9022  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -6071,8 +6071,10 @@ FIELDS[META + "clientCapabilities"] = _object("extensions?")
 FIELDS["_meta"] = _object(META + "clientCapabilities? idempotency-key?")
 FIELDS["progress"] = _object("percent? message")
 FIELDS["errors"] = _list(_object("pointer detail"))
+MESSAGE_ID: Json = {"anyOf": [STRING, {"type": "integer"}]}
+_FILLED = {"minItems": 1, "maxItems": MAX_BATCH}
 DOCUMENTS: dict[str, Schema] = {
-    "Batch": {**_list(_ref("Submission")), "minItems": 1, "maxItems": MAX_BATCH},
+    "Batch": {**_list(_ref("Submission")), **_FILLED},
     "Accepted": _object("id status"),
     "BatchAccepted": _list(_ref("Accepted")),
     "Status": _object(
@@ -6095,10 +6097,11 @@ DOCUMENTS: dict[str, Schema] = {
     "Message": _object(  # of JSON-RPC 2.0, as MCP has them
         "jsonrpc id? method params?",
         jsonrpc={"enum": ["2.0"]},
-        id={"anyOf": [STRING, {"type": "integer"}]},
+        id=MESSAGE_ID,
         params=_object("_meta?"),
     ),
-    "Answer": OBJECT,
+    "Messages": {**_list({}), **_FILLED},
+    "Answer": {"anyOf": [OBJECT, _list({})]},
     "Problem": _object("type title status detail errors?", status=_COUNT),
 }
 REFUSALS = """\
@@ -6160,8 +6163,9 @@ def openapi(handlers: Mapping[str, Handler], needs_token: bool) -> Json:
 def _type_components(handlers: Mapping[str, Handler]) -> Json:
     """Return a component for each task type, the schema of its submissions.
 
-    Client generators make a class and a file of each, so the names are letters and
-    digits that differ by more than case. All end in Task or a number; no DOCUMENTS do.
+    Client generators make a class and a file of each. So the names are letters and
+    digits, and differ by more than upper and lower case. All end in Task, perhaps with
+    a number, as none of DOCUMENTS does.
     """
     found: Json = {}
     same: Counter[str] = Counter()
@@ -6234,10 +6238,11 @@ def _content(names: str) -> Json:
 MCP_PATH = "/mcp"
 NEW = ("2026-07-28",)
 TASKED = ("2025-11-25",)  # has tasks without an extension
-UNNAMED = "2025-03-26"  # that of a request without the header MCP-Protocol-Version
-OLD = (*TASKED, "2025-06-18", UNNAMED, "2024-11-05")
+BATCHED = ("2025-03-26", "2024-11-05")  # in which a request may have several messages
+OLD = (*TASKED, "2025-06-18", *BATCHED)
+UNNAMED = BATCHED[0]  # that of a request without the header MCP-Protocol-Version
 TASKS_EXTENSION: Json = {META + "tasks": {}}
-OLD_TASKS: Json = {"cancel": {}, "requests": {"tools": {"call": {}}}}
+OLD_TASKS: Json = {"list": {}, "cancel": {}, "requests": {"tools": {"call": {}}}}
 PARSE_ERROR, INVALID_REQUEST, UNKNOWN_METHOD = -32700, -32600, -32601
 INVALID_PARAMS, INTERNAL_ERROR = -32602, -32603
 HEADER_MISMATCH, MISSING_CAPABILITY, UNSUPPORTED_VERSION = -32020, -32021, -32022
@@ -6297,12 +6302,15 @@ def name_tools(handlers: Mapping[str, Handler], only: Sequence[str]) -> dict[str
 
 
 class Call:
-    """A request of JSON-RPC: it begins, submits a task perhaps, and is answered."""
+    """A request of JSON-RPC, which is checked, then submitted, then answered.
 
-    def __init__(self, app: App, request: Request) -> None:
+    It does not keep the params of a task that it submitted.
+    """
+
+    def __init__(self, app: App, request: Request, message: Any) -> None:
         self.app, self.tools, self.request = app, app.tools or {}, request
-        self.head: Json = {"jsonrpc": "2.0"}  # of the answer
-        self.version, self.has_tasks = "", False
+        self.id = message.get("id") if isinstance(message, dict) else None
+        self.version, self.has_tasks, self.status = "", False, 200
         self.method: Method = Call._acknowledge  # returns the result
         self.params: Json = {}
         self.submission: tuple[Submission, str | None] | None = None  # and its key
@@ -6310,32 +6318,39 @@ class Call:
         self.began = time.monotonic()
         self.wait = 0.0  # seconds from then on, for the end of the task
         self.token: Any = None  # of the client, for notifications of its progress
-
-    def begin(self) -> bool:
-        """Parse and check the message; return whether it wants an answer."""
-        with parsing(self.request):
-            message = self.request.json()
-            if not _MESSAGE.is_valid(message):
-                text = 'send {"jsonrpc": "2.0", "id": 1, "method": ...}'
-                raise RPCError(INVALID_REQUEST, text)
-            if "id" in message:
-                self.head["id"] = message["id"]
-                self._check(message["method"], message.get("params", {}))
-            return "id" in message
+        self.error: Exception | None = None
+        try:
+            self._begin(message)
+        except (TaskError, HTTPError) as error:
+            self.error = error.with_traceback(None)  # that would keep the params
 
     def submit(self) -> None:
         """Submit the task of a tool, if it is one; this may wait for a disk."""
-        if self.submission:
-            self.task = submit_one(self.app, *self.submission)
-            self.submission = None  # its params are not needed any more
+        wanted, self.submission = self.submission, None
+        if wanted:
+            try:
+                self.task = submit_one(self.app, *wanted)
+            except (TaskError, HTTPError) as error:
+                self.error, self.wait = error.with_traceback(None), 0.0
 
     def answer(self) -> Json:
         """Return the response, once the task has ended or the time is up."""
-        result = self.method(self, self.params)
+        head = {"jsonrpc": "2.0", "id": self.id}
+        if not _MESSAGE_ID.is_valid(self.id):
+            del head["id"]
+        try:
+            if self.error:
+                raise self.error
+            result = self.method(self, self.params)
+        except (TaskError, HTTPError) as error:
+            if self.version not in OLD:
+                is_invalid = isinstance(error, Invalid)
+                self.status = 400 if is_invalid else refusal(error).status
+            return {**head, "error": rpc_error(error)}
         if self.version in NEW:
             meta = {META + "serverInfo": ABOUT}
             result = {"resultType": "complete", "_meta": meta, **result}
-        return {**self.head, "result": result}
+        return {**head, "result": result}
 
     def stream(self) -> Iterator[bytes]:
         """Yield nothing once, then a task's progress as events, and the answer."""
@@ -6352,14 +6367,14 @@ class Call:
                     notice = {"method": "notifications/progress", "params": params}
                     yield b"data: %b\n\n" % to_json({"jsonrpc": "2.0", **notice})
                 yield b":\n\n"
-        try:
-            answer = self.answer()
-        except (TaskError, HTTPError) as error:
-            answer = {**self.head, "error": rpc_error(error)}
-        yield b"data: %b\n\n" % to_json(answer)
+        yield b"data: %b\n\n" % to_json(self.answer())
 
-    def _check(self, method: str, params: Json) -> None:
+    def _begin(self, message: Any) -> None:
         """Check a message, with the task that it wants to run."""
+        if not _MESSAGE.is_valid(message):
+            text = 'send {"jsonrpc": "2.0", "id": 1, "method": ...}'
+            raise RPCError(INVALID_REQUEST, text)
+        method, params = message["method"], message.get("params", {})
         meta = params.get("_meta", {})
         self.token = meta.get("progressToken")
         self._read_version(meta)
@@ -6479,6 +6494,11 @@ class Call:
         related = {META + "related-task": {"taskId": task.id}}
         return {**self._outcome(task), "_meta": related}
 
+    def _list_tasks(self, params: Json) -> Json:
+        tasks, after = self._page(int(params.get("cursor", 0)))
+        found: Json = {"tasks": [self._state(task) for task in tasks]}
+        return {**found, "nextCursor": str(after)} if after else found
+
     def _cancel_task(self, params: Json) -> Json:
         if self.version in TASKED:
             self.app.store.cancel(self.task.id)
@@ -6498,13 +6518,17 @@ class Call:
         return self._report(self.app.store.cancel(self.task.id))
 
     def _tool_list(self, params: Json) -> Json:
-        query = {"limit": 100, **params}
-        tasks, after = self.app.store.page(newest_first=True, **query)
-        tasks = [task for task in tasks if task.type in self.tools.values()]
+        tasks, after = self._page(**params)
         documents = [current_status(self.app, task) for task in tasks]
         return tool_result({"tasks": documents, "next": after})
 
     # -- results
+
+    def _page(
+        self, after: int = 0, limit: int = 100, **filters: str
+    ) -> tuple[list[Task], int | None]:
+        tasks, last = self.app.store.page(limit, after, True, **filters)
+        return [task for task in tasks if task.type in self.tools.values()], last
 
     def _state(self, task: Task) -> Json:
         """Return a task as the methods for tasks have it."""
@@ -6571,6 +6595,8 @@ _BY_ID = _closed("task_id", task_id=STRING)
 _BY_ID_WAIT = _closed("task_id", task_id=STRING, wait=_DURATION)
 _SOME = _closed(status={"enum": list(EXITS)}, type=STRING, limit=LIMIT, after=AFTER)
 _FOR_TASK, _NAMED = _object("taskId"), _object("name arguments?")
+_CURSOR: Json = {"type": "string", "pattern": "^[0-9]{1,17}$", "maxLength": 17}
+_CURSOR["description"] = "a nextCursor"
 Method = Callable[[Call, Json], Json]
 # fmt: off
 TOOLS: dict[str, tuple[Method, str, Json, Json]] = {
@@ -6589,12 +6615,35 @@ RPC_METHODS: dict[str, tuple[Sequence[str], Json, Method]] = {
     "tools/call": (NEW + OLD, _NAMED, Call._acknowledge),
     "tasks/get": (NEW + TASKED, _FOR_TASK, Call._get_task),
     "tasks/result": (TASKED, _FOR_TASK, Call._await_result),
+    "tasks/list": (TASKED, _object("cursor?", cursor=_CURSOR), Call._list_tasks),
     "tasks/update": (NEW, _FOR_TASK, Call._acknowledge),  # no task asks for input
     "tasks/cancel": (NEW + TASKED, _FOR_TASK, Call._cancel_task),
 }
 # fmt: on
 _MESSAGE = Validator(DOCUMENTS["Message"])
+_MESSAGE_ID = Validator(MESSAGE_ID)
 _NEW_META = Validator(_object(META + "protocolVersion " + META + "clientCapabilities"))
+
+
+def begin_calls(app: App, request: Request) -> tuple[list[Call], bool]:
+    """Return the calls in a request, and whether they are a batch."""
+    with parsing(request):
+        found = request.json()
+        is_batch = isinstance(found, list)
+        version = request.headers.get("mcp-protocol-version", UNNAMED)
+        if is_batch and not (version in BATCHED and 0 < len(found) <= MAX_BATCH):
+            text = "send one message; before 2025-06-18, up to %d in an array"
+            raise RPCError(INVALID_REQUEST, text % MAX_BATCH)
+        messages = found if is_batch else [found]
+        calls = [Call(app, request, each) for each in messages if not is_notice(each)]
+        return calls, is_batch
+
+
+def is_notice(message: Any) -> bool:
+    """Whether a message wants no response: a notification, or itself a response."""
+    if not isinstance(message, dict) or "method" in message:
+        return _MESSAGE.is_valid(message) and "id" not in message
+    return "result" in message or "error" in message
 
 
 def answer_agent(app: App, request: Request) -> Reply:
@@ -6602,21 +6651,28 @@ def answer_agent(app: App, request: Request) -> Reply:
     if app.tools is None:
         raise HTTPError(404, "this service was started without MCP")
     request.accepts(JSON)
-    call = Call(app, request)
-    try:
-        if not call.begin():
-            return Reply(202)
-        call.submit()  # now that what was parsed is gone
-        accept = request.headers.get("accept", "")
-        if call.wait and call.token is not None and _quality(accept, SSE):
-            return stream_reply(call.stream())
-        return json_reply(call.answer())
-    except (TaskError, HTTPError) as error:
-        refused = refusal(error)
-        status = 400 if isinstance(error, Invalid) else refused.status
-        status = 200 if call.version in OLD else status
-        answer = {**call.head, "error": rpc_error(error)}
-        return json_reply(answer, status, refused.headers)
+    calls, is_batch = begin_calls(app, request)
+    if not calls:
+        return Reply(202)
+    for each in calls:  # now that what was parsed is gone
+        each.submit()
+    if is_batch:
+        return Reply(200, stream=answers(calls))
+    (call,) = calls
+    streams = call.token is not None and _quality(
+        request.headers.get("accept", ""), SSE
+    )
+    if call.wait and streams:
+        return stream_reply(call.stream())
+    answer = call.answer()  # sets the status
+    return json_reply(answer, call.status)
+
+
+def answers(calls: Sequence[Call]) -> Iterator[bytes]:
+    """Yield the answers of a batch as an array; no more than one is in memory."""
+    yield b"["
+    for call in calls:
+        yield to_json(call.answer()) + (b"]\n" if call is calls[-1] else b",\n")
 
 
 # -- routes ----------------------------------------------------------------
@@ -6671,7 +6727,7 @@ ROUTES = (
     Route("POST", "/api/v1/types/{type}/pause", pause_type, {200: "Type"}),
     Route("POST", "/api/v1/types/{type}/resume", resume_type, {200: "Type"}),
     Route("POST", MCP_PATH, answer_agent,
-          {200: "Answer events", 202: ""}, body="Message"),
+          {200: "Answer events", 202: ""}, body="Message Messages"),
     Route("GET", "/healthz", show_health, {200: "Probe"}, public=True),
     Route("GET", "/readyz", show_readiness, {200: "Probe"}, public=True),
     Route("GET", "/metrics", show_metrics, {200: "metrics"}),
@@ -6701,7 +6757,10 @@ _ITEM = re.compile("(/api/v1/(?:tasks|types)/)([^/]+)(.*)", re.DOTALL)
 
 
 def find_route(request: Request) -> Route:
-    """Return a request's route, and set its id or type, query and wait, or raise."""
+    """Return the route of a request, and set its task id or type, query and wait.
+
+    Raises HTTPError.
+    """
     if request.method not in METHODS:
         raise HTTPError(501, "there is no method " + quote(request.method))
     path = request.path

@@ -6181,8 +6181,8 @@ class Agent(NamedTuple):
         statuses = (400, 404, 409, 422) if self.version == NEWEST else (200,)
         assert answer.status in ([status] if status else statuses), answer
         assert answer.media == "application/json"
+        assert answer.json.get("id", 1) == 1
         error = answer.json["error"]
-        assert answer.json.get("id") == (None if error["code"] == -32600 else 1)
         return error["code"], error["message"]
 
 
@@ -6281,6 +6281,52 @@ def test_a_request_of_the_newest_revision_says_all_about_itself(service):
     assert answer.json["error"]["code"] == -32022
     data = {"supported": [NEWEST, *OLDER], "requested": "1900-01-01"}
     assert answer.json["error"]["data"] == data
+
+
+def test_batches_are_those_of_the_revisions_that_have_them(tools):
+    with serving() as service:
+        ping = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+        notice = {"jsonrpc": "2.0", "method": "notifications/cancelled"}
+        add = {"name": "add", "arguments": {"a": 1}}
+        added = {**ping, "id": "x", "method": "tools/call", "params": add}
+        batch = [ping, notice, added, 5, {**ping, "method": "none"}]
+        for version in (*OLDER, NEWEST, None):
+            fields = {"MCP-Protocol-Version": version} if version else {}
+            answer = call(service, "POST", "/mcp", batch, **fields)
+            if version in ("2025-11-25", "2025-06-18", NEWEST):
+                assert answer.status == 400
+                assert answer.json["error"]["code"] == -32600
+                continue
+            assert answer.status == 200
+            first, second, third, last = answer.json
+            assert first == {"jsonrpc": "2.0", "id": 1, "result": {}}
+            assert second["id"] == "x"
+            assert texts(second["result"]) == ["2"]
+            assert third["error"]["code"] == -32600
+            assert last["error"]["code"] == -32601
+            only = call(service, "POST", "/mcp", [notice, notice], **fields)
+            assert (only.status, only.body) == (202, b"")
+            assert call(service, "POST", "/mcp", [], **fields).status == 400
+
+
+def test_the_answers_of_a_batch_are_sent_one_at_a_time(tools):
+    message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call"}
+    names = ("task_list", "add", "gate")
+    params = [{"name": name, "arguments": {}} for name in names]
+    params[1]["arguments"]["a"] = 1
+    body = json.dumps([{**message, "params": each} for each in params])
+    with serving() as service:
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", port_of(service), timeout=LONG)
+        ) as client:
+            client.request("POST", "/mcp", body, JSON_BODY)
+            response = client.getresponse()
+            lines = [response.readline(), response.readline()]
+            tools.release.set()
+            *answers, last = json.loads(b"".join([*lines, response.read()]))
+        assert answers[0]["result"]["structuredContent"]["tasks"]  # made in its turn
+        assert texts(answers[1]["result"]) == ["2"]
+        assert texts(last["result"]) == ["1"]
 
 
 def test_calls_that_wait_for_the_disk_hold_up_no_other_request(path, monkeypatch):
@@ -6474,9 +6520,7 @@ def test_bad_input_is_refused_and_starts_nothing(version, tools):
             answer = agent.send("tools/call", {"name": "task_list"}, id=right)
             assert (answer.status, answer.json["id"]) == (200, right)
         notice = {"jsonrpc": "2.0", "method": "notifications/x", "params": []}
-        for wrong in (notice, [], [{**notice, "id": 1, "params": {}}]):
-            answer = call(service, "POST", "/mcp", wrong)
-            assert (answer.status, answer.json["error"]["code"]) == (400, -32600)
+        assert call(service, "POST", "/mcp", notice).status == 400
         code, _ = ask({"name": "x" * 5000}, status=413)
         assert code == -32600
         wrong = {"Accept": "text/html"}
@@ -6577,6 +6621,9 @@ def test_the_tasks_of_the_revision_that_had_them_in_its_core(tools):
         lasting = agent.ask("tools/call", params)["task"]["taskId"]
         cancelled = agent.ask("tasks/cancel", {"taskId": lasting})
         assert cancelled["status"] == "cancelled"
+        listed = [task["taskId"] for task in agent.ask("tasks/list")["tasks"]]
+        assert listed == [lasting, failed["taskId"], created["taskId"]]
+        assert agent.refused("tasks/list", {"cursor": "x"})[0] == -32602
         params = {"name": "add", "arguments": {"a": 1}, "task": {}}
         assert texts(Agent(service, "2025-06-18").ask("tools/call", params)) == ["2"]
 
@@ -6584,12 +6631,15 @@ def test_the_tasks_of_the_revision_that_had_them_in_its_core(tools):
 def test_tasks_are_listed_by_page(tools):
     with serving() as service:
         ids = [submitted(service, "add", {"a": n}) for n in range(102)]
-        listed = functools.partial(Agent(service).use, "task_list")
-        for limit, size in [({}, 100), ({"limit": 1}, 1)]:
-            page = listed(**limit)["structuredContent"]
-            assert [task["id"] for task in page["tasks"]] == ids[::-1][:size]
-            page = listed(**limit, after=page["next"])["structuredContent"]
-            assert [task["id"] for task in page["tasks"]] == ids[::-1][size:][:size]
+        agent = Agent(service, "2025-11-25")
+        first = agent.ask("tasks/list")
+        rest = agent.ask("tasks/list", {"cursor": first["nextCursor"]})
+        found = [task["taskId"] for task in first["tasks"] + rest["tasks"]]
+        assert (found, "nextCursor" in rest) == (ids[::-1], False)
+        page = agent.use("task_list", limit=1)["structuredContent"]
+        assert [task["id"] for task in page["tasks"]] == ids[-1:]
+        page = agent.use("task_list", limit=1, after=page["next"])["structuredContent"]
+        assert [task["id"] for task in page["tasks"]] == ids[-2:-1]
 
 
 def test_agents_use_and_see_only_the_types_that_are_offered(tools):

@@ -50,12 +50,12 @@ line:
      2832  5. Journal
      3471  6. Events
      3669  7. Result store and task queue
-     4871  8. Worker pool
-     5184  9. HTTP API
-     6838  10. HTTP server
-     7802  11. Client
-     8430  12. Main
-     9022  13. The page
+     4836  8. Worker pool
+     5149  9. HTTP API
+     6803  10. HTTP server
+     7767  11. Client
+     8395  12. Main
+     8987  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -3680,7 +3680,6 @@ class Events:
 
 
 Clock = Callable[[], float]  # the time in seconds
-HOUR = 3600.0
 
 
 class Limits(NamedTuple):
@@ -3727,10 +3726,10 @@ class ResultStore:
 
     def __init__(self, limits: Limits, clock: Clock, monotonic: Clock) -> None:
         self._limits, self._clock, self._monotonic = limits, clock, monotonic
-        self._began = self._agreed_at = monotonic()
-        self._offset = clock() - self._began  # of the clock, as far as it is believed
         self._tasks: dict[str, Task] = {}
-        self._ended: deque[str] = deque()  # ids by the tasks' ends, or of removed ones
+        # When finished tasks expire, by id and in the order of their ends. That goes by
+        # the monotonic clock: a clock that is set ahead by mistake removes no task.
+        self._expiries: OrderedDict[str, float] = OrderedDict()
         self._removed: OrderedDict[str, None] = OrderedDict()
         self.totals = dict.fromkeys(EXITS, 0)  # tasks, by status
         self.steps: dict[int, dict[str, Step]] = {}  # by the task's seq and by name
@@ -3738,8 +3737,7 @@ class ResultStore:
         self.pending_bytes = 0
         self.finished_bytes = 0
         # Counts on from the time, so that a list's `after` still holds after a restart.
-        # Tasks up to the first one were submitted to an earlier process.
-        self.last_seq = self._first_seq = int(clock() * 1e6)
+        self.last_seq = int(clock() * 1e6)
 
     def load(self, tasks: Iterable[Task], removed: Iterable[str]) -> Iterator[Task]:
         """Take in the tasks of an earlier process, ordered as Journal.load() does.
@@ -3749,14 +3747,13 @@ class ResultStore:
         for task_id in removed:
             self._remember(task_id)
         for task in tasks:
-            self.put(task)
+            self.put(task, max(0.0, self._clock() - (task.ended_at or 0.0)))
             yield from self.evict()
             if not task.finished:
                 yield task
         in_order = sorted(self._tasks.values())  # a task begins with its seq
         self._tasks = {task.id: task for task in in_order}
         self.last_seq = max([self.last_seq] + [task.seq for task in in_order[-1:]])
-        self._first_seq = self.last_seq
 
     def new(self, wanted: Iterable[Identified]) -> list[Task]:
         """Return the tasks of submissions. They are not shown yet."""
@@ -3772,14 +3769,15 @@ class ResultStore:
             tasks.append(task)
         return tasks
 
-    def put(self, task: Task) -> None:
-        """Show a task as it is now."""
+    def put(self, task: Task, age: float = 0.0) -> None:
+        """Show a task as it is now; `age` is the time since its end."""
         if task.id in self._tasks:
             self._count(self._tasks[task.id], -1)
         self._tasks[task.id] = task
         self._count(task, 1)
-        if task.ended_at is not None:
-            self._ended.append(task.id)
+        if task.finished:
+            expiry = self._monotonic() + self._limits.result_ttl - age
+            self._expiries[task.id] = expiry
 
     def _count(self, task: Task, one: int) -> None:
         """Count a task in, or out where `one` is -1."""
@@ -3795,8 +3793,8 @@ class ResultStore:
 
         A dict's get() is one step, with the GIL and without, and tasks never change.
         """
-        task = self._tasks.get(task_id)
-        return None if task is None or self._is_expired(task) else task
+        expired = self._expiries.get(task_id, math.inf) < self._monotonic()
+        return None if expired else self._tasks.get(task_id)
 
     def find(self, task_id: str) -> Task:
         """Return a task; raises UnknownTask, GoneTask or DamagedTask."""
@@ -3815,12 +3813,13 @@ class ResultStore:
 
     def counts(self) -> Counts:
         """Return how many tasks there are."""
-        pending, processing = self.totals[PENDING], self.totals[PROCESSING]
-        return Counts(pending, processing, len(self._tasks) - pending - processing)
+        totals = self.totals
+        return Counts(totals[PENDING], totals[PROCESSING], len(self._expiries))
 
     def remove(self, task: Task) -> None:
         """Remove a task, and remember its id."""
         self._count(self._tasks.pop(task.id), -1)
+        del self._expiries[task.id]
         self.steps.pop(task.seq, None)
         self._remember(task.id)
 
@@ -3832,40 +3831,16 @@ class ResultStore:
     def evict(self) -> list[Task]:
         """Remove finished tasks beyond the limits, in the order of their ends."""
         evicted: list[Task] = []
-        self._follow_clock()
-        if len(self._ended) > 2 * (len(self._tasks) + 100):  # mostly of removed tasks
-            self._ended = deque(i for i in self._ended if i in self._tasks)
-        while self._ended:
-            task = self._tasks.get(self._ended[0])
-            if task is not None and task.finished:
-                if not self._is_expired(task) and not self._is_over_limit():
-                    break
-                self.remove(task)
-                evicted.append(task)
-            self._ended.popleft()
+        while self._expiries:
+            task_id, expiry = next(iter(self._expiries.items()))
+            if expiry >= self._monotonic() and not self._is_over_limit():
+                break
+            evicted.append(self._tasks[task_id])
+            self.remove(evicted[-1])
         return evicted
 
-    def _is_expired(self, task: Task) -> bool:
-        ttl, now = self._limits.result_ttl, self._monotonic()
-        if task.ended_at is None or self._clock() - task.ended_at <= ttl:
-            return False
-        if now + self._offset - task.ended_at <= ttl:
-            return False
-        # Perhaps the clock was set: no task is older than the process that accepted it.
-        return task.seq <= self._first_seq or now - self._began > ttl
-
-    def _follow_clock(self) -> None:
-        """Believe the clock, but if it was set by more than an hour only in an hour.
-
-        A clock that is set ahead by mistake would make all tasks too old.
-        """
-        now = self._monotonic()
-        offset = self._clock() - now
-        if abs(offset - self._offset) <= HOUR or now - self._agreed_at > HOUR:
-            self._offset, self._agreed_at = offset, now
-
     def _is_over_limit(self) -> bool:
-        finished = len(self._tasks) - self.totals[PENDING] - self.totals[PROCESSING]
+        finished = len(self._expiries)
         if finished > self._limits.results:
             return True
         # The last one may be larger than all of them should be.
@@ -4457,21 +4432,15 @@ class TaskStore(TaskReader):
             with self._lock:
                 done = {task.retry_of for task in self._results.all()}
                 wanted = [(new_id(), s) for s in retries if s.retry_of not in done]
-                commit = self._retry_underway({s.retry_of for _, s in wanted})
-                if commit is None:
+                sources = {s.retry_of for _, s in wanted}
+                unwritten = self._unwritten.values()
+                underway = [c for task, c in unwritten if task.retry_of in sources]
+                if not underway:
                     tasks, commit = self._accept(wanted) if wanted else ([], _DURABLE)
                     break
-            with contextlib.suppress(Unavailable):  # then it is this caller's turn
-                commit.check()
+            underway[0].check()
         commit.check()
         return tasks
-
-    def _retry_underway(self, task_ids: set[str | None]) -> Commit | None:
-        """Return a commit that has a retry of one of these tasks. Assumes the lock."""
-        for task, commit in self._unwritten.values():
-            if task.retry_of in task_ids:
-                return commit
-        return None
 
     def submit_once(self, task_id: str, wanted: Submission) -> tuple[Task, bool]:
         """Accept a task under an id of the caller's, unless it is there already.
@@ -4480,24 +4449,20 @@ class TaskStore(TaskReader):
         DifferentRequest when something else was submitted before, GoneTask,
         DamagedTask, and what submit() raises.
         """
-        while True:
-            with self._lock:
-                try:
-                    task, commit = self._find(task_id), None
-                except UnknownTask:
-                    if task_id not in self._unwritten:
-                        tasks, commit = self._accept([(task_id, wanted)])
-                        break
-                    _, commit = self._unwritten[task_id]
-            if commit is None and same_request(task, wanted):
-                return task, False
-            if commit is None:
-                text = "task %s was submitted with other content"
-                raise DifferentRequest(text % task_id)
-            with contextlib.suppress(Unavailable):  # then it is this caller's turn
-                commit.check()
+        with self._lock:
+            try:
+                task, commit, new = self._find(task_id), _DURABLE, False
+            except UnknownTask:
+                new = task_id not in self._unwritten
+                if new:
+                    (task,), commit = self._accept([(task_id, wanted)])
+                else:
+                    task, commit = self._unwritten[task_id]
         commit.check()
-        return tasks[0], True
+        if not new and not same_request(task, wanted):
+            text = "task %s was submitted with other content"
+            raise DifferentRequest(text % task_id)
+        return task, new
 
     def _accept(self, wanted: Sequence[Identified]) -> tuple[list[Task], Commit]:
         """Decide that there are new tasks. Assumes the lock."""

@@ -4605,28 +4605,11 @@ def test_a_label_is_kept_shown_and_logged_and_one_made_of_params_is_not_logged(
         assert submission_of(service, task_id) == document
 
 
-@pytest.mark.parametrize(
-    "label, problem",
-    [
-        ("x" * 201, "of at most 200 characters"),
-        (" \n", ", not blank"),
-        ("\ud800", r'not "\ud800"'),
-        (1, "label must be a string"),
-    ],
-)
-def test_a_label_that_cannot_be_is_refused(label, problem, service):
-    answer = call(service, "POST", TASKS, {**ONE, "label": label})
-    assert_problem(answer, 422, "label must be a string", problem)
-
-
 def test_the_status_of_a_failed_task_has_the_first_line_of_its_error(service):
     handler("fails")(raising(ValueError("x" * 300 + "\nmore")))
     document = document_of(service, submitted(service, "fails"))
     assert document["error"] == "ValueError: " + "x" * 185 + "..."
     assert call(service, "GET", TASKS).json["tasks"] == [document]
-    task_id = submitted(service, "long_computation", {"duration": 60})
-    cancel(service, task_id)
-    assert document_of(service, task_id)["error"].startswith("cancelled ")
 
 
 def found_by(service, query):
@@ -4728,7 +4711,9 @@ def test_a_task_that_has_started_is_not_cancelled_with_those_that_wait(tmp_path)
 
 
 def test_a_retry_submits_a_finished_task_again(service, echo):
-    document = {"type": "typed", "params": {"number": 2.0}, "priority": 3, "label": "a"}
+    params = {"n": 2**70, "x": 1.0, "text": "<é\u2028>"}
+    options = {"timeout": 5, "priority": 3, "label": "a"}
+    document = {"type": "echo", "params": params, **options}
     task_id = call(service, "POST", TASKS + "?wait=40", document).json["id"]
     answer = call(service, "POST", TASKS + "/%s/retry" % task_id)
     new = answer.json["id"]
@@ -4738,8 +4723,7 @@ def test_a_retry_submits_a_finished_task_again(service, echo):
     assert (found["retry_of"], found["status"]) == (task_id, "completed")
     assert "retry_of" not in document_of(service, task_id, 0)
     for each in (new, task_id):
-        again = submission_of(service, each)
-        assert again == document
+        assert submission_of(service, each) == document
     path = TASKS + "/%s/retry" % new
     answer = call(service, "POST", path, Accept="text/plain", Idempotency_Key="k")
     again = call(service, "POST", path, Idempotency_Key="k").json
@@ -4884,13 +4868,15 @@ def test_the_media_type_is_what_the_client_prefers(service):
             'params.duration must be a number from 0 to 604800, not "2"',
         ),
         ({"timeout": 0}, ["#/timeout"], "timeout"),
-        ({"timeout": "1"}, ["#/timeout"], "timeout"),
         ({"retries": -1}, ["#/retries"], "retries"),
-        ({"retries": 1.5}, ["#/retries"], "retries"),
         ({"retries": 1001}, ["#/retries"], "retries"),
         ({"delay": -0.1}, ["#/delay"], "delay"),
         ({"priority": 0.5}, ["#/priority"], "priority"),
         ({"priority": 1001}, ["#/priority"], "priority"),
+        ({"label": "x" * 201}, ["#/label"], "a string of at most 200 characters"),
+        ({"label": " \n"}, ["#/label"], ", not blank"),
+        ({"label": "\ud800"}, ["#/label"], r'not "\ud800"'),
+        ({"label": 1}, ["#/label"], "label must be a string"),
     ],
 )
 def test_a_task_that_cannot_run_is_refused_at_once(changes, pointers, word, service):
@@ -5082,23 +5068,6 @@ def test_an_invalid_query_is_refused(query, word, service):
     assert not problem["detail"].endswith(", ")
 
 
-def test_the_submission_of_a_task_submits_it_again(registry):
-    @handler("whole")
-    def whole(params: dict):
-        return params
-
-    params = {"n": 2**70, "x": 1.0, "text": "<é\u2028>"}
-    wanted = {"type": "whole", "params": params, "priority": 7, "timeout": 5}
-    with serving() as service:
-        task_id = call(service, "POST", TASKS, wanted).json["id"]
-        path = TASKS + "/%s/submission"
-        answer = call(service, "GET", path % task_id)
-        assert (answer.status, answer.json) == (200, wanted)
-        again = call(service, "POST", TASKS, answer.body)
-        assert call(service, "GET", path % again.json["id"]).body == answer.body
-        assert_problem(call(service, "GET", path % uuid.uuid4()), 404)
-
-
 def test_damaged_params_are_reported_to_clients(registry, tmp_path):
     path, task_id = tmp_path / "tasks.db", str(uuid.uuid4())
     key = {"Idempotency_Key": "k"}
@@ -5147,9 +5116,6 @@ def test_a_paused_type_that_is_gone_can_be_resumed(registry, tmp_path):
     with serving(DB=path) as service:
         known, _ = call(service, "GET", types).json["types"]
         assert (known["type"], known["paused"], known["params"]) == ("gone", True, {})
-        sample = 'longtasks_type_paused{type="gone"} 1\n'
-        assert sample in call(service, "GET", "/metrics").body.decode()
-        assert call(service, "GET", "/readyz").json["detail"] == "1 task type paused"
         answer = call(service, "POST", types + "/gone/resume")
         assert answer.json == {**known, "paused": False}
         error = 'no task type "gone" is registered any more; known: long_computation'
@@ -5427,11 +5393,9 @@ def test_a_task_that_expires_while_its_submit_waits_is_acknowledged(registry):
 def test_waiting_is_capped(gate):
     with serving(MAX_WAIT=0.01) as service:
         path = TASKS + "/" + submitted(service, "gate")
-        for wait in ("9999", "9" * 9, "9" * 9 + "." + "9" * 9):
+        for wait in ("9999", "9" * 9 + "." + "9" * 9):
             answer = call(service, "GET", path + "?wait=" + wait)
             assert answer.json["status"] in ("pending", "processing")
-        answer = call(service, "GET", path, Prefer="wait=9999")
-        assert answer.headers["Preference-Applied"] == "wait=0"
 
 
 def test_a_wait_that_is_no_time_is_refused_and_changes_nothing(service):
@@ -6196,19 +6160,6 @@ def tools(registry, gate):
     return gate
 
 
-def register_steps(gate):
-    """A type that reports progress, and waits for the gate in between."""
-
-    @handler("steps")
-    def run(*, ctx: Context):
-        for fraction, message in ((0.5, "half"), (0.2, "less"), (None, "unknown")):
-            ctx.progress(fraction, message)
-            ctx.emit_progress()
-            gate.started.release()
-            assert gate.release.wait(LONG)
-        return "done"
-
-
 def test_the_handshake_of_each_older_revision(service):
     for version in OLDER:
         agent, wanted = Agent(service, None), {"protocolVersion": version}
@@ -6405,8 +6356,7 @@ def test_task_result_waits_and_a_task_is_cancelled(tools):
         tools.wait_started()
         found = agent.use("task_result", task_id=task_id, wait=0)
         assert found["structuredContent"]["status"] == "processing"
-        answers = concurrent.futures.ThreadPoolExecutor(1)
-        waiting = answers.submit(agent.use, "task_result", task_id=task_id)
+        waiting = background(lambda: agent.use("task_result", task_id=task_id))
         until(lambda: service.store._waiting, "the wait")
         second = submitted(service, "long_computation", {"duration": 600})
         found = agent.use("task_cancel", task_id=second)["structuredContent"]
@@ -6416,7 +6366,6 @@ def test_task_result_waits_and_a_task_is_cancelled(tools):
         assert found["isError"] is True
         tools.release.set()
         assert texts(waiting.result(LONG)) == ["1"]
-        answers.shutdown()
 
 
 def test_the_way_to_a_large_result_is_shown_instead(version, tools):
@@ -6447,17 +6396,22 @@ def events_of(answer):
 
 
 def test_a_call_streams_progress_to_a_client_that_asks_for_it(version, tools):
-    register_steps(tools)
+    @handler("steps")
+    def run(*, ctx: Context):
+        for fraction, message in ((0.5, "half"), (0.2, "less"), (None, "unknown")):
+            ctx.progress(fraction, message)
+            ctx.emit_progress()
+            tools()
+        return "done"
+
     with serving() as service:
         agent = Agent(service, version)
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            params, meta = {"name": "steps"}, {"progressToken": "t"}
-            sent = pool.submit(agent.send, "tools/call", params, meta=meta)
-            tools.wait_started()
-            until(lambda: service.store.events._subscriptions, "the stream")
-            tools.release.set()
-            answer = sent.result(LONG)
-        *notices, last = events_of(answer)
+        params, meta = {"name": "steps"}, {"progressToken": "t"}
+        sent = background(lambda: agent.send("tools/call", params, meta=meta))
+        tools.wait_started()
+        until(lambda: service.store.events._subscriptions, "the stream")
+        tools.release.set()
+        *notices, last = events_of(sent.result(LONG))
         assert texts(last["result"]) == ["done"]
         reached = [notice["params"]["progress"] for notice in notices]
         assert sorted(set(reached)) == reached
@@ -6585,11 +6539,10 @@ def test_the_tasks_of_the_revision_that_had_them_in_its_core(tools):
         assert created["status"] == "working"
         assert created["ttl"] >= 50_000
         assert agent.ask("tasks/get", about)["taskId"] == created["taskId"]
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(agent.ask, "tasks/result", about)
-            until(lambda: service.store._waiting, "the wait")
-            tools.release.set()
-            found = waiting.result(LONG)
+        waiting = background(lambda: agent.ask("tasks/result", about))
+        until(lambda: service.store._waiting, "the wait")
+        tools.release.set()
+        found = waiting.result(LONG)
         assert found["structuredContent"] == {"said": "hello"}
         assert found["_meta"] == {META + "related-task": about}
         assert agent.ask("tasks/get", about)["status"] == "completed"

@@ -6323,7 +6323,7 @@ def test_the_result_of_a_call_that_ends_in_time(version, tools):
 
 
 def test_a_call_that_outlasts_the_wait_says_how_to_go_on(version, tools):
-    with serving(MCP_WAIT=0.01) as service:
+    with serving(MCP_WAIT=0.01, MAX_WAIT=0.01) as service:
         agent = Agent(service, version)
         found = agent.use("talk")
         task_id = found["structuredContent"]["id"]
@@ -6337,6 +6337,10 @@ def test_a_call_that_outlasts_the_wait_says_how_to_go_on(version, tools):
         assert json.loads(texts(found)[1]) == found["structuredContent"]
         found = agent.use("task_result", task_id=task_id, wait=1000)
         assert found["structuredContent"]["status"] == "processing"
+        if version == "2025-11-25":
+            params, meta = {"taskId": task_id}, {"progressToken": 1}
+            *_, last = events_of(agent.send("tasks/result", params, meta=meta))
+            assert (last["id"], last["error"]["code"]) == (1, -32603)
         tools.release.set()
         result_of(service, task_id)
         found = agent.use("task_result", task_id=task_id.upper())
@@ -6481,6 +6485,7 @@ def test_a_full_queue_is_an_error_of_the_service(tools):
             answer = agent.send("tools/call", {"name": "gate"}, meta)
             assert answer.json["error"]["code"] == -32603
             assert "queue is full" in answer.json["error"]["message"]
+            assert answer.headers["Retry-After"] == "5"
 
 
 def test_a_call_with_a_key_is_made_once(version, tools):

@@ -52,10 +52,10 @@ line:
      3669  7. Result store and task queue
      4836  8. Worker pool
      5149  9. HTTP API
-     6803  10. HTTP server
-     7767  11. Client
-     8395  12. Main
-     8987  13. The page
+     6801  10. HTTP server
+     7765  11. Client
+     8393  12. Main
+     8985  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -6624,10 +6624,8 @@ def answer_agent(app: App, request: Request) -> Reply:
     if is_batch:
         return Reply(200, stream=answers(calls))
     (call,) = calls
-    streams = call.token is not None and _quality(
-        request.headers.get("accept", ""), SSE
-    )
-    if call.wait and streams:
+    accept = request.headers.get("accept", "")
+    if call.wait and call.token is not None and _quality(accept, SSE):
         return stream_reply(call.stream())
     answer = call.answer()  # sets the status
     return json_reply(answer, call.status)

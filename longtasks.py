@@ -52,10 +52,10 @@ line:
      3669  7. Result store and task queue
      4836  8. Worker pool
      5149  9. HTTP API
-     6801  10. HTTP server
-     7765  11. Client
-     8393  12. Main
-     8985  13. The page
+     6796  10. HTTP server
+     7760  11. Client
+     8388  12. Main
+     8980  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -5522,7 +5522,7 @@ def submitted_reply(app: App, request: Request, task: Task, status: int) -> Repl
     headers = {"Location": "/api/v1/tasks/" + task.id}
     if request.wait:
         with contextlib.suppress(UnknownTask, GoneTask):  # it was accepted anyway
-            task = await_end(app, request, task.id)
+            task = await_end(app, request, task.id, request.wait)
     if request.accepts(JSON, TEXT) == TEXT:
         return text_reply(task.id, status, headers)
     if request.wait and task.finished:
@@ -5530,11 +5530,8 @@ def submitted_reply(app: App, request: Request, task: Task, status: int) -> Repl
     return json_reply({"id": task.id, "status": task.status}, status, headers)
 
 
-def await_end(
-    app: App, request: Request, task_id: str, seconds: float | None = None
-) -> Task:
+def await_end(app: App, request: Request, task_id: str, seconds: float) -> Task:
     """Return a task; if the client waits, once it has finished or the time is up."""
-    seconds = request.wait if seconds is None else seconds
     if seconds <= 0:
         return app.store.get(task_id)
     app.store.wake()
@@ -5556,7 +5553,7 @@ def list_tasks(app: App, request: Request) -> Reply:
 
 def show_task(app: App, request: Request) -> Reply:
     """Show the status of a task; ?wait=SECONDS waits for its end."""
-    task = await_end(app, request, request.task_id)
+    task = await_end(app, request, request.task_id, request.wait)
     if request.accepts(JSON, TEXT) == TEXT:
         return text_reply(task.status)
     return json_reply(current_status(app, task))
@@ -5569,7 +5566,7 @@ def show_submission(app: App, request: Request) -> Reply:
 
 def show_result(app: App, request: Request) -> Reply:
     """Show the result or error of a task; ?wait=SECONDS waits for it."""
-    task = await_end(app, request, request.task_id)
+    task = await_end(app, request, request.task_id, request.wait)
     if not task.finished:
         raise Unfinished("task %s is %s; it has no result yet" % (task.id, task.status))
     result = task.result or b"null"
@@ -6274,7 +6271,9 @@ class Call:
 
     def __init__(self, app: App, request: Request, message: Any) -> None:
         self.app, self.tools, self.request = app, app.tools or {}, request
-        self.id = message.get("id") if isinstance(message, dict) else None
+        self.head: Json = {"jsonrpc": "2.0"}  # of the answer
+        if isinstance(message, dict) and _MESSAGE_ID.is_valid(message.get("id")):
+            self.head["id"] = message["id"]
         self.version, self.has_tasks, self.status = "", False, 200
         self.method: Method = Call._acknowledge  # returns the result
         self.params: Json = {}
@@ -6283,39 +6282,27 @@ class Call:
         self.began = time.monotonic()
         self.wait = 0.0  # seconds from then on, for the end of the task
         self.token: Any = None  # of the client, for notifications of its progress
-        self.error: Exception | None = None
-        try:
-            self._begin(message)
-        except (TaskError, HTTPError) as error:
-            self.error = error.with_traceback(None)  # that would keep the params
+        self.error: TaskError | HTTPError | None = None
+        self._try(self._begin, message)
 
     def submit(self) -> None:
         """Submit the task of a tool, if it is one; this may wait for a disk."""
         wanted, self.submission = self.submission, None
         if wanted:
-            try:
-                self.task = submit_one(self.app, *wanted)
-            except (TaskError, HTTPError) as error:
-                self.error, self.wait = error.with_traceback(None), 0.0
+            self.task = self._try(submit_one, self.app, *wanted)
 
     def answer(self) -> Json:
         """Return the response, once the task has ended or the time is up."""
-        head = {"jsonrpc": "2.0", "id": self.id}
-        if not _MESSAGE_ID.is_valid(self.id):
-            del head["id"]
-        try:
-            if self.error:
-                raise self.error
-            result = self.method(self, self.params)
-        except (TaskError, HTTPError) as error:
+        result = self._try(self.method, self, self.params)
+        if self.error:
             if self.version not in OLD:
-                is_invalid = isinstance(error, Invalid)
-                self.status = 400 if is_invalid else refusal(error).status
-            return {**head, "error": rpc_error(error)}
+                is_invalid = isinstance(self.error, Invalid)
+                self.status = 400 if is_invalid else refusal(self.error).status
+            return {**self.head, "error": rpc_error(self.error)}
         if self.version in NEW:
             meta = {META + "serverInfo": ABOUT}
             result = {"resultType": "complete", "_meta": meta, **result}
-        return {**head, "result": result}
+        return {**self.head, "result": result}
 
     def stream(self) -> Iterator[bytes]:
         """Yield nothing once, then a task's progress as events, and the answer."""
@@ -6333,6 +6320,14 @@ class Call:
                     yield b"data: %b\n\n" % to_json({"jsonrpc": "2.0", **notice})
                 yield b":\n\n"
         yield b"data: %b\n\n" % to_json(self.answer())
+
+    def _try(self, step: Callable[..., Any], *values: Any) -> Any:
+        """Take a step, unless one has failed; keep its error for the answer."""
+        try:
+            return None if self.error else step(*values)
+        except (TaskError, HTTPError) as error:
+            # A traceback would keep the params.
+            self.error, self.wait = error.with_traceback(None), 0.0
 
     def _begin(self, message: Any) -> None:
         """Check a message, with the task that it wants to run."""

@@ -45,17 +45,17 @@ line:
 
       153  1. Settings
       486  2. Tasks and their states
-      852  3. Task registry
-     1558  4. Execution
-     2832  5. Journal
-     3471  6. Events
-     3669  7. Result store and task queue
-     4836  8. Worker pool
-     5149  9. HTTP API
-     6796  10. HTTP server
-     7760  11. Client
-     8388  12. Main
-     8980  13. The page
+      849  3. Task registry
+     1555  4. Execution
+     2829  5. Journal
+     3452  6. Events
+     3650  7. Result store and task queue
+     4817  8. Worker pool
+     5130  9. HTTP API
+     6777  10. HTTP server
+     7741  11. Client
+     8369  12. Main
+     8961  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -820,11 +820,8 @@ _STRICT = json.JSONDecoder(
 
 
 def params_of(task: Task) -> Any:
-    """Return a task's params; raises DamagedTask if they are not JSON any more."""
-    try:
-        return _STRICT.decode(task.params.decode())
-    except (ValueError, RecursionError) as error:
-        raise DamagedTask("its params are not JSON any more: %s" % error) from None
+    """Return a task's params."""
+    return _STRICT.decode(task.params.decode())
 
 
 def label_of(task: Task) -> str:
@@ -2840,6 +2837,7 @@ def run_apart(params: dict[str, Any], ctx: Context) -> Outcome:
 
 APPLICATION_ID = 0x6C6F6E67  # "long", in the file's header (sqlite.org/fileformat.html)
 SCHEMA_VERSION = 4
+OLDEST_VERSION = 3  # that can be brought to this one; 0 is an empty file
 
 _TYPES = {str: "TEXT", bytes: "TEXT", int: "INTEGER", float: "REAL"}
 
@@ -2918,22 +2916,6 @@ def _to_task(row: Sequence[Any]) -> Task:
     if options == NO_OPTIONS:
         options = NO_OPTIONS
     return Task(*values[:split], options)  # type: ignore
-
-
-def _is_plausible(row: Sequence[Any]) -> bool:
-    """Whether a row of a version without checksums can be that of a task."""
-    for value, (_, kind, optional) in zip(row, COLUMNS):
-        stored = str if kind is bytes else kind
-        if type(value) is not stored and not (value is None and optional):
-            return False
-        if isinstance(value, (int, float)) and not -(2**53) < value < 2**53:
-            return False
-        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-            return False  # it was not UTF-8
-    task = _to_task(row)
-    if not _UUID.fullmatch(task.id) or task.status not in EXITS:
-        return False
-    return task.finished == (task.ended_at is not None)
 
 
 _STEP_NAMES = ", ".join([*Step._fields, "checksum"])
@@ -3172,6 +3154,9 @@ class Journal:
         if version > SCHEMA_VERSION:
             text = "DB %s has version %d; this longtasks knows up to version %d"
             raise JournalError(text % (self.path, version, SCHEMA_VERSION))
+        if 0 < version < OLDEST_VERSION:
+            text = "DB %s has version %d, whose rows have no checksums"
+            raise JournalError(text % (self.path, version))
         for (found,) in db.execute("PRAGMA quick_check"):
             # A wrong value shows by its row's checksum.
             if found != "ok" and not re.match(r"\S+ value in ", found):
@@ -3181,7 +3166,7 @@ class Journal:
         db.execute("PRAGMA journal_size_limit = %d" % (16 << 20))
         db.execute("BEGIN IMMEDIATE")
         if version < SCHEMA_VERSION:
-            self._migrate(db, version)
+            self._migrate(db)
         db.execute("PRAGMA application_id = %d" % APPLICATION_ID)
         db.execute(_SET_VERSION)  # so that a read-only file is noticed now
         db.execute("COMMIT")
@@ -3191,8 +3176,8 @@ class Journal:
         return db
 
     @staticmethod
-    def _migrate(db: Any, version: int) -> None:
-        """Add the tables, columns and checksums that older versions and 0 lack."""
+    def _migrate(db: Any) -> None:
+        """Add the tables and columns that older versions and 0 lack."""
         for table in _TABLES:
             db.execute("CREATE TABLE IF NOT EXISTS " + table)
         there = {row[1] for row in db.execute("PRAGMA table_info(tasks)")}
@@ -3201,10 +3186,6 @@ class Journal:
             column = '"%s" %s%s' % (name, _TYPES[kind], "" if optional else default)
             if name not in there:
                 db.execute("ALTER TABLE tasks ADD COLUMN " + column)
-        if version < 3:  # its rows have no checksums
-            rows = db.execute(_SELECT)
-            sums = [(checksum(row), row[0]) for row in rows if _is_plausible(row)]
-            db.executemany("UPDATE tasks SET checksum = ? WHERE seq = ?", sums)
 
     # -- reading
 

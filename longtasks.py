@@ -49,13 +49,13 @@ line:
      1555  4. Execution
      2829  5. Journal
      3452  6. Events
-     3650  7. Result store and task queue
-     4807  8. Worker pool
-     5120  9. HTTP API
-     6767  10. HTTP server
-     7731  11. Client
-     8359  12. Main
-     8951  13. The page
+     3645  7. Result store and task queue
+     4802  8. Worker pool
+     5115  9. HTTP API
+     6762  10. HTTP server
+     7726  11. Client
+     8354  12. Main
+     8946  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -3610,27 +3610,22 @@ class Events:
         for line in lines if followed or not dropped else ():
             self.publish(task_id, "log", {"line": line})
 
-    def log_of(self, task_id: str) -> tuple[list[str], int]:
-        """Return the lines that are kept of a task's log, and how many are not."""
-        with self._lock:
-            kept = self._logs.get(task_id)
-            return (list(kept.lines), kept.dropped) if kept else ([], 0)
-
     def log_text(self, task_id: str, size: int = sys.maxsize) -> str:
         """Return the end of a task's log, at most `size` bytes in UTF-8, as text.
 
         Control characters are then escaped. A first line says how many are missing.
         """
-        lines, dropped = self.log_of(task_id)
+        with self._lock:
+            kept = self._logs.get(task_id, TaskLog())
+            lines, dropped = list(kept.lines), kept.dropped
         texts: deque[str] = deque()
-        while lines:
-            line = escape(lines[-1]) + "\n"
-            size -= len(line.encode())
+        for line in reversed(lines):
+            text = escape(line) + "\n"
+            size -= len(text.encode())
             if size < 0:
                 break
-            texts.appendleft(line)
-            lines.pop()
-        dropped += len(lines)
+            texts.appendleft(text)
+        dropped += len(lines) - len(texts)
         if dropped:
             texts.appendleft("(dropped before these: %s)\n" % counted(dropped, "line"))
         return "".join(texts)

@@ -2305,7 +2305,7 @@ def test_a_handler_that_does_not_listen_is_given_up_after_the_grace(status):
     with pytest.raises(longtasks.IllegalMove):
         store.finish(context, DONE)
     assert store.get(context.task_id) == ended
-    assert store.events.log_of(context.task_id) == ([], 0)
+    assert store.events.log_text(context.task_id) == ""
     assert store.stuck() == 0
 
 
@@ -3314,7 +3314,7 @@ def test_events_are_kept_up_to_their_limit(count, gap):
 def test_a_line_of_a_log_is_kept_up_to_its_limit(length, kept):
     events = longtasks.Events()
     events.log("a", "x" * length)
-    assert [len(line) for line in events.log_of("a")[0]] == [kept]
+    assert events.log_text("a") == "x" * kept + "\n"
 
 
 def test_lines_that_are_lost_are_counted_and_a_gap_for_the_clients():
@@ -3325,7 +3325,7 @@ def test_lines_that_are_lost_are_counted_and_a_gap_for_the_clients():
     kinds = [(event.kind, event.payload) for event in events.take(follower, 0)]
     assert kinds[:2] == [("log", {"line": "1"}), ("log", {"line": "2"})]
     assert [kind for kind, _ in kinds] == ["log", "log", "gap", "log"]
-    assert events.log_of("a") == (["6"], 5)
+    assert events.log_text("a") == "(dropped before these: 5 lines)\n6\n"
     events.unsubscribe(follower)
     events.subscribe("b")
     events.log("a", "9", dropped=1)
@@ -3372,16 +3372,15 @@ def test_a_log_is_bounded_for_each_task_and_in_all(monkeypatch):
     for task_id in "abc":
         for n in range(50):
             events.log(task_id, "line %d" % n)
-    assert events.log_of("a") == ([], 0), "the one that began first makes room"
-    lines, dropped = events.log_of("c")
-    assert sum(len(line) + 1 for line in lines) <= 100
-    assert (len(lines) + dropped, lines[-1]) == (50, "line 49")
-    events.log("d", "x" * 10_000)
-    kept = [line for task_id in "bcd" for line in events.log_of(task_id)[0]]
-    assert sum(len(line) + 1 for line in kept) <= 250
-    for task_id in "bcd":
-        events.remove(task_id)
-        assert events.log_of(task_id) == ([], 0)
+    assert events.log_text("a") == "", "the one that began first makes room"
+    lines = ["line %d\n" % n for n in range(38, 50)]  # 100 characters hold 12
+    assert events.log_text("c") == "".join(
+        ["(dropped before these: 38 lines)\n", *lines]
+    )
+    events.log("d", "x" * 80)
+    assert [bool(events.log_text(task_id)) for task_id in "bcd"] == [0, 1, 1]
+    events.remove("c")
+    assert events.log_text("c") == ""
 
 
 # ======================================================================

@@ -48,14 +48,14 @@ line:
       849  3. Task registry
      1555  4. Execution
      2829  5. Journal
-     3452  6. Events
-     3645  7. Result store and task queue
-     4802  8. Worker pool
-     5115  9. HTTP API
-     6762  10. HTTP server
-     7726  11. Client
-     8354  12. Main
-     8946  13. The page
+     3441  6. Events
+     3634  7. Result store and task queue
+     4771  8. Worker pool
+     5080  9. HTTP API
+     6727  10. HTTP server
+     7691  11. Client
+     8319  12. Main
+     8911  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -3050,16 +3050,12 @@ class Journal:
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)  # so that a link to it finds the same lock
-        # Why the last commit failed. Other threads read it without the lock: one that
-        # reads it too early learns the rest from its own commit.
-        self.error = ""
-        # Only the writer thread adds to it. A copy taken meanwhile may have a commit's
-        # count without its time; the next copy has both.
+        # Only the writer thread changes these two; others read them without the lock.
+        self.error = ""  # why the last commit failed
         self.commit_times = Histogram(COMMIT_BOUNDS)
         self.damaged_rows = 0  # found by load()
         self.damaged: set[str] = set()  # the ids in them; both, where two copies differ
-        # The condition guards the two that follow; the writer waits for it.
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards the two that follow
         self._open = Commit()  # takes in records until the writer is ready for it
         self._closing = False
         self._wal_is_large = False
@@ -3253,10 +3249,7 @@ class Journal:
     # -- writing
 
     def start(self, on_settled: Callable[[Commit], None]) -> None:
-        """Start to write.
-
-        Calls `on_settled` with each commit after a try, before waiting threads go on.
-        """
+        """Start to write; call `on_settled` with each commit that was tried."""
         self._on_settled = on_settled
         sign_lock(self._lock, RUNS)
         self._writer = start_thread("journal", self._run)
@@ -3399,10 +3392,7 @@ MOUNTS = "/proc/self/mountinfo"  # see proc(5); only Linux has it
 
 
 def is_mount_point(path: str) -> bool:
-    """Whether a file was mounted by itself, as into a container, apart from its folder.
-
-    Its -wal and lock would not be in that folder.
-    """
+    """Whether a file was mounted by itself, as into a container, without its -wal."""
     escaped = re.sub(rb"[\\ \t\n]", lambda m: b"\\%03o" % ord(m[0]), os.fsencode(path))
     with contextlib.suppress(OSError), open(MOUNTS, "rb") as file:
         return any(line.split()[4] == escaped for line in file)
@@ -3416,9 +3406,8 @@ def lock_file(path: str) -> tuple[Any, bool]:
     """Lock PATH.lock until the file that is returned is closed.
 
     Returns it, and whether the last process wrote there that it was stopped. Raises
-    OSError, or JournalError with the pid of the process that has the lock. The system
-    frees the lock however a process ends. Without flock(), as on Windows, nothing is
-    locked.
+    OSError, or JournalError with the pid of the process that has the lock. Without
+    flock(), as on Windows, nothing is locked.
     """
     # Where other users may write into the folder, a link could lead to any file.
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
@@ -3595,8 +3584,8 @@ class Events:
     def log(self, task_id: str, *lines: str, dropped: int = 0) -> None:
         """Add lines to a task's log, after `dropped` more that are lost.
 
-        The loss is an event. Lines after it are events only if a client follows the
-        task now: a flood would leave no room for the events of other tasks.
+        After a loss, lines are events only if a client follows the task now: a flood
+        would leave no room for the events of other tasks.
         """
         lines = tuple(line[: self.line_length] for line in lines)
         with self._lock:
@@ -3765,10 +3754,7 @@ class ResultStore:
             self.finished_bytes += one * task.weight
 
     def get(self, task_id: str) -> Task | None:
-        """Return a task, None if there is none or it has expired. Needs no lock.
-
-        A dict's get() is one step, with the GIL and without, and tasks never change.
-        """
+        """Return a task, None if there is none or it has expired. Needs no lock."""
         expired = self._expiries.get(task_id, math.inf) < self._monotonic()
         return None if expired else self._tasks.get(task_id)
 
@@ -3875,8 +3861,8 @@ class TaskQueue:
     def add(self, task: Task, inherited: bool = False) -> float:
         """Add a task; return in how many seconds it can start. Wakes no worker.
 
-        The delay of an inherited task, which an earlier process began, goes by the wall
-        clock, and follows it when it is set. Others go by the monotonic clock.
+        The delay of an inherited task goes by the wall clock, which may be set right
+        after a start, that of others by the monotonic clock.
         """
         wait = (task.due_at or task.created_at) - self._clock()
         due, rank = self._monotonic() + wait, -task.options.priority
@@ -3919,8 +3905,7 @@ class TaskQueue:
     def start(self, entry: Entry) -> bool:
         """Return whether the task of an entry can start now, and count it as running.
 
-        Otherwise the entry is stale, or is parked: its type is paused, or its limit of
-        running tasks is reached.
+        Otherwise the entry is stale, or is parked now.
         """
         if not self._is_live(entry):
             return False
@@ -4086,10 +4071,7 @@ class TaskReader:
         return self._results.find(task_id)
 
     def _emit(self, context: Context, kind: str, payload: Any) -> None:
-        """Publish the progress or log of a handler, unless its run is over.
-
-        Takes the lock.
-        """
+        """Publish the progress or log of a handler, unless its run is over."""
         if os.getpid() != self._pid:  # a forked child lacks the thread that may hold it
             return
         with self._lock:
@@ -4126,10 +4108,7 @@ class TaskReader:
     def subscribe(
         self, task_id: str, after: int | None = None
     ) -> tuple[Task | None, Subscription]:
-        """Return a task as it is now, None for "", and a subscription to its events.
-
-        No move comes between the two.
-        """
+        """Return a task as it is now, None for "", and a subscription from then on."""
         with self._lock:
             task = self._find(task_id) if task_id else None
             return task, self.events.subscribe(task_id, after)
@@ -4158,8 +4137,7 @@ class TaskReader:
         """Return up to `limit` tasks in the order of submission, and where to go on.
 
         The page begins behind the seq `after`. The second value is the `after` of the
-        next page, None when this was the last. filtered() describes the filters. With
-        `newest_first`, the order is reversed.
+        next page, None when this was the last. filtered() describes the filters.
         """
         with self._lock:
             self._evict()
@@ -4441,10 +4419,7 @@ class TaskStore(TaskReader):
         self._queue.wake()
 
     def claim(self, is_async: bool = False) -> tuple[Task, Context] | None:
-        """Wait for the next task and start it; None when none will start any more.
-
-        Before its handler runs, begin() says whether it still is to.
-        """
+        """Wait for the next task and start it; None when none will start any more."""
         while True:
             entry = self._queue.get(is_async)
             if entry is None:
@@ -4578,11 +4553,7 @@ class TaskStore(TaskReader):
         commit.check()
 
     def delete(self, task_id: str, wait: Wait = Commit.check) -> None:
-        """Remove a finished task.
-
-        Raises Unfinished, UnknownTask, GoneTask, DamagedTask, or Unavailable: then it
-        may still be removed.
-        """
+        """Remove a finished task; raises Unfinished, and what cancel() raises."""
         with self._lock:
             task = self._find(task_id)
             if not task.finished:
@@ -4721,9 +4692,9 @@ def after_crash(
 ) -> Iterator[tuple[Task, Task]]:
     """Yield tasks that a process left, each with how it goes on.
 
-    They were processing when it ended, or have been interrupted before. After a crash
-    they start one after the other, first those with the fewest interruptions. So a task
-    that kills the process is identified, and those that ran beside it complete.
+    After a crash they start one after the other, first those with the fewest
+    interruptions. So a task that kills the process is identified, and those that ran
+    beside it complete.
     """
     pause, wait = min(1.0, 30.0 / max(1, len(tasks))), 0.0
     resumed = [(task, task.after_crash(now, crashed)) for task in tasks]
@@ -4742,8 +4713,7 @@ def after_run(
 ) -> Task:
     """Return a task after a run; `reason` is that of a request to stop, "" for none.
 
-    A handler that completes has won. One that was asked to stop and did not complete
-    has stopped, whatever it returned or raised.
+    A handler that completes has won. Any other that was asked to stop has stopped.
     """
     if outcome.status == COMPLETED:
         return ended(task, COMPLETED, now, result=outcome.result, error=None)
@@ -4791,8 +4761,7 @@ def same_request(task: Task, wanted: Submission) -> bool:
 def backoff(first: float, failures: int) -> float:
     """Return the seconds until a retry: doubled each time, up to an hour.
 
-    Up to half of it is taken off at random, so that tasks that failed together do not
-    come back together.
+    Up to half is taken off at random: tasks that failed together come back apart.
     """
     longest: float = min(3600.0, first * 2.0 ** min(failures - 1, 30))
     return longest * random.uniform(0.5, 1)  # noqa: S311 (no secret)
@@ -4866,11 +4835,10 @@ class WorkerPool:
         self.handlers = handlers
         self.loop: EventLoop | None = None  # if there are async handlers
         self._count = count
-        # The lock guards what follows. A thread that has it may take the store's.
-        # While the pool may grow, one worker is always idle: it waits for a task. A
-        # worker that takes one sees to that, before it waits for the disk. A worker
-        # whose handler does not stop is not counted any more, so that another one can
-        # take its place; it ends when its handler returns.
+        # The lock guards what follows. While the pool may grow, one worker is always
+        # idle: a worker that takes a task sees to that, before it waits for the disk. A
+        # worker whose handler does not stop is not counted any more, so that another
+        # one can take its place; it ends when its handler returns.
         self._lock = threading.Lock()
         self._idle = 0
         self._is_short = False  # of threads, which is logged once
@@ -5035,10 +5003,7 @@ class EventLoop:
         start_thread("async", self._claim)
 
     def close(self, timeout: float) -> None:
-        """Cancel all runs, let async generators end, and close the loop.
-
-        Waits up to `timeout` seconds. Runs that can't be cancelled go on.
-        """
+        """Cancel all runs and close the loop; wait up to `timeout` seconds for that."""
         lazy_import("asyncio").run_coroutine_threadsafe(self._end_all(), self._loop)
         self._thread.join(timeout)
 

@@ -5965,7 +5965,6 @@ def test_the_pages_of_the_service_can_use_it_and_links_can_lead_to_it(service):
     for headers in (
         {"Origin": "http://localhost:8080"},
         {"Origin": "https://localhost:8080"},
-        {"Sec-Fetch-Site": "same-origin"},
         {"Sec-Fetch-Site": "none"},
         {"Sec-Fetch-Site": "same-origin", "Origin": "https://tasks.example"},
     ):
@@ -6153,9 +6152,7 @@ def test_the_answers_of_a_batch_are_sent_one_at_a_time(tools):
     params[1]["arguments"]["a"] = 1
     body = json.dumps([{**message, "params": each} for each in params])
     with serving() as service:
-        with contextlib.closing(
-            http.client.HTTPConnection("127.0.0.1", port_of(service), timeout=LONG)
-        ) as client:
+        with contextlib.closing(connection_to(service)) as client:
             client.request("POST", "/mcp", body, JSON_BODY)
             response = client.getresponse()
             lines = [response.readline(), response.readline()]

@@ -49,13 +49,13 @@ line:
      1555  4. Execution
      2829  5. Journal
      3441  6. Events
-     3634  7. Result store and task queue
-     4771  8. Worker pool
-     5080  9. HTTP API
-     6727  10. HTTP server
-     7691  11. Client
-     8319  12. Main
-     8911  13. The page
+     3636  7. Result store and task queue
+     4773  8. Worker pool
+     5082  9. HTTP API
+     6742  10. HTTP server
+     7706  11. Client
+     8342  12. Main
+     8934  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -3457,12 +3457,13 @@ class Event(NamedTuple):
 class Subscription:
     """A client's place in the events of one task or, with "", of all tasks."""
 
-    def __init__(self, task_id: str, first: int, gap: bool) -> None:
+    def __init__(self, task_id: str, first: int, gap: bool, after: int) -> None:
         self.task_id = task_id
         self.gap = gap  # some of the events that were asked for are no longer kept
         self.closed = False  # the client is too slow, or the service stops
         self.ready = threading.Event()  # there is something to take, or it is closed
         self.first = first  # the number of the first event to take, 0 for none
+        self.after = after  # the number of the event behind which it begins
 
 
 class TaskLog:
@@ -3540,7 +3541,8 @@ class Events:
             after = self._last if after is None else after
             gap = not self._last - len(self._recent) <= after <= self._last
             first = after + 1 if after < self._last and not gap else 0
-            subscription = Subscription(task_id, first, gap)
+            behind = self._last if gap else after
+            subscription = Subscription(task_id, first, gap, behind)
             if first or self._closed:
                 subscription.ready.set()
             subscription.closed = self._closed
@@ -5430,8 +5432,10 @@ def read_body(app: App, request: Request) -> Submission | list[Submission]:
             return check_submission(document, app.handlers)
         if not isinstance(document, list):
             raise Malformed("the body must be an object, not " + quote(document))
-        if "idempotency-key" in request.headers or request.wait:
+        if "idempotency-key" in request.headers or "wait" in request.query:
             raise HTTPError(400, "an array takes no Idempotency-Key and no wait")
+        # What Prefer asks for is ignored (RFC 7240, 2), but only for this body.
+        request.wait, request.route = 0.0, None
         return check_batch(document, app.handlers)
 
 
@@ -5642,7 +5646,8 @@ def event_stream(app: App, request: Request, after: int | None) -> Iterator[byte
     encode = functools.partial(encode_event, events.life)
     with following(app, request, request.task_id, after) as (task, subscription):
         yield b""
-        yield b"retry: 1000\n\n"
+        # The id is for a client that loses the connection before the first event.
+        yield b"id: %s-%d\nretry: 1000\n\n" % (events.life.encode(), subscription.after)
         if subscription.gap:
             yield b'event: gap\ndata: {"detail": "some events are no longer kept"}\n\n'
         batch = events.take(subscription, 0) if task and task.finished else []
@@ -5666,7 +5671,11 @@ def new_events(
     ended = False
     while not ended:
         left = until - time.monotonic()
-        # Read before take(): what was published before the end is then taken, too.
+        # Read before take(), so that events published before the end are sent:
+        #   this thread                 the thread that ends the service
+        #   reads closed: False         publishes an event, sets closed
+        #   takes the event, sends it
+        #   reads closed: True, ends
         ended = subscription.closed or left <= 0
         timeout = 0 if ended else min(KEEP_ALIVE, left)
         batch = app.store.events.take(subscription, timeout)
@@ -6214,6 +6223,7 @@ class Call:
         self.wait = 0.0  # seconds from then on, for the end of the task
         self.token: Any = None  # of the client, for notifications of its progress
         self.error: TaskError | HTTPError | None = None
+        self.shows_error = False  # to the model, which may correct its call
         self._try(self._begin, message)
 
     def submit(self) -> None:
@@ -6225,7 +6235,10 @@ class Call:
     def answer(self) -> Json:
         """Return the response, once the task has ended or the time is up."""
         result = self._try(self.method, self, self.params)
-        if self.error:
+        if self.error and self.shows_error:
+            text = str(self.error)
+            result = {**tool_result({"error": text}, text), "isError": True}
+        elif self.error:
             if self.version not in OLD:
                 is_invalid = isinstance(self.error, Invalid)
                 self.status = 400 if is_invalid else refusal(self.error).status
@@ -6320,6 +6333,8 @@ class Call:
 
     def _begin_tool(self, params: Json, meta: Json) -> None:
         name, arguments = params["name"], params.get("arguments", {})
+        is_tool = name in TOOLS or name in self.tools
+        self.shows_error = is_tool and self.version in NEW + TASKED  # since SEP-1303
         if name in TOOLS:
             self.method, _, schema, _ = TOOLS[name]
             self._take(schema, arguments)
@@ -7762,7 +7777,8 @@ class Client:
                 self.persists |= method == "PUT"
                 return text
             except ClientError as error:
-                self.persists |= method == "PUT" and error.status == 0
+                # A proxy whose time was up does not know what the service did.
+                self.persists |= method == "PUT" and error.status in (0, 504)
                 is_final = 0 < error.status < 500 or time.monotonic() > deadline
                 is_final = is_final or (self.ended and error.status < 0)
                 if is_final or not self.persists:
@@ -7791,7 +7807,9 @@ class Client:
         try:
             with contextlib.closing(self._connect()) as connection:
                 status = 0
-                connection.request(method, self._prefix + path, body, headers)
+                # A refusal may come, and the connection end, before the body is sent.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    connection.request(method, self._prefix + path, body, headers)
                 # Closed here: Ctrl-C in a finalizer would be ignored.
                 with connection.getresponse() as response:
                     text = response.read().decode("utf-8", "replace").rstrip()
@@ -7869,21 +7887,22 @@ def on_terminal(file: Any) -> bool:
     return file.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-def print_text(text: str) -> None:
-    """Print on stdout, without control characters."""
+def print_text(text: str) -> bool:
+    """Print on stdout, without control characters; return whether it has a reader."""
     # In JSON they may occur in strings, where \uXXXX is the same.
     lines = text.split("\n")
     escaped = [_CONTROLS.sub(lambda c: "\\u%04x" % ord(c[0]), line) for line in lines]
-    write_line("\n".join(escaped))
+    return write_line("\n".join(escaped))
 
 
-def write_line(text: str) -> None:
-    """Write to stdout in UTF-8, if it has a reader."""
+def write_line(text: str) -> bool:
+    """Write to stdout in UTF-8; return whether it has a reader."""
     try:
         sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
         sys.stdout.flush()
+        return True
     except BrokenPipeError:
-        pass
+        return False
     except OSError as error:
         raise ClientError(NO_ANSWER, "can't write: %s" % error.strerror) from None
 
@@ -8008,7 +8027,7 @@ def read_task(client: Client, args: Any) -> tuple[str, Callable[[], str]]:
     return task_id, functools.partial(client.request, "PUT", path, document)
 
 
-Print = Callable[[str], None]
+Print = Callable[[str], Any]
 # The line at the top of a log that has lost older ones, and how many.
 _DROPPED = re.compile(r"\(dropped before these: (\d+) lines?\)$", re.MULTILINE)
 
@@ -8124,8 +8143,12 @@ def _show_result(client: Client, args: Any) -> None:
 
 
 def _show_log(client: Client, args: Any) -> None:
+    def emit(line: str) -> None:
+        if not print_text(line):
+            raise ClientError(0)  # nobody reads on, as after `| head -1`
+
     if args.follow:
-        follow(client, args.id, print_text)
+        follow(client, args.id, emit)
     else:
         print_log(client, args.id, print_text)
 

@@ -5251,6 +5251,9 @@ def test_a_client_may_wait_instead_of_polling(gate, waiters):
             assert (answer.status, answer.json["status"]) == (200, "completed")
         assert answer.headers["Preference-Applied"] == "wait=20"
         assert "Preference-Applied" not in waiting[0].result().headers
+        answer = call(service, "POST", TASKS, [ONE], Prefer="wait=20")
+        assert answer.status == 202  # an array does not wait
+        assert "Preference-Applied" not in answer.headers
 
 
 def test_options_of_the_whole_server_lists_every_method(service):
@@ -5506,12 +5509,16 @@ def test_a_client_that_comes_back_misses_no_event_of_all_tasks(service):
         assert {event["data"]["id"] for event in events} == {task_id}
         return events
 
-    last = events_of(None)[-1]["id"]
-    second = submitted(service, "long_computation", {"duration": 0})
-    result_of(service, second)
-    events = events_of(second, Last_Event_ID=last)
-    statuses = [e["data"]["status"] for e in events if e["event"] == "status"]
-    assert statuses == ["pending", "processing", "completed"]
+    for received_none in (False, True):
+        last = events_of(None)[-1]["id"]
+        if received_none:
+            with Stream(service, "/api/v1/events") as stream:
+                last = stream.response.readline().decode()[len("id: ") : -1]
+        second = submitted(service, "long_computation", {"duration": 0})
+        result_of(service, second)
+        events = events_of(second, Last_Event_ID=last)
+        statuses = [e["data"]["status"] for e in events if e["event"] == "status"]
+        assert statuses == ["pending", "processing", "completed"]
 
 
 @pytest.mark.parametrize("last", ["0-1", "nonsense", "{life}-999"])
@@ -6025,8 +6032,16 @@ class Agent(NamedTuple):
         return self.ask("tools/call", params, meta=_meta)
 
     def refused(self, method, params=None, status=None, **more):
-        """The error of a method, and its code; nothing was started."""
+        """The error of a method, and its code; nothing was started.
+
+        Since 2025-11-25, an error in the call of a tool is shown to the model.
+        """
         answer = self.send(method, params, **more)
+        if answer.status == 200 and answer.json.get("result", {}).get("isError"):
+            assert self.version in (NEWEST, "2025-11-25")
+            (text,) = texts(answer.json["result"])
+            assert answer.json["result"]["structuredContent"] == {"error": text}
+            return -32602, text
         statuses = (400, 404, 409, 422) if self.version == NEWEST else (200,)
         assert answer.status in ([status] if status else statuses), answer
         assert answer.media == "application/json"
@@ -6384,9 +6399,7 @@ def test_a_full_queue_is_an_error_of_the_service(tools):
         tools.wait_started()
         agent.use("gate")
         for meta in ({}, {"progressToken": 1}):
-            answer = agent.send("tools/call", {"name": "gate"}, meta)
-            assert answer.json["error"]["code"] == -32603
-            assert "queue is full" in answer.json["error"]["message"]
+            assert "queue is full" in texts(agent.use("gate", meta))[0]
 
 
 def test_a_call_with_a_key_is_made_once(version, tools):
@@ -9244,15 +9257,34 @@ def test_another_server_is_reported_with_code_4(answered, reason, client):
     assert len(server.asked) == 1  # no redirect is followed
 
 
-def test_a_submit_without_an_answer_is_sent_again_under_the_same_id(client):
+@pytest.mark.parametrize("lost", [b"", given("", "504 Gateway Timeout", "text/html")])
+def test_a_submit_without_an_answer_is_sent_again_under_the_same_id(lost, client):
     busy = refusing(503, "busy")
-    with Scripted(b"", busy, busy, TAKEN, ENDED, RESULT) as server:
+    with Scripted(lost, busy, busy, TAKEN, ENDED, RESULT) as server:
         ran = client(server, "run", "t")
     assert (ran.code, ran.out) == (0, '{"a": 1}\n')
     puts = [asked.split(" HTTP")[0] for asked in server.asked[:4]]
     assert len(set(puts)) == 1
     assert re.fullmatch("PUT /api/v1/tasks/[0-9a-f-]{36}", puts[0])
     assert ran.err.count("trying again") == 1
+
+
+def test_a_refusal_that_comes_before_the_body_is_sent_is_reported(client, monkeypatch):
+    def request(connection, *arguments):
+        connection.putrequest(*arguments[:2])
+        connection.endheaders()
+        raise BrokenPipeError
+
+    monkeypatch.setattr(http.client.HTTPConnection, "request", request)
+    with Scripted(refusing(413, "too large")) as server:
+        ran = client(server, "submit", "t")
+    assert (ran.code, ran.complaints) == (2, ["too large"])
+
+
+def test_a_log_is_followed_no_longer_than_it_has_a_reader(client, monkeypatch, service):
+    task_id = submitted(service, "long_computation", {"duration": 1000})
+    monkeypatch.setattr(longtasks, "write_line", lambda text: False)
+    assert client(service, "log", "-f", task_id).code == 0
 
 
 def test_run_outlasts_a_restart_of_a_service_with_a_journal(tmp_path, held, client):

@@ -45,17 +45,17 @@ line:
 
       153  1. Settings
       486  2. Tasks and their states
-      849  3. Task registry
-     1555  4. Execution
-     2829  5. Journal
-     3441  6. Events
-     3636  7. Result store and task queue
-     4773  8. Worker pool
-     5082  9. HTTP API
-     6742  10. HTTP server
-     7706  11. Client
-     8342  12. Main
-     8934  13. The page
+      852  3. Task registry
+     1558  4. Execution
+     2832  5. Journal
+     3460  6. Events
+     3655  7. Result store and task queue
+     4792  8. Worker pool
+     5101  9. HTTP API
+     6761  10. HTTP server
+     7725  11. Client
+     8361  12. Main
+     8953  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -820,8 +820,11 @@ _STRICT = json.JSONDecoder(
 
 
 def params_of(task: Task) -> Any:
-    """Return a task's params."""
-    return _STRICT.decode(task.params.decode())
+    """Return a task's params; raises DamagedTask if they are not JSON any more."""
+    try:
+        return _STRICT.decode(task.params.decode())
+    except (ValueError, RecursionError) as error:
+        raise DamagedTask("its params are not JSON any more: %s" % error) from None
 
 
 def label_of(task: Task) -> str:
@@ -2837,7 +2840,6 @@ def run_apart(params: dict[str, Any], ctx: Context) -> Outcome:
 
 APPLICATION_ID = 0x6C6F6E67  # "long", in the file's header (sqlite.org/fileformat.html)
 SCHEMA_VERSION = 4
-OLDEST_VERSION = 3  # that can be brought to this one; 0 is an empty file
 
 _TYPES = {str: "TEXT", bytes: "TEXT", int: "INTEGER", float: "REAL"}
 
@@ -2916,6 +2918,22 @@ def _to_task(row: Sequence[Any]) -> Task:
     if options == NO_OPTIONS:
         options = NO_OPTIONS
     return Task(*values[:split], options)  # type: ignore
+
+
+def _is_plausible(row: Sequence[Any]) -> bool:
+    """Whether a row of a version without checksums can be that of a task."""
+    for value, (_, kind, optional) in zip(row, COLUMNS):
+        stored = str if kind is bytes else kind
+        if type(value) is not stored and not (value is None and optional):
+            return False
+        if isinstance(value, (int, float)) and not -(2**53) < value < 2**53:
+            return False
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            return False  # it was not UTF-8
+    task = _to_task(row)
+    if not _UUID.fullmatch(task.id) or task.status not in EXITS:
+        return False
+    return task.finished == (task.ended_at is not None)
 
 
 _STEP_NAMES = ", ".join([*Step._fields, "checksum"])
@@ -3150,9 +3168,6 @@ class Journal:
         if version > SCHEMA_VERSION:
             text = "DB %s has version %d; this longtasks knows up to version %d"
             raise JournalError(text % (self.path, version, SCHEMA_VERSION))
-        if 0 < version < OLDEST_VERSION:
-            text = "DB %s has version %d, whose rows have no checksums"
-            raise JournalError(text % (self.path, version))
         for (found,) in db.execute("PRAGMA quick_check"):
             # A wrong value shows by its row's checksum.
             if found != "ok" and not re.match(r"\S+ value in ", found):
@@ -3162,7 +3177,7 @@ class Journal:
         db.execute("PRAGMA journal_size_limit = %d" % (16 << 20))
         db.execute("BEGIN IMMEDIATE")
         if version < SCHEMA_VERSION:
-            self._migrate(db)
+            self._migrate(db, version)
         db.execute("PRAGMA application_id = %d" % APPLICATION_ID)
         db.execute(_SET_VERSION)  # so that a read-only file is noticed now
         db.execute("COMMIT")
@@ -3172,8 +3187,8 @@ class Journal:
         return db
 
     @staticmethod
-    def _migrate(db: Any) -> None:
-        """Add the tables and columns that older versions and 0 lack."""
+    def _migrate(db: Any, version: int) -> None:
+        """Add the tables, columns and checksums that older versions and 0 lack."""
         for table in _TABLES:
             db.execute("CREATE TABLE IF NOT EXISTS " + table)
         there = {row[1] for row in db.execute("PRAGMA table_info(tasks)")}
@@ -3182,6 +3197,10 @@ class Journal:
             column = '"%s" %s%s' % (name, _TYPES[kind], "" if optional else default)
             if name not in there:
                 db.execute("ALTER TABLE tasks ADD COLUMN " + column)
+        if version < 3:  # its rows have no checksums
+            rows = db.execute(_SELECT)
+            sums = [(checksum(row), row[0]) for row in rows if _is_plausible(row)]
+            db.executemany("UPDATE tasks SET checksum = ? WHERE seq = ?", sums)
 
     # -- reading
 

@@ -1204,9 +1204,15 @@ def foreign(path, *statements):
         db.commit()
 
 
-def of_version(number, path):
+def older(path, *statements):
+    """Make it a file of the version that had no checksums."""
+    unsealed = "UPDATE tasks SET checksum = ''", "PRAGMA user_version = 2"
+    foreign(path, *statements, *unsealed)
+
+
+def newer(path):
     longtasks.Journal(str(path)).close(LONG)
-    foreign(path, "PRAGMA user_version = %d" % number)
+    foreign(path, "PRAGMA user_version = 99")
 
 
 def corrupt(path):
@@ -1228,11 +1234,7 @@ FOREIGN = "is not a longtasks database"
         (lambda path: path.write_bytes(b"x"), FOREIGN),
         (lambda path: foreign(path, "CREATE TABLE t (x)"), FOREIGN),
         (lambda path: foreign(path, "PRAGMA application_id = 7"), FOREIGN),
-        (
-            functools.partial(of_version, 99),
-            "has version 99; this longtasks knows up to version 4",
-        ),
-        (functools.partial(of_version, 2), "has version 2, whose rows have no checks"),
+        (newer, "has version 99; this longtasks knows up to version 4"),
         (corrupt, "is corrupt|malformed"),
         (os.mkdir, "is not a regular file"),
         (os.mkfifo, "is not a regular file"),
@@ -1419,16 +1421,26 @@ def test_numbers_come_back_as_they_are_summed(path, clock):
         assert store.get(task.id) == task
 
 
-def test_params_that_do_not_fit_any_more_fail_their_task_and_not_the_start(path):
+@pytest.mark.parametrize(
+    "params, error",
+    [
+        ('{"duration": ', "its params are not JSON any more: Expecting value: "),
+        ("", "its params are not JSON any more: Expecting value: "),
+        ('{"duration": NaN}', "its params are not JSON any more: NaN is not a number"),
+        ("[" * 10**6, "its params are not JSON any more: "),
+        ("[]", "params must be an object"),
+        ('{"duration": -1}', "params.duration must be a number from 0"),
+        ('{"length": 1}', "params.length is unknown"),
+    ],
+)
+def test_spoilt_params_fail_their_task_and_not_the_start(params, error, path):
     with journalled(path) as store:
-        store.submit("long_computation", b'{"length": 1}')
+        store.submit("long_computation", b"{}")
+    older(path, "UPDATE tasks SET params = '%s'" % params)
     with journalled(path) as store:
         outcome = longtasks.run_one(*store.claim(), longtasks.REGISTRY)
-    assert outcome[:3] == (
-        "failed",
-        None,
-        "params.length is unknown; known here: duration",
-    )
+    assert outcome.status == "failed"
+    assert outcome.error.startswith(error)
 
 
 def test_what_gathers_during_a_commit_goes_into_the_next_one(gated):
@@ -2666,6 +2678,27 @@ def test_a_cursor_of_a_list_holds_beyond_a_restart(tmp_path, path, clock):
     with journalled(tmp_path / "other.db", clock) as store:
         new = store.submit("t", b"{}")
         assert store.page(10, ahead.seq) == ([new], None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "status = 'lost'",
+        "attempt = 'x'",
+        "params = x'00'",
+        BAD_TEXT,
+        "attempt = 1 << 60",
+    ],
+)
+def test_an_older_file_is_given_checksums_but_for_rows_that_cannot_be(change, path):
+    with journalled(path) as store:
+        sound, spoilt = store.submit_all([asked(b"{}")] * 2)
+    damage(path, spoilt.id, change)
+    older(path)
+    for _ in range(2):
+        with journalled(path) as store:
+            assert store.get(sound.id) == sound
+            assert answer_of(store, spoilt.id) == "DamagedTask"
 
 
 ID_3 = "0b5ae2a4-9c4e-4d1c-8f6e-0d6b6f3c7f10"
@@ -4990,6 +5023,25 @@ def test_the_list_pages_and_filters(registry):
 def test_an_invalid_query_is_refused(query, word, service):
     problem = assert_problem(call(service, "GET", TASKS + "?" + query), 400, word)
     assert not problem["detail"].endswith(", ")
+
+
+def test_damaged_params_are_reported_to_clients(registry, tmp_path):
+    path, task_id = tmp_path / "tasks.db", str(uuid.uuid4())
+    key = {"Idempotency_Key": "k"}
+    with serving(DB=str(path)) as service:
+        assert put(service, task_id).status == 202
+        other = call(service, "POST", TASKS, ONE, **key).json["id"]
+        for each in (task_id, other):
+            result_of(service, each)
+    older(path, "UPDATE tasks SET params = '{\"duration\": NaN}'")
+    with serving(DB=str(path)) as service:
+        for answer in (
+            call(service, "GET", TASKS + "/%s/submission" % task_id),
+            put(service, task_id),
+            call(service, "POST", TASKS, ONE, **key),
+        ):
+            assert_problem(answer, 410, "its params")
+        assert result_of(service, task_id)["status"] == "completed"
 
 
 def test_a_type_is_paused_and_resumed_over_http(registry):

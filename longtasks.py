@@ -48,14 +48,14 @@ line:
       852  3. Task registry
      1558  4. Execution
      2832  5. Journal
-     3460  6. Events
-     3655  7. Result store and task queue
-     4792  8. Worker pool
-     5101  9. HTTP API
-     6761  10. HTTP server
-     7725  11. Client
-     8361  12. Main
-     8953  13. The page
+     3463  6. Events
+     3658  7. Result store and task queue
+     4795  8. Worker pool
+     5104  9. HTTP API
+     6764  10. HTTP server
+     7728  11. Client
+     8364  12. Main
+     8960  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -3098,9 +3098,10 @@ class Journal:
             self._inode = os.stat(self.path).st_ino
         except (OSError, sqlite3.Error, UnicodeError) as error:
             # sqlite3 raises UnicodeError where its message would quote damaged text.
-            text = error.strerror if isinstance(error, OSError) else error
-            temporary = is_temporary(error)
-            raise JournalError("DB %s: %s" % (self.path, text), temporary) from None
+            text = str(error)
+            if isinstance(error, OSError):  # perhaps one of PATH.lock
+                text = "%s: %s" % (error.filename or self.path, error.strerror)
+            raise JournalError("DB " + text, is_temporary(error)) from None
 
     # -- the file
 
@@ -3172,6 +3173,7 @@ class Journal:
             # A wrong value shows by its row's checksum.
             if found != "ok" and not re.match(r"\S+ value in ", found):
                 raise self._corrupt(found)
+        db.execute("PRAGMA temp_store = MEMORY")  # no other folder may be writable
         db.execute("PRAGMA synchronous = FULL")  # a commit waits until it is on disk
         db.execute("PRAGMA fullfsync = ON")  # really on disk, on macOS
         db.execute("PRAGMA journal_size_limit = %d" % (16 << 20))
@@ -3263,7 +3265,8 @@ class Journal:
         try:
             yield from self._db.execute(query)
         except self._sqlite.Error as error:
-            raise JournalError("DB %s: %s" % (self.path, error)) from None
+            text = "DB %s: %s" % (self.path, error)
+            raise JournalError(text, is_temporary(error)) from None
 
     # -- writing
 
@@ -8809,11 +8812,13 @@ def open_standard_files() -> None:
             setattr(sys, name, os.fdopen(number, mode, errors=errors, closefd=False))
 
 
-def raise_file_limit(wanted: int) -> None:
-    """Let this process open `wanted` files and sockets, if it may (getrlimit(2)).
+def raise_file_limit(connections: int) -> int:
+    """Let this process open files for so many clients, and for tasks (getrlimit(2)).
 
-    Many systems allow 1024 at first, which clients alone could use up.
+    Returns how many clients may connect. Where the system allows fewer files, tasks
+    keep half of them.
     """
+    wanted = connections + 1000
     with contextlib.suppress(ImportError, OSError, ValueError):
         resource = lazy_import("resource")  # not on Windows
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -8821,8 +8826,10 @@ def raise_file_limit(wanted: int) -> None:
         if soft % 2**64 < limit:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         if limit < wanted:
-            text = "MAX_CONNECTIONS needs %d open files, but the system allows %d"
-            log.warning(text, wanted, limit)
+            connections = min(connections, max(16, (limit - 64) // 2))
+            text = "the system allows %d open files, not %d: MAX_CONNECTIONS is %d"
+            log.warning(text, limit, wanted, connections)
+    return connections
 
 
 def collect_garbage() -> None:
@@ -8879,8 +8886,8 @@ def _start(argv: Sequence[str], signals: Signals) -> Service:
     manager = ServiceManager(os.environ)
     _register_types(settings)
     signals.install(bool(settings["API_TOKEN_FILE"] or settings["TLS_CERT"]))
+    settings["MAX_CONNECTIONS"] = raise_file_limit(settings["MAX_CONNECTIONS"])
     service = Service(settings, REGISTRY, manager)
-    raise_file_limit(settings["MAX_CONNECTIONS"] + 1000)
     signals.starting = False
     start_thread("gc", collect_garbage)
     service.start()

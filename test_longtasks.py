@@ -1261,6 +1261,11 @@ def test_a_path_that_cannot_be_written_is_refused(path, why, tmp_path, refusal):
     assert os.listdir(str(tmp_path)) == []
 
 
+def test_a_lock_that_cannot_be_opened_is_named(path, refusal):
+    os.mkdir("%s.lock" % path)
+    assert refusal("--db", str(path)) == "DB %s.lock: Is a directory" % path
+
+
 def test_a_start_that_a_locked_file_stops_may_succeed_later(path, capsys):
     longtasks.Journal(str(path)).close(LONG)
     with contextlib.closing(sqlite3.connect(str(path))) as db:
@@ -8131,7 +8136,7 @@ def test_as_many_files_may_be_open_as_the_connections_need(limit, told, tmp_path
     with process(command=("sh", "-c", line)) as running:
         found = result_of(running.port, submitted(running.port, "limit"))["result"]
     assert found == (1100 if told else 1500)
-    warning = "MAX_CONNECTIONS needs 1500 open files, but the system allows 1100"
+    warning = "the system allows 1100 open files, not 1500: MAX_CONNECTIONS is 500"
     assert any(warning in line for line in running.lines) == told
 
 

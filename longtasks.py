@@ -48,14 +48,14 @@ line:
       852  3. Task registry
      1558  4. Execution
      2832  5. Journal
-     3463  6. Events
-     3658  7. Result store and task queue
-     4795  8. Worker pool
-     5104  9. HTTP API
-     6764  10. HTTP server
-     7728  11. Client
-     8364  12. Main
-     8960  13. The page
+     3465  6. Events
+     3660  7. Result store and task queue
+     4797  8. Worker pool
+     5106  9. HTTP API
+     6766  10. HTTP server
+     7730  11. Client
+     8366  12. Main
+     8962  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -3098,10 +3098,12 @@ class Journal:
             self._inode = os.stat(self.path).st_ino
         except (OSError, sqlite3.Error, UnicodeError) as error:
             # sqlite3 raises UnicodeError where its message would quote damaged text.
-            text = str(error)
-            if isinstance(error, OSError):  # perhaps one of PATH.lock
-                text = "%s: %s" % (error.filename or self.path, error.strerror)
-            raise JournalError("DB " + text, is_temporary(error)) from None
+            name, text = self.path, str(error)
+            if isinstance(error, OSError):
+                name, text = error.filename or name, str(error.strerror)  # or the lock
+            raise JournalError(
+                "DB %s: %s" % (name, text), is_temporary(error)
+            ) from None
 
     # -- the file
 

@@ -47,15 +47,15 @@ line:
       486  2. Tasks and their states
       852  3. Task registry
      1558  4. Execution
-     2832  5. Journal
-     3465  6. Events
-     3660  7. Result store and task queue
-     4797  8. Worker pool
-     5106  9. HTTP API
-     6766  10. HTTP server
-     7730  11. Client
-     8366  12. Main
-     8962  13. The page
+     2838  5. Journal
+     3471  6. Events
+     3666  7. Result store and task queue
+     4803  8. Worker pool
+     5112  9. HTTP API
+     6772  10. HTTP server
+     7736  11. Client
+     8372  12. Main
+     8968  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -1844,9 +1844,15 @@ def _outcome_of(error: BaseException, ctx: Context) -> Outcome:
         text += ": raised by the handler, though no stop was requested"
     stopped = ctx.cancelled and type(error).__name__ == "CancelledError"
     is_plain = stopped or isinstance(error, (Failure, TaskError, Cancelled))
-    trace = "" if is_plain else traceback.format_exc().rstrip("\n")[-MAX_TRACE:]
     final = isinstance(error, (Fail, TaskError))
-    return Outcome(FAILED, None, text, after, final, trace)
+    return Outcome(FAILED, None, text, after, final, "" if is_plain else format_trace())
+
+
+def format_trace() -> str:
+    """Return the end of the traceback of the exception that is being handled."""
+    with contextlib.suppress(BaseException):  # it may run code of the handler
+        return traceback.format_exc().rstrip("\n")[-MAX_TRACE:]
+    return ""
 
 
 # -- forks -----------------------------------------------------------------

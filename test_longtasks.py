@@ -10758,20 +10758,6 @@ def test_a_start_warns_of_tasks_whose_types_are_gone(types, shown, path, registr
     assert kept[0].getMessage() == text
 
 
-def test_a_start_counts_what_it_has_decided_though_the_disk_is_full(
-    registry, path, monkeypatch
-):
-    def full(*records):
-        raise OSError("full")
-
-    interrupted_3_times(path)
-    monkeypatch.setattr(longtasks.Journal, "write", full)
-    with records("INFO") as kept, serving(DB=str(path)):
-        pass
-    text = "journal %s: 0 tasks waiting, 1 finished, 1 interrupted" % path
-    assert text in [record.getMessage() for record in kept]
-
-
 def test_a_request_is_logged_at_debug_without_a_secret(registry):
     params = {"duration": 0}
     with records() as kept, serving() as service:

@@ -8834,7 +8834,7 @@ def raise_file_limit(connections: int) -> int:
         if soft % 2**64 < limit:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         if limit < wanted:
-            connections = min(connections, max(16, (limit - 64) // 2))
+            connections = min(connections, max(100, (limit - 64) // 2))
             text = "the system allows %d open files, not %d: MAX_CONNECTIONS is %d"
             log.warning(text, limit, wanted, connections)
     return connections

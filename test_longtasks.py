@@ -8147,7 +8147,7 @@ def test_without_descriptors_idle_clients_are_evicted():
         with contextlib.ExitStack() as stack:
             for _ in range(100):
                 stack.enter_context(connect(running))
-            running.logged("evicting")
+            assert "Too many open files" in running.logged("evicting")
             for _ in range(10):
                 task_id = submitted(running.port, "long_computation", {"duration": 0})
                 assert result_of(running.port, task_id)["status"] == "completed"

@@ -47,15 +47,15 @@ line:
       486  2. Tasks and their states
       852  3. Task registry
      1558  4. Execution
-     2838  5. Journal
-     3471  6. Events
-     3666  7. Result store and task queue
-     4803  8. Worker pool
-     5112  9. HTTP API
-     6772  10. HTTP server
-     7736  11. Client
-     8372  12. Main
-     8968  13. The page
+     2839  5. Journal
+     3472  6. Events
+     3667  7. Result store and task queue
+     4804  8. Worker pool
+     5113  9. HTTP API
+     6773  10. HTTP server
+     7737  11. Client
+     8373  12. Main
+     8969  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -2514,9 +2514,10 @@ class Program:
             for data in output_of(process, process.stdout, ctx):
                 output.take(data)
         output.end()
+        # A script whose command was stopped may go on and end with code 0.
+        ctx.check()
         if process.returncode in (rules.exit_codes or [0]):
             return {"exit_code": process.returncode, "output": output.tail}
-        ctx.check()
         how = exit_status(process.returncode)
         raise Failure((how + "\n" + output.tail[-MAX_ERROR + 100 :]).strip())
 

@@ -4029,6 +4029,13 @@ def run_program(line, params=None, context=None):
     return outcome_of({"t": made}, "t", params or {}, context, 100_000), context
 
 
+def test_a_program_that_was_stopped_has_not_completed_whatever_its_exit_code():
+    context = Listener()
+    context.emit_lines = lambda lines, dropped=0: context.cancel()
+    line = "t=sh -c 'trap \"exit 0\" TERM; echo ready; while :; do sleep 0.01; done'"
+    assert run_program(line, context=context)[0].status == "cancelled"
+
+
 @pytest.mark.parametrize(
     "line, why",
     [

@@ -50,12 +50,12 @@ line:
      2839  5. Journal
      3472  6. Events
      3667  7. Result store and task queue
-     4804  8. Worker pool
-     5113  9. HTTP API
-     6773  10. HTTP server
-     7737  11. Client
-     8373  12. Main
-     8969  13. The page
+     4814  8. Worker pool
+     5123  9. HTTP API
+     6783  10. HTTP server
+     7747  11. Client
+     8383  12. Main
+     8979  13. The page
 
 Most changes begin at one name: a setting at SETTINGS, a limit at Limits, a field of a
 task at Task or Options (the file of --db follows), a field of its status at
@@ -4187,6 +4187,16 @@ class TaskReader:
         """Return how many tasks clients see."""
         with self._lock:
             return self._results.counts()
+
+    def latest_counts(self) -> Counts:
+        """Return how many tasks there are by the latest decisions, written or not."""
+        with self._lock:
+            totals = Counter(self._results.totals)
+            totals.update(task.status for task, _ in self._unwritten.values())
+            shown = filter(None, map(self._results.get, self._unwritten))
+            totals.subtract(task.status for task in shown)
+        pending, processing = totals[PENDING], totals[PROCESSING]
+        return Counts(pending, processing, sum(totals.values()) - pending - processing)
 
     def totals(self) -> dict[str, int]:
         """Return how many tasks there are in each status."""
@@ -8517,7 +8527,7 @@ class Service:
         self.manager.notify("READY=1")
 
     def _log_journal(self, journal: Journal) -> None:
-        counts, interrupted = self.store.counts(), self.store.interrupted
+        counts, interrupted = self.store.latest_counts(), self.store.interrupted
         waiting = counted(counts.pending + counts.processing, "task")
         text = "journal %s: %s waiting, %d finished, %d interrupted"
         log.info(text, journal.path, waiting, counts.finished, len(interrupted))
@@ -8571,7 +8581,7 @@ class Service:
         timeout = self.settings["DRAIN_TIMEOUT"]
         self._end = time.monotonic() + timeout
         self.store.drain(lambda: self._events.put(DRAINED), timeout)
-        counts = self.store.counts()
+        counts = self.store.latest_counts()
         self.report()
         text = "%s: draining, %d running and %d waiting, for %g s at most; "
         text += "a second signal ends it at once"
@@ -8635,7 +8645,7 @@ class Service:
         if dead or not self.store.responds(1.0):
             log.error("stalled: %s", ", ".join(dead) or "the task store's lock")
             return
-        counts = self.store.counts()
+        counts = self.store.latest_counts()
         numbers = counts.processing, counts.pending, counts.finished
         status = "%d running, %d waiting, %d finished" % numbers
         # The time is counted from this report on.

@@ -6848,7 +6848,7 @@ def test_what_follows_is_written_with_the_end_and_never_lost(tmp_path):
     journal.wait_held()  # with its start
     journal.failure = sqlite3.OperationalError("full")
     store.finish(context, DONE)
-    assert store.counts() == (1, 0, 0)
+    assert (store.counts(), store.latest_counts()) == ((1, 0, 0), (2, 0, 1))
     assert [task.type for task in store.abandon()] == ["b", "b"]
     dropped = background(lambda: store.submit("x", b"{}"))
     until(lambda: len(journal.appended) == 6)
@@ -10765,6 +10765,20 @@ def test_a_start_warns_of_tasks_whose_types_are_gone(types, shown, path, registr
     assert kept[0].getMessage() == text
 
 
+def test_a_start_counts_what_it_has_decided_though_the_disk_is_full(
+    registry, path, monkeypatch
+):
+    def full(*records):
+        raise OSError("full")
+
+    interrupted_3_times(path)
+    monkeypatch.setattr(longtasks.Journal, "write", full)
+    with records("INFO") as kept, serving(DB=str(path)):
+        pass
+    text = "journal %s: 0 tasks waiting, 1 finished, 1 interrupted" % path
+    assert text in [record.getMessage() for record in kept]
+
+
 def test_a_request_is_logged_at_debug_without_a_secret(registry):
     params = {"duration": 0}
     with records() as kept, serving() as service:
@@ -11815,6 +11829,31 @@ def test_a_drain_leaves_waiting_tasks_to_the_next_start(tmp_path, held):
     with process(*flags) as running:
         for task_id in ids:
             assert result_of(running.port, task_id)["status"] == "completed"
+
+
+def test_a_drain_reports_a_task_as_running_before_its_start_is_on_disk(
+    gate, path, monkeypatch
+):
+    monkeypatch.setattr(longtasks, "Journal", HeldJournal)
+    manager, reports = longtasks.ServiceManager({}), []
+    monkeypatch.setattr(manager, "notify", lambda *lines: reports.extend(lines))
+    flags = ["--port=0", "--worker-count=1", "--db", str(path)]
+    settings = longtasks.read_settings(flags, {})
+    service = longtasks.Service(settings, longtasks.REGISTRY, manager)
+    with records("INFO") as kept:
+        service.start()
+        service.journal.let.release()
+        service.store.submit_all([longtasks.Submission("gate", b"{}")] * 2)
+        service.store.wake()
+        gate.wait_started()
+        code = background(lambda: stop(service))
+        until(lambda: any("draining" in record.getMessage() for record in kept))
+        service.journal.free()
+        gate.release.set()
+        assert code.result(LONG) == 0
+    lines = [record.getMessage() for record in kept]
+    assert any("draining, 1 running and 1 waiting" in line for line in lines)
+    assert "STATUS=draining, 1 running, 1 waiting, 0 finished" in reports
 
 
 @pytest.mark.parametrize("type", ["deaf", "polite"])
